@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut (fsync on the directory)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: str | bytes, *, executable: bool = False) -> None:
+    """Write ``content`` (text as UTF-8) to ``path``; a reader sees the old file or all of the new.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; ``path`` is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), (0o777 if executable else 0o666) & ~umask)
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

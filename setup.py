@@ -1,0 +1,36 @@
+"""Packaging. The Jinja templates stand at the top level and travel in the wheel as caffe_jacinto/templates."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "caffe_jacinto/__init__.py").read_text())[1]
+
+setup(
+    name="caffe-jacinto",
+    version=VERSION,
+    description="Train low-complexity sparse image classifiers as Caffe files",
+    license="BSD-3-Clause",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["caffe_jacinto", "caffe_jacinto.*"]), "caffe_jacinto.templates"],
+    package_dir={"caffe_jacinto.templates": "templates"},
+    package_data={"": ["*.toml", "*.proto", "*.binpb", "*.j2", "**/*.j2", "py.typed"]},
+    install_requires=[
+        "jinja2>=3.1",
+        "lmdb>=1.4",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.10,<5",
+        "protobuf>=4.25",
+        "pydantic>=2.6",
+        "rich>=13.7",
+        "tomli>=2; python_version < '3.11'",
+    ],
+    extras_require={
+        "pycaffe": ["six", "scikit-image"],
+        "demo": ["mlxtend"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-protobuf"],
+    },
+)
