@@ -1,0 +1,52 @@
+"""The two dialects of Caffe's prototxt files, and how each counts a batch."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from caffe_jacinto.errors import UserError
+
+
+class Dialect(str, Enum):
+    """Which Caffe a file is written for."""
+
+    BVLC = "bvlc"
+    """Stock Caffe 1.0."""
+
+    CAFFE_JACINTO = "caffe_jacinto"
+    """The fork, on NVCaffe 0.16 and 0.17."""
+
+
+def file_batch(dialect: Dialect, effective_batch: int, iter_size: int, gpu_count: int) -> int:
+    """What stands as ``batch_size`` in train.prototxt, in images.
+
+    ``effective_batch`` is the number of images behind one update of the weights, over ``iter_size`` passes
+    and ``gpu_count`` devices (0 means the CPU, one device). In stock Caffe the file's batch is that of each
+    GPU; the fork divides the file's batch among its GPUs.
+
+    Raises:
+        UserError: the batch does not divide into equal shares; the nearest ones that do are named.
+    """
+    if min(effective_batch, iter_size) < 1 or gpu_count < 0:
+        raise UserError(
+            f"a batch of {effective_batch} in {iter_size} passes over {gpu_count} GPUs: "
+            "the batch and the passes have to be at least 1"
+        )
+    devices = max(gpu_count, 1)
+    shares = iter_size * devices
+    if effective_batch % shares:
+        raise UserError(_does_not_divide(effective_batch, iter_size, devices))
+    per_device = effective_batch // shares
+    return per_device if dialect is Dialect.BVLC else per_device * devices
+
+
+def _does_not_divide(effective_batch: int, iter_size: int, devices: int) -> str:
+    shares = iter_size * devices
+    below = effective_batch // shares * shares
+    nearest = [str(batch) for batch in (below, below + shares) if batch > 0]
+    what = f"{iter_size} pass{'es' if iter_size > 1 else ''} (iter_size)"
+    where = f" over {devices} GPUs" if devices > 1 else ""
+    return (
+        f"an effective batch of {effective_batch} does not divide into {what}{where}, {shares} equal shares; "
+        f"the nearest that {'do' if len(nearest) > 1 else 'does'}: {' and '.join(nearest)}"
+    )

@@ -1,0 +1,312 @@
+"""Read a recipe: a TOML file and the overrides of its values; every mistake is one line that says where."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from caffe_jacinto.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
+
+    from caffe_jacinto.recipes.model import Recipe
+
+BUILT_IN_FOLDER = Path(__file__).parent
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``stages.initial.solver.max_iter=1000`` of the command line."""
+
+    text: str
+    keys: Keys
+    value: Any
+
+
+def built_in_recipes() -> list[str]:
+    """Names of the recipes that come with the program."""
+    return sorted(path.stem for path in BUILT_IN_FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A built-in recipe by its name, or a recipe file by its path (it has a slash or ends in .toml).
+
+    ``overrides`` are ``KEY.KEY=VALUE`` texts, their values in TOML; a bare word is taken as text. They are
+    applied in order, before the recipe is checked.
+
+    Raises:
+        UserError: no such recipe, not TOML, or something in it is wrong: file, line, field and what to do, or
+            the override that it came from.
+    """
+    path = _find(name_or_path)
+    text = _read(path)
+    document = _parse(text, path)
+    parsed = [_parse_override(override) for override in overrides]
+    for override in parsed:
+        _apply(document, override)
+    document.setdefault("name", path.stem)
+
+    from pydantic import ValidationError
+
+    from caffe_jacinto.recipes.model import Recipe
+
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if "/" in name_or_path or path.suffix == ".toml":
+        if not path.is_file():
+            raise UserError(f"{name_or_path}: no such recipe file")
+        return path
+    known = built_in_recipes()
+    if name_or_path not in known:
+        raise UserError(
+            f"{name_or_path}: no such recipe; {_known(name_or_path, known)} "
+            f"(a file of your own is given by its path: ./{name_or_path}.toml)"
+        )
+    return BUILT_IN_FOLDER / f"{name_or_path}.toml"
+
+
+def _read(path: Path) -> str:
+    try:
+        # TOML knows "\n" and "\r\n"; only "\n" is counted as the end of a line.
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        what, line = _toml_error(str(error), text)
+        raise UserError(f"{path}:{line}: not TOML: {what}; mend this line") from None
+    return document
+
+
+def _toml_error(message: str, text: str) -> tuple[str, int]:
+    """The parser's message without its place, and the line."""
+    place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+    if place is None:
+        return message, 1
+    line = int(place[1]) if place[1] else text.rstrip("\n").count("\n") + 1
+    return message[: place.start()], line
+
+
+def _parse_override(text: str) -> Override:
+    key_text, equals, value_text = text.partition("=")
+    wrong = UserError(
+        f"override {text}: not of the form KEY.KEY=VALUE; write it like stages.initial.solver.max_iter=1000"
+    )
+    if not equals or "\n" in key_text:
+        raise wrong
+    try:
+        keys = _only_path(tomllib.loads(f"{key_text} = 0"))
+    except tomllib.TOMLDecodeError:
+        raise wrong from None
+    try:
+        value = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text
+    return Override(text, keys, value)
+
+
+def _only_path(document: Mapping[str, Any]) -> Keys:
+    return next(keys for keys, value in _paths(document) if not isinstance(value, dict))
+
+
+def _apply(document: dict[str, Any], override: Override) -> None:
+    table = document
+    for depth, key in enumerate(override.keys[:-1]):
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            above = ".".join(override.keys[: depth + 1])
+            raise UserError(
+                f"override {override.text}: {above} is a value, so nothing is below it; set {above} itself"
+            )
+        table = inner
+    table[override.keys[-1]] = override.value
+
+
+def _first_mistake(
+    errors: Sequence[ErrorDetails], path: Path, text: str, overrides: Sequence[Override]
+) -> str:
+    """The mistake that stands first in the file, as one line; one that an override made comes before all."""
+    lines = _lines_of_keys(text)
+    messages = []
+    for error in errors:
+        # pydantic marks the key of a mapping with a last "[key]".
+        keys = tuple(str(part) for part in error["loc"] if part != "[key]")
+        keys += tuple(error.get("ctx", {}).get("path", ()))
+        field = _field(keys)
+        override = next((o for o in reversed(overrides) if _made_by(keys, o.keys)), None)
+        if override:
+            place, line = f"override {override.text}", 0
+        else:
+            line = _line(keys, lines)
+            place = f"{path}:{line}"
+        messages.append((line, f"{place}: {field}: {_explain(error, keys)}"))
+    return min(messages, key=lambda message: message[0])[1]
+
+
+def _made_by(keys: Keys, override: Keys) -> bool:
+    """Whether the value at ``keys`` is the override's, or part of what it set."""
+    return keys[: len(override)] == override
+
+
+def _field(keys: Keys) -> str:
+    text = ""
+    for key in keys:
+        text += f"[{key}]" if key.isdigit() else f".{key}" if text else key
+    return text or "recipe"
+
+
+def _line(keys: Keys, lines: Mapping[Keys, int]) -> int:
+    """The line of the key, or of the nearest table above it that the file has."""
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in lines:
+            return lines[keys[:length]]
+    return 1
+
+
+def _lines_of_keys(text: str) -> dict[Keys, int]:
+    """The line, from 1, on which each key and table of a well-formed TOML text stands."""
+    lines: dict[Keys, int] = {}
+    table: Keys = ()
+    for number, statement in _statements(text):
+        is_header = statement.lstrip().startswith("[")
+        for keys, _ in _paths(tomllib.loads(statement)):
+            lines.setdefault(keys if is_header else table + keys, number)
+        if is_header:
+            table = max((keys for keys, _ in _paths(tomllib.loads(statement))), key=len)
+    return lines
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Each header or assignment of a well-formed TOML text, with the number of its first line."""
+    collected, first = "", 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not collected:
+            first = number
+        collected += line + "\n"
+        try:
+            tomllib.loads(collected)
+        except tomllib.TOMLDecodeError:
+            continue  # a text or an array that goes on in the next line
+        yield first, collected
+        collected = ""
+
+
+def _paths(table: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    for key, value in table.items():
+        yield (*above, key), value
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, key))
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield from _paths(value[0], (*above, key))
+
+
+def _explain(error: ErrorDetails, keys: Keys) -> str:
+    """What is wrong and what to do, in the words of a recipe's author."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "mistake":
+        return str(context["what"])
+    if kind == "extra_forbidden":
+        return f"no such key; {_known(keys[-1], _allowed(keys[:-1]))}"
+    if kind == "missing":
+        return "missing; add it"
+    if kind == "literal_error":
+        allowed = [str(choice) for choice in get_args(_annotation(keys))]
+        return f"{_shown(value)} is none of the allowed ones; {_known(str(value), allowed)}"
+    if kind == "string_pattern_mismatch":
+        if keys[-1] in ("dataset",) or keys[:-1] == ("stages",):
+            return f"{_shown(value)} makes no good file name; use letters, digits, - and _, a letter first"
+        return f"{_shown(value)} holds a character that no file name can have"
+    expected = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": 'a text in quotes, like "name"',
+        "bool_type": "true or false",
+        "tuple_type": "a list, like [2, 2, 2, 2, 2]",
+        "dict_type": "a table",
+        "model_type": "a table",
+        "finite_number": "a finite number",
+        "greater_than_equal": f"{context.get('ge')} or more",
+        "greater_than": f"more than {context.get('gt')}",
+        "less_than": f"less than {context.get('lt')}",
+        "less_than_equal": f"{context.get('le')} or less",
+        "string_too_long": f"at most {context.get('max_length')} characters",
+        "string_too_short": "a text that is not empty",
+        "too_short": "at least one stage, like [stages.initial]",
+    }.get(kind)
+    if expected is None:
+        return f"{_shown(value)}: {error['msg']}"
+    return f"is {_shown(value)}; give {expected}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        quoted = value.encode("unicode_escape").decode().replace('"', '\\"')
+        return f'the text "{quoted[:60]}"'
+    if isinstance(value, dict):
+        return "a table" if value else "an empty table"
+    return str(value)[:60]
+
+
+def _known(wrong: str, known: Iterable[str]) -> str:
+    """``did you mean X? ...``: all that is allowed, the nearest first."""
+    names = list(known)
+    nearest = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    allowed = f"known: {', '.join(names)}"
+    return f"did you mean {nearest[0]}? {allowed}" if nearest else allowed
+
+
+def _allowed(keys: Keys) -> list[str]:
+    """The keys that the table at ``keys`` may hold."""
+    model = _model(keys)
+    return list(model.model_fields)
+
+
+def _model(keys: Keys) -> type[BaseModel]:
+    """The model that describes the table at ``keys``."""
+    from caffe_jacinto.recipes import model as models
+
+    tables: dict[str, type[BaseModel]] = {
+        "data": models.DataSettings,
+        "network": models.NetworkSettings,
+        "training": models.TrainingSettings,
+        "solver": models.SolverSettings,
+        "sparse": models.SparseSettings,
+    }
+    if not keys:
+        return models.Recipe
+    if keys[0] == "stages":
+        return models.Stage if len(keys) == 2 else tables[keys[2]]
+    return tables[keys[0]]
+
+
+def _annotation(keys: Keys) -> Any:
+    return _model(keys[:-1]).model_fields[keys[-1]].annotation

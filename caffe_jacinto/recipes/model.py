@@ -1,0 +1,225 @@
+"""What a recipe may say: every key, its type, its default and its meaning (the guide is docs/recipes.md).
+
+A value is taken as it stands: no text is turned into a number, no number into text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+INT32_MAX = 2**31 - 1
+
+PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
+NaturalInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+PositiveFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+FileNamePart = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Text that stands in the names of files and folders."""
+
+StageName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+
+RESERVED_STAGE_NAMES = ("test",)
+"""Folders of a run that are no stage."""
+
+
+def _none_if_empty(value: Any) -> Any:
+    """TOML has no null: an empty text takes an optional setting away, so that an override can do it."""
+    return None if value == "" else value
+
+
+OptionalText = Annotated[Text | None, BeforeValidator(_none_if_empty)]
+Ints = Field(strict=False)  # a TOML array is a list; its numbers are still taken strictly
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSettings(_Settings):
+    """The data set: LMDBs of images and their labels."""
+
+    dataset: FileNamePart
+    """Stands in the names of the run folder and of the snapshots."""
+
+    train_lmdb: Text
+    val_lmdb: Text
+    num_classes: Annotated[int, Field(ge=2, le=INT32_MAX)]
+    mirror: bool = True
+    """Mirror every other training image, at random."""
+
+    labels: OptionalText = None
+    """A text file whose line N names class N; without it, ``labels.txt`` in the folder of ``train_lmdb``."""
+
+
+class NetworkSettings(_Settings):
+    """The network and its free parameters."""
+
+    name: Text
+    crop_size: PositiveInt
+    """Height and width of the network's input, in pixels."""
+
+    strides: Annotated[tuple[PositiveInt, ...], Ints]
+    """How much each part of the network shrinks the image, from the input on."""
+
+
+class TrainingSettings(_Settings):
+    """What all stages share."""
+
+    batch_size: PositiveInt
+    """The effective batch: images behind one update of the weights, over all passes and GPUs."""
+
+    iter_size: PositiveInt
+    """Forward and backward passes that one update is accumulated over."""
+
+    val_batch_size: PositiveInt = 50
+    gpus: Annotated[tuple[NaturalInt, ...], Ints] = ()
+    """Device numbers; empty is the CPU."""
+
+    random_seed: NaturalInt = 33
+    keep: PositiveInt = 2
+    """How many of the newest snapshots are kept, beside the best by top-1."""
+
+    reestimate_batches: NaturalInt = 30
+    """Training batches that batch-norm statistics are re-estimated over at the end of a stage, stock Caffe only;
+    0 leaves the running statistics."""
+
+    @model_validator(mode="after")
+    def _gpus_once(self) -> TrainingSettings:
+        if len(set(self.gpus)) < len(self.gpus):
+            raise _mistake(("gpus",), f"a GPU stands twice in {list(self.gpus)}; name each once")
+        return self
+
+
+class SolverSettings(_Settings):
+    """A stage's solver: Caffe's own names and meanings (SolverParameter)."""
+
+    max_iter: PositiveInt
+    base_lr: PositiveFloat
+    lr_policy: Literal["fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid"] = "poly"
+    power: NaturalFloat = 1.0
+    gamma: PositiveFloat = 0.1
+    stepsize: PositiveInt | None = None
+    stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
+    momentum: Fraction = 0.9
+    weight_decay: NaturalFloat
+    regularization: Literal["L1", "L2"]
+    test_interval: PositiveInt
+    snapshot: PositiveInt
+    display: PositiveInt = 100
+    type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
+    clip_gradients: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _policy_has_its_steps(self) -> SolverSettings:
+        if self.lr_policy in ("step", "sigmoid") and self.stepsize is None:
+            raise _mistake(("lr_policy",), f'"{self.lr_policy}" needs stepsize; add it beside lr_policy')
+        if self.lr_policy == "multistep" and not self.stepvalue:
+            raise _mistake(("lr_policy",), '"multistep" needs stepvalue, e.g. stepvalue = [1000, 2000]')
+        if any(later <= earlier for earlier, later in zip(self.stepvalue, self.stepvalue[1:], strict=False)):
+            raise _mistake(
+                ("stepvalue",), f"{list(self.stepvalue)} does not grow; name the iterations in order"
+            )
+        return self
+
+
+class SparseSettings(_Settings):
+    """The ramp of thresholds that brings weights to zero, and its caps (the fork's ``sparsity_*`` fields)."""
+
+    target: PositiveFraction = 0.8
+    """Zeros over weights, in the convolutions' weights, at which no more are taken."""
+
+    start_iter: NaturalInt
+    step_iter: PositiveInt = 1000
+    step_factor: PositiveFraction = 0.01
+    start_factor: Fraction = 0.0
+    """Fraction of a channel's weights that the first threshold may zero; it grows by ``step_factor``."""
+
+    threshold_maxratio: PositiveFloat = 0.2
+    """No threshold above this fraction of the channel's largest weight."""
+
+    threshold_value_max: PositiveFloat = 0.2
+    """No threshold above this value."""
+
+    display: PositiveInt = 1000
+    """Iterations between two lines of sparsity in the log."""
+
+
+class Stage(_Settings):
+    """One run of a solver."""
+
+    start: OptionalText = None
+    """The earlier stage whose final weights this one starts from; random weights without it and `weights`."""
+
+    weights: OptionalText = None
+    """A .caffemodel to start from instead."""
+
+    solver: SolverSettings
+    sparse: SparseSettings | None = None
+    freeze_zeros: bool = False
+    """Hold the convolutions' weights that are zero at the start at zero."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Stage:
+        if self.start and self.weights:
+            raise _mistake(
+                ("weights",),
+                'a stage starts from `start` or from `weights`, not from both; set one of them to ""',
+            )
+        if self.freeze_zeros and self.sparse:
+            raise _mistake(("freeze_zeros",), "a sparse stage freezes its zeros itself; remove freeze_zeros")
+        if self.freeze_zeros and not (self.start or self.weights):
+            raise _mistake(
+                ("freeze_zeros",), "random weights have no zeros to freeze; set `start` or `weights`"
+            )
+        if self.sparse and self.sparse.start_iter >= self.solver.max_iter:
+            raise _mistake(
+                ("sparse", "start_iter"),
+                f"{self.sparse.start_iter} is not below the stage's max_iter {self.solver.max_iter}, "
+                "so no weight would become zero; make it smaller",
+            )
+        return self
+
+
+class Recipe(_Settings):
+    """A data set, a network and the stages that train it, in order."""
+
+    name: Text
+    data: DataSettings
+    network: NetworkSettings
+    training: TrainingSettings
+    stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
+    """In the order of the file, which is the order of training."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Recipe:
+        earlier: list[str] = []
+        for name, stage in self.stages.items():
+            if name.lower() in RESERVED_STAGE_NAMES:
+                raise _mistake(
+                    ("stages", name), f'"{name}" is a folder of its own in a run; name the stage otherwise'
+                )
+            if name.lower() in (other.lower() for other in earlier):
+                raise _mistake(("stages", name), "two stages differ only in case; give one another name")
+            if stage.start is not None and stage.start not in earlier:
+                raise _mistake(("stages", name, "start"), _no_such_start(stage.start, earlier))
+            earlier.append(name)
+        return self
+
+
+def _no_such_start(start: str, earlier: list[str]) -> str:
+    known = f"earlier stages: {', '.join(earlier)}" if earlier else "it is the first one"
+    return (
+        f'no earlier stage makes the weights of "{start}" ({known}); name an earlier stage, or use `weights`'
+    )
+
+
+def _mistake(path: tuple[str, ...], what: str) -> PydanticCustomError:
+    """An error at ``path`` below the model that raises it."""
+    return PydanticCustomError("mistake", "{what}", {"what": what, "path": list(path)})
