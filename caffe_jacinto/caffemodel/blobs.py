@@ -1,0 +1,174 @@
+"""Where the blobs lie in a ``.caffemodel`` or ``.solverstate``, of either dialect: shapes and byte ranges, no numbers.
+
+Field numbers (the same in both dialects): NetParameter layer 100, layers 2 (the V1 form); LayerParameter name 1,
+blobs 7; V1LayerParameter name 4, blobs 6; BlobProto num, channels, height, width 1 to 4, data 5, shape 7,
+double_data 8, and the fork's raw_data_type 10, raw_data 12; BlobShape dim 1; SolverState iter 1, learned_net 2,
+history 3.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from caffe_jacinto.caffemodel.wire import LENGTH, VARINT, Field, NotWhole, fields, integers, text
+from caffe_jacinto.errors import UserError
+
+_NET_LAYER, _NET_V1_LAYER = 100, 2
+_LAYER_NAME, _LAYER_BLOBS = 1, 7
+_V1_NAME, _V1_BLOBS = 4, 6
+_DATA, _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 5, 7, 8, 10, 12
+_STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
+
+_RAW_FORMATS = {0: ("<f8", 8), 1: ("<f4", 4), 2: ("<f2", 2)}
+"""The fork's ``Type``: DOUBLE, FLOAT, FLOAT16."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One blob of a file: its shape, and where and how its numbers are stored."""
+
+    shape: tuple[int, ...]
+    number_format: str
+    """As numpy writes it: ``<f4``, ``<f8``, ``<f2``."""
+
+    ranges: tuple[tuple[int, int], ...]
+    """The byte ranges of the numbers, in order; one, unless a writer did not pack them."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer of a weight file that has blobs."""
+
+    name: str
+    blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """A ``.solverstate``: the iteration, the weight file it belongs to, the history's blobs."""
+
+    iteration: int
+    learned_net: str
+    history: tuple[Blob, ...]
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The bytes of ``path``, mapped.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            view = memoryview(pages)
+            try:
+                yield view
+            finally:
+                view.release()
+    except ValueError as error:
+        if path.stat().st_size:
+            raise
+        raise UserError(f"{path}: the file is empty; it was not written whole") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
+    """The layers with blobs of the weight file in ``view``, in order; ``path`` is for messages.
+
+    Raises:
+        UserError: the file is cut off, is no weight file, or a blob's numbers do not fill its shape.
+    """
+    layers = []
+    try:
+        for field in fields(view):
+            if field.wire_type == LENGTH and field.number in (_NET_LAYER, _NET_V1_LAYER):
+                layer = _stored_layer(view, field)
+                if layer.blobs:
+                    layers.append(layer)
+    except NotWhole:
+        raise UserError(_cut_off(path, "weight file (.caffemodel)")) from None
+    if not layers:
+        raise UserError(f"{path}: no layer with weights in it; is it a .caffemodel?")
+    return layers
+
+
+def stored_state(path: Path) -> StoredState:
+    """What the ``.solverstate`` at ``path`` holds.
+
+    Raises:
+        UserError: the file is cut off, or is no solver state.
+    """
+    iteration, learned_net, history = None, "", []
+    try:
+        with mapped(path) as view:
+            for field in fields(view):
+                if field.number == _STATE_ITER and field.wire_type == VARINT:
+                    iteration = field.value
+                elif field.number == _STATE_NET and field.wire_type == LENGTH:
+                    learned_net = text(view, field)
+                elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
+                    history.append(_blob(view, field))
+    except NotWhole:
+        raise UserError(_cut_off(path, "solver state (.solverstate)")) from None
+    if iteration is None or not history:
+        raise UserError(f"{path}: no iteration or no history in it; is it a .solverstate?")
+    return StoredState(iteration, learned_net, tuple(history))
+
+
+def _cut_off(path: Path, kind: str) -> str:
+    return f"{path}: cut off or no {kind} ({path.stat().st_size:,} bytes); take another one"
+
+
+def _stored_layer(view: memoryview, field: Field) -> StoredLayer:
+    v1 = field.number == _NET_V1_LAYER
+    name_number, blobs_number = (_V1_NAME, _V1_BLOBS) if v1 else (_LAYER_NAME, _LAYER_BLOBS)
+    name, blobs = "", []
+    for inner in fields(view, field.start, field.end):
+        if inner.wire_type != LENGTH:
+            continue
+        if inner.number == name_number:
+            name = text(view, inner)
+        elif inner.number == blobs_number:
+            blobs.append(_blob(view, inner))
+    return StoredLayer(name, tuple(blobs))
+
+
+def _blob(view: memoryview, field: Field) -> Blob:
+    old_shape = [0, 0, 0, 0]
+    shape: list[int] | None = None
+    number_format, size = "<f4", 4
+    raw_type = 1
+    ranges: list[tuple[int, int]] = []
+    for inner in fields(view, field.start, field.end):
+        if 1 <= inner.number <= 4 and inner.wire_type == VARINT:
+            old_shape[inner.number - 1] = inner.value
+        elif inner.number == _SHAPE and inner.wire_type == LENGTH:
+            shape = [
+                dim
+                for part in fields(view, inner.start, inner.end)
+                if part.number == 1
+                for dim in integers(view, part)
+            ]
+        elif inner.number in (_DATA, _DOUBLE_DATA, _RAW_DATA):
+            ranges.append((inner.start, inner.end))
+            if inner.number == _DOUBLE_DATA:
+                number_format, size = "<f8", 8
+            elif inner.number == _RAW_DATA:
+                number_format = "raw"
+        elif inner.number == _RAW_TYPE:
+            raw_type = inner.value
+    if number_format == "raw":
+        if raw_type not in _RAW_FORMATS:
+            raise NotWhole
+        number_format, size = _RAW_FORMATS[raw_type]
+    dims = tuple(old_shape if shape is None else shape)
+    if sum(end - start for start, end in ranges) != prod(dims) * size:
+        raise NotWhole
+    return Blob(dims, number_format, tuple(ranges))

@@ -1,0 +1,1 @@
+"""Who trains: one file per kind of Caffe, one contract for all (`contract.py`)."""

@@ -1,0 +1,119 @@
+"""The contract of the engines: what is asked of a Caffe, whichever kind it is.
+
+An engine turns a job into commands (argument lists, never shell text). Whoever holds the job runs them one after
+the other and asks `Engine.finished` how it ended: Caffe exits with 0 when it was interrupted, too, so that an exit
+code alone does not say that a stage is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.model import SparseSettings, Stage
+
+EngineKind = Literal["bvlc", "caffe-jacinto"]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is known of a Caffe that was found."""
+
+    kind: EngineKind
+    executable: Path
+    version: str | None
+    """As the executable itself says it, e.g. ``1.0.0``; None if it says nothing of the kind."""
+
+    dialect: Dialect
+    gpu: bool
+    """False: built for the CPU only."""
+
+    multi_gpu: bool
+    """Can train on several GPUs at once (stock Caffe: built with NCCL)."""
+
+    pycaffe: Path | None
+    """The folder to put on ``sys.path`` for ``import caffe``; None if there is none that this Python can import."""
+
+    notes: tuple[str, ...]
+    """What the user should know of it, one line each."""
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """The devices a stage really runs on, and the passes behind one update there."""
+
+    gpus: tuple[int, ...]
+    """Empty: the CPU."""
+
+    iter_size: int
+    note: str | None
+    """Why this is not what was asked for; None if it is."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One stage to train. Paths may be relative to the folder that the commands run in."""
+
+    solver: Path
+    weights: Path | None
+    """Start from these weights; None with ``snapshot`` None: from random ones."""
+
+    snapshot: Path | None
+    """Go on from this ``.solverstate``; ``weights`` is not used then."""
+
+    gpus: tuple[int, ...]
+    final_weights: Path
+    """The ``<prefix>_iter_<max_iter>.caffemodel`` that the stage ends with."""
+
+    sparse: SparseSettings | None
+    freeze_zeros: bool
+    """Hold the convolutions' zeros of ``weights`` at zero."""
+
+    reestimate_batches: int
+    """Training batches to re-estimate batch-norm statistics over at the end; 0: do not (stock Caffe only)."""
+
+
+@dataclass(frozen=True)
+class TestJob:
+    """Weights to score with a network's own accuracy layers."""
+
+    __test__ = False  # its name is no sign for pytest
+
+    model: Path
+    weights: Path
+    iterations: int
+    gpus: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """A Caffe that carries out stages."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
+        """Where ``stage`` runs when the recipe asks for ``gpus`` and ``iter_size`` passes an update."""
+        ...
+
+    def train_commands(self, job: TrainJob) -> list[list[str]]:
+        """The commands that train the stage, in order; the next runs only after the one before exits with 0.
+
+        Raises:
+            UserError: this engine cannot do the job (for one, a sparse stage without pycaffe).
+        """
+        ...
+
+    def finished(self, job: TrainJob) -> bool:
+        """Whether the stage's final weights are there, whole, and ready to be handed over."""
+        ...
+
+    def test_command(self, job: TestJob) -> list[str]: ...
+
+    def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
+        """``sparsity_start_factor`` for a solver file that goes on from the snapshot of ``iteration``.
+
+        ``log`` is what the stage has printed so far. None: the snapshot itself carries the place in the ramp.
+        """
+        ...

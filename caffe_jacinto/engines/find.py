@@ -1,0 +1,238 @@
+"""Find a Caffe, and tell what it is: the one place that looks for it.
+
+Which kind an executable is, and whether it can use a GPU, is read from the bytes of the program and its library;
+only its version, and whether this Python imports its pycaffe, are asked by running them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from caffe_jacinto.engines.bvlc import BvlcEngine
+from caffe_jacinto.engines.caffe_jacinto import CaffeJacintoEngine
+from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+
+IN_A_ROOT = ("build/tools/caffe", "build/tools/caffe.bin", "bin/caffe")
+"""Where a Caffe tree has its executable: CMake's and make's build folder, an installation."""
+
+INSTALL = "tools/utils/install_caffe.sh"
+ASK_TIMEOUT = 60
+"""Seconds to wait for an executable or a Python to say what it is."""
+
+# Bytes that tell a build. Field names stand in the serialized schema that every Caffe carries.
+ANY_CAFFE = b"snapshot_prefix"
+ONLY_CAFFE_JACINTO = b"sparsity_target"
+ONLY_NVCAFFE = b"default_forward_type"
+CPU_ONLY = b"Cannot use GPU in CPU-only Caffe"
+NO_NCCL = b"rebuild with USE_NCCL"
+
+
+def find_engine(caffe: str | None = None, force: str | None = None) -> Engine:
+    """The Caffe to use: ``caffe`` (an executable or a Caffe tree), else $CAFFE_ROOT, else PATH, else the prefix.
+
+    ``force`` is ``bvlc`` or ``caffe-jacinto``: the kind it has to be.
+
+    Raises:
+        UserError: there is none, it does not start, or it is not of the kind forced.
+    """
+    executable, where = _executable(caffe)
+    info = describe(executable)
+    if force is not None and force != info.kind:
+        raise UserError(
+            f"--engine {force}: the Caffe from {where}, {executable}, is {_KIND_NAMES[info.kind]}; "
+            f"give the path of another with --caffe, or leave --engine out"
+        )
+    return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)
+
+
+_KIND_NAMES: dict[EngineKind, str] = {"bvlc": "stock Caffe (bvlc)", "caffe-jacinto": "caffe-jacinto"}
+
+
+def prefix() -> Path:
+    """Where `install_caffe.sh` puts Caffe for this Python, outside the checkout, shared by all checkouts."""
+    home = os.environ.get("CAFFE_JACINTO_HOME")
+    if not home:
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+        home = str(Path(data) / "caffe_jacinto")
+    return Path(home) / f"caffe-1.0-cpu-py{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _executable(caffe: str | None) -> tuple[Path, str]:
+    """The executable to use, and where it was named."""
+    for named, where in ((caffe, "--caffe"), (os.environ.get("CAFFE_ROOT"), "$CAFFE_ROOT")):
+        if named:
+            return _in(Path(named).expanduser(), where), where
+    on_path = shutil.which("caffe")
+    if on_path and _library_bytes_have(Path(on_path), ANY_CAFFE):
+        return Path(on_path), "PATH"
+    installed = prefix() / "bin/caffe"
+    if _runs(installed):
+        return installed, "its prefix"
+    raise UserError(
+        f"no Caffe found (--caffe, $CAFFE_ROOT, PATH, {installed}): install stock Caffe with {INSTALL}, "
+        "or name one with --caffe PATH"
+    )
+
+
+def _in(path: Path, where: str) -> Path:
+    """The executable that ``path``, an executable or a tree, means."""
+    if path.is_file():
+        if not _runs(path):
+            raise UserError(f"{where}: {path} is not executable; name the caffe executable or its tree")
+        return path
+    if not path.exists():
+        raise UserError(
+            f"{where}: {path} does not exist; name the caffe executable or the tree it was built in"
+        )
+    for inside in IN_A_ROOT:
+        if _runs(path / inside):
+            return path / inside
+    raise UserError(f"{where}: no Caffe in {path} (looked for {', '.join(IN_A_ROOT)}); build it there first")
+
+
+def _runs(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def describe(executable: Path) -> EngineInfo:
+    """What the Caffe at ``executable`` is.
+
+    Raises:
+        UserError: it is no Caffe, one that no engine here drives, or it does not start.
+    """
+    executable = executable.absolute()
+
+    def has(mark: bytes) -> bool:
+        return _library_bytes_have(executable, mark)
+
+    if not has(ANY_CAFFE):
+        raise UserError(
+            f"{executable} is no Caffe: neither it nor its library knows a solver's snapshot_prefix"
+        )
+    if not has(ONLY_CAFFE_JACINTO) and has(ONLY_NVCAFFE):
+        raise UserError(
+            f"{executable} is NVCaffe, which counts a batch as caffe-jacinto does but cannot sparsify; "
+            "name a stock Caffe or a caffe-jacinto with --caffe"
+        )
+    kind: EngineKind = "caffe-jacinto" if has(ONLY_CAFFE_JACINTO) else "bvlc"
+    gpu = not has(CPU_ONLY)
+    notes = []
+    pycaffe, trouble = _pycaffe(executable) if kind == "bvlc" else (None, None)
+    if trouble:
+        notes.append(trouble)
+    return EngineInfo(
+        kind=kind,
+        executable=executable,
+        version=_version(executable),
+        dialect=Dialect.BVLC if kind == "bvlc" else Dialect.CAFFE_JACINTO,
+        gpu=gpu,
+        multi_gpu=gpu and not has(NO_NCCL),
+        pycaffe=pycaffe,
+        notes=tuple(notes),
+    )
+
+
+def _library_bytes_have(executable: Path, mark: bytes) -> bool:
+    return any(_file_has(file, mark) for file in (executable, *_libraries(executable)))
+
+
+def _file_has(path: Path, mark: bytes) -> bool:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return view.find(mark) >= 0
+    except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
+        return False
+
+
+def _libraries(executable: Path) -> Iterator[Path]:
+    """The libcaffe that the loader would give ``executable``, or else (a script) those in the lib folder beside."""
+    try:
+        listed = subprocess.run(
+            ["ldd", str(executable)], capture_output=True, text=True, timeout=ASK_TIMEOUT, check=False
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        listed = ""
+    linked = re.findall(r"^\s*libcaffe\S*\s+=>\s+(/.+?)\s+\(0x", listed, re.MULTILINE)
+    if linked:
+        yield from map(Path, linked)
+        return
+    for folder in dict.fromkeys((executable.parent, executable.resolve().parent)):
+        yield from folder.glob("../lib*/libcaffe*.so*")
+
+
+def _version(executable: Path) -> str | None:
+    """What ``caffe --version`` says.
+
+    Raises:
+        UserError: it does not start; the message is its own.
+    """
+    try:
+        said = subprocess.run(
+            [str(executable), "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASK_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{executable} does not start: {error}") from error
+    text = said.stdout + said.stderr
+    found = re.search(r"version\s+(\d[\w.+-]*)", text)
+    if found is None and said.returncode != 0:
+        lines = text.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {said.returncode}"
+        raise UserError(f"{executable} does not start: {reason}")
+    return found[1] if found else None
+
+
+def _pycaffe(executable: Path) -> tuple[Path | None, str | None]:
+    """The folder that ``import caffe`` works from, or None and why."""
+    trouble = None
+    for folder in _pycaffe_folders(executable):
+        reason = _import_trouble(folder)
+        if reason is None:
+            return folder, None
+        trouble = f"pycaffe in {folder} cannot be imported by {sys.executable}: {reason}"
+    return None, trouble or f"no pycaffe beside {executable}: it trains and tests, but cannot sparsify"
+
+
+def _pycaffe_folders(executable: Path) -> Iterator[Path]:
+    """Folders above the executable (as named, and behind links) that hold pycaffe in ``python/`` or as installed."""
+    seen = set()
+    for start in (executable, executable.resolve()):
+        for root in list(start.parents)[1:4]:
+            for inside in ("python", "lib/python3/dist-packages"):
+                folder = root / inside
+                if folder not in seen and list(folder.glob("caffe/_caffe*.so")):
+                    seen.add(folder)
+                    yield folder
+
+
+def _import_trouble(folder: Path) -> str | None:
+    """The last line of what goes wrong when this Python imports pycaffe from ``folder``; None if nothing does."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import caffe; caffe.SGDSolver"
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", code, str(folder)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASK_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if tried.returncode == 0:
+        return None
+    lines = tried.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {tried.returncode}"

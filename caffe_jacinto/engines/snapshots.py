@@ -1,0 +1,99 @@
+"""Snapshots of a stage that training can go on from, and why others cannot.
+
+Caffe writes a snapshot's two files one after the other, under their final names: after a kill either may be cut
+off, or be left from an earlier try.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from caffe_jacinto.caffemodel.blobs import StoredLayer, StoredState, mapped, stored_layers, stored_state
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A complete snapshot."""
+
+    iteration: int
+    caffemodel: Path
+    solverstate: Path
+
+    def files(self) -> list[Path]:
+        """All its files, those of the engine (masks, hand-over) with them."""
+        return sorted(self.caffemodel.parent.glob(f"{_glob_literal(self.caffemodel.stem)}.*"))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The snapshots under a prefix, newest first."""
+
+    complete: tuple[Snapshot, ...]
+    skipped: tuple[str, ...]
+    """One line for each that training cannot go on from: which, and why."""
+
+
+def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:
+    """The snapshots ``<prefix>_iter_N`` whose two files are whole and belong together, newest first."""
+    return list(survey(prefix, dialect).complete)
+
+
+def survey(prefix: Path, dialect: Dialect) -> Survey:
+    """All snapshots ``<prefix>_iter_N``: those to go on from, and those to pass over with the reason."""
+    name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
+    folder = prefix.parent
+    found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
+    complete, skipped = [], []
+    for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
+        caffemodel = folder / f"{prefix.name}_iter_{iteration}.caffemodel"
+        try:
+            complete.append(_checked(iteration, caffemodel, dialect))
+        except UserError as error:
+            skipped.append(f"snapshot of iteration {iteration} is passed over: {error}")
+    return Survey(tuple(complete), tuple(skipped))
+
+
+def final_is_complete(final_weights: Path, dialect: Dialect) -> bool:
+    """Whether ``<prefix>_iter_N.caffemodel`` and its solver state are there, whole."""
+    match = re.fullmatch(r".*_iter_(\d+)", final_weights.stem)
+    if match is None:
+        return False
+    try:
+        _checked(int(match[1]), final_weights, dialect)
+    except UserError:
+        return False
+    return True
+
+
+def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
+    solverstate = caffemodel.with_suffix(".solverstate")
+    for file in (caffemodel, solverstate):
+        if not file.is_file():
+            raise UserError(f"{file} is missing")
+    state = stored_state(solverstate)
+    if state.iteration != iteration:
+        raise UserError(f"{solverstate} is of iteration {state.iteration}")
+    if Path(state.learned_net).name != caffemodel.name:
+        raise UserError(f"{solverstate} belongs to {state.learned_net}")
+    with mapped(caffemodel) as view:
+        layers = stored_layers(view, caffemodel)
+    # The fork's history is not known well enough here to refuse a snapshot over it.
+    if dialect is Dialect.BVLC and not _same_shapes(layers, state):
+        raise UserError(f"{solverstate} is of another network than {caffemodel}")
+    return Snapshot(iteration, caffemodel, solverstate)
+
+
+def _same_shapes(layers: list[StoredLayer], state: StoredState) -> bool:
+    """Whether the history has the shapes of the weights, once (SGD) or several times (Adam: two moments)."""
+    weights = [blob.shape for layer in layers for blob in layer.blobs]
+    history = [blob.shape for blob in state.history]
+    times, rest = divmod(len(history), len(weights))
+    return rest == 0 and history == weights * times
+
+
+def _glob_literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)

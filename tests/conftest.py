@@ -1,0 +1,37 @@
+"""What tests share: the real Caffe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.find import find_engine
+from caffe_jacinto.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def caffe_engine() -> Engine:
+    """The real stock Caffe with pycaffe, found as a user's is; where CI is set, its lack is a failure."""
+    try:
+        engine = find_engine(None, "bvlc")
+    except UserError as error:
+        return _missing(str(error))
+    if engine.info.pycaffe is None:
+        return _missing("; ".join(engine.info.notes))
+    return engine
+
+
+@pytest.fixture(scope="session")
+def caffe_root(caffe_engine: Engine) -> Path:
+    """The folder whose ``python/`` holds pycaffe and that has the executable below it."""
+    assert caffe_engine.info.pycaffe is not None
+    return caffe_engine.info.pycaffe.parent
+
+
+def _missing(reason: str) -> Engine:
+    if os.environ.get("CI"):
+        pytest.fail(f"these tests need real Caffe: {reason}")
+    pytest.skip(f"needs real Caffe: {reason}")
