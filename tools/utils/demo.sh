@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole path on a small real data set: sets the project up (tools/utils/setup.sh), writes 5,000 handwritten digits as
+# JPEG files in ImageNet's layout, puts them into LMDBs, trains a sparse JacintoNet11 through all its stages, reports.
+#
+#   tools/utils/demo.sh [SETTING...]     a SETTING overrides one of the recipe demo_digits,
+#                                        e.g. stages.initial.solver.max_iter=300
+#
+# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=tools/utils/steps.sh
+. "$root/tools/utils/steps.sh"
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+
+"$root/tools/utils/setup.sh"
+cd "$root"
+python=$root/.venv/bin/python
+started=$EPOCHSECONDS
+
+say "1/4 Images: data/digits"
+"$python" -m caffe_jacinto.data.digits --output data/digits --keep
+
+say "2/4 LMDBs: data/digits_train_lmdb, data/digits_val_lmdb"
+PYTHON=$python DATA=data/digits OUTPUT=data/digits SIZE=32 tools/utils/create_imagenet_classification_lmdb.sh
+
+run=training/digits_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
+say "3/4 Training: $run"
+"$python" -m caffe_jacinto.train demo_digits --output "$run" "$@"
+
+say "4/4 Result"
+"$python" -m caffe_jacinto.report "$run"
+say "The demo took $(duration $((EPOCHSECONDS - started)))"

@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# Sourced by the scripts that install: how they tell what they do, which system packages the project needs, and where
+# its Caffe lies.
+
+say() { printf '%s\n' "$*"; }
+fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+# duration SECONDS: "45 s" or "3 min 20 s"
+duration() { if [ "$1" -lt 60 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi; }
+
+# progress LABEL DONE TOTAL STARTED: one line that is rewritten on a terminal, a line for each tenth elsewhere.
+# STARTED is the value of EPOCHSECONDS when the step began; the time left assumes that the step goes on as it began.
+progress_shown=
+progress() {
+  local label=$1 done=$2 total=$3 elapsed=$((EPOCHSECONDS - $4)) left=
+  [ "$total" -gt 0 ] || return 0
+  local percent=$((100 * done / total))
+  if [ "$done" -gt 0 ] && [ "$done" -lt "$total" ] && [ "$elapsed" -ge 2 ]; then
+    left=", about $(duration $((elapsed * (total - done) / done))) left"
+  fi
+  if [ -t 1 ]; then
+    printf '\r\033[K  %s: %d %%%s' "$label" "$percent" "$left"
+  elif [ "$progress_shown" != "$label $((percent / 10))" ]; then
+    progress_shown="$label $((percent / 10))"
+    say "  $label: $percent %$left"
+  fi
+}
+end_progress() { progress_shown=; if [ -t 1 ]; then printf '\r\033[K'; fi; }
+
+# The names are the same on Debian 12, Ubuntu 22.04 and Ubuntu 24.04.
+# shellcheck disable=SC2034  # used by the scripts that source this file
+python_packages=(ca-certificates python3 python3-venv)
+# shellcheck disable=SC2034
+caffe_packages=(
+  cmake ninja-build g++ python3-dev protobuf-compiler libboost-system-dev libboost-thread-dev libboost-filesystem-dev
+  libboost-python-dev libprotobuf-dev libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev libopenblas-dev libopencv-dev
+)
+
+# missing_packages NAME...: those of these packages that are not installed, one a line. Without dpkg it looks for a
+# command or header that each one brings, so that other distributions are told exactly what they lack.
+missing_packages() {
+  local name
+  if command -v dpkg-query >/dev/null; then
+    local installed
+    installed=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "$@" 2>/dev/null | awk '$2 == "installed" {print $1}') || true
+    for name in "$@"; do
+      [[ $'\n'$installed$'\n' == *$'\n'"$name"$'\n'* ]] || echo "$name"
+    done
+  else
+    for name in "$@"; do package_by_sight "$name" || echo "$name"; done
+  fi
+}
+
+# package_by_sight DEBIAN_NAME: whether what that package brings can be seen, whatever the distribution calls it.
+package_by_sight() {
+  case $1 in
+    ca-certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -d /etc/pki/tls/certs ] || [ -e /etc/ssl/cert.pem ] ;;
+    python3) [ -x /usr/bin/python3 ] ;;
+    python3-venv) /usr/bin/python3 -c 'import venv, ensurepip' 2>/dev/null ;;
+    python3-dev) have_header 'python3*/Python.h' ;;
+    cmake) command -v cmake >/dev/null ;;
+    ninja-build) command -v ninja >/dev/null ;;
+    g++) command -v g++ >/dev/null ;;
+    protobuf-compiler) command -v protoc >/dev/null ;;
+    libboost-system-dev) have_header boost/system/error_code.hpp ;;
+    libboost-thread-dev) have_header boost/thread.hpp ;;
+    libboost-filesystem-dev) have_header boost/filesystem.hpp ;;
+    libboost-python-dev) have_header boost/python.hpp ;;
+    libprotobuf-dev) have_header google/protobuf/message.h ;;
+    libgoogle-glog-dev) have_header glog/logging.h ;;
+    libgflags-dev) have_header gflags/gflags.h ;;
+    libhdf5-dev) have_header hdf5.h || have_header 'hdf5/*/hdf5.h' ;;
+    liblmdb-dev) have_header lmdb.h ;;
+    libopenblas-dev) have_header 'openblas*/cblas.h' || have_header cblas.h ;;
+    libopencv-dev) have_header opencv4/opencv2/core.hpp || have_header opencv2/core.hpp ;;
+    *) false ;;
+  esac
+}
+have_header() {
+  compgen -G "/usr/include/$1" >/dev/null || compgen -G "/usr/include/*-linux-gnu/$1" >/dev/null ||
+    compgen -G "/usr/local/include/$1" >/dev/null
+}
+
+# default_prefix PYTHON_VERSION: where the project's own Caffe lies, the same for all checkouts of a user.
+default_prefix() {
+  echo "${CAFFE_JACINTO_HOME:-${XDG_DATA_HOME:-$HOME/.local/share}/caffe_jacinto}/caffe-1.0-cpu-py$1"
+}
+
+# python_version PYTHON: its "3.11"
+python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+# caffe_runs EXECUTABLE: whether it is Caffe and starts on this machine
+caffe_runs() { [[ $("$1" --version 2>&1) == *"caffe version"* ]]; }

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Sets the project up (tools/utils/setup.sh) and runs every check: formatting, lint, types, and all tests, those with
+# real Caffe included. Ends with an exit code that is not zero when one fails; each is run, whatever the others say.
+#
+#   tools/utils/test.sh [--fast]     --fast: without the tests marked `caffe`, in seconds
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=tools/utils/steps.sh
+. "$root/tools/utils/steps.sh"
+
+tests=()
+case ${1:-} in
+  '') ;;
+  --fast) tests=(-m 'not caffe') ;;
+  -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  *) fail "unknown argument '$1'; --help tells more" ;;
+esac
+"$root/tools/utils/setup.sh"
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+
+failed=()
+check() { # check NAME COMMAND...
+  local name=$1 started=$EPOCHSECONDS
+  shift
+  say "== $name: $*"
+  if "$@"; then say "   passed in $(duration $((EPOCHSECONDS - started)))"; else failed+=("$name"); fi
+}
+check formatting ruff format --check .
+check lint ruff check .
+check types mypy
+check scripts shellcheck -x tools/utils/*.sh
+check tests python -m pytest --durations=5 "${tests[@]}"
+
+[ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
+say "All checks passed"
