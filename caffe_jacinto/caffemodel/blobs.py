@@ -1,9 +1,10 @@
-"""Where the blobs lie in a ``.caffemodel`` or ``.solverstate``, of either dialect: shapes and byte ranges, no numbers.
+"""Where the blobs lie in a ``.caffemodel`` or ``.solverstate``, of either dialect: shapes and byte ranges, no
+numbers.
 
-Field numbers (the same in both dialects): NetParameter layer 100, layers 2 (the V1 form); LayerParameter name 1,
-blobs 7; V1LayerParameter name 4, blobs 6; BlobProto num, channels, height, width 1 to 4, data 5, shape 7,
-double_data 8, and the fork's raw_data_type 10, raw_data 12; BlobShape dim 1; SolverState iter 1, learned_net 2,
-history 3.
+Field numbers (the same in both dialects): NetParameter layer 100, layers 2 (the V1 form); LayerParameter name
+1, blobs 7; V1LayerParameter name 4, blobs 6; BlobProto num, channels, height, width 1 to 4, data 5, shape 7,
+double_data 8, and the fork's raw_data_type 10, raw_data 12; BlobShape dim 1; SolverState iter 1, learned_net
+2, history 3.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from caffe_jacinto.caffemodel.wire import LENGTH, VARINT, Field, NotWhole, fields, integers, text
+from caffe_jacinto.caffemodel.wire import LENGTH, VARINT, Field, NotWholeError, fields, integers, text
 from caffe_jacinto.errors import UserError
 
 _NET_LAYER, _NET_V1_LAYER = 100, 2
@@ -92,7 +93,7 @@ def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
                 layer = _stored_layer(view, field)
                 if layer.blobs:
                     layers.append(layer)
-    except NotWhole:
+    except NotWholeError:
         raise UserError(_cut_off(path, "weight file (.caffemodel)")) from None
     if not layers:
         raise UserError(f"{path}: no layer with weights in it; is it a .caffemodel?")
@@ -115,7 +116,7 @@ def stored_state(path: Path) -> StoredState:
                     learned_net = text(view, field)
                 elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
                     history.append(_blob(view, field))
-    except NotWhole:
+    except NotWholeError:
         raise UserError(_cut_off(path, "solver state (.solverstate)")) from None
     if iteration is None or not history:
         raise UserError(f"{path}: no iteration or no history in it; is it a .solverstate?")
@@ -166,9 +167,9 @@ def _blob(view: memoryview, field: Field) -> Blob:
             raw_type = inner.value
     if number_format == "raw":
         if raw_type not in _RAW_FORMATS:
-            raise NotWhole
+            raise NotWholeError
         number_format, size = _RAW_FORMATS[raw_type]
     dims = tuple(old_shape if shape is None else shape)
     if sum(end - start for start, end in ranges) != prod(dims) * size:
-        raise NotWhole
+        raise NotWholeError
     return Blob(dims, number_format, tuple(ranges))

@@ -12,7 +12,7 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 
 
-class NotWhole(ValueError):
+class NotWholeError(ValueError):
     """The bytes end in the middle of a field, or are no protobuf message."""
 
 
@@ -40,14 +40,14 @@ def varint(buffer: memoryview, position: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise NotWhole
+    raise NotWholeError
 
 
 def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterator[Field]:
     """The fields of the message in ``buffer[start:end]``, in the order of the file.
 
     Raises:
-        NotWhole: a field reaches beyond ``end``, or there is something that is no field.
+        NotWholeError: a field reaches beyond ``end``, or there is something that is no field.
     """
     stop = len(buffer) if end is None else end
     position = start
@@ -64,9 +64,9 @@ def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterat
         elif wire_type in _FIXED_BYTES:
             position = begin + _FIXED_BYTES[wire_type]
         else:
-            raise NotWhole
+            raise NotWholeError
         if position > stop or number == 0:
-            raise NotWhole
+            raise NotWholeError
         yield Field(number, wire_type, value, begin, position)
 
 

@@ -1,4 +1,5 @@
-"""Stock Caffe 1.0: ``caffe train`` where that is enough, its solver stepped through pycaffe where zeros must hold.
+"""Stock Caffe 1.0: ``caffe train`` where that is enough, its solver stepped through pycaffe where zeros must
+hold.
 
 Batch-norm statistics are re-estimated at the end of every stage: they lag behind weights that change fast.
 """
@@ -23,18 +24,18 @@ class BvlcEngine:
         self.info = info
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
-        """One device where zeros are held in place; the other GPUs' share of the batch comes by more passes."""
+        """One device where zeros are held in place; the other GPUs' share of the batch by more passes."""
         if len(gpus) < 2 or not (stage.sparse or stage.freeze_zeros):
             return DevicePlan(gpus, iter_size, None)
         passes = iter_size * len(gpus)
         note = (
-            f"stock Caffe holds zeros in place on one device: GPU {gpus[0]} takes the batch of {len(gpus)} GPUs "
-            f"in {passes} passes instead of {iter_size}"
+            f"stock Caffe holds zeros in place on one device: GPU {gpus[0]} takes the batch of "
+            f"{len(gpus)} GPUs in {passes} passes instead of {iter_size}"
         )
         return DevicePlan(gpus[:1], passes, note)
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
-        """``caffe train`` or the stepper, then the hand-over; only the hand-over where training is done already."""
+        """``caffe train`` or the stepper, then the hand-over; only that where training is done already."""
         if job.snapshot is not None and job.snapshot.stem == job.final_weights.stem:
             return [self._reestimate(job)] if job.reestimate_batches else []
         if job.sparse or job.freeze_zeros:
@@ -43,7 +44,7 @@ class BvlcEngine:
         return [training, self._reestimate(job)] if job.reestimate_batches else [training]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is complete and, where they are to be, its statistics are re-estimated."""
+        """Whether the final snapshot is complete and its statistics, if the job says so, re-estimated."""
         if not final_is_complete(job.final_weights, self.info.dialect):
             return False
         return job.reestimate_batches == 0 or is_handed_over(job.final_weights)
@@ -84,8 +85,8 @@ class BvlcEngine:
     def _pycaffe(self) -> Path:
         if self.info.pycaffe is None:
             raise UserError(
-                f"{self.info.executable} has no pycaffe that {sys.executable} can import, and this stage needs it "
-                f"({'; '.join(self.info.notes)}): build it, or install stock Caffe with tools/utils/install_caffe.sh"
+                f"this stage needs pycaffe, and {self.info.executable} has none {sys.executable} can import "
+                f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh"
             )
         return self.info.pycaffe
 

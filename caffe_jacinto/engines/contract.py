@@ -1,8 +1,8 @@
 """The contract of the engines: what is asked of a Caffe, whichever kind it is.
 
-An engine turns a job into commands (argument lists, never shell text). Whoever holds the job runs them one after
-the other and asks `Engine.finished` how it ended: Caffe exits with 0 when it was interrupted, too, so that an exit
-code alone does not say that a stage is done.
+An engine turns a job into commands (argument lists, never shell text). Whoever holds the job runs them one
+after the other and asks `Engine.finished` how it ended: Caffe exits with 0 when it was interrupted, too, so
+that an exit code alone does not say that a stage is done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EngineInfo:
     """Can train on several GPUs at once (stock Caffe: built with NCCL)."""
 
     pycaffe: Path | None
-    """The folder to put on ``sys.path`` for ``import caffe``; None if there is none that this Python can import."""
+    """The folder to put on ``sys.path`` for ``import caffe``; None if this Python can import none."""
 
     notes: tuple[str, ...]
     """What the user should know of it, one line each."""

@@ -1,7 +1,7 @@
 """Find a Caffe, and tell what it is: the one place that looks for it.
 
-Which kind an executable is, and whether it can use a GPU, is read from the bytes of the program and its library;
-only its version, and whether this Python imports its pycaffe, are asked by running them.
+Which kind an executable is, and whether it can use a GPU, is read from the bytes of the program and its
+library; only its version, and whether this Python imports its pycaffe, are asked by running them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_NCCL = b"rebuild with USE_NCCL"
 
 
 def find_engine(caffe: str | None = None, force: str | None = None) -> Engine:
-    """The Caffe to use: ``caffe`` (an executable or a Caffe tree), else $CAFFE_ROOT, else PATH, else the prefix.
+    """The Caffe to use: ``caffe`` (an executable or a tree), else $CAFFE_ROOT, else PATH, else the prefix.
 
     ``force`` is ``bvlc`` or ``caffe-jacinto``: the kind it has to be.
 
@@ -154,7 +154,7 @@ def _file_has(path: Path, mark: bytes) -> bool:
 
 
 def _libraries(executable: Path) -> Iterator[Path]:
-    """The libcaffe that the loader would give ``executable``, or else (a script) those in the lib folder beside."""
+    """The libcaffe that the loader would take, or else (for a script) those in the lib folder beside it."""
     try:
         listed = subprocess.run(
             ["ldd", str(executable)], capture_output=True, text=True, timeout=ASK_TIMEOUT, check=False
@@ -207,7 +207,7 @@ def _pycaffe(executable: Path) -> tuple[Path | None, str | None]:
 
 
 def _pycaffe_folders(executable: Path) -> Iterator[Path]:
-    """Folders above the executable (as named, and behind links) that hold pycaffe in ``python/`` or as installed."""
+    """Folders with pycaffe above the executable, as named and behind links: ``python/``, or as installed."""
     seen = set()
     for start in (executable, executable.resolve()):
         for root in list(start.parents)[1:4]:
@@ -219,7 +219,7 @@ def _pycaffe_folders(executable: Path) -> Iterator[Path]:
 
 
 def _import_trouble(folder: Path) -> str | None:
-    """The last line of what goes wrong when this Python imports pycaffe from ``folder``; None if nothing does."""
+    """Why this Python does not import pycaffe from ``folder``, in one line; None if it does."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import caffe; caffe.SGDSolver"
     try:
         tried = subprocess.run(

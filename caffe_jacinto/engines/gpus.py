@@ -30,7 +30,7 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
         )
     if len(gpus) > 1 and not info.multi_gpu:
         raise UserError(
-            f"GPUs {asked} are asked for, but {info.executable} is built without NCCL and trains on one GPU only: "
+            f"GPUs {asked} are asked for, but {info.executable} is built without NCCL, for one GPU only: "
             "name one, or rebuild it with USE_NCCL"
         )
     there = visible_gpus()
@@ -38,7 +38,8 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
     if missing:
         has = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0 only" if there else "no NVIDIA GPU"
         raise UserError(
-            f"GPUs {asked} are asked for, but {', '.join(map(str, missing))} is not there: this machine has {has}"
+            f"GPUs {asked} are asked for, but {', '.join(map(str, missing))} is not there: "
+            f"this machine has {has}"
         )
 
 

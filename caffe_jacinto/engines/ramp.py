@@ -1,7 +1,7 @@
 """The ramp of the fraction to zero: when a threshold is due, and how far the ramp has come.
 
-Rule of the published method (caffe-jacinto's ``sparsity_*`` solver fields): at iterations ``i >= start_iter`` that
-``step_iter`` divides, while the achieved sparsity is under the target and the factor is at most
+Rule of the published method (caffe-jacinto's ``sparsity_*`` solver fields): at iterations ``i >= start_iter``
+that ``step_iter`` divides, while the achieved sparsity is under the target and the factor is at most
 min(target + 0.15, 0.95), the factor grows by ``step_factor`` and is then applied; the published log's first
 threshold, from a ``sparsity_start_factor`` of 0, says ``Finding and applying sparsity: 0.01``.
 """

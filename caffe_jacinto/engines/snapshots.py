@@ -1,7 +1,7 @@
 """Snapshots of a stage that training can go on from, and why others cannot.
 
-Caffe writes a snapshot's two files one after the other, under their final names: after a kill either may be cut
-off, or be left from an earlier try.
+Caffe writes a snapshot's two files one after the other, under their final names: after a kill either may be
+cut off, or be left from an earlier try.
 """
 
 from __future__ import annotations
@@ -59,14 +59,23 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
 
 def final_is_complete(final_weights: Path, dialect: Dialect) -> bool:
     """Whether ``<prefix>_iter_N.caffemodel`` and its solver state are there, whole."""
-    match = re.fullmatch(r".*_iter_(\d+)", final_weights.stem)
-    if match is None:
-        return False
     try:
-        _checked(int(match[1]), final_weights, dialect)
+        _checked(iteration_of(final_weights), final_weights, dialect)
     except UserError:
         return False
     return True
+
+
+def iteration_of(snapshot: Path) -> int:
+    """N of ``<prefix>_iter_N.caffemodel``.
+
+    Raises:
+        UserError: the file is not named so.
+    """
+    match = re.fullmatch(r".*_iter_(\d+)", snapshot.stem)
+    if match is None:
+        raise UserError(f"{snapshot}: not named as a snapshot, <prefix>_iter_N{snapshot.suffix}")
+    return int(match[1])
 
 
 def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:

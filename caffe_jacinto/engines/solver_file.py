@@ -1,0 +1,79 @@
+"""A stage's solver.prototxt, as far as the stepper carries it out itself."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caffe_jacinto.errors import UserError
+
+
+@dataclass(frozen=True)
+class SolverFile:
+    """A parsed solver.prototxt."""
+
+    path: Path
+    parameters: Any
+    """The SolverParameter message of the Caffe that runs."""
+
+    @property
+    def train_net(self) -> str:
+        return str(self.parameters.train_net or self.parameters.net)
+
+    @property
+    def test_nets(self) -> list[tuple[str, int]]:
+        """Each test net's file and its batches in one test."""
+        files = list(self.parameters.test_net)
+        batches = list(self.parameters.test_iter)
+        files += [self.parameters.net] * (len(batches) - len(files))
+        return list(zip(files, batches, strict=True))
+
+    def snapshot(self, iteration: int, extension: str) -> Path:
+        """The file that Caffe gives a snapshot of ``iteration``."""
+        return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}")
+
+
+def read_solver(path: Path) -> SolverFile:
+    """Parse ``path`` with the schema of the pycaffe that is imported.
+
+    Raises:
+        UserError: it cannot be read or parsed, or holds its nets inside itself.
+    """
+    from caffe.proto import caffe_pb2
+    from google.protobuf import text_format
+
+    try:
+        parameters = text_format.Parse(path.read_text(), caffe_pb2.SolverParameter())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except text_format.ParseError as error:
+        raise UserError(f"{path}:{error}") from error
+    solver = SolverFile(path, parameters)
+    if not solver.train_net or parameters.test_net_param or parameters.HasField("train_net_param"):
+        raise UserError(f"{path}: name the nets as files, by train_net and test_net")
+    if not parameters.snapshot_prefix or not Path(parameters.snapshot_prefix).parent.is_dir():
+        raise UserError(f"{path}: snapshot_prefix: its folder is missing; make it first")
+    return solver
+
+
+def stepped_solver(caffe: Any, solver: SolverFile) -> Any:
+    """Caffe's solver for ``solver``, without the tests, snapshots and display that the stepper does itself.
+
+    Caffe would do them at the right iterations, but before the zeros are put back.
+    """
+    from google.protobuf import text_format
+
+    quiet = type(solver.parameters)()
+    quiet.CopyFrom(solver.parameters)
+    for field in ("test_net", "test_iter", "test_state", "test_interval", "display", "snapshot"):
+        quiet.ClearField(field)
+    quiet.snapshot_format = quiet.BINARYPROTO
+    if quiet.net:
+        quiet.train_net, quiet.net = quiet.net, ""
+        quiet.ClearField("net")
+    with tempfile.NamedTemporaryFile("w", suffix=".prototxt", encoding="utf-8") as file:
+        file.write(text_format.MessageToString(quiet, as_utf8=True))
+        file.flush()
+        return caffe.get_solver(file.name)
