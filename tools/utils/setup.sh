@@ -65,7 +65,7 @@ Install what your distribution calls these, and run this again. (Tried on Debian
     apt-get update && apt-get install -y --no-install-recommends ${names[*]}
 and run this again: all the rest (Python packages, Caffe) needs no rights."
   fi
-  local log started=$EPOCHSECONDS line
+  local log line phase='' started
   log=$(mktemp)
   say "System packages: installing ${#names[@]} that are missing (about 2 min if Caffe is to be built): ${names[*]}"
   as_root dpkg --configure -a >"$log" 2>&1 || true # finishes what an interrupted installation left
@@ -75,9 +75,9 @@ and run this again: all the rest (Python packages, Caffe) needs no rights."
   as_root apt-get -q -y -o DPkg::Lock::Timeout=600 -o APT::Status-Fd=1 install --no-install-recommends "${names[@]}" 2>&1 </dev/null |
     while IFS= read -r line; do
       case $line in
-        dlstatus:* | pmstatus:*)
-          line=${line#*:*:} # the percentage stands third, with decimals
-          [[ $line =~ ^([0-9]+) ]] && progress "packages" "${BASH_REMATCH[1]}" 100 "$started" ;;
+        dlstatus:* | pmstatus:*) # phase, package, percentage with decimals, text
+          [ "$phase" = "${line%%:*}" ] || { phase=${line%%:*} started=$EPOCHSECONDS; }
+          [[ $line =~ ^..status:[^:]*:([^:]*:)?([0-9]+)\.[0-9]+: ]] && progress "$(phase_name "$phase")" "${BASH_REMATCH[2]}" 100 "$started" ;;
         *) printf '%s\n' "$line" >>"$log" ;;
       esac
     done
@@ -87,6 +87,7 @@ and run this again: all the rest (Python packages, Caffe) needs no rights."
   [ "$status" = 0 ] || package_failure "apt-get install" "$log"
   rm -f "$log"
 }
+phase_name() { if [ "$1" = dlstatus ]; then echo "downloading"; else echo "installing"; fi; }
 package_failure() {
   tail -n 15 "$2" >&2
   fail "$1 failed; all that it printed is in $2"
