@@ -87,7 +87,7 @@ class TrainingSettings(_Settings):
     """How many of the newest snapshots are kept, beside the best by top-1."""
 
     reestimate_batches: NaturalInt = 30
-    """Training batches that batch-norm statistics are re-estimated over at the end of a stage, stock Caffe only;
+    """Training batches for the batch-norm statistics at the end of a stage (stock Caffe only);
     0 leaves the running statistics."""
 
     @model_validator(mode="after")

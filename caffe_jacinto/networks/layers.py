@@ -1,0 +1,153 @@
+"""Layers as plain data, the same for every dialect; the templates know how each is written.
+
+Every layer has a name, the blobs that it reads (``bottoms``) and the blob that it writes (``top``). A layer
+whose top is its bottom works in place. Images are batch x channels x height x width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What all layers have."""
+
+    name: str
+    bottoms: tuple[str, ...]
+    top: str
+
+    @property
+    def bottom(self) -> str:
+        """The one blob that the layer reads."""
+        (only,) = self.bottoms
+        return only
+
+    @property
+    def kind(self) -> str:
+        """The name of the layer's class, which is the name of its template."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Shift(Layer):
+    """Add a constant to every value; nothing is learnt."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Convolution(Layer):
+    """Square kernels with a bias for each output, in ``group`` groups; sizes in pixels."""
+
+    outputs: int
+    kernel: int
+    stride: int = 1
+    pad: int = 0
+    group: int = 1
+
+
+@dataclass(frozen=True)
+class BatchNorm(Layer):
+    """Normalise each channel, then scale and shift it by two learnt values."""
+
+    @property
+    def scale_name(self) -> str:
+        """Of the layer that scales and shifts, where that is one of its own."""
+        return f"{self.name.removesuffix('/bn')}/scale"
+
+
+@dataclass(frozen=True)
+class ReLU(Layer):
+    """Negative values become zero."""
+
+
+@dataclass(frozen=True)
+class MaxPooling(Layer):
+    """The largest value of each ``kernel`` x ``kernel`` window; the output's size is rounded up."""
+
+    kernel: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class GlobalAveragePooling(Layer):
+    """The mean of each channel: batch x channels x 1 x 1."""
+
+
+@dataclass(frozen=True)
+class InnerProduct(Layer):
+    """Every input to every output, with a bias for each: batch x outputs."""
+
+    outputs: int
+
+
+@dataclass(frozen=True)
+class SoftmaxWithLoss(Layer):
+    """The loss: cross-entropy of the softmax of the scores against the labels, averaged over the batch."""
+
+
+@dataclass(frozen=True)
+class Accuracy(Layer):
+    """The fraction of images whose label is among the ``top_k`` largest scores, when testing."""
+
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Softmax(Layer):
+    """Scores to probabilities."""
+
+
+@dataclass(frozen=True)
+class Data(Layer):
+    """Batches of images and labels from an LMDB; crops are taken anywhere when training, else in the middle."""
+
+    source: str
+    """The LMDB's folder."""
+
+    batch_size: int
+    channels: int
+    crop_size: int
+    mirror: bool
+    """Mirror every other image, at random."""
+
+    label_top: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier from the image to its class scores, without data, loss or text."""
+
+    name: str
+    """As it stands in the prototxt, before ``_train``, ``_test`` or ``_deploy``."""
+
+    channels: int
+    """Of the input, whose blob is called ``data``."""
+
+    crop_size: int
+    """Height and width of the input."""
+
+    num_classes: int
+    layers: tuple[Layer, ...]
+    """In order of computation; the last one gives the class scores, batch x num_classes."""
+
+    @property
+    def scores(self) -> str:
+        """The blob of class scores."""
+        return self.layers[-1].top
+
+
+DATA_BLOB = "data"
+LABEL_BLOB = "label"
+
+
+def conv_bn_relu(
+    bottom: str, name: str, outputs: int, kernel: int, *, stride: int = 1, pad: int, group: int = 1
+) -> tuple[Layer, ...]:
+    """A convolution, then its batch norm ``<name>/bn`` and ReLU ``<name>/relu`` in place on blob ``name``."""
+    return (
+        Convolution(name, (bottom,), name, outputs, kernel, stride, pad, group),
+        BatchNorm(f"{name}/bn", (name,), name),
+        ReLU(f"{name}/relu", (name,), name),
+    )

@@ -1,0 +1,98 @@
+"""Jinja templates to prototxt text: each value that a template prints is written as protobuf text of its
+type.
+
+A text becomes a quoted string, whatever it holds; a template cannot print a value unescaped.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
+from markupsafe import Markup
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.resources import template_folder
+
+ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of ``templates/prototxt/<template>`` with ``values``.
+
+    Raises:
+        UserError: a text among the values is not Unicode, or a number is no float32.
+        jinja2.UndefinedError: the template asks for what was not given.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def quote(text: str) -> str:
+    """``text`` as a double-quoted string of protobuf's text format; printable characters stay readable."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{text.encode('utf-8', 'backslashreplace').decode()}: "
+            "a name that is not UTF-8 cannot stand in a prototxt; rename the file or folder"
+        ) from None
+    return '"' + "".join(_escaped(character) for character in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in ESCAPES:
+        return ESCAPES[character]
+    if character.isprintable():
+        return character
+    return "".join(f"\\{byte:03o}" for byte in character.encode())
+
+
+def number(value: float) -> str:
+    """The shortest decimal that is ``value`` once it is a float32, as protobuf holds it."""
+    try:
+        wanted = struct.pack("<f", value)
+    except OverflowError:
+        raise UserError(f"{value}: too large for Caffe's 32-bit numbers; give a smaller one") from None
+    for digits in range(1, 9):
+        text = f"{value:.{digits}g}"
+        # Rounding up at the edge of float32's range can leave it.
+        if abs(float(text)) < 3.5e38 and _float32(float(text)) == wanted:
+            return text
+    return f"{value:.9g}"
+
+
+def _float32(value: float) -> bytes:
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return b""
+
+
+def _printed(value: Any) -> Any:
+    if isinstance(value, (Markup, Undefined)):  # a macro's own output; StrictUndefined raises when printed
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, str):
+        return Markup(quote(value))
+    raise TypeError(f"a prototxt template prints {value!r}")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(template_folder() / "prototxt"),
+        undefined=StrictUndefined,
+        # Marks what macros return as finished text, so that `finalize` leaves it alone.
+        autoescape=True,
+        finalize=_printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )

@@ -1,0 +1,103 @@
+"""Both dialects' schemas as protobuf message classes, and prototxt text parsed against them.
+
+The schemas stand as readable text in ``bvlc.proto`` and ``caffe_jacinto.proto``; what is loaded are the
+descriptor sets beside them. Each has a pool and a package of its own, so that both live in one process,
+with pycaffe's too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+
+SCHEMA_FOLDER = Path(__file__).parent
+PACKAGES = {Dialect.BVLC: "caffe_jacinto.bvlc", Dialect.CAFFE_JACINTO: "caffe_jacinto.fork"}
+
+
+@dataclass(frozen=True)
+class Messages:
+    """The message classes of one dialect that this program reads and writes."""
+
+    NetParameter: Any
+    SolverParameter: Any
+    SolverState: Any
+    BlobProto: Any
+    Datum: Any
+
+
+@cache
+def pool(dialect: Dialect) -> descriptor_pool.DescriptorPool:
+    """All of the dialect's descriptors."""
+    files = descriptor_pb2.FileDescriptorSet.FromString(
+        (SCHEMA_FOLDER / f"{dialect.value}.binpb").read_bytes()
+    )
+    result = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        result.AddSerializedFile(file.SerializeToString())
+    return result
+
+
+@cache
+def messages(dialect: Dialect) -> Messages:
+    """The message classes of the dialect; a binary file must be read with its own dialect's."""
+
+    def message_class(name: str) -> Any:
+        descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{name}")
+        return message_factory.GetMessageClass(descriptor)
+
+    return Messages(
+        NetParameter=message_class("NetParameter"),
+        SolverParameter=message_class("SolverParameter"),
+        SolverState=message_class("SolverState"),
+        BlobProto=message_class("BlobProto"),
+        Datum=message_class("Datum"),
+    )
+
+
+def parse_net(text: str, dialect: Dialect, where: str) -> Any:
+    """A network's prototxt as the dialect's NetParameter; ``where`` is the file's name, for messages.
+
+    Raises:
+        UserError: not in the dialect's schema: file, line and what stands there.
+    """
+    return _parse(text, "NetParameter", dialect, where)
+
+
+def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
+    """A solver's prototxt as the dialect's SolverParameter; as `parse_net`."""
+    return _parse(text, "SolverParameter", dialect, where)
+
+
+def _parse(text: str, kind: str, dialect: Dialect, where: str) -> Any:
+    try:
+        return text_format.Parse(text, getattr(messages(dialect), kind)())
+    except text_format.ParseError as error:
+        line = error.GetLine() or 1
+        what = re.sub(r"^\d+:\d+ : ", "", str(error)).replace(f"{PACKAGES[dialect]}.", "")
+        what = " ".join(what.split()).rstrip(".")
+        hint = _hint(text, kind, dialect, what)
+    raise UserError(f"{where}:{line}: not a {kind} of the dialect {dialect.value}: {what}; {hint}")
+
+
+def _hint(text: str, kind: str, dialect: Dialect, what: str) -> str:
+    """What to do about a parse error."""
+    other = next(d for d in Dialect if d is not dialect)
+    try:
+        text_format.Parse(text, getattr(messages(other), kind)())
+    except text_format.ParseError:
+        unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
+        if unknown is None:
+            return "mend this line"
+        descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{unknown[1]}")
+        nearest = difflib.get_close_matches(unknown[2], [f.name for f in descriptor.fields], n=1)
+        return f"did you mean {nearest[0]}?" if nearest else "remove or rename it"
+    return f"the whole file is good in the dialect {other.value}: is it written for that Caffe?"

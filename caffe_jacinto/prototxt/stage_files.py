@@ -1,0 +1,184 @@
+"""The four prototxt files of a stage, from its recipe, in a dialect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.files import write_whole
+from caffe_jacinto.networks.layers import (
+    DATA_BLOB,
+    LABEL_BLOB,
+    Accuracy,
+    Data,
+    Layer,
+    Network,
+    Softmax,
+    SoftmaxWithLoss,
+)
+from caffe_jacinto.networks.registry import build_network
+from caffe_jacinto.prototxt.dialects import Dialect, file_batch
+from caffe_jacinto.prototxt.render import render
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+
+if TYPE_CHECKING:
+    from caffe_jacinto.recipes.model import Recipe, Stage
+
+IMAGENET_VAL_IMAGES = 50_000
+"""Of ILSVRC 2012, taken where the number of validation images is not told."""
+
+TRAIN, VAL, DEPLOY, SOLVER = "train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt"
+
+
+def stage_files(
+    recipe: Recipe,
+    stage_name: str,
+    dialect: Dialect,
+    *,
+    folder: str,
+    gpus: tuple[int, ...],
+    iter_size: int,
+    solver_mode_gpu: bool,
+    val_images: int | None = None,
+    start_factor: float | None = None,
+) -> dict[str, str]:
+    """Texts of train, val, deploy and solver.prototxt by name, each parsed back against the dialect's schema.
+
+    ``folder`` stands before the solver's paths, which Caffe takes relative to the folder it is started in.
+    ``gpus`` and ``iter_size`` are what this engine uses: they share out the recipe's effective batch.
+    ``val_images`` is the size of the validation set, all of which one test covers.
+    ``start_factor`` replaces the recipe's where the fork's ramp goes on after a resume.
+
+    Raises:
+        UserError: no such stage or network, parameters that do not fit it, or a batch that does not divide.
+    """
+    stage = _stage(recipe, stage_name)
+    network = build_network(
+        recipe.network.name, recipe.data.num_classes, recipe.network.crop_size, recipe.network.strides
+    )
+    batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
+    train = _data(network, recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
+    val = _data(network, recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    files = {
+        TRAIN: _net(f"{network.name}_train", (train, *network.layers, *_loss_and_accuracy(network)), dialect),
+        VAL: _net(f"{network.name}_test", (val, *network.layers, *_loss_and_accuracy(network)), dialect),
+        DEPLOY: _deploy(network, dialect),
+        SOLVER: _solver(
+            recipe,
+            stage,
+            dialect,
+            folder=folder,
+            iter_size=iter_size,
+            device=(gpus[0] if gpus else 0) if solver_mode_gpu else None,
+            val_images=IMAGENET_VAL_IMAGES if val_images is None else val_images,
+            start_factor=start_factor,
+        ),
+    }
+    for name, text in files.items():
+        (parse_solver if name == SOLVER else parse_net)(text, dialect, str(Path(folder, name)))
+    return files
+
+
+def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
+    """Write each file whole into ``folder``, which is made if it is missing.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(folder / name, text)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+
+
+def iterations_per_test(val_images: int, val_batch: int) -> int:
+    """Batches that cover all validation images; where they do not divide, the last one wraps round."""
+    return -(-val_images // val_batch)
+
+
+def _stage(recipe: Recipe, name: str) -> Stage:
+    if name not in recipe.stages:
+        nearest = difflib.get_close_matches(name, recipe.stages, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(
+            f"{name}: no stage of the recipe {recipe.name}; {hint}known: {', '.join(recipe.stages)}"
+        )
+    return recipe.stages[name]
+
+
+def _data(network: Network, source: str, batch_size: int, *, mirror: bool) -> Data:
+    return Data(
+        name="data",
+        bottoms=(),
+        top=DATA_BLOB,
+        source=source,
+        batch_size=batch_size,
+        channels=network.channels,
+        crop_size=network.crop_size,
+        mirror=mirror,
+        label_top=LABEL_BLOB,
+    )
+
+
+def _loss_and_accuracy(network: Network) -> tuple[Layer, ...]:
+    """Loss, top-1 and top-5; Caffe refuses a top 5 of fewer classes, which would be 100 % anyway."""
+    bottoms = (network.scores, LABEL_BLOB)
+    accuracies = [
+        Accuracy(f"accuracy/top{k}", bottoms, f"accuracy/top{k}", k)
+        for k in (1, 5)
+        if k <= network.num_classes
+    ]
+    return (SoftmaxWithLoss("loss", bottoms, "loss"), *accuracies)
+
+
+def _net(name: str, layers: tuple[Layer, ...], dialect: Dialect) -> str:
+    return render("net.j2", name=name, layers=layers, dialect=dialect.value, input_shape=())
+
+
+def _deploy(network: Network, dialect: Dialect) -> str:
+    return render(
+        "net.j2",
+        name=f"{network.name}_deploy",
+        layers=(*network.layers, Softmax("prob", (network.scores,), "prob")),
+        dialect=dialect.value,
+        input_blob=DATA_BLOB,
+        input_shape=(1, network.channels, network.crop_size, network.crop_size),
+    )
+
+
+def _solver(
+    recipe: Recipe,
+    stage: Stage,
+    dialect: Dialect,
+    *,
+    folder: str,
+    iter_size: int,
+    device: int | None,
+    val_images: int,
+    start_factor: float | None,
+) -> str:
+    if val_images < 1:
+        raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
+    if stage.sparse and start_factor is None:
+        start_factor = stage.sparse.start_factor
+    return render(
+        "solver.j2",
+        solver=stage.solver,
+        sparse=stage.sparse,
+        freeze_zeros=stage.freeze_zeros,
+        dialect=dialect.value,
+        train_net=str(Path(folder, TRAIN)),
+        test_net=str(Path(folder, VAL)),
+        snapshot_prefix=str(Path(folder, f"{recipe.data.dataset}_{recipe.network.name}")),
+        test_iter=iterations_per_test(val_images, recipe.training.val_batch_size),
+        random_seed=recipe.training.random_seed,
+        iter_size=iter_size,
+        gpu=device is not None,
+        device_id=device,
+        start_factor=start_factor,
+    )
