@@ -1,0 +1,1 @@
+"""Caffe's log lines, as events, as a stage's figures, as tables and plots."""

@@ -1,0 +1,195 @@
+"""Protobuf text format without a schema: text -> tree.
+
+A log of any Caffe prints its networks and solver settings, with fields that no schema here knows; this
+reader takes them all. Files of this project's own dialects are better read with their schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from caffe_jacinto.errors import UserError
+
+Scalar: TypeAlias = str | int | float | bool
+Value: TypeAlias = "Scalar | Message"
+
+_TOKEN = re.compile(
+    r"""(?P<skip>[\s,;]+|\#[^\n]*)
+      | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+      | (?P<mark>[{}<>\[\]:])
+      | (?P<word>[^\s,;:{}<>\[\]\#"']+)""",
+    re.VERBOSE,
+)
+_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{1,2})|(.))", re.DOTALL)
+_NAMED_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
+_MAX_DEPTH = 100
+
+
+class Message:
+    """The fields of one message, in the order of the text; a field that stands several times is repeated."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[str, Value]] = []
+
+    def all(self, name: str) -> list[Value]:
+        """Every value of the field ``name``, in order."""
+        return [value for field, value in self.fields if field == name]
+
+    def messages(self, name: str) -> list[Message]:
+        """Every value of ``name`` that is a message."""
+        return [value for value in self.all(name) if isinstance(value, Message)]
+
+    def message(self, name: str) -> Message:
+        """The last message called ``name``, or an empty one."""
+        found = self.messages(name)
+        return found[-1] if found else Message()
+
+    def strings(self, name: str) -> list[str]:
+        """Every value of ``name`` that is text (a string or an enumerator's name)."""
+        return [value for value in self.all(name) if isinstance(value, str)]
+
+    def string(self, name: str, default: str = "") -> str:
+        """The last text value of ``name``."""
+        found = self.strings(name)
+        return found[-1] if found else default
+
+    def integers(self, name: str) -> list[int]:
+        """Every value of ``name`` that is a whole number."""
+        return [value for value in self.all(name) if isinstance(value, int) and not isinstance(value, bool)]
+
+    def integer(self, name: str, default: int = 0) -> int:
+        """The last whole number of ``name``."""
+        found = self.integers(name)
+        return found[-1] if found else default
+
+    def optional_integer(self, name: str) -> int | None:
+        """The last whole number of ``name``, or None where there is none."""
+        found = self.integers(name)
+        return found[-1] if found else None
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """The last truth value of ``name``."""
+        found = [value for value in self.all(name) if isinstance(value, bool)]
+        return found[-1] if found else default
+
+    def has(self, name: str) -> bool:
+        """Whether the field ``name`` stands in the text."""
+        return any(field == name for field, _ in self.fields)
+
+
+def parse(text: str, where: str = "prototxt") -> Message:
+    """Read protobuf text.
+
+    Raises:
+        UserError: the text is not protobuf text, or ends inside a message; with ``where`` and the line.
+    """
+    tokens = list(_tokens(text, where))
+    root = Message()
+    end = _fields(tokens, 0, root, None, where, 0)
+    if end != len(tokens):
+        raise _error(where, tokens[end][2], f"unexpected {tokens[end][1]!r}")
+    return root
+
+
+def _tokens(text: str, where: str) -> Iterator[tuple[str, str, int]]:
+    """(kind, text, line) of each token."""
+    position, line = 0, 1
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise _error(where, line, f"unexpected {text[position]!r}")
+        kind = match.lastgroup or ""
+        if kind != "skip":
+            yield kind, match.group(), line
+        line += match.group().count("\n")
+        position = match.end()
+
+
+def _fields(
+    tokens: list[tuple[str, str, int]], at: int, into: Message, closing: str | None, where: str, depth: int
+) -> int:
+    """Read fields into ``into`` up to the token ``closing``; returns the index after it."""
+    if depth > _MAX_DEPTH:
+        raise _error(where, tokens[at - 1][2], f"messages nested deeper than {_MAX_DEPTH}")
+    while at < len(tokens):
+        kind, name, line = tokens[at]
+        if kind == "mark" and name == closing:
+            return at + 1
+        if kind != "word":
+            raise _error(where, line, f"expected a field's name, found {name!r}")
+        at += 1
+        if at < len(tokens) and tokens[at][1] == ":" and tokens[at][0] == "mark":
+            at += 1
+        if at >= len(tokens):
+            raise _error(where, line, f"the text ends after {name!r}")
+        if tokens[at][:2] == ("mark", "["):
+            at = _list(tokens, at + 1, name, into, where, depth)
+        else:
+            value, at = _value(tokens, at, where, depth)
+            into.fields.append((name, value))
+    if closing is not None:
+        raise _error(where, tokens[-1][2], f"the text ends before {closing!r}")
+    return at
+
+
+def _list(
+    tokens: list[tuple[str, str, int]], at: int, name: str, into: Message, where: str, depth: int
+) -> int:
+    """Read the short form ``name: [a, b]``; returns the index after the bracket."""
+    while at < len(tokens):
+        if tokens[at][:2] == ("mark", "]"):
+            return at + 1
+        value, at = _value(tokens, at, where, depth)
+        into.fields.append((name, value))
+    raise _error(where, tokens[-1][2], "the text ends before ']'")
+
+
+def _value(tokens: list[tuple[str, str, int]], at: int, where: str, depth: int) -> tuple[Value, int]:
+    kind, text, line = tokens[at]
+    if kind == "mark" and text in "{<":
+        inner = Message()
+        return inner, _fields(tokens, at + 1, inner, "}" if text == "{" else ">", where, depth + 1)
+    if kind == "string":
+        parts = []
+        while at < len(tokens) and tokens[at][0] == "string":
+            parts.append(_unquote(tokens[at][1]))
+            at += 1
+        return "".join(parts), at
+    if kind == "word":
+        return _scalar(text), at + 1
+    raise _error(where, line, f"expected a value, found {text!r}")
+
+
+def _scalar(word: str) -> Scalar:
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return int(word, 0) if word.lower().lstrip("-").startswith("0x") else int(word)
+    except ValueError:
+        pass
+    try:
+        return float(word.rstrip("fF")) if word[:1] in "-.0123456789" else word
+    except ValueError:
+        return word
+
+
+def _unquote(token: str) -> str:
+    if "\\" not in token:
+        return token[1:-1]
+
+    def character(match: re.Match[bytes]) -> bytes:
+        octal, hexadecimal, other = match.groups()
+        if octal is not None:
+            return bytes([int(octal, 8) & 0xFF])
+        if hexadecimal is not None:
+            return bytes([int(hexadecimal, 16)])
+        return _NAMED_ESCAPES.get(other, other)
+
+    raw = token[1:-1].encode("utf-8", "surrogateescape")
+    return _ESCAPE.sub(character, raw).decode("utf-8", "replace")
+
+
+def _error(where: str, line: int, what: str) -> UserError:
+    return UserError(f"{where}, line {line}: {what}")
