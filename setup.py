@@ -1,4 +1,4 @@
-"""Packaging. The Jinja templates stand at the top level and travel in the wheel as caffe_jacinto/templates."""
+"""Packaging. The Jinja templates stand at the top level and travel in the wheel inside the package."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What pip makes of the project: a wheel that carries the templates, recipes and schemas, and works from any folder."""
+"""What pip makes of the project: a wheel with the templates, recipes and schemas, that works in any folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_checkout_finds_its_own_templates() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's contents, as `pip install --target` leaves them; the wheel is built from a copy."""
+    """A folder with the wheel's contents, by `pip install --target`; the wheel is built from a copy."""
     copy = tmp_path_factory.mktemp("copy")
     for name in NEEDED:
         if (ROOT / name).is_dir():

@@ -29,7 +29,6 @@ check() { # check NAME COMMAND...
 check formatting ruff format --check .
 check lint ruff check .
 check types mypy
-check scripts shellcheck -x tools/utils/*.sh
 check tests python -m pytest --durations=5 "${tests[@]}"
 
 [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"

@@ -1,0 +1,266 @@
+"""The scripts that install: what they say where they may not, and what an interrupted one leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.find import prefix as default_prefix
+
+ROOT = Path(__file__).resolve().parent.parent
+UTILS = ROOT / "tools" / "utils"
+SCRIPTS = sorted([*UTILS.glob("*.sh"), ROOT / ".ci" / "run"])
+INSTALLERS = ("setup.sh", "install_caffe.sh", "test.sh", "demo.sh")
+BASE_SYSTEM = """
+awk bash cat date df dirname env flock find grep id ls mkdir mktemp mv nproc rm rmdir sed sha256sum tail tr uname
+xargs
+"""
+
+
+def run(
+    *command: str | Path, env: dict[str, str] | None = None, user: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        env=env,
+        user=user,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        start_new_session=True,  # no terminal to ask for a password on
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shellcheck and not os.environ.get("CI"):
+        pytest.skip("shellcheck is not installed")
+    assert shellcheck
+    done = run(shellcheck, "-x", "--shell=bash", script)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", INSTALLERS)
+def test_help_tells_the_usage_and_installs_nothing(name: str) -> None:
+    done = run(UTILS / name, "--help")
+    assert done.returncode == 0
+    assert f"tools/utils/{name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "install_caffe.sh", "test.sh"])
+def test_an_unknown_argument_is_named(name: str) -> None:
+    done = run(UTILS / name, "--jbos")
+    assert done.returncode == 1
+    assert "--help" in done.stderr
+
+
+@pytest.fixture
+def bare_machine() -> Iterator[Path]:
+    """A copy of the scripts, and in `bin` the tools of a base system, without sudo and a package manager."""
+    folder = Path(tempfile.mkdtemp(prefix="caffe_jacinto-"))
+    folder.chmod(0o755)
+    shutil.copytree(UTILS, folder / "tools" / "utils")
+    (folder / "bin").mkdir()
+    for name in BASE_SYSTEM.split():
+        found = shutil.which(name)
+        if found:
+            (folder / "bin" / name).symlink_to(found)
+    (folder / "home").mkdir(mode=0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def environment(machine: Path, **more: str) -> dict[str, str]:
+    return {
+        "PATH": str(machine / "bin"),
+        "HOME": str(machine / "home"),
+        "CAFFE_JACINTO_HOME": str(machine / "home"),
+        **more,
+    }
+
+
+def add_program(machine: Path, name: str, text: str) -> None:
+    program = machine / "bin" / name
+    program.write_text(f"#!/bin/bash\n{text}\n")
+    program.chmod(0o755)
+
+
+def not_root() -> int | None:
+    """A user id without rights, or None for the own one, where that is not root's."""
+    return 65534 if os.geteuid() == 0 else None
+
+
+def test_where_it_may_not_install_all_that_is_missing_is_told_at_once(bare_machine: Path) -> None:
+    # Stands for a new Debian: dpkg knows of no package, and there is no sudo.
+    add_program(bare_machine, "dpkg-query", "exit 1")
+    add_program(bare_machine, "apt-get", "echo apt-get was started >&2; exit 1")
+    done = run(bare_machine / "tools/utils/setup.sh", env=environment(bare_machine), user=not_root())
+    assert done.returncode == 1
+    assert "apt-get install -y --no-install-recommends" in done.stderr
+    for package in ("python3-venv", "cmake", "libboost-python-dev", "libopencv-dev"):
+        assert package in done.stderr
+    assert "was started" not in done.stderr
+    assert not (bare_machine / ".venv").exists()
+
+
+def test_a_system_without_apt_is_told_what_to_install(bare_machine: Path) -> None:
+    done = run(bare_machine / "tools/utils/setup.sh", env=environment(bare_machine), user=not_root())
+    assert done.returncode == 1
+    assert "no apt-get" in done.stderr
+    for package in ("cmake", "ninja-build", "protobuf-compiler"):
+        assert package in done.stderr
+
+
+def test_a_user_with_a_caffe_needs_no_packages_to_build_one(bare_machine: Path) -> None:
+    # Stands for the user's own Caffe, of which only the answer to --version is asked.
+    add_program(bare_machine, "caffe", "echo caffe version 1.0.0")
+    add_program(bare_machine, "dpkg-query", "exit 1")
+    add_program(bare_machine, "apt-get", "exit 1")
+    done = run(bare_machine / "tools/utils/setup.sh", env=environment(bare_machine), user=not_root())
+    assert done.returncode == 1
+    assert "python3-venv" in done.stderr
+    assert "cmake" not in done.stderr
+
+
+def test_a_caffe_root_without_a_caffe_is_an_error(bare_machine: Path) -> None:
+    done = run(bare_machine / "tools/utils/setup.sh", env=environment(bare_machine, CAFFE_ROOT="/nowhere"))
+    assert done.returncode == 1
+    assert "CAFFE_ROOT is /nowhere" in done.stderr
+
+
+def test_a_virtual_environment_that_is_the_users_own_is_not_touched(bare_machine: Path) -> None:
+    add_program(bare_machine, "caffe", "echo caffe version 1.0.0")
+    add_program(bare_machine, "dpkg-query", 'for package in "$@"; do echo "$package installed"; done')
+    (bare_machine / ".venv").mkdir()
+    (bare_machine / ".venv" / "pyvenv.cfg").write_text("mine\n")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, bare_machine / name)
+    done = run(bare_machine / "tools/utils/setup.sh", env=environment(bare_machine))
+    assert done.returncode == 1
+    assert "was not made by this script" in done.stderr
+    assert (bare_machine / ".venv" / "pyvenv.cfg").read_text() == "mine\n"
+
+
+def test_a_folder_that_is_not_an_install_is_not_trusted_nor_removed(tmp_path: Path) -> None:
+    prefix = tmp_path / "caffe"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin" / "caffe").write_text("#!/bin/bash\necho caffe version 1.0.0\n")
+    (prefix / "bin" / "caffe").chmod(0o755)
+    done = run(UTILS / "install_caffe.sh", "--prefix", prefix, "--python", sys.executable)
+    assert done.returncode == 1
+    assert "was not made by this script" in done.stderr
+    assert (prefix / "bin" / "caffe").exists()
+
+
+class Install:
+    """install_caffe.sh at work, in a process group of its own."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.output = prefix.parent / "output"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [
+                    str(UTILS / "install_caffe.sh"),
+                    "--prefix",
+                    str(prefix),
+                    "--python",
+                    sys.executable,
+                    "--jobs",
+                    "1",
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def wait_until_it_says(self, text: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.output.read_text():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < end, f"no '{text}' in:\n{self.output.read_text()}"
+            time.sleep(0.05)
+
+    def stop(self, sent: signal.Signals) -> None:
+        """Signal the script alone, as `kill` does; its children are its own affair."""
+        self.process.send_signal(sent)
+        self.process.wait(timeout=20)
+
+
+def left_over(base: Path) -> list[Path]:
+    return sorted(base.glob(".caffe-install.tmp-*"))
+
+
+@pytest.mark.caffe
+def test_an_interrupted_install_leaves_nothing_that_is_trusted(caffe_engine: Engine, tmp_path: Path) -> None:
+    prefix = tmp_path / "caffe"
+    for moment in ("fetching", "configuring", "compiling"):
+        install = Install(prefix)
+        install.wait_until_it_says(moment)
+        install.stop(signal.SIGKILL)
+        assert not prefix.exists(), f"killed while {moment}"
+    abandoned = left_over(tmp_path)
+    assert abandoned
+
+    install = Install(prefix)
+    install.wait_until_it_says("compiling")
+    assert not set(abandoned) & set(left_over(tmp_path)), (
+        "what killed installs left is removed by the next one"
+    )
+    install.stop(signal.SIGTERM)
+    assert install.process.returncode == 128 + signal.SIGTERM
+    assert not prefix.exists()
+    assert not set(left_over(tmp_path)), "a terminated install cleans up"
+
+
+@pytest.fixture(scope="module")
+def installed(caffe_engine: Engine) -> Path:
+    prefix = default_prefix()
+    if not (prefix / "installed.txt").exists():
+        pytest.skip(f"Caffe is not in {prefix}: the user's own is used")
+    return prefix
+
+
+@pytest.mark.caffe
+def test_a_second_installer_waits_for_the_first_and_finds_its_caffe(installed: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "caffe"
+    with (tmp_path / ".caffe-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = Install(prefix)
+        second.wait_until_it_says("waiting for it")
+        shutil.copytree(installed, tmp_path / "new", symlinks=True)
+        (tmp_path / "new").rename(prefix)
+    assert second.process.wait(timeout=10) == 0
+    assert f"Caffe is there: {prefix}/bin/caffe" in second.output.read_text()
+
+
+@pytest.mark.caffe
+def test_a_second_run_returns_within_a_second(installed: Path) -> None:
+    started = time.monotonic()
+    done = run(UTILS / "install_caffe.sh", "--python", sys.executable)
+    assert done.returncode == 0
+    assert "Caffe is there" in done.stdout
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.caffe
+def test_a_second_set_up_takes_seconds(caffe_engine: Engine) -> None:
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("these tests run in a Python that setup.sh did not make")
+    started = time.monotonic()
+    done = run(UTILS / "setup.sh")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 10
