@@ -39,7 +39,7 @@ class SmallStage:
     """A stage's files in ``folder``; paths are relative to it, as are the commands'."""
 
     def __init__(self, folder: Path, lmdb_folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.lmdb = folder, lmdb_folder
         folder.mkdir(parents=True, exist_ok=True)
         for phase in ("train", "val"):
             (folder / f"{phase}.prototxt").write_text(_net(phase.upper(), lmdb_folder))

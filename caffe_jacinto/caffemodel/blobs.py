@@ -40,6 +40,9 @@ class Blob:
     ranges: tuple[tuple[int, int], ...]
     """The byte ranges of the numbers, in order; one, unless a writer did not pack them."""
 
+    four_axes: bool
+    """Stored in the old form, always num, channels, height, width: of fewer axes, the first are 1."""
+
 
 @dataclass(frozen=True)
 class StoredLayer:
@@ -172,4 +175,4 @@ def _blob(view: memoryview, field: Field) -> Blob:
     dims = tuple(old_shape if shape is None else shape)
     if sum(end - start for start, end in ranges) != prod(dims) * size:
         raise NotWholeError
-    return Blob(dims, number_format, tuple(ranges))
+    return Blob(dims, number_format, tuple(ranges), four_axes=shape is None)

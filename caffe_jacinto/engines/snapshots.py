@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caffe_jacinto.caffemodel.blobs import StoredLayer, StoredState, mapped, stored_layers, stored_state
+from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,25 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
         raise UserError(f"{solverstate} belongs to {state.learned_net}")
     with mapped(caffemodel) as view:
         layers = stored_layers(view, caffemodel)
-    # The fork's history is not known well enough here to refuse a snapshot over it.
-    if dialect is Dialect.BVLC and not _same_shapes(layers, state):
-        raise UserError(f"{solverstate} is of another network than {caffemodel}")
+    if dialect is Dialect.BVLC:
+        if not _same_shapes(layers, state):
+            raise UserError(f"{solverstate} is of another network than {caffemodel}")
+    else:
+        _check_against_network(caffemodel, dialect)
     return Snapshot(iteration, caffemodel, solverstate)
+
+
+def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:
+    """Refuse weights that do not fill the train.prototxt beside them, where there is one.
+
+    The fork's history is not known well enough here to hold the weights against it, and a file cut off
+    just behind a layer reads well.
+    """
+    net = caffemodel.parent / "train.prototxt"
+    if net.is_file():
+        mismatches = check_fit(caffemodel, parse_net(net.read_text(), dialect, str(net)))
+        if mismatches:
+            raise UserError(f"{caffemodel} does not fill {net}: {mismatches[0]}")
 
 
 def _same_shapes(layers: list[StoredLayer], state: StoredState) -> bool:

@@ -1,0 +1,89 @@
+"""Whether a weight file fits a network: the names and shapes of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caffe_jacinto.caffemodel.blobs import Blob, StoredLayer, mapped, stored_layers
+from caffe_jacinto.caffemodel.net_blobs import Dims, expected_blobs
+
+_FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One layer of the network that the weight file does not fill."""
+
+    layer: str
+    reason: str
+    fatal: bool
+    """Caffe would stop at it. A layer that the file lacks is not fatal: it keeps its random values, which is
+    wanted for a new head on a trained network."""
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.reason}"
+
+
+def check_fit(weights: Path, net: Any) -> list[Mismatch]:
+    """The layers of ``net`` (a NetParameter message, in the TRAIN phase) that ``weights`` does not fill.
+
+    Caffe takes weights by the layer's name, and ignores layers that the network does not have. A file that
+    fills no layer at all is fatal for each of them.
+
+    Raises:
+        UserError: the file is missing, cut off or no weight file.
+    """
+    with mapped(weights) as view:
+        stored = {layer.name: layer for layer in stored_layers(view, weights)}
+    expected = expected_blobs(net)
+    nothing_fits = not any(name in stored for name in expected)
+    mismatches = []
+    for name, shapes in expected.items():
+        if name not in stored:
+            mismatches.append(Mismatch(name, "not in the weight file", fatal=nothing_fits))
+        elif reason := _difference(stored[name], shapes):
+            mismatches.append(Mismatch(name, reason, fatal=True))
+    return mismatches
+
+
+def _difference(layer: StoredLayer, shapes: list[Dims]) -> str | None:
+    """Why the stored layer does not fill blobs of ``shapes``; None if it does."""
+    counts = (len(layer.blobs), len(shapes))
+    if counts in ((3, 5), (5, 3)):
+        return (
+            f"its batch normalisation is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
+            "the weights are of the other kind of Caffe; convert them first"
+        )
+    if counts[0] != counts[1]:
+        return f"{counts[0]} blobs in the weight file, {counts[1]} in the network"
+    for index, (blob, shape) in enumerate(zip(layer.blobs, shapes, strict=True)):
+        if not _fills(blob, shape):
+            return (
+                f"blob {index} is {_written(blob.shape)} in the weight file, {_written(shape)} in the network"
+            )
+    return None
+
+
+def _fills(blob: Blob, shape: Dims) -> bool:
+    if _equal(blob.shape, shape):
+        return True
+    if blob.four_axes:
+        return _equal(blob.shape, (1,) * (4 - len(shape)) + shape) or _per_channel(blob, shape)
+    return _per_channel(blob, shape)
+
+
+def _per_channel(blob: Blob, shape: Dims) -> bool:
+    """Whether both hold one number a channel: old NVCaffe files store them as 1 x C x 1 x 1."""
+    return len(shape) == 1 and len(blob.shape) == 4 and _equal(blob.shape, (1, shape[0], 1, 1))
+
+
+def _equal(stored: tuple[int, ...], expected: Dims) -> bool:
+    return len(stored) == len(expected) and all(
+        dim is None or dim == have for have, dim in zip(stored, expected, strict=True)
+    )
+
+
+def _written(shape: Dims) -> str:
+    return " x ".join("?" if dim is None else str(dim) for dim in shape)

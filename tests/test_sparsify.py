@@ -1,0 +1,217 @@
+"""Thresholds, masks and the ramp, against the rule read literally."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from caffe_jacinto.caffemodel.thresholds import layer_fraction, small_weights, takes_part
+from caffe_jacinto.engines.learning_rate import learning_rate
+from caffe_jacinto.engines.masks import Masks, load_masks, masks_file, save_masks
+from caffe_jacinto.engines.ramp import factor_cap, fork_start_factor, is_step, next_factor
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.recipes.model import SparseSettings
+
+REFERENCE_LOG = Path("../shared/reference/logs/imagenet_jacintonet11_sparse.log")
+
+PUBLISHED = SparseSettings(start_iter=20000)
+
+
+def literal(weights: np.ndarray, fraction: float, maxratio: float, value_max: float) -> np.ndarray:
+    """Channel by channel: of all magnitudes in the channel as thresholds, the largest that the rule allows.
+
+    Between two neighbouring magnitudes a threshold zeroes the same weights: these and the cap are enough.
+    """
+    result = np.zeros(weights.shape, bool)
+    for channel, values in enumerate(weights):
+        sizes = np.abs(values)
+        cap = min(np.float32(value_max), np.float32(maxratio) * sizes.max())
+        best = None
+        for threshold in [*sizes.ravel(), cap]:
+            allowed = np.count_nonzero(sizes <= threshold) <= fraction * sizes.size + 1e-6
+            if threshold <= cap and allowed and (best is None or threshold > best):
+                best = threshold
+        if best is not None:
+            result[channel] = sizes <= best
+    return result
+
+
+# Few different values, so that there are ties and zeros; and any values.
+FEW = st.sampled_from([0.0, -0.0, 0.01, -0.01, 0.05, 0.1, -0.1, 0.3, -0.7, 1.0])
+ANY = st.floats(-2, 2, width=32)
+WEIGHTS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.just(3), st.just(3)).flatmap(
+    lambda shape: st.one_of(arrays(np.float32, shape, elements=kind) for kind in (FEW, ANY))
+)
+
+
+@given(WEIGHTS, st.floats(0, 1), st.sampled_from([0.2, 0.5, 1.0, 2.0]), st.sampled_from([0.05, 0.2, 5.0]))
+def test_small_weights_are_those_of_the_rule(
+    weights: np.ndarray, fraction: float, maxratio: float, value_max: float
+) -> None:
+    found = small_weights(weights, fraction, maxratio=maxratio, value_max=value_max)
+    assert (found == literal(weights, fraction, maxratio, value_max)).all()
+
+
+@given(WEIGHTS, st.floats(0, 1))
+def test_zeroing_again_at_the_same_fraction_changes_nothing(weights: np.ndarray, fraction: float) -> None:
+    zeroed = weights.copy()
+    zeroed[small_weights(weights, fraction, maxratio=9, value_max=9)] = 0
+    again = zeroed.copy()
+    again[small_weights(zeroed, fraction, maxratio=9, value_max=9)] = 0
+    assert (again == zeroed).all()
+
+
+def test_no_more_than_the_fraction_of_each_channel() -> None:
+    """2.88 of 288 weights are two: the published log's 0.00694 for res2a_branch2a at a factor of 0.01."""
+    weights = np.random.default_rng(0).normal(size=(64, 32, 3, 3)).astype(np.float32)
+    small = small_weights(weights, 0.01, maxratio=9, value_max=9)
+    assert (small.reshape(64, -1).sum(axis=1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "expected"),
+    [
+        ((32, 3, 5, 5), 1, True),  # conv1a: 32 outputs
+        ((32, 8, 3, 3), 4, True),  # conv1b: 4 x 8 inputs
+        ((16, 16, 3, 3), 1, False),  # too few of both
+        ((64, 1, 3, 3), 64, False),  # depthwise
+        ((64, 64, 1, 1), 1, False),
+        ((64, 64, 2, 2), 1, False),
+        ((10, 512), 1, False),  # an inner product
+    ],
+)
+def test_which_layers_take_part(shape: tuple[int, ...], group: int, expected: bool) -> None:
+    assert takes_part(shape, group) is expected
+
+
+def test_layers_with_few_inputs_or_outputs_are_thinned_by_half() -> None:
+    assert layer_fraction((32, 3, 5, 5), 1, 0.8) == 0.4
+    assert layer_fraction((16, 64, 3, 3), 1, 0.8) == 0.4
+    assert layer_fraction((32, 8, 3, 3), 4, 0.8) == 0.8
+
+
+def test_ramp_takes_steps_until_the_target_is_reached() -> None:
+    assert [i for i in range(22001) if is_step(PUBLISHED, i)] == [20000, 21000, 22000]
+    assert next_factor(PUBLISHED, 0.0, achieved=0.0) == 0.01
+    assert next_factor(PUBLISHED, 0.81, achieved=0.79) == 0.82
+    assert next_factor(PUBLISHED, 0.81, achieved=0.8) is None
+
+
+def test_ramp_stops_above_its_cap() -> None:
+    assert (factor_cap(0.5), factor_cap(0.9)) == (0.65, 0.95)
+    factor, steps = 0.0, 0
+    while (higher := next_factor(PUBLISHED, factor, achieved=0.5)) is not None:
+        factor, steps = higher, steps + 1
+    assert (factor, steps) == (0.96, 96)
+
+
+def test_a_factor_never_passes_one() -> None:
+    steep = SparseSettings(target=0.9, start_iter=0, step_factor=0.5)
+    assert next_factor(steep, 0.9, achieved=0.1) == 1.0
+
+
+def test_fork_goes_on_from_the_factor_of_its_snapshot_not_of_its_log_end() -> None:
+    log = (
+        "I0815 09:50:28.1 1 solver.cpp:45] Initializing solver from parameters: \n"
+        "sparsity_start_factor: 0.1\n"
+        "I0815 10:42:23.9 2 solver.cpp:409] Finding and applying sparsity: 0.11\n"
+        "I0815 10:45:10.3 2 solver.cpp:639] Snapshotting to binary proto file /x y/a_iter_21000.caffemodel\n"
+        "I0815 10:45:10.3 2 solver.cpp:409] Finding and applying sparsity: 0.12\n"
+        "I0815 10:48:16.1 2 solver.cpp:409] Finding and app"
+    )
+    assert fork_start_factor(PUBLISHED, 21000, log) == 0.11
+
+
+def test_fork_goes_on_a_second_time() -> None:
+    first = (
+        "I0815 09:50:28.1 1 solver.cpp:45] Initializing solver from parameters: \n"
+        "I0815 10:42:23.9 2 solver.cpp:409] Finding and applying sparsity: 0.01\n"
+        "I0815 10:45:10.3 2 solver.cpp:639] Snapshotting to binary proto file a_iter_21000.caffemodel\n"
+        "I0815 10:45:10.3 2 solver.cpp:409] Finding and applying sparsity: 0.02\n"
+    )
+    second = (
+        "I0815 11:50:28.1 1 solver.cpp:45] Initializing solver from parameters: \n"
+        "sparsity_start_factor: 0.01\n"
+        "I0815 11:50:28.1 1 solver.cpp:639] Snapshotting to binary proto file a_iter_21500.caffemodel\n"
+    )
+    assert fork_start_factor(PUBLISHED, 21500, first + second) == 0.01
+    assert fork_start_factor(PUBLISHED, 21000, first + second) == 0.01
+
+
+@pytest.mark.parametrize(("iteration", "factor"), [(20000, 0.0), (20001, 0.01), (70000, 0.5), (159000, 0.96)])
+def test_fork_without_its_log_counts_the_steps(iteration: int, factor: float) -> None:
+    assert fork_start_factor(PUBLISHED, iteration, "") == factor
+
+
+@pytest.mark.skipif(not REFERENCE_LOG.exists(), reason=f"{REFERENCE_LOG} is absent")
+def test_fork_start_factor_of_the_published_log() -> None:
+    log = REFERENCE_LOG.read_text(errors="replace")
+    # The snapshot of 50,000 comes before the threshold of that iteration; the ramp ends at 0.81.
+    assert fork_start_factor(PUBLISHED, 50000, log) == 0.3
+    assert fork_start_factor(PUBLISHED, 150000, log) == 0.81
+
+
+@given(WEIGHTS)
+def test_masks_hold_what_was_zero(weights: np.ndarray) -> None:
+    masks = Masks()
+    masks.freeze_zeros({"a/b": weights})
+    moved = weights + 1
+    masks.hold({"a/b": moved})
+    assert ((moved == 0) == ((weights == 0) | (weights == -1))).all()
+
+
+@given(values=WEIGHTS, factor=st.floats(0, 1))
+def test_masks_and_factor_come_back_from_their_file(
+    tmp_path_factory: pytest.TempPathFactory, values: np.ndarray, factor: float
+) -> None:
+    snapshot = tmp_path_factory.getbasetemp() / "a_iter_7.solverstate"
+    weights = {"res2a_branch2a/conv": values}
+    masks = Masks()
+    masks.freeze_zeros(weights)
+    save_masks(snapshot, masks, factor)
+    back, place = load_masks(snapshot, weights)
+    assert place == factor
+    assert all((back.free[name] == masks.free[name]).all() for name in weights)
+
+
+def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    snapshot = tmp_path / "a_iter_7.solverstate"
+    weights = {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}
+    with pytest.raises(UserError, match="is missing"):
+        load_masks(snapshot, weights)
+    masks = Masks()
+    masks.freeze_zeros(weights)
+    save_masks(snapshot, masks, 0.5)
+    with pytest.raises(UserError, match="1 frozen weights are not zero"):
+        load_masks(snapshot, {"conv": np.ones((1, 1, 1, 2), np.float32)})
+    with pytest.raises(UserError, match="cannot be used"):
+        load_masks(snapshot, {"other": weights["conv"]})
+    whole = masks_file(snapshot).read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        masks_file(snapshot).write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cannot be used"):
+            load_masks(snapshot, weights)
+
+
+@pytest.mark.parametrize(
+    ("fields", "iteration", "rate"),
+    [
+        ({"lr_policy": "fixed"}, 7, 0.1),
+        ({"lr_policy": "step", "gamma": 0.5, "stepsize": 10}, 25, 0.025),
+        ({"lr_policy": "exp", "gamma": 0.5}, 2, 0.025),
+        ({"lr_policy": "inv", "gamma": 1, "power": 2}, 1, 0.025),
+        ({"lr_policy": "multistep", "gamma": 0.1, "stepvalue": [10, 20]}, 20, 0.001),
+        ({"lr_policy": "poly", "power": 1, "max_iter": 100}, 50, 0.05),
+        ({"lr_policy": "sigmoid", "gamma": 1, "stepsize": 5}, 5, 0.05),
+    ],
+)
+def test_learning_rates(fields: dict[str, object], iteration: int, rate: float) -> None:
+    solver = messages(Dialect.BVLC).SolverParameter(base_lr=0.1, **fields)
+    assert learning_rate(solver, iteration) == pytest.approx(rate)

@@ -1,0 +1,359 @@
+"""Sparsification with real stock Caffe, on a small network and real digits."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
+
+from caffe_jacinto.caffemodel.sparsity import conv_sparsity, total_sparsity
+from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.engines.contract import Engine, TrainJob
+from caffe_jacinto.engines.masks import load_masks
+from caffe_jacinto.engines.snapshots import complete_snapshots, survey
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
+
+pytestmark = pytest.mark.caffe
+
+ENOUGH = 60
+"""Seconds to wait for something that takes one."""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 320 images are 10 batches: at a snapshot every 10 iterations, Caffe's data starts over, resumed or not.
+    return write_digits(tmp_path_factory.mktemp("digits") / "lmdb", images=320)
+
+
+@pytest.fixture(scope="session")
+def initial(caffe_engine: Engine, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallStage:
+    """A trained first stage: 40 iterations."""
+    stage = SmallStage(tmp_path_factory.mktemp("initial"), digits)
+    stage.solver(max_iter=40, test_interval=40, snapshot=40)
+    stage.run(caffe_engine.train_commands(stage.job(40)))
+    return stage
+
+
+@pytest.fixture(scope="session")
+def sparse(caffe_engine: Engine, initial: SmallStage, tmp_path_factory: pytest.TempPathFactory) -> SmallStage:
+    """A sparse stage from ``initial``: 20 iterations, thresholds at 4, 6 and 8, a snapshot each 5."""
+    stage = SmallStage(tmp_path_factory.mktemp("sparse"), initial.lmdb)
+    stage.solver(snapshot=5)
+    stage.run(caffe_engine.train_commands(sparse_job(stage, initial)))
+    return stage
+
+
+def sparse_job(stage: SmallStage, initial: SmallStage, **changes: object) -> TrainJob:
+    start = initial.folder / "small_iter_40.caffemodel"
+    return stage.job(weights=start, sparse=sparse_settings(), **changes)
+
+
+def conv_weights(path: Path) -> dict[str, np.ndarray]:
+    stored = read_weights(path)
+    return {name: stored[name][0] for name in LAYERS}
+
+
+def zeros(weights: dict[str, np.ndarray]) -> int:
+    return sum(int(np.count_nonzero(values == 0)) for values in weights.values())
+
+
+def here(stage: SmallStage, job: TrainJob) -> TrainJob:
+    """``job`` with its final weights as seen from the tests' folder."""
+    return replace(job, final_weights=stage.folder / job.final_weights)
+
+
+def test_sparse_stage_reaches_its_target_and_says_so(
+    caffe_engine: Engine, initial: SmallStage, sparse: SmallStage
+) -> None:
+    log = (sparse.folder / "run.log").read_text()
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    assert caffe_engine.finished(here(sparse, sparse_job(sparse, initial)))
+    net = parse_net((sparse.folder / "train.prototxt").read_text(), Dialect.BVLC, "train.prototxt")
+    layers = conv_sparsity(sparse.folder / "small_iter_20.caffemodel", net)
+    # conv1 has one input, so that it is thinned by half: 2 of its 9 weights a channel, at 0.3.
+    assert layers[0].sparsity == pytest.approx(2 / 9)
+    assert total_sparsity(layers) >= 0.5
+    said = re.findall(r"Total Sparsity \(zero_weights/count\) =  \((\S+)/(\S+)\) (\S+)", log)[-1]
+    assert said == (
+        f"{sum(layer.zeros for layer in layers):g}",
+        f"{sum(layer.weights for layer in layers):g}",
+        f"{total_sparsity(layers):.3g}",
+    )
+
+
+def test_frozen_zeros_never_move_with_momentum_from_before_the_threshold(sparse: SmallStage) -> None:
+    """The snapshot of 5 has one threshold behind it, that of 10 all three, and momentum is 0.9."""
+    snapshots = [conv_weights(sparse.folder / f"small_iter_{n}.caffemodel") for n in (5, 10, 15, 20)]
+    assert 0 < zeros(snapshots[0]) < zeros(snapshots[1])
+    for before, after in pairwise(snapshots):
+        for name in LAYERS:
+            assert (after[name][before[name] == 0] == 0).all()
+            assert (after[name][before[name] != 0] != before[name][before[name] != 0]).any()
+
+
+def test_without_the_masks_the_same_zeros_do_move(
+    caffe_engine: Engine, sparse: SmallStage, tmp_path: Path
+) -> None:
+    """Stock ``caffe train`` goes on from there: something does push the zeros of the test above."""
+    stage = SmallStage(tmp_path, sparse.lmdb)
+    for kind in ("caffemodel", "solverstate"):
+        (tmp_path / f"small_iter_10.{kind}").write_bytes(
+            (sparse.folder / f"small_iter_10.{kind}").read_bytes()
+        )
+    stage.solver(max_iter=11, snapshot=11)
+    job = stage.job(11, snapshot=Path("small_iter_10.solverstate"), reestimate_batches=0)
+    stage.run(caffe_engine.train_commands(job))
+    before = conv_weights(tmp_path / "small_iter_10.caffemodel")
+    after = conv_weights(tmp_path / "small_iter_11.caffemodel")
+    assert all((after[name][before[name] == 0] != 0).any() for name in LAYERS)
+
+
+def test_finetune_moves_no_zero(caffe_engine: Engine, sparse: SmallStage, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, sparse.lmdb)
+    stage.solver(clip_gradients=1)
+    start = sparse.folder / "small_iter_20.caffemodel"
+    stage.run(caffe_engine.train_commands(stage.job(weights=start, freeze_zeros=True)))
+    before, after = conv_weights(start), conv_weights(tmp_path / "small_iter_20.caffemodel")
+    for name in LAYERS:
+        assert ((after[name] == 0) == (before[name] == 0)).all()
+        assert (after[name] != before[name]).any()
+
+
+@pytest.mark.parametrize("solver_type", ["Nesterov", "Adam"])
+def test_zeros_hold_whatever_the_solver(
+    caffe_engine: Engine, sparse: SmallStage, tmp_path: Path, solver_type: str
+) -> None:
+    stage = SmallStage(tmp_path, sparse.lmdb)
+    stage.solver(type=f'"{solver_type}"', base_lr=0.001, max_iter=5, snapshot=5)
+    start = sparse.folder / "small_iter_20.caffemodel"
+    job = stage.job(5, weights=start, freeze_zeros=True)
+    stage.run(caffe_engine.train_commands(job))
+    assert caffe_engine.finished(here(stage, job))
+    before, after = conv_weights(start), conv_weights(tmp_path / "small_iter_5.caffemodel")
+    assert all((after[name][before[name] == 0] == 0).all() for name in LAYERS)
+
+
+def test_resumed_in_the_middle_of_the_ramp_it_ends_as_if_never_stopped(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """Weights, masks and the ramp's place: thresholds at 8, 10 and 12, stopped at 10."""
+    settings = sparse_settings(start_iter=8)
+    folders = {}
+    for kind in ("straight", "resumed"):
+        stage = SmallStage(tmp_path / kind, initial.lmdb)
+        stage.solver()
+        job = sparse_job(stage, initial)
+        job = replace(job, sparse=settings)
+        if kind == "resumed":
+            for extension in ("caffemodel", "solverstate", "masks.npz"):
+                name = f"small_iter_10.{extension}"
+                (stage.folder / name).write_bytes((folders["straight"] / name).read_bytes())
+            job = replace(job, weights=None, snapshot=Path("small_iter_10.solverstate"))
+        log = stage.run(caffe_engine.train_commands(job))
+        folders[kind] = stage.folder
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.4", "0.6"]
+    ends = {kind: conv_weights(folder / "small_iter_20.caffemodel") for kind, folder in folders.items()}
+    for name in LAYERS:
+        assert ((ends["straight"][name] == 0) == (ends["resumed"][name] == 0)).all()
+        np.testing.assert_allclose(ends["straight"][name], ends["resumed"][name], atol=1e-5)
+    factors = [load_masks(folders[kind] / "small_iter_20.solverstate", ends[kind])[1] for kind in ends]
+    assert factors == [0.6, 0.6]
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + ENOUGH
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until, "it did not come about"
+        assert process.poll() is None, "the process ended"
+        time.sleep(0.01)
+
+
+def start(stage: SmallStage, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(command, cwd=stage.folder, stdout=file, stderr=file)
+
+
+def iterations_said(log: Path) -> int:
+    return log.read_text().count(" iter/s, ")
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.013, 0.037])
+def test_killed_at_any_moment_it_goes_on(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path, moment: float
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    # A snapshot after each iteration, so that most moments are in the middle of writing one.
+    stage.solver(max_iter=100000, snapshot=1, display=1, test_interval=1000)
+    log = tmp_path / "killed.log"
+    process = start(stage, caffe_engine.train_commands(sparse_job(stage, initial))[0], log)
+    wait_for(lambda: iterations_said(log) > 12, process)
+    time.sleep(moment)
+    process.kill()
+    process.wait()
+    newest = complete_snapshots(tmp_path / "small", Dialect.BVLC)[0]
+    assert newest.iteration >= 10
+    frozen = conv_weights(newest.caffemodel)
+    end = newest.iteration + 3
+    stage.solver(max_iter=end, snapshot=1, test_interval=1000)
+    job = stage.job(end, snapshot=Path(newest.solverstate.name), sparse=sparse_settings())
+    log_of_rest = stage.run(caffe_engine.train_commands(job))
+    assert "The ramp goes on from 0.6" in log_of_rest
+    assert "Finding and applying" not in log_of_rest
+    after = conv_weights(tmp_path / job.final_weights)
+    assert all((after[name][frozen[name] == 0] == 0).all() for name in LAYERS)
+    assert caffe_engine.finished(here(stage, job))
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_taken_as_caffe_takes_them(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path, ending: signal.Signals
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(max_iter=100000, snapshot=100000, display=1)
+    log = tmp_path / "stopped.log"
+    job = sparse_job(stage, initial)
+    process = start(stage, caffe_engine.train_commands(job)[0], log)
+    wait_for(lambda: iterations_said(log) > 5, process)
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: complete_snapshots(tmp_path / "small", Dialect.BVLC), process)
+    said = iterations_said(log)
+    wait_for(lambda: iterations_said(log) > said + 2, process)
+    process.send_signal(ending)
+    assert process.wait(ENOUGH) == 0
+    text = log.read_text()
+    assert "Optimization stopped early." in text
+    found = survey(tmp_path / "small", Dialect.BVLC)
+    assert len(found.complete) == 2
+    assert found.complete[0].iteration == iterations_said(log)
+    assert not caffe_engine.finished(here(stage, job))
+
+
+def test_started_under_nohup_it_survives_its_terminal(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(max_iter=100000, snapshot=100000, display=1)
+    log = tmp_path / "nohup.log"
+    process = start(stage, ["nohup", *caffe_engine.train_commands(sparse_job(stage, initial))[0]], log)
+    wait_for(lambda: iterations_said(log) > 2, process)
+    process.send_signal(signal.SIGHUP)
+    said = iterations_said(log)
+    wait_for(lambda: iterations_said(log) > said + 2, process)
+    assert not complete_snapshots(tmp_path / "small", Dialect.BVLC)
+    process.kill()
+    process.wait()
+
+
+def test_a_loss_that_is_no_number_ends_the_stage(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(base_lr=1e30)
+    command = caffe_engine.train_commands(sparse_job(stage, initial))[0]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert re.search(r"^F.*: the loss is not a number", ran.stderr, re.MULTILINE)
+    assert not complete_snapshots(tmp_path / "small", Dialect.BVLC)
+
+
+def test_reestimated_statistics_are_those_of_the_final_weights(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """Under a strong L1 the running statistics lag, and the test is wrong until they are renewed."""
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(
+        base_lr=0.05,
+        weight_decay=0.01,
+        regularization_type='"L1"',
+        max_iter=30,
+        snapshot=30,
+        test_interval=30,
+    )
+    job = stage.job(30, weights=initial.folder / "small_iter_40.caffemodel", reestimate_batches=10)
+    log = stage.run(caffe_engine.train_commands(job))
+    losses = [float(value) for value in re.findall(r"Test net output #1: loss = (\S+)", log)]
+    accuracies = [float(value) for value in re.findall(r"Test net output #0: accuracy = (\S+)", log)]
+    assert len(losses) == 2, "Caffe's own final test, and that of the hand-over"
+    assert losses[1] < losses[0]
+    assert accuracies[1] >= accuracies[0]
+    statistics = read_weights(tmp_path / "small_iter_30.caffemodel")["conv1/bn"]
+    # Ten batches, each counting 0.99 of the one after it.
+    assert statistics[2][0] == pytest.approx(sum(0.99**n for n in range(10)), rel=1e-4)
+
+
+def test_hand_over_is_done_again_after_a_kill_and_not_twice(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(max_iter=10)
+    job = stage.job(10)
+    training, handing_over = caffe_engine.train_commands(job)
+    stage.run([training])
+    assert not caffe_engine.finished(here(stage, job)), "the statistics are not yet re-estimated"
+    resumed = replace(job, snapshot=Path("small_iter_10.solverstate"))
+    assert caffe_engine.train_commands(resumed) == [handing_over]
+    stage.run([handing_over])
+    assert caffe_engine.finished(here(stage, job))
+    once = (tmp_path / "small_iter_10.caffemodel").read_bytes()
+    stage.run([handing_over])
+    assert (tmp_path / "small_iter_10.caffemodel").read_bytes() == once
+    (tmp_path / "small_iter_10.caffemodel").write_bytes(once[:-10] + bytes(10))
+    assert not caffe_engine.finished(here(stage, job)), "these are other weights than those recorded"
+
+
+def test_hand_over_of_a_stage_that_was_stopped_says_so(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver()
+    command = caffe_engine.train_commands(stage.job())[1]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "training stopped before its last iteration" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_learning_rates_are_those_of_caffe(caffe_engine: Engine, initial: SmallStage, tmp_path: Path) -> None:
+    """The rates that the log says for stock Caffe's stage, and for the stepper's with the same solver."""
+    stage = SmallStage(tmp_path, initial.lmdb)
+    solvers = [
+        {"lr_policy": '"poly"', "power": 2},
+        {"lr_policy": '"multistep"', "gamma": 0.3, "stepvalue": 2, "max_iter": 5},
+        {"lr_policy": '"inv"', "gamma": 0.1, "power": 0.7},
+    ]
+    weights = initial.folder / "small_iter_40.caffemodel"
+    for changes in solvers:
+        stage.solver(**{"max_iter": 5, "display": 1, "snapshot": 0, "test_interval": 100, **changes})
+        rates = []
+        for freeze in (False, True):
+            job = stage.job(5, weights=weights, freeze_zeros=freeze, reestimate_batches=0)
+            log = stage.run(caffe_engine.train_commands(job))
+            rates.append([float(rate) for rate in re.findall(r"Iteration \d+, lr = ([^\s,]+)", log)])
+        assert len(rates[0]) == 5
+        assert rates[0] == pytest.approx(rates[1], rel=1e-5)
+
+
+def test_without_masks_a_step_is_caffes_own(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """A sparse stage before its ramp begins trains exactly as ``caffe train`` does."""
+    weights = initial.folder / "small_iter_40.caffemodel"
+    ends = []
+    for kind in ("train", "stepper"):
+        stage = SmallStage(tmp_path / kind, initial.lmdb)
+        stage.solver(max_iter=8, snapshot=8, iter_size=2)
+        sparse = sparse_settings(start_iter=100) if kind == "stepper" else None
+        job = stage.job(8, weights=weights, sparse=sparse, reestimate_batches=0)
+        stage.run(caffe_engine.train_commands(job))
+        ends.append(conv_weights(stage.folder / "small_iter_8.caffemodel"))
+    for name in LAYERS:
+        np.testing.assert_allclose(ends[0][name], ends[1][name], atol=1e-6)
