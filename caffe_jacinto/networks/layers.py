@@ -101,7 +101,7 @@ class Softmax(Layer):
 
 @dataclass(frozen=True)
 class Data(Layer):
-    """Batches of images and labels from an LMDB; crops are taken anywhere when training, else in the middle."""
+    """Batches of images and labels from an LMDB; crops lie anywhere in training, else in the middle."""
 
     source: str
     """The LMDB's folder."""

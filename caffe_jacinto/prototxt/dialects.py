@@ -48,5 +48,5 @@ def _does_not_divide(effective_batch: int, iter_size: int, devices: int) -> str:
     where = f" over {devices} GPUs" if devices > 1 else ""
     return (
         f"an effective batch of {effective_batch} does not divide into {what}{where}, {shares} equal shares; "
-        f"the nearest that {'do' if len(nearest) > 1 else 'does'}: {' and '.join(nearest)}"
+        f"use {' or '.join(nearest)}"
     )

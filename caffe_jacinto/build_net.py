@@ -1,0 +1,267 @@
+"""Write a network's train, val, deploy and solver prototxt.
+
+    python -m caffe_jacinto.build_net --output DIR
+
+gives JacintoNet11 for ImageNet as it was published; --help tells the rest. Caffe is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from caffe_jacinto.errors import UserError, run_command
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.stage_files import (
+    IMAGENET_VAL_IMAGES,
+    iterations_per_test,
+    stage_files,
+    write_stage_files,
+)
+from caffe_jacinto.recipes.load import load_recipe
+
+if TYPE_CHECKING:
+    from caffe_jacinto.recipes.model import Recipe
+
+RECIPE = "imagenet_jacintonet11"
+"""Whose values stand where an argument is not given."""
+
+INT32_MAX = 2**31 - 1
+
+DESCRIPTION = """\
+Write train.prototxt, val.prototxt, deploy.prototxt and solver.prototxt of a network into a folder.
+With --output alone: JacintoNet11 on ImageNet as in its published training with caffe-jacinto."""
+
+EPILOG = """\
+batch size: --batch-size counts the images behind one update of the weights. One update is accumulated over
+--iter-size passes and all --gpus, so the file's batch_size is smaller; the dialects count it differently:
+  bvlc           batch_size = batch / (iter-size x GPUs), that of each GPU
+  caffe_jacinto  batch_size = batch / iter-size, which that Caffe shares out among its GPUs
+
+CPU or GPU: `caffe train` without -gpu does what the solver file says. With --gpus that is the first of these;
+without, bvlc files say CPU, and caffe_jacinto files say GPU 0, as published (that Caffe needs a GPU).
+
+paths: solver.prototxt names the other files as DIR/train.prototxt and so on, just as --output was given. If
+that is a relative path, start Caffe in the folder where build_net was started; so too for the LMDBs.
+
+examples:
+  python -m caffe_jacinto.build_net --output net --dialect bvlc
+  python -m caffe_jacinto.build_net --output net --gpus 0,1 --batch-size 512
+  python -m caffe_jacinto.build_net --output net --dialect bvlc --num-classes 10 --crop-size 32 \\
+      --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
+      --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb --val-images 10000
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all arguments")
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    """Reads a whole number from ``minimum`` to what Caffe's files hold."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if not minimum <= value <= INT32_MAX:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {minimum} or more")
+        return value
+
+    return read
+
+
+def _wholes(minimum: int, example: str) -> Callable[[str], tuple[int, ...]]:
+    """Reads whole numbers with commas between them."""
+    read_one = _whole(minimum)
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(read_one(part) for part in text.split(","))
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of whole numbers of {minimum} or more, like {example}"
+            ) from None
+
+    return read
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    gpus = _wholes(0, "0,1")(text)
+    if len(set(gpus)) < len(gpus):
+        raise argparse.ArgumentTypeError(f"{text!r} names a GPU twice")
+    return gpus
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m caffe_jacinto.build_net",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--output",
+        required=True,
+        type=_not_empty,
+        metavar="DIR",
+        help="folder for the files, made if missing",
+    )
+    add("--network", default=recipe.network.name, metavar="NAME", help="(default: %(default)s)")
+    add(
+        "--dialect",
+        default=Dialect.CAFFE_JACINTO.value,
+        choices=[dialect.value for dialect in Dialect],
+        help="bvlc: stock Caffe 1.0; caffe_jacinto: the fork, as published (default: %(default)s)",
+    )
+    add(
+        "--stage",
+        default="initial",
+        metavar="NAME",
+        help=f"{', '.join(recipe.stages)} (default: %(default)s)",
+    )
+    add(
+        "--num-classes",
+        type=_whole(2),
+        default=recipe.data.num_classes,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--crop-size",
+        type=_whole(1),
+        default=recipe.network.crop_size,
+        metavar="PIXELS",
+        help="height and width of the network's input (default: %(default)s)",
+    )
+    strides = ",".join(map(str, recipe.network.strides))
+    add(
+        "--strides",
+        type=_wholes(1, strides),
+        default=recipe.network.strides,
+        metavar="S,S,S,S,S",
+        help=f"of conv1a, pool1, pool2, pool3 and pool4 (default: {strides})",
+    )
+    for name, path in (("train", recipe.data.train_lmdb), ("val", recipe.data.val_lmdb)):
+        add(f"--{name}-lmdb", type=_not_empty, default=path, metavar="PATH", help="(default: %(default)s)")
+    add(
+        "--val-images",
+        type=_whole(1),
+        default=IMAGENET_VAL_IMAGES,
+        metavar="N",
+        help="in the validation LMDB; one test covers them all (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=_whole(1),
+        default=recipe.training.batch_size,
+        metavar="N",
+        help="images behind one update of the weights (default: %(default)s)",
+    )
+    add(
+        "--iter-size",
+        type=_whole(1),
+        default=recipe.training.iter_size,
+        metavar="N",
+        help="passes that one update is accumulated over (default: %(default)s)",
+    )
+    add("--gpus", type=_gpus, default=(), metavar="N,N", help="device numbers, e.g. 0,1 (default: see below)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the files; say what they are and which command trains them."""
+    published = load_recipe(RECIPE)
+    arguments = _parser(published).parse_args(argv)
+    recipe = _recipe(published, arguments)
+    dialect = Dialect(arguments.dialect)
+    files = stage_files(
+        recipe,
+        arguments.stage,
+        dialect,
+        folder=arguments.output,
+        gpus=arguments.gpus,
+        iter_size=arguments.iter_size,
+        solver_mode_gpu=bool(arguments.gpus) or dialect is Dialect.CAFFE_JACINTO,
+        val_images=arguments.val_images,
+    )
+    write_stage_files(files, Path(arguments.output))
+    print(_summary(recipe, arguments, dialect, list(files)))
+    return 0
+
+
+def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """The published recipe with the values of the command line, which the parser has checked."""
+    data = {
+        "num_classes": arguments.num_classes,
+        "train_lmdb": arguments.train_lmdb,
+        "val_lmdb": arguments.val_lmdb,
+    }
+    network = {"name": arguments.network, "crop_size": arguments.crop_size, "strides": arguments.strides}
+    training = {"batch_size": arguments.batch_size, "iter_size": arguments.iter_size}
+    return published.model_copy(
+        update={
+            "data": published.data.model_copy(update=data),
+            "network": published.network.model_copy(update=network),
+            "training": published.training.model_copy(update=training),
+        }
+    )
+
+
+def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, names: list[str]) -> str:
+    network, data, training = recipe.network, recipe.data, recipe.training
+    devices = f"GPU {','.join(map(str, arguments.gpus))}" if arguments.gpus else "one device"
+    val_batch = training.val_batch_size
+    tests = iterations_per_test(arguments.val_images, val_batch)
+    twice = tests * val_batch - arguments.val_images
+    wraps = f"; the last batch wraps round, so {twice} images count twice" if twice else ""
+    lines = [
+        f"Wrote {', '.join(names)} into {arguments.output}:",
+        f"  network  {network.name}, {data.num_classes} classes, "
+        f"{network.crop_size}x{network.crop_size} crops, strides {','.join(map(str, network.strides))}",
+        f"  dialect  {dialect.value} ({_CAFFE[dialect]})",
+        f"  stage    {arguments.stage}, {recipe.stages[arguments.stage].solver.max_iter} iterations",
+        f"  batch    {training.batch_size} images an update, in {training.iter_size} "
+        f"pass{'es' if training.iter_size > 1 else ''} on {devices}",
+        f"  test     {arguments.val_images} images in {tests} batches of {val_batch}{wraps}",
+        *_next_step(recipe, arguments, dialect),
+    ]
+    return "\n".join(lines)
+
+
+_CAFFE = {Dialect.BVLC: "stock Caffe 1.0", Dialect.CAFFE_JACINTO: "the fork caffe-jacinto"}
+
+
+def _next_step(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect) -> list[str]:
+    """The command that trains what was written."""
+    stage = recipe.stages[arguments.stage]
+    if dialect is Dialect.BVLC and (stage.sparse or stage.freeze_zeros):
+        return [
+            "Stock Caffe has no fields for sparsity: `caffe train` on these files trains without it.",
+            f"The stage is carried out by `python -m caffe_jacinto.train {recipe.name}`.",
+        ]
+    command = ["caffe", "train", "-solver", str(Path(arguments.output, "solver.prototxt"))]
+    if stage.start:
+        command += ["-weights", f"{stage.start.upper()}.caffemodel"]
+    if arguments.gpus:
+        command += ["-gpu", ",".join(map(str, arguments.gpus))]
+    start = f" ({stage.start.upper()}.caffemodel: the final weights of {stage.start})" if stage.start else ""
+    return [f"Train it with {_CAFFE[dialect]}{start}:", f"  {shlex.join(command)}"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("caffe_jacinto.build_net", main))
