@@ -23,8 +23,8 @@ UTILS = ROOT / "tools" / "utils"
 SCRIPTS = sorted([*UTILS.glob("*.sh"), ROOT / ".ci" / "run"])
 INSTALLERS = ("setup.sh", "install_caffe.sh", "test.sh", "demo.sh")
 BASE_SYSTEM = """
-awk bash cat date df dirname env flock find grep id ls mkdir mktemp mv nproc rm rmdir sed sha256sum tail tr uname
-xargs
+awk bash cat date df dirname env flock find grep id ls mkdir mktemp mv nproc rm rmdir sed sha256sum tail tr
+uname xargs
 """
 
 
