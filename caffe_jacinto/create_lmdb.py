@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from caffe_jacinto.data.lmdb_writer import check_free
+from caffe_jacinto.data.progress import count_text, time_text
 from caffe_jacinto.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -144,27 +145,25 @@ def _listing(options: argparse.Namespace) -> tuple[Listing, str]:
 
 
 def _announce(listing: Listing, order: str, form: ImageForm, workers: int) -> None:
-    ignored = f" ({listing.ignored:,} files that are no images left out)" if listing.ignored else ""
+    ignored = f" ({count_text(listing.ignored, 'other file')} left out)" if listing.ignored else ""
     print(
-        f"{listing.folder}: {len(listing.entries):,} images, {listing.source}{ignored}, {order},"
+        f"{listing.folder}: {count_text(len(listing.entries), 'image')}, {listing.source}{ignored}, {order},"
         f" {form.width}x{form.height} {'colour' if form.colour else 'gray'}, {workers} at a time",
         flush=True,
     )
 
 
 def _summarize(conversion: Conversion, output: Path, seconds: float) -> None:
-    from caffe_jacinto.data.progress import time_text
-
     print(
-        f"{output}: {conversion.images:,} images, {conversion.record_bytes / 1e6:,.1f} MB,"
+        f"{output}: {count_text(conversion.images, 'image')}, {conversion.record_bytes / 1e6:,.1f} MB,"
         f" in {time_text(seconds)} ({conversion.images / seconds:,.0f} images/s)",
         flush=True,
     )
     if conversion.skipped:
         first = conversion.skipped[0]
         print(
-            f"warning: {len(conversion.skipped):,} images were left out, listed in {output / 'skipped.txt'};"
-            f" the first, {first.path}: {first.reason}",
+            f"warning: {count_text(len(conversion.skipped), 'image')} left out, listed in"
+            f" {output / 'skipped.txt'}; the first, {first.path}: {first.reason}",
             file=sys.stderr,
         )
 
@@ -181,7 +180,10 @@ def _keep(output: Path, options: argparse.Namespace) -> int:
             f"LMDB {output} holds images of {facts.width}x{facts.height} pixels, not {size[0]}x{size[1]}:"
             " --force replaces it"
         )
-    print(f"{output}: kept, {facts.images:,} images of {facts.width}x{facts.height} (--force makes it again)")
+    print(
+        f"{output}: kept, {count_text(facts.images, 'image')} of {facts.width}x{facts.height}"
+        " (--force makes it again)"
+    )
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, datum_record, encode_image
 from caffe_jacinto.data.listing import Entry, Listing
 from caffe_jacinto.data.lmdb_writer import new_lmdb
-from caffe_jacinto.data.progress import image_progress
+from caffe_jacinto.data.progress import count_text, image_progress
 from caffe_jacinto.errors import UserError
 
 IN_FLIGHT_PER_WORKER = 16
@@ -58,8 +58,8 @@ def convert(listing: Listing, output: Path, form: ImageForm, *, workers: int, re
                 advance()
         if not writer.images:
             raise UserError(
-                f"none of the {len(skipped)} images below {listing.folder} can be read; the first,"
-                f" {skipped[0].path}: {skipped[0].reason}"
+                f"no image below {listing.folder} can be read ({count_text(len(skipped), 'file')} tried); the"
+                f" first, {skipped[0].path}: {skipped[0].reason}"
             )
         if listing.names is not None:
             writer.add_file("labels.txt", "".join(f"{name}\n" for name in listing.names))

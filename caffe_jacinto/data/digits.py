@@ -72,7 +72,9 @@ def write_digits(output: Path) -> tuple[int, int]:
     Raises UserError when the parent folder is missing, and RunFailed when it cannot be written to.
     """
     if not output.parent.is_dir():
-        raise UserError(f"folder {output.parent} for {output.name} does not exist: make it first")
+        raise UserError(
+            f"{output} cannot be made, its folder {output.parent} does not exist: make that first"
+        )
     images, labels = load_digits()
     split = split_digits([image.tobytes() for image in images], [int(label) for label in labels])
     partial = output.with_name(f".{output.name}.partial")

@@ -44,6 +44,8 @@ def encode_image(path: Path, form: ImageForm) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise UnreadableImageError(error.strerror or str(error)) from None
+    except ValueError as error:  # A path that no file can have: it holds a null character.
+        raise UnreadableImageError(str(error)) from None
     if not content:
         raise UnreadableImageError("the file is empty")
     if _is_cut_off(content):

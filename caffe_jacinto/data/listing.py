@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from caffe_jacinto.data.progress import count_text
 from caffe_jacinto.errors import UserError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -110,7 +111,7 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Li
             empty.append(name)
     if not entries:
         raise UserError(
-            f"no images in the {len(folders)} class folders of {folder}: they are expected as"
+            f"no images in the {count_text(len(folders), 'class folder')} of {folder}: they are expected as"
             f" {folder}/<class>/*.JPEG"
         )
     if empty and names is None:
@@ -119,7 +120,9 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Li
             " so that the labels close up"
         )
     _check_keys(entries)
-    return Listing(folder, entries, names or tuple(folders), f"{len(folders)} class folders", ignored)
+    return Listing(
+        folder, entries, names or tuple(folders), count_text(len(folders), "class folder"), ignored
+    )
 
 
 def list_from_file(list_file: Path, folder: Path, names: tuple[str, ...] | None = None) -> Listing:
@@ -192,19 +195,19 @@ def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if archives:
         return (
-            f"{folder} holds {len(archives)} archives ({archives[0]} …) and no class folders:"
+            f"{folder} holds archives ({archives[0]}{_and_others(archives)}) and no class folders:"
             f" extract each into a folder of its own, {folder}/<class>/"
         )
     if images:
         return (
-            f"{folder} holds {len(images)} images directly and no class folders: give a list file"
-            " with their labels (--list), or sort them into <class>/ folders"
+            f"{folder} holds {count_text(len(images), 'image')} directly and no class folders: give a list"
+            " file with their labels (--list), or sort them into <class>/ folders"
         )
-    return f"{folder} is empty: images are expected as {folder}/<class>/*.JPEG"
+    return f"{folder} holds no class folders: images are expected as {folder}/<class>/*.JPEG"
 
 
 def _and_others(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+    return f" (and {count_text(len(names) - 1, 'other')})" if len(names) > 1 else ""
 
 
 def _check_keys(entries: Sequence[Entry]) -> None:

@@ -115,8 +115,9 @@ def new_lmdb(output: Path, *, replace: bool = False) -> Iterator[LmdbWriter]:
         sync_folder(output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (lmdb.Error, OSError) as error:
+        reason = _why_not_written(output, error)
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(_why_not_written(output, error)) from error
+        raise RunFailed(reason) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -132,7 +133,9 @@ def is_lmdb_folder(path: Path) -> bool:
 def check_free(output: Path, replace: bool) -> None:
     """Raise UserError unless an LMDB may be put at ``output`` (see `new_lmdb`, which asks this itself)."""
     if not output.parent.is_dir():
-        raise UserError(f"folder {output.parent} for the LMDB {output.name} does not exist: make it first")
+        raise UserError(
+            f"LMDB {output} cannot be made, its folder {output.parent} does not exist: make that first"
+        )
     if not os.path.lexists(output):
         return
     if not is_lmdb_folder(output):
@@ -175,9 +178,13 @@ def _claim(partial: Path, output: Path) -> int:
 
 
 def _why_not_written(output: Path, error: Exception) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    text = str(error)
-    full = number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text
-    if full or os.strerror(errno.EDQUOT) in text:
-        return f"the disk is full: LMDB {output} was not made and its part removed; make room and start again"
-    return f"LMDB {output} could not be written: {text}"
+    """The message for a write that failed; to be asked before the part is removed."""
+    # LMDB reports a write that was cut short by a full disk as an input/output error: look at the disk.
+    free = shutil.disk_usage(output.parent).free
+    no_room = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    if no_room or free < BATCH_BYTES:
+        return (
+            f"the disk of {output.parent} is full ({free / 1e6:,.0f} MB left): LMDB {output} was not made and"
+            " its part is removed; make room and start again"
+        )
+    return f"LMDB {output} could not be written: {error}"

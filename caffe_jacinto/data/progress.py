@@ -68,12 +68,17 @@ def _plain_lines(what: str, total: int) -> Callable[[], None]:
 
 
 def time_text(seconds: float) -> str:
-    """A duration as a person reads it: '0.8 s', '8 s', '3 min 20 s', '2 h 05 min'."""
+    """A duration as a person reads it: '0.8 s', '12 s', '3 min 20 s', '2 h 05 min'."""
     if seconds < 9.95:
-        return f"{seconds:.1f} s".replace(".0 s", " s")
+        return f"{max(seconds, 0.1):.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count_text(count: int, what: str) -> str:
+    """A number of things as a person reads it: '1 image', '1,200 images'."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
