@@ -2,6 +2,8 @@
 # Sourced by the scripts that install: how they tell what they do, which system packages the project needs, and where
 # its Caffe lies.
 
+HOME=${HOME:-~} # from the user database where a job's environment lacks it
+
 say() { printf '%s\n' "$*"; }
 fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
