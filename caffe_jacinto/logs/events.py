@@ -213,7 +213,7 @@ Event: TypeAlias = (
 
 _PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d+) ([\w.+-]+):\d+\] ")
 _CAFFE_SOURCES = re.compile(
-    rb"(?:caffe|solver|sgd_solver|net|parallel|common|upgrade_proto|io|layer_factory|math_functions|syncedmem|"
+    rb"(?:_?caffe|solver|sgd_solver|net|parallel|common|upgrade_proto|io|layer_factory|math_functions|syncedmem|"
     rb"signal_handler|db_lmdb|\w+_layer|\w+_solver)\.(?:cpp|hpp|cu)$"
 )
 _ITERATION = re.compile(

@@ -1,0 +1,557 @@
+"""One stage's log -> its figures. What the log does not say is None."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.logs import events
+from caffe_jacinto.logs.clock import elapsed
+from caffe_jacinto.logs.curves import StageCurves
+from caffe_jacinto.prototxt import complexity, tree
+
+_CHUNK = 1 << 20
+_SNAPSHOT_ITERATION = re.compile(r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?$")
+_PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
+_MOST_SHAPES = 8
+_MOST_NETS = 16
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """The figures of a stage, from its log alone."""
+
+    caffe_version: str | None
+    """As Caffe says it, e.g. ``NVCaffe 0.16.3``; stock Caffe 1.0 does not say."""
+    finished: bool
+    """The last training, or test, in the log came to its end."""
+    iterations: int | None
+    """Updates done; of a ``caffe test``, batches."""
+    top1: float | None
+    top5: float | None
+    """Accuracies of the last whole test, by the ``top_k`` of the printed test network's Accuracy layers."""
+    loss: float | None
+    """The loss of the last whole test: the weighted sum of its losses."""
+    outputs: dict[str, float]
+    """Every output of the last whole test; those of a second test net with `` (#1)`` after the name."""
+    sparsity: float | None
+    """Zeros over weights of the convolutions, one directly before a softmax left out; three digits."""
+    sparsity_logged: float | None
+    """The total that the log states, whatever it counts."""
+    gigamacs: float | None
+    images_per_second: float | None
+    """Training: iterations per second times the images behind one update."""
+    images_per_second_logged: float | None
+    """The closing figure of NVCaffe, which leaves out ``iter_size``."""
+    seconds: float | None
+    """Time the processes of the log took; the gaps between them do not count."""
+    start_stamp: str | None
+    year: int | None
+    tested: bool
+    """Whether this is ``caffe test`` and no training."""
+    fatal: str | None
+    """What Caffe gave up with, if the last process did."""
+    solver_paths: tuple[str, ...]
+    """Paths in the solver's settings that may tell the stage's name."""
+    notes: tuple[str, ...]
+    """Why a figure is missing, where that can be said."""
+
+
+@dataclass
+class _Process:
+    """The process whose lines are being read."""
+
+    first_stamp: str | None = None
+    logged_seconds: int | None = None
+    first_progress: events.TrainProgress | None = None
+    last_progress: events.TrainProgress | None = None
+    trains: bool = False
+
+
+@dataclass
+class _Net:
+    """A printed network and the shapes its data layers gave."""
+
+    printed: events.NetPrinted
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def phase(self) -> str | None:
+        match = _PHASE.search(self.printed.text)
+        return match.group(1) if match else None
+
+    @cached_property
+    def message(self) -> tree.Message | None:
+        """The network; None where the log holds only a part of it."""
+        if not self.printed.complete:
+            return None
+        try:
+            return tree.parse(self.printed.text, "network in the log")
+        except UserError:
+            return None
+
+    @cached_property
+    def costs(self) -> list[complexity.LayerCost]:
+        return complexity.layer_costs(self.message, self.shapes) if self.message else []
+
+    @property
+    def gigamacs(self) -> float | None:
+        return complexity.gigamacs(self.message, self.shapes) if self.message else None
+
+    @property
+    def batch(self) -> int | None:
+        return complexity.batch_size(self.message) if self.message else None
+
+    def accuracies(self) -> dict[int, str]:
+        """top_k -> the output that holds it; of several (auxiliary classifiers), the last."""
+        found = {}
+        for layer in complexity.phase_layers(self.message) if self.message else ():
+            if layer.string("type") == "Accuracy" and layer.strings("top"):
+                found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
+        return found
+
+    def outputs(self) -> int | None:
+        """How many blobs the network produces and does not use."""
+        if self.message is None:
+            return None
+        unused: set[str] = set()
+        for layer in complexity.phase_layers(self.message):
+            unused.difference_update(layer.strings("bottom"))
+            unused.update(layer.strings("top"))
+        return len(unused)
+
+
+@dataclass
+class _Tests:
+    """The outputs of one test net: the test being printed and the whole one before it."""
+
+    current: dict[int, events.TestOutput] = field(default_factory=dict)
+    ended: bool = False
+    """Whether a later line of the solver shows that all outputs of ``current`` are there."""
+    whole: dict[int, events.TestOutput] = field(default_factory=dict)
+    expected: int | None = None
+
+    def start(self, expected: int | None) -> None:
+        if self.current:
+            self.whole = self.last(None)
+        self.current, self.ended, self.expected = {}, False, expected
+
+    def last(self, net_outputs: int | None) -> dict[int, events.TestOutput]:
+        """The last test whose outputs are all there."""
+        # A blob can print several numbers, so that a test before tells more surely than the network.
+        needed = self.expected or len(self.whole) or net_outputs or 1
+        return self.current if self.current and (self.ended or len(self.current) >= needed) else self.whole
+
+
+class StageLog:
+    """Folds the events of one stage's log, in order, into its figures."""
+
+    def __init__(self, *, curves: bool = False) -> None:
+        self.curves = StageCurves() if curves else None
+        self._reader = events.LogReader()
+        self._process = _Process()
+        self._version: events.Version | None = None
+        self._gpus: tuple[int, ...] = ()
+        self._solver: events.SolverStarted | None = None
+        self._nets: list[_Net] = []
+        self._new_nets = True
+        self._tests: dict[int, _Tests] = {}
+        self._iteration: int | None = None
+        self._sparsity: events.Sparsity | None = None
+        self._speed: float | None = None
+        self._speed_is_overall = False
+        self._planned: int | None = None
+        self._finished = False
+        self._stopped = False
+        self._fatal: str | None = None
+        self._seconds = 0.0
+        self._trained = 0
+        self._spans: list[float] = [0.0, 0.0]
+
+    @property
+    def is_caffe(self) -> bool:
+        """Whether the log has a line of Caffe's."""
+        return self._reader.is_caffe
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the log."""
+        self._fold(self._reader.feed(data))
+
+    def close(self) -> None:
+        """The log ends here, for now."""
+        self._fold(self._reader.close())
+
+    def _fold(self, found: Iterable[events.Event]) -> None:
+        for event in found:
+            _FOLDERS[type(event)](self, event)
+
+    # --- events -----------------------------------------------------------------------------------------
+
+    def _progress(self, event: events.TrainProgress) -> None:
+        process = self._process
+        if process.first_progress is None:
+            process.first_progress = event
+        process.last_progress = event
+        self._iteration = event.iteration
+        self._end_tests()
+        if self.curves is not None and event.loss == event.loss:
+            self.curves.loss.add(event.iteration, event.loss)
+
+    def _learning_rate(self, event: events.LearningRate) -> None:
+        if self.curves is not None:
+            self.curves.learning_rate.add(event.iteration, event.lr)
+
+    def _process_started(self, event: events.ProcessStarted) -> None:
+        self._end_tests()
+        self._end_process(event.previous)
+        self._process = _Process(first_stamp=event.stamp)
+        self._new_nets = True
+        self._fatal = None
+
+    def _end_process(self, last_stamp: str | None) -> None:
+        """Add up what the process that ends here took and did."""
+        seconds, iterations, training = self._spent(last_stamp)
+        self._seconds += seconds
+        self._spans[0] += iterations
+        self._spans[1] += training
+
+    def _spent(self, last_stamp: str | None) -> tuple[float, float, float]:
+        """(seconds, iterations between the first and last line of training, seconds between those)."""
+        process, year = self._process, self._year()
+        first = process.first_stamp or self._reader.first_stamp
+        seconds = 0.0
+        if process.logged_seconds is not None:
+            seconds = float(process.logged_seconds)
+        elif first is not None and last_stamp is not None:
+            seconds = elapsed(first, last_stamp, year)
+        begin, end = process.first_progress, process.last_progress
+        if begin is None or end is None or end.iteration <= begin.iteration:
+            return seconds, 0.0, 0.0
+        return seconds, end.iteration - begin.iteration, elapsed(begin.stamp, end.stamp, year)
+
+    def _year(self) -> int | None:
+        return self._version.year if self._version else self._reader.header_year
+
+    def _version_said(self, event: events.Version) -> None:
+        self._version = event
+
+    def _gpus_used(self, event: events.GpusUsed) -> None:
+        self._gpus = event.ids
+
+    def _solver_started(self, event: events.SolverStarted) -> None:
+        self._solver = event
+
+    def _net_printed(self, event: events.NetPrinted) -> None:
+        if self._new_nets:
+            self._nets.clear()
+            self._new_nets = False
+        if len(self._nets) < _MOST_NETS:
+            self._nets.append(_Net(event))
+
+    def _data_shape(self, event: events.DataShape) -> None:
+        if self._nets and self._nets[-1].printed.thread == event.thread:
+            shapes = self._nets[-1].shapes
+            if len(shapes) < _MOST_SHAPES:
+                shapes.append(event.shape)
+
+    def _training_began(self, event: events.TrainingBegan) -> None:
+        if not self._process.trains:
+            self._trained += 1
+        self._process.trains = True
+        self._finished = self._stopped = False
+        self._planned = None
+
+    def _restored(self, event: events.Restored) -> None:
+        match = _SNAPSHOT_ITERATION.search(event.path)
+        if match and "solverstate" in event.path:
+            self._iteration = int(match.group(1))
+
+    def _test_started(self, event: events.TestStarted) -> None:
+        self._end_tests()
+        self._iteration = event.iteration
+        self._tests.setdefault(event.net, _Tests()).start(None)
+
+    def _test_output(self, event: events.TestOutput) -> None:
+        tests = self._tests.setdefault(event.net, _Tests())
+        tests.current[event.number] = event
+        if self._planned is not None and event.iteration is None:
+            self._finished = len(tests.current) >= (tests.expected or 1)
+
+    def _end_tests(self) -> None:
+        for tests in self._tests.values():
+            if tests.current and not tests.ended:
+                tests.ended = tests.expected is None
+                self._plot_test(tests)
+
+    def _plot_test(self, tests: _Tests) -> None:
+        if self.curves is None:
+            return
+        accuracies = self._accuracies(0)
+        first_of_nvcaffe = self._version is not None
+        for output in tests.current.values():
+            # NVCaffe's test at iteration 0 is of one batch only.
+            if output.net or output.iteration is None or (first_of_nvcaffe and output.iteration == 0):
+                continue
+            if output.name == accuracies.get(1):
+                self.curves.top1.add(output.iteration, output.value)
+            elif output.name == accuracies.get(5):
+                self.curves.top5.add(output.iteration, output.value)
+
+    def _test_planned(self, event: events.TestPlanned) -> None:
+        self._planned = event.batches
+        self._iteration = 0
+        self._finished = False
+
+    def _batch_tested(self, event: events.BatchTested) -> None:
+        self._iteration = event.batch + 1
+
+    def _test_loss(self, event: events.TestLoss) -> None:
+        self._tests.setdefault(0, _Tests()).start(event.outputs or None)
+
+    def _sparsity_listed(self, event: events.Sparsity) -> None:
+        self._sparsity = event
+        if self.curves is not None and self._iteration is not None:
+            value = self._conv_sparsity()
+            if value is not None:
+                self.curves.sparsity.add(self._iteration, value)
+
+    def _snapshot_written(self, event: events.SnapshotWritten) -> None:
+        self._end_tests()
+        match = _SNAPSHOT_ITERATION.search(event.path)
+        if match:
+            self._iteration = int(match.group(1))
+
+    def _speed_reported(self, event: events.SpeedReported) -> None:
+        self._end_tests()
+        self._speed, self._speed_is_overall = event.images_per_second, event.overall
+
+    def _stopped_early(self, event: events.StoppedEarly) -> None:
+        self._end_tests()
+        self._stopped = True
+        self._finished = False
+
+    def _done(self, event: events.Finished) -> None:
+        self._end_tests()
+        self._finished = not self._stopped
+        if event.seconds is not None:
+            self._process.logged_seconds = event.seconds
+
+    def _failed(self, event: events.Fatal) -> None:
+        self._fatal = self._fatal or event.text
+        if self._process.trains or self._planned is not None:
+            self._finished = False
+
+    # --- figures ----------------------------------------------------------------------------------------
+
+    def figures(self) -> StageFigures:
+        """The figures as of the last whole line."""
+        outputs = self._last_test(0)
+        accuracies = self._accuracies(0)
+        named = _by_name(outputs)
+        losses = [output.loss for output in outputs.values() if output.loss is not None]
+        seconds = None if self._reader.last_stamp is None else self._total_seconds()
+        return StageFigures(
+            caffe_version=self._version.text if self._version else None,
+            finished=self._finished,
+            iterations=self._iterations(),
+            top1=named.get(accuracies.get(1, "")),
+            top5=named.get(accuracies.get(5, "")),
+            loss=float(f"{sum(losses):.6g}") if losses else None,
+            outputs=self._all_outputs(),
+            sparsity=self._conv_sparsity(),
+            sparsity_logged=self._sparsity.total if self._sparsity else None,
+            gigamacs=self._gigamacs(),
+            images_per_second=self._images_per_second(),
+            images_per_second_logged=self._speed,
+            seconds=seconds,
+            start_stamp=self._reader.first_stamp,
+            year=self._year(),
+            tested=self._planned is not None and not self._trained,
+            fatal=self._fatal,
+            solver_paths=self._solver_paths(),
+            notes=self._notes(),
+        )
+
+    def _total_seconds(self) -> float:
+        return round(self._seconds + self._spent(self._reader.last_stamp)[0], 3)
+
+    def _iterations(self) -> int | None:
+        if self._finished and self._planned is not None:
+            return self._planned
+        if self._finished and self._solver is not None and self._solver.max_iter is not None:
+            return self._solver.max_iter
+        return self._iteration
+
+    def _net(self, phase: str, number: int = 0) -> _Net | None:
+        """The printed network number ``number`` of a phase."""
+        found = [net for net in self._nets if net.phase == phase]
+        return found[number] if number < len(found) else None
+
+    def _main_net(self) -> _Net | None:
+        """The network whose layers count: the test net, or where the log has none whole, the train net."""
+        nets = [self._net("TEST"), self._net("TRAIN"), *self._nets]
+        return next((net for net in nets if net is not None and net.message is not None), None)
+
+    def _accuracies(self, number: int) -> dict[int, str]:
+        net = self._net("TEST", number)
+        return net.accuracies() if net else {}
+
+    def _last_test(self, number: int) -> dict[int, events.TestOutput]:
+        tests = self._tests.get(number)
+        net = self._net("TEST", number)
+        return tests.last(net.outputs() if net else None) if tests else {}
+
+    def _all_outputs(self) -> dict[str, float]:
+        found = {}
+        for number in sorted(self._tests):
+            ending = f" (#{number})" if number else ""
+            for name, value in _by_name(self._last_test(number)).items():
+                found[name + ending] = value
+        return found
+
+    def _gigamacs(self) -> float | None:
+        net = self._main_net()
+        total = net.gigamacs if net else None
+        if total is None:
+            return None
+        return round(total, 4) if total >= 0.1 else float(f"{total:.4g}")
+
+    def _images_per_second(self) -> float | None:
+        """By the whole stage; from NVCaffe's closing figure, or from the first and last line of training."""
+        if self._solver is None:
+            return None
+        passes = self._solver.iter_size
+        if self._speed is not None and self._trained <= 1 and (self._speed_is_overall or len(self._gpus) < 2):
+            return _speed_digits(self._speed * passes)
+        net = self._net("TRAIN")
+        batch = net.batch if net else None
+        _, iterations, seconds = self._spent(self._reader.last_stamp)
+        iterations, seconds = iterations + self._spans[0], seconds + self._spans[1]
+        if batch is None or seconds <= 0:
+            return None
+        # Both kinds of Caffe print the batch of one GPU: NVCaffe has divided it before it prints.
+        return _speed_digits(iterations / seconds * batch * max(1, len(self._gpus)) * passes)
+
+    def _conv_sparsity(self) -> float | None:
+        """Zeros over weights of the convolutions, from the last listing and the printed network.
+
+        The listing's total may count inner products too; its fractions by layer have three digits. So the
+        zeros of the other layers are taken from the total, or where those outweigh the convolutions, the
+        convolutions' own fractions are added up: whichever loses fewer digits.
+        """
+        listed = self._sparsity
+        net = self._main_net()
+        if listed is None or net is None or not listed.blobs:
+            return None
+        costs = {cost.name: cost for cost in net.costs}
+        counted = {
+            name
+            for name, cost in costs.items()
+            if cost.type in complexity.CONVOLUTIONS and not cost.before_softmax
+        }
+        if any((name, 0) not in listed.blobs for name in counted):
+            return None
+        conv_weights = conv_zeros = other_weights = other_zeros = 0.0
+        for (name, blob), fraction in listed.blobs.items():
+            cost = costs.get(name)
+            if cost is None or cost.weights is None:
+                return None
+            size = cost.weights if blob == 0 else cost.outputs
+            if name in counted and blob == 0:
+                conv_weights += size
+                conv_zeros += fraction * size
+            else:
+                other_weights += size
+                other_zeros += fraction * size
+        # The listing must be of this network, or its weights are not the ones counted here.
+        if not conv_weights or abs(conv_weights + other_weights - listed.weights) > 1e-5 * listed.weights:
+            return None
+        if other_weights <= conv_weights:
+            conv_zeros = listed.zeros - other_zeros
+        return float(f"{min(1.0, max(0.0, conv_zeros / conv_weights)):.3g}")
+
+    def _solver_paths(self) -> tuple[str, ...]:
+        if self._solver is None:
+            return ()
+        names = ("snapshot_prefix", "train_net", "net")
+        return tuple(path for name in names if (path := self._solver.settings.string(name)))
+
+    def _notes(self) -> tuple[str, ...]:
+        cut = [net for net in self._nets if not net.printed.complete]
+        if cut:
+            return (
+                "the log's printed network is cut off (glog's limit): what is counted from it is missing",
+            )
+        return ()
+
+
+def _by_name(outputs: dict[int, events.TestOutput]) -> dict[str, float]:
+    """Values by name; further numbers of one blob as ``name[1]``, ``name[2]``."""
+    found: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    for _, output in sorted(outputs.items()):
+        times = seen.get(output.name, 0)
+        found[f"{output.name}[{times}]" if times else output.name] = output.value
+        seen[output.name] = times + 1
+    return found
+
+
+def _speed_digits(speed: float) -> float:
+    return round(speed, 1) if speed >= 10 else float(f"{speed:.3g}")
+
+
+def _folders() -> dict[type, Any]:
+    return {
+        events.TrainProgress: StageLog._progress,
+        events.LearningRate: StageLog._learning_rate,
+        events.ProcessStarted: StageLog._process_started,
+        events.Version: StageLog._version_said,
+        events.GpusUsed: StageLog._gpus_used,
+        events.SolverStarted: StageLog._solver_started,
+        events.NetPrinted: StageLog._net_printed,
+        events.DataShape: StageLog._data_shape,
+        events.TrainingBegan: StageLog._training_began,
+        events.Restored: StageLog._restored,
+        events.TestStarted: StageLog._test_started,
+        events.TestOutput: StageLog._test_output,
+        events.TestPlanned: StageLog._test_planned,
+        events.BatchTested: StageLog._batch_tested,
+        events.TestLoss: StageLog._test_loss,
+        events.Sparsity: StageLog._sparsity_listed,
+        events.SnapshotWritten: StageLog._snapshot_written,
+        events.SpeedReported: StageLog._speed_reported,
+        events.StoppedEarly: StageLog._stopped_early,
+        events.Finished: StageLog._done,
+        events.Fatal: StageLog._failed,
+    }
+
+
+_FOLDERS = _folders()
+
+
+def read_stage(path: Path, *, curves: bool = False) -> StageLog:
+    """Read the log file at ``path`` in pieces; memory does not grow with its length.
+
+    Raises:
+        UserError: it cannot be read, is empty, or has no line of Caffe's in it.
+    """
+    log = StageLog(curves=curves)
+    empty = True
+    try:
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                empty = False
+                log.feed(data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    log.close()
+    if empty:
+        raise UserError(f"{path}: is empty; Caffe has not printed anything to it")
+    if not log.is_caffe:
+        raise UserError(f"{path}: is no Caffe log: no line in it is of the form that Caffe prints")
+    return log
