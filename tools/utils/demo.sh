@@ -2,8 +2,8 @@
 # The whole path on a small real data set: sets the project up (tools/utils/setup.sh), writes 5,000 handwritten digits as
 # JPEG files in ImageNet's layout, puts them into LMDBs, trains a sparse JacintoNet11 through all its stages, reports.
 #
-#   tools/utils/demo.sh [SETTING...]     a SETTING overrides one of the recipe demo_digits,
-#                                        e.g. stages.initial.solver.max_iter=300
+#   tools/utils/demo.sh [OPTION...]     options go to the training,
+#                                       e.g. --set stages.initial.solver.max_iter=300
 #
 # The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up.
 set -euo pipefail

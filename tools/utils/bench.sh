@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets the project up (tools/utils/setup.sh) and runs everything in bench/, whose tables docs/benchmarks.md shows. Each
+# prints what it measured and ends with an exit code that is not zero where a limit is broken; so does this script.
+#
+#   tools/utils/bench.sh [NAME...]     NAME: only bench/NAME.py
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=tools/utils/steps.sh
+. "$root/tools/utils/steps.sh"
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+
+benches=()
+for name in "$@"; do
+  [ -f "$root/bench/$name.py" ] || fail "there is no bench/$name.py"
+  benches+=("$root/bench/$name.py")
+done
+[ ${#benches[@]} -gt 0 ] || benches=("$root"/bench/*.py)
+
+"$root/tools/utils/setup.sh"
+cd "$root"
+failed=()
+for bench in "${benches[@]}"; do
+  say "== ${bench#"$root"/}"
+  "$root/.venv/bin/python" "$bench" || failed+=("${bench#"$root"/}")
+done
+[ ${#failed[@]} = 0 ] || fail "a limit is broken, or it failed: ${failed[*]}"
