@@ -1,0 +1,149 @@
+"""A run folder: its layout and run.json, the record of what runs in it and how far each stage is.
+
+training/<dataset>_<network>_<time>/
+    run.json    the recipe in full, the engine, the state of each stage
+    lock        held while something trains here
+    labels.txt  the class names, when the data set has them
+    initial/  l1reg/  sparse/  finetune/  test/
+        train.prototxt val.prototxt deploy.prototxt solver.prototxt
+        run.sh    the commands, runnable by hand
+        run.log   what Caffe printed
+        <dataset>_<network>_iter_N.caffemodel / .solverstate
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.files import write_whole
+from caffe_jacinto.recipes.model import Recipe
+
+RUN_FILE = "run.json"
+LOG_NAME = "run.log"
+LABELS_NAME = "labels.txt"
+TEST = "test"
+"""The folder of the last step, which scores the final weights."""
+
+State = Literal["waiting", "running", "finished", "failed", "stopped"]
+
+
+class StageState(BaseModel):
+    """How far a stage is. A stage that is *running* with nobody holding the lock was cut off."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    state: State = "waiting"
+    started: str | None = None
+    """ISO 8601, with the time zone; of the last start."""
+
+    ended: str | None = None
+    pid: int | None = None
+    """The process of its last command."""
+
+    message: str | None = None
+    """Why it failed or stopped."""
+
+
+class EngineRecord(BaseModel):
+    """Which Caffe ran."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: str
+    executable: str
+    version: str | None
+    dialect: str
+
+
+class RunRecord(BaseModel):
+    """What run.json holds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[1] = 1
+    caffe_jacinto: str
+    """The version of this program that made the run."""
+
+    created: str
+    start_folder: str
+    """Where train was started: relative paths of the recipe and of the run's files count from here."""
+
+    folder: str
+    """The run folder as the run's files name it."""
+
+    recipe: Recipe
+    engine: EngineRecord
+    gpus: tuple[int, ...]
+    stages: dict[str, StageState]
+    """Every stage of the recipe in its order, then `test`."""
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """``training/<dataset>_<network>_<time>``, one that is not there yet."""
+    name = f"{recipe.data.dataset}_{recipe.network.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder = Path("training") / name
+    number = 2
+    while folder.exists():
+        folder = Path("training") / f"{name}_{number}"
+        number += 1
+    return folder
+
+
+def now() -> str:
+    """The time as run.json holds it."""
+    return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+
+
+def save(folder: Path, record: RunRecord) -> None:
+    """Write run.json; a reader sees the old record or all of the new one."""
+    write_whole(folder / RUN_FILE, record.model_dump_json(indent=2) + "\n")
+
+
+def load(folder: Path) -> RunRecord:
+    """The record of the run in ``folder``.
+
+    Raises:
+        UserError: there is no such folder, it holds no run, or its record is damaged.
+    """
+    path = folder / RUN_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        what = f"holds no run (no {RUN_FILE})" if folder.is_dir() else "no such run folder"
+        raise UserError(f"{folder}: {what}; give the folder that train printed when it started") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        return RunRecord.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{path}: {field}: {first['msg']}; the record is damaged or of another version: start a new run"
+        ) from None
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a new run can be made at ``folder``: it is not there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def start_log(path: Path, header: str) -> int:
+    """Begin a new part of the log at ``path`` with the line ``header``; returns where it starts, in bytes.
+
+    The part starts on a line of its own, also after a log that was cut off in the middle of one.
+    """
+    with path.open("ab+") as log:
+        size = log.seek(0, 2)
+        if size:
+            log.seek(size - 1)
+            if log.read(1) != b"\n":
+                log.write(b"\n")
+        log.write(f"# caffe_jacinto.train: {header}\n".encode())
+        return log.seek(0, 2)

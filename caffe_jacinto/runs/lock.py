@@ -1,0 +1,190 @@
+"""One trainer per run folder.
+
+The lock is flock's, on a file in the run folder. The commands that a run starts inherit the locked
+descriptor, so the
+lock lives as long as anything that trains: a Caffe that outlives a killed driver still holds it,
+whatever became of process numbers since. `run.sh` takes the same lock when it is started by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from caffe_jacinto.errors import UserError
+
+LOCK_NAME = "lock"
+HAND_OVER_SECONDS = 0.5
+"""How long to wait for a holder that is just ending."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a run's lock."""
+
+    pid: int
+    command: str
+
+    @property
+    def trains_by_itself(self) -> bool:
+        """True for a command that a driver left behind, False for the driver."""
+        return "caffe_jacinto.train" not in self.command
+
+
+class RunLock:
+    """The lock of a run folder, held from `acquire` until the last process that has it lets go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_NAME
+        self._descriptor: int | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor that a child inherits, to hold the lock with us."""
+        if self._descriptor is None:
+            raise RuntimeError("the lock is not held")
+        return self._descriptor
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another process has it; the message names it and says what to do.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not _try_lock(descriptor):
+                raise UserError(_refusal(self.path))
+            _write_owner(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock up; a child that still runs keeps it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether something trains in ``folder`` now (on a file system that shares locks: on any machine)."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def holders(folder: Path) -> list[Holder]:
+    """The processes of this machine that have the lock file open, as far as this user may see them."""
+    try:
+        wanted = (folder / LOCK_NAME).stat()
+    except OSError:
+        return []
+    found = [
+        Holder(pid, _command(pid))
+        for pid in _processes()
+        if pid != os.getpid() and _has_open(pid, wanted.st_dev, wanted.st_ino)
+    ]
+    return sorted(found, key=lambda holder: holder.pid)
+
+
+def _try_lock(descriptor: int) -> bool:
+    give_up = time.monotonic() + HAND_OVER_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"cannot lock the run folder: {error.strerror}; use a file system with file locks"
+                ) from None
+        if time.monotonic() >= give_up:
+            return False
+        time.sleep(0.05)
+
+
+def _write_owner(descriptor: int) -> None:
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, owner.encode(), 0)
+
+
+def _refusal(path: Path) -> str:
+    folder = path.parent
+    found = holders(folder)
+    drivers = [holder for holder in found if not holder.trains_by_itself]
+    if drivers:
+        return (
+            f"{folder}: train is already running there (process {drivers[0].pid}); "
+            f"watch it: python -m caffe_jacinto.train --status {folder}"
+        )
+    if found:
+        left = found[0]
+        return (
+            f"{folder}: process {left.pid} ({left.command}), left over from a train that was killed or "
+            f"started by hand, is still training there; wait for it to end, or stop it: kill -INT {left.pid} "
+            "(it writes a snapshot first), and then resume"
+        )
+    host, pid = _owner(path)
+    return (
+        f"{folder}: another process holds its lock (taken by process {pid} on {host}); "
+        "wait for it to end, or stop it there"
+    )
+
+
+def _owner(path: Path) -> tuple[str, str]:
+    try:
+        owner = json.loads(path.read_text())
+        return str(owner["host"]), str(owner["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "an unknown machine", "?"
+
+
+def _processes() -> Iterator[int]:
+    try:
+        names = [path.name for path in Path("/proc").iterdir()]
+    except OSError:
+        return
+    yield from (int(name) for name in names if name.isdigit())
+
+
+def _has_open(pid: int, device: int, inode: int) -> bool:
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        try:
+            status = descriptor.stat()
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == (device, inode):
+            return True
+    return False
+
+
+def _command(pid: int) -> str:
+    """The start of a process's command line, on one line."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "?"
+    text = " ".join(" ".join(words).split())
+    return text if len(text) <= 80 else text[:77] + "..."

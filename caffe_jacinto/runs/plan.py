@@ -1,0 +1,151 @@
+"""What a run will do: for each stage its files, its start weights, its devices and its commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
+from caffe_jacinto.files import write_whole
+from caffe_jacinto.prototxt.stage_files import (
+    IMAGENET_VAL_IMAGES,
+    iterations_per_test,
+    stage_files,
+    write_stage_files,
+)
+from caffe_jacinto.recipes.model import Recipe, Stage
+from caffe_jacinto.runs.folder import LOG_NAME, TEST
+from caffe_jacinto.runs.lock import LOCK_NAME
+from caffe_jacinto.runs.script import shell_script
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a run: where it is, what it starts from, where it runs."""
+
+    name: str
+    stage: Stage
+    folder: Path
+    prefix: Path
+    """Of its snapshots: ``<prefix>_iter_N.caffemodel``."""
+
+    start_weights: Path | None
+    devices: DevicePlan
+
+    @property
+    def final_weights(self) -> Path:
+        return final_weights(self.prefix, self.stage)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / LOG_NAME
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A recipe on an engine, in a run folder."""
+
+    recipe: Recipe
+    folder: Path
+    """As the run's files name it: relative to the start folder, or absolute."""
+
+    engine: Engine
+    gpus: tuple[int, ...]
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def test_folder(self) -> Path:
+        return self.folder / TEST
+
+    @property
+    def final_weights(self) -> Path:
+        return self.stages[-1].final_weights
+
+
+def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]) -> RunPlan:
+    """Lay a recipe out in a run folder."""
+    stages: dict[str, StagePlan] = {}
+    for name, stage in recipe.stages.items():
+        if stage.start is not None:
+            start: Path | None = stages[stage.start].final_weights
+        else:
+            start = None if stage.weights is None else Path(stage.weights).expanduser()
+        stages[name] = StagePlan(
+            name=name,
+            stage=stage,
+            folder=folder / name,
+            prefix=folder / name / f"{recipe.data.dataset}_{recipe.network.name}",
+            start_weights=start,
+            devices=engine.plan(stage, gpus, recipe.training.iter_size),
+        )
+    return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
+
+
+def final_weights(prefix: Path, stage: Stage) -> Path:
+    return prefix.with_name(f"{prefix.name}_iter_{stage.solver.max_iter}.caffemodel")
+
+
+def stage_texts(
+    run: RunPlan, plan: StagePlan, *, val_images: int | None, start_factor: float | None = None
+) -> dict[str, str]:
+    """The stage's prototxt files by name, in the engine's dialect.
+
+    ``val_images`` is the number of validation images, None where it is not known; ``start_factor`` the place
+    in the fork's ramp that a resumed stage goes on from.
+
+    Raises:
+        UserError: the recipe's values make no valid network or solver.
+    """
+    return stage_files(
+        run.recipe,
+        plan.name,
+        run.engine.info.dialect,
+        folder=str(plan.folder),
+        gpus=plan.devices.gpus,
+        iter_size=plan.devices.iter_size,
+        solver_mode_gpu=bool(plan.devices.gpus),
+        val_images=val_images,
+        start_factor=start_factor,
+    )
+
+
+def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
+    """What the engine is told to do for a stage, from its start or from a ``.solverstate``."""
+    return TrainJob(
+        solver=plan.folder / "solver.prototxt",
+        weights=plan.start_weights,
+        snapshot=snapshot,
+        gpus=plan.devices.gpus,
+        final_weights=plan.final_weights,
+        sparse=plan.stage.sparse,
+        freeze_zeros=plan.stage.freeze_zeros,
+        reestimate_batches=run.recipe.training.reestimate_batches,
+    )
+
+
+def test_job(run: RunPlan, val_images: int | None) -> TestJob:
+    """What the engine is told to do for the test of the final weights."""
+    return TestJob(
+        model=run.test_folder / "val.prototxt",
+        weights=run.final_weights,
+        iterations=iterations_per_test(val_images or IMAGENET_VAL_IMAGES, run.recipe.training.val_batch_size),
+        gpus=run.gpus[:1],
+    )
+
+
+def write_stage(run: RunPlan, plan: StagePlan, texts: dict[str, str], commands: Sequence[list[str]]) -> None:
+    """Write the stage's prototxt files and its run.sh."""
+    write_stage_files(texts, plan.folder)
+    write_script(run, plan.folder, commands)
+
+
+def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:
+    """Write the files of the test: the last stage's networks, and run.sh."""
+    write_stage_files({name: texts[name] for name in ("val.prototxt", "deploy.prototxt")}, run.test_folder)
+    write_script(run, run.test_folder, [command])
+
+
+def write_script(run: RunPlan, folder: Path, commands: Sequence[list[str]]) -> None:
+    script = shell_script(Path.cwd(), run.folder / LOCK_NAME, folder / LOG_NAME, commands)
+    write_whole(folder / "run.sh", script, executable=True)

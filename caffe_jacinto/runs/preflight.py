@@ -1,0 +1,212 @@
+"""What is checked before anything is written or run, all of it, so that every mistake is told at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from caffe_jacinto.engines.gpus import check_gpus
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.runs.plan import RunPlan, StagePlan, stage_texts, train_job
+
+BYTES_PER_WEIGHT = 4
+MARGIN = 1.1
+"""For logs, masks and the file system's own needs."""
+
+
+@dataclass
+class Findings:
+    """What the checks found."""
+
+    problems: list[str] = field(default_factory=list)
+    """Each would make the run fail."""
+
+    notes: list[str] = field(default_factory=list)
+    """Allowed, and to be known."""
+
+    train_images: int | None = None
+    val_images: int | None = None
+
+    def attempt(self, check: Callable[[], None]) -> None:
+        """Carry a check out; what it raises is a problem."""
+        try:
+            check()
+        except UserError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+
+def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Findings:
+    """Check all that ``stages``, those of ``run`` that are still to be trained, need."""
+    findings = Findings()
+    findings.attempt(lambda: check_gpus(run.engine.info, run.gpus))
+    findings.attempt(lambda: _check_names(run))
+    findings.attempt(lambda: _check_train_lmdb(run, findings))
+    findings.attempt(lambda: _check_val_lmdb(run, findings))
+    findings.attempt(lambda: _check_labels(run, findings))
+    texts: dict[str, dict[str, str]] = {}
+    for plan in stages:
+        findings.attempt(partial(_check_stage, run, plan, findings, texts))
+        if plan.name in texts and _starts_from_a_file(plan, stages):
+            findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
+    if texts:
+        findings.attempt(
+            lambda: _check_disk(run, stages, keep, next(iter(texts.values()))["deploy.prototxt"])
+        )
+    for plan in stages:
+        if plan.devices.note:
+            findings.notes.append(f"stage {plan.name}: {plan.devices.note}")
+    return findings
+
+
+def _starts_from_a_file(plan: StagePlan, stages: tuple[StagePlan, ...]) -> bool:
+    """Whether the weights that the stage starts from must be there already."""
+    return plan.start_weights is not None and all(
+        plan.start_weights != other.final_weights for other in stages
+    )
+
+
+def _check_names(run: RunPlan) -> None:
+    """Caffe's files and run.json hold paths as UTF-8 text."""
+    for path in (str(run.folder), str(Path.cwd()), run.recipe.data.train_lmdb, run.recipe.data.val_lmdb):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path!r}: the path is not UTF-8; rename it") from None
+
+
+def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
+    from caffe_jacinto.data.check import check_lmdb
+
+    facts = check_lmdb(
+        run.recipe.data.train_lmdb,
+        num_classes=run.recipe.data.num_classes,
+        min_images=run.recipe.training.batch_size,
+        min_size=run.recipe.network.crop_size,
+        training=True,
+    )
+    findings.train_images = facts.images
+    findings.notes.extend(facts.notes)
+
+
+def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
+    from caffe_jacinto.data.check import check_lmdb
+
+    batch = run.recipe.training.val_batch_size
+    facts = check_lmdb(
+        run.recipe.data.val_lmdb,
+        num_classes=run.recipe.data.num_classes,
+        min_images=batch,
+        min_size=run.recipe.network.crop_size,
+    )
+    findings.val_images = facts.images
+    findings.notes.extend(facts.notes)
+    rest = facts.images % batch
+    if rest:
+        findings.notes.append(
+            f"the {facts.images:,} validation images do not divide into batches of {batch}: the last batch "
+            f"of a test wraps round and counts the first {batch - rest} twice (training.val_batch_size)"
+        )
+
+
+def _check_labels(run: RunPlan, findings: Findings) -> None:
+    path = run.recipe.data.labels
+    if path is None:
+        return
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"class names {path} (data.labels) cannot be read: {error}") from None
+    if len(lines) != run.recipe.data.num_classes:
+        findings.notes.append(
+            f"{path} names {len(lines)} classes, and data.num_classes is {run.recipe.data.num_classes}"
+        )
+
+
+def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[str, dict[str, str]]) -> None:
+    """The stage's files can be made, and the engine can do the job."""
+    run.engine.train_commands(train_job(run, plan))
+    texts[plan.name] = stage_texts(run, plan, val_images=findings.val_images)
+
+
+def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:
+    from caffe_jacinto.caffemodel.fit import check_fit
+    from caffe_jacinto.prototxt.schema import parse_net
+
+    assert plan.start_weights is not None
+    if not plan.start_weights.is_file():
+        raise UserError(
+            f"stage {plan.name}: no start weights at {plan.start_weights}; train or name them first"
+        )
+    net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
+    mismatches = check_fit(plan.start_weights, net)
+    fatal = [mismatch for mismatch in mismatches if mismatch.fatal]
+    if fatal:
+        raise UserError(
+            f"stage {plan.name}: the start weights {plan.start_weights} do not fit the network: "
+            f"{_listed(fatal)}"
+        )
+    if mismatches:
+        findings.notes.append(
+            f"stage {plan.name}: layers that the start weights leave at random values: {_listed(mismatches)}"
+        )
+
+
+def _listed(mismatches: Sequence[object]) -> str:
+    return "; ".join(map(str, mismatches[:3])) + (
+        f"; and {len(mismatches) - 3} more" if mismatches[3:] else ""
+    )
+
+
+def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: str) -> None:
+    weights = _weight_count(deploy, run.engine.info.dialect)
+    needed = int(
+        sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(plan, weights) for plan in stages) * MARGIN
+    )
+    there = _existing(run.folder)
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"not enough disk space in {there}: the snapshots need about {_size(needed)} "
+            f"(training.keep is {keep}), and {_size(free)} are free; free some, or put the run elsewhere "
+            "with --output"
+        )
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} is not writable; choose another folder with --output")
+
+
+def _weight_count(deploy: str, dialect: Dialect) -> int:
+    """Numbers in a weight file of the network."""
+    from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+    from caffe_jacinto.prototxt.schema import parse_net
+
+    blobs = expected_blobs(parse_net(deploy, dialect, "deploy.prototxt"), test=True)
+    return sum(math.prod(dim or 1 for dim in shape) for shapes in blobs.values() for shape in shapes)
+
+
+def _snapshots_at_once(plan: StagePlan, keep: int) -> int:
+    """The newest ones, the best, the last, and the one being written."""
+    solver = plan.stage.solver
+    return min(keep + 3, -(-solver.max_iter // solver.snapshot) + 1)
+
+
+def _snapshot_bytes(plan: StagePlan, weights: int) -> int:
+    """Weights and solver state: one value per weight, and its history's."""
+    histories = 2 if plan.stage.solver.type in ("Adam", "AdaDelta") else 1
+    return BYTES_PER_WEIGHT * weights * (1 + histories)
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there."""
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,86 @@
+"""Start a command that outlives a lost terminal, writes to a log file by itself, and takes orders to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+ENVIRONMENT = {
+    # Caffe's lines go to the log only, all of them: without these, glog keeps copies in /tmp, or a level set
+    # in the user's environment hides the progress.
+    "GLOG_logtostderr": "1",
+    "GLOG_minloglevel": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+"""What each further wish to stop sends: Caffe writes a snapshot at SIGINT."""
+
+
+class Child:
+    """A command in a session of its own: no Ctrl-C and no hang-up of our terminal reaches it but by us."""
+
+    def __init__(self, argv: Sequence[str], log: Path, lock: int) -> None:
+        """Start ``argv`` with its output appended to ``log``; it inherits the descriptor ``lock``.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+        self._wishes = 0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Its exit code; the negative number of the signal that ended it."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to stop, harder each time: the first wish lets it write a snapshot."""
+        number = STOP_SIGNALS[min(self._wishes, len(STOP_SIGNALS) - 1)]
+        self._wishes += 1
+        self._send(number)
+
+    def kill(self) -> None:
+        """End it at once, without a snapshot."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self.ended():
+            return
+        with suppress(ProcessLookupError):
+            if number == signal.SIGINT:
+                self._process.send_signal(number)
+            else:
+                os.killpg(self._process.pid, number)
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words: ``exit code 1``, ``killed by SIGKILL``."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    reason = " (out of memory, or killed by hand)" if -code == signal.SIGKILL else ""
+    return f"killed by {name}{reason}"

@@ -1,0 +1,126 @@
+"""Where a run is shown: one live line below what scrolls on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+PLAIN_SECONDS = 20.0
+"""The least time between two progress lines without a terminal."""
+
+LIVE_SECONDS = 0.25
+"""The least time between two redraws of the live line."""
+
+
+class LastingStream:
+    """A text stream whose reader (a terminal, a pipe) may go away without ending the program."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lost = False
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._try(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(None)
+
+    def isatty(self) -> bool:
+        try:
+            return not self._lost and self._stream.isatty()
+        except ValueError:
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, text: str | None) -> None:
+        if self._lost:
+            return
+        try:
+            if text is not None:
+                self._stream.write(text)
+            self._stream.flush()
+        except UnicodeEncodeError:
+            if text is not None:
+                self._try(text.encode(self.encoding, "replace").decode(self.encoding))
+        except (OSError, ValueError):
+            self._lost = True
+
+
+class Screen:
+    """Prints lines that stay, and shows how far the run is."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = LastingStream(stream or sys.stdout)
+        self._live: Live | None = None
+        self._console: Console | None = None
+        self._shown = float("-inf")
+        if self._stream.isatty():
+            from rich.console import Console
+
+            self._console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
+
+    def say(self, line: str, *, style: str | None = None) -> None:
+        """Print a line that stays; on a terminal in ``style`` (rich's words, e.g. ``bold``)."""
+        if self._console is None:
+            self._stream.write(line + "\n")
+        else:
+            self._console.print(line, style=style, markup=False, soft_wrap=True)
+
+    def show(self, fields: list[str], fraction: float, *, news: bool) -> None:
+        """Show the progress: ``fields``, the most important first, and how much of the stage is done.
+
+        Without a terminal a line is printed only when there is ``news``, and not more often than every 20 s.
+        """
+        time_now = time.monotonic()
+        if self._console is None:
+            if news and time_now - self._shown >= PLAIN_SECONDS:
+                self._shown = time_now
+                self._stream.write(", ".join(fields) + "\n")
+        elif time_now - self._shown >= LIVE_SECONDS:
+            self._shown = time_now
+            self._draw(fields, fraction)
+
+    def clear(self) -> None:
+        """Take the live line away, and let the next progress line come at once."""
+        self._shown = float("-inf")
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, fields: list[str], fraction: float) -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        assert self._console is not None
+        line = Text(live_line(fields, fraction, self._console.width), no_wrap=True, overflow="ellipsis")
+        if self._live is None:
+            self._live = Live(
+                line, console=self._console, auto_refresh=False, transient=True, redirect_stderr=False
+            )
+            self._live.start()
+        self._live.update(line, refresh=True)
+
+
+def live_line(fields: list[str], fraction: float, width: int) -> str:
+    """As many of the fields as the width holds, after a bar where there is room for one."""
+    shown = list(fields)
+    while len(shown) > 1 and len("  ".join(shown)) > width - 1:
+        shown.pop()
+    text = "  ".join(shown)
+    room = min(24, width - 3 - len(text))
+    if room >= 8:
+        done = round(min(max(fraction, 0.0), 1.0) * room)
+        text = f"{'━' * done}{'╌' * (room - done)}  {text}"
+    return text

@@ -1,0 +1,131 @@
+"""Train a recipe's stages one after the other with Caffe, then test the result.
+
+python -m caffe_jacinto.train demo_digits
+python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
+python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
+python -m caffe_jacinto.train --resume training/first_try
+python -m caffe_jacinto.train --status training/first_try
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from caffe_jacinto.errors import UserError, run_command
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the arguments, start, resume or look at a run; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = [option for option in (options.recipe, options.resume, options.status) if option is not None]
+    if len(given) != 1:
+        parser.error("give one of: a RECIPE to start, --resume RUN, --status RUN")
+    if options.status is not None:
+        from caffe_jacinto.runs.status import status_lines
+
+        print("\n".join(status_lines(Path(options.status))))
+        return 0
+    overrides = _overrides(options)
+    if options.resume is not None:
+        from caffe_jacinto.runs.begin import resume
+
+        if overrides or options.output or options.dry_run:
+            raise UserError(
+                "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
+                "be given with it; to change more, start a new run"
+            )
+        return resume(
+            Path(options.resume),
+            gpus=options.gpus,
+            caffe=options.caffe,
+            engine_kind=options.engine,
+            keep=options.keep,
+        )
+    from caffe_jacinto.runs.begin import start
+
+    return start(
+        options.recipe,
+        overrides,
+        gpus=options.gpus,
+        caffe=options.caffe,
+        engine_kind=options.engine,
+        output=None if options.output is None else Path(options.output),
+        dry_run=options.dry_run,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m caffe_jacinto.train",
+        description="Train a recipe's stages one after the other with Caffe, then test the result.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name, or a .toml file"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--status", metavar="RUN", help="tell how far the run in this folder is")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the recipe, e.g. stages.initial.solver.max_iter=1000; may be repeated",
+    )
+    parser.add_argument(
+        "--gpus", "--gpu", "-gpu", type=_gpus, metavar="0,1", help="GPUs to train on; an empty text: the CPU"
+    )
+    parser.add_argument("--caffe", metavar="PATH", help="the caffe executable, or the tree it was built in")
+    parser.add_argument("--engine", choices=["bvlc", "caffe-jacinto"], help="insist on this kind of Caffe")
+    parser.add_argument(
+        "--output", metavar="DIR", help="the run folder (default: training/<dataset>_<network>_<time>)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="write every file and show every command, run nothing"
+    )
+    parser.add_argument(
+        "--keep", type=int, metavar="N", help="newest snapshots to keep, beside the best by top-1"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="training.batch_size, the effective batch"
+    )
+    parser.add_argument("--train-lmdb", metavar="DIR", help="data.train_lmdb")
+    parser.add_argument("--val-lmdb", metavar="DIR", help="data.val_lmdb")
+    return parser
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    """``0,1`` -> (0, 1); nothing -> (), the CPU."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of GPU numbers like 0,1") from None
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """The shortcuts as overrides of the recipe, before those of --set."""
+    shortcuts = {
+        "training.batch_size": options.batch_size,
+        "training.keep": options.keep if options.recipe else None,
+        "data.train_lmdb": options.train_lmdb,
+        "data.val_lmdb": options.val_lmdb,
+    }
+    given = [f"{key}={_toml(value)}" for key, value in shortcuts.items() if value is not None]
+    settings: list[str] = options.settings
+    return given + settings
+
+
+def _toml(value: object) -> str:
+    """A number or a text as TOML has it; JSON's texts are TOML's but for one control character."""
+    import json
+
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("caffe_jacinto.train", main))
