@@ -16,6 +16,8 @@ from markupsafe import Markup
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.resources import template_folder
 
+FLOAT32 = struct.Struct("<f")
+FLOAT32_MAX = 3.4028234663852886e38
 ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -50,24 +52,21 @@ def _escaped(character: str) -> str:
 
 
 def number(value: float) -> str:
-    """The shortest decimal that is ``value`` once it is a float32, as protobuf holds it."""
+    """The shortest decimal that is ``value`` once it is a float32, as protobuf holds it.
+
+    Raises:
+        UserError: the value lies beyond float32.
+    """
     try:
-        wanted = struct.pack("<f", value)
+        (single,) = FLOAT32.unpack(FLOAT32.pack(value))
     except OverflowError:
         raise UserError(f"{value}: too large for Caffe's 32-bit numbers; give a smaller one") from None
     for digits in range(1, 9):
-        text = f"{value:.{digits}g}"
-        # Rounding up at the edge of float32's range can leave it.
-        if abs(float(text)) < 3.5e38 and _float32(float(text)) == wanted:
+        text = f"{single:.{digits}g}"
+        # Rounded up, the largest float32 lies beyond float32.
+        if abs(float(text)) <= FLOAT32_MAX and FLOAT32.pack(float(text)) == FLOAT32.pack(single):
             return text
-    return f"{value:.9g}"
-
-
-def _float32(value: float) -> bytes:
-    try:
-        return struct.pack("<f", value)
-    except OverflowError:
-        return b""
+    return f"{single:.9g}"
 
 
 def _printed(value: Any) -> Any:

@@ -67,18 +67,23 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise UserError(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
+        raise _error(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
+
+
+def _error(message: str) -> UserError:
+    """A UserError of one line, whatever the texts hold that it repeats."""
+    return UserError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if "/" in name_or_path or path.suffix == ".toml":
         if not path.is_file():
-            raise UserError(f"{name_or_path}: no such recipe file")
+            raise _error(f"{name_or_path}: no such recipe file")
         return path
     known = built_in_recipes()
     if name_or_path not in known:
-        raise UserError(
+        raise _error(
             f"{name_or_path}: no such recipe; {_known(name_or_path, known)} "
             f"(a file of your own is given by its path: ./{name_or_path}.toml)"
         )
@@ -90,9 +95,9 @@ def _read(path: Path) -> str:
         # TOML knows "\n" and "\r\n"; only "\n" is counted as the end of a line.
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise _error(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+        raise _error(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         what, line = _toml_error(str(error), text)
-        raise UserError(f"{path}:{line}: not TOML: {what}; mend this line") from None
+        raise _error(f"{path}:{line}: not TOML: {what}; mend this line") from None
     return document
 
 
@@ -115,7 +120,7 @@ def _toml_error(message: str, text: str) -> tuple[str, int]:
 
 def _parse_override(text: str) -> Override:
     key_text, equals, value_text = text.partition("=")
-    wrong = UserError(
+    wrong = _error(
         f"override {text}: not of the form KEY.KEY=VALUE; write it like stages.initial.solver.max_iter=1000"
     )
     if not equals or "\n" in key_text:
@@ -141,7 +146,7 @@ def _apply(document: dict[str, Any], override: Override) -> None:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
             above = ".".join(override.keys[: depth + 1])
-            raise UserError(
+            raise _error(
                 f"override {override.text}: {above} is a value, so nothing is below it; set {above} itself"
             )
         table = inner
@@ -158,15 +163,13 @@ def _first_mistake(
         # pydantic marks the key of a mapping with a last "[key]".
         keys = tuple(str(part) for part in error["loc"] if part != "[key]")
         keys += tuple(error.get("ctx", {}).get("path", ()))
-        field = _field(keys)
         override = next((o for o in reversed(overrides) if _made_by(keys, o.keys)), None)
-        if override:
-            place, line = f"override {override.text}", 0
-        else:
-            line = _line(keys, lines)
-            place = f"{path}:{line}"
-        messages.append((line, f"{place}: {field}: {_explain(error, keys)}"))
-    return min(messages, key=lambda message: message[0])[1]
+        line = _line(keys, lines)
+        place = f"override {override.text}" if override else f"{path}:{line}"
+        # A required key that is missing is often there, misspelt: the misspelt one is the mistake to tell.
+        rank = (override is None, error["type"] == "missing", line)
+        messages.append((rank, f"{place}: {_field(keys)}: {_explain(error, keys)}"))
+    return min(messages)[1]
 
 
 def _made_by(keys: Keys, override: Keys) -> bool:

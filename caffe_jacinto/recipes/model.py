@@ -11,11 +11,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3.4e38
 
 PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
 NaturalInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+NaturalFloat = Annotated[float, Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
@@ -122,6 +123,10 @@ class SolverSettings(_Settings):
             raise _mistake(("lr_policy",), f'"{self.lr_policy}" needs stepsize; add it beside lr_policy')
         if self.lr_policy == "multistep" and not self.stepvalue:
             raise _mistake(("lr_policy",), '"multistep" needs stepvalue, e.g. stepvalue = [1000, 2000]')
+        if self.type in ("AdaGrad", "RMSProp") and self.momentum:
+            raise _mistake(
+                ("type",), f'Caffe\'s "{self.type}" takes no momentum; set momentum = 0.0 beside it'
+            )
         if any(later <= earlier for earlier, later in zip(self.stepvalue, self.stepvalue[1:], strict=False)):
             raise _mistake(
                 ("stepvalue",), f"{list(self.stepvalue)} does not grow; name the iterations in order"

@@ -1,0 +1,251 @@
+"""The command build_net: the published files, both dialects, and what a user reads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caffe_jacinto.build_net import main
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect, file_batch
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.prototxt.stage_files import stage_files
+from caffe_jacinto.recipes.load import load_recipe
+
+PUBLISHED = Path(__file__).parents[1] / "../shared/reference/prototxt/jacintonet11_imagenet_caffe_jacinto"
+FILES = ("train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt")
+FORK, STOCK = Dialect.CAFFE_JACINTO, Dialect.BVLC
+
+
+def build(folder: Path, *arguments: str) -> dict[str, str]:
+    """The texts that build_net writes."""
+    assert main(["--output", str(folder), *arguments]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    return {name: (folder / name).read_text() for name in FILES}
+
+
+def flat(message: Any, path: str = "") -> list[tuple[str, str]]:
+    """Every field of a message that differs from its default, with its path, in order."""
+    found: list[tuple[str, str]] = []
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        for index, one in enumerate(values):
+            where = f"{path}.{field.name}" + (f"[{index}]" if field.is_repeated else "")
+            if field.message_type:
+                found.append((where, "{}"))
+                found += flat(one, where)
+            elif field.is_repeated or one != field.default_value:
+                found.append((where, repr(one)))
+    return found
+
+
+def first_difference(ours: Any, published: Any) -> str | None:
+    """The first field in which two messages differ, or None."""
+    mine, theirs = flat(ours), flat(published)
+    for index in range(max(len(mine), len(theirs))):
+        a = mine[index] if index < len(mine) else ("the end", "")
+        b = theirs[index] if index < len(theirs) else ("the end", "")
+        if a != b:
+            return f"ours {a[0]} = {a[1]}, published {b[0]} = {b[1]}"
+    return None
+
+
+def published(name: str) -> str:
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"{PUBLISHED} is not here")
+    return (PUBLISHED / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "published_name"),
+    [
+        ("train.prototxt", "train.prototxt"),
+        ("val.prototxt", "test.prototxt"),
+        ("deploy.prototxt", "deploy.prototxt"),
+    ],
+)
+def test_the_network_is_the_published_one_message_for_message(
+    tmp_path: Path, name: str, published_name: str
+) -> None:
+    theirs = parse_net(published(published_name), FORK, published_name)
+    for arguments in ((), ("--dialect", "caffe_jacinto"), ("--dialect", "caffe_jacinto", "--gpus", "0,1")):
+        ours = parse_net(build(tmp_path, *arguments)[name], FORK, name)
+        assert first_difference(ours, theirs) is None
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"), [("initial", "solver.prototxt"), ("sparse", "solver_sparse.prototxt")]
+)
+def test_the_solver_is_the_published_one_apart_from_paths(tmp_path: Path, stage: str, file: str) -> None:
+    theirs = parse_solver(published(file), FORK, file)
+    ours = parse_solver(build(tmp_path, "--stage", stage)["solver.prototxt"], FORK, "solver.prototxt")
+    for solver in (ours, theirs):
+        for path in ("train_net", "test_net", "snapshot_prefix"):
+            assert solver.HasField(path) if path != "test_net" else len(solver.test_net) == 1
+            solver.ClearField(path)
+    assert first_difference(ours, theirs) is None
+
+
+def test_the_first_difference_is_told(tmp_path: Path) -> None:
+    files = build(tmp_path)
+    one = parse_net(files["train.prototxt"], FORK, "a")
+    other = parse_net(files["train.prototxt"].replace("pad: 2", "pad: 3"), FORK, "b")
+    assert first_difference(one, other) == (
+        "ours .layer[2].convolution_param.pad[0] = 2, published .layer[2].convolution_param.pad[0] = 3"
+    )
+
+
+def test_twice_the_same_bytes(tmp_path: Path) -> None:
+    for dialect in Dialect:
+        arguments = ("--dialect", dialect.value, "--stage", "sparse")
+        assert build(tmp_path, *arguments) == build(tmp_path, *arguments)
+
+
+def test_stock_caffe_gets_scale_layers_and_no_field_of_the_fork(tmp_path: Path) -> None:
+    files = build(tmp_path, "--dialect", "bvlc", "--stage", "sparse")
+    net = parse_net(files["train.prototxt"], STOCK, "train.prototxt")
+    convolutions = [layer.name for layer in net.layer if layer.type == "Convolution"]
+    for name in convolutions:
+        index = next(i for i, layer in enumerate(net.layer) if layer.name == name)
+        norm, scale, relu = net.layer[index + 1 : index + 4]
+        assert (norm.name, norm.type) == (f"{name}/bn", "BatchNorm")
+        assert norm.batch_norm_param.moving_average_fraction == pytest.approx(0.99)
+        assert norm.batch_norm_param.eps == pytest.approx(1e-4)
+        assert (scale.name, scale.type, scale.scale_param.bias_term) == (f"{name}/scale", "Scale", True)
+        assert [(p.lr_mult, p.decay_mult) for p in scale.param] == [(1, 1), (1, 1)]
+        assert (relu.name, relu.type) == (f"{name}/relu", "ReLU")
+        for layer in (norm, scale, relu):
+            assert list(layer.bottom) == list(layer.top) == [name]
+    assert len(convolutions) == 10
+    assert "threads" not in files["train.prototxt"]
+    solver = parse_solver(files["solver.prototxt"], STOCK, "solver.prototxt")
+    assert solver.solver_mode == solver.CPU
+    assert re.search(r"^# .*no fields for sparsity", files["solver.prototxt"], re.MULTILINE)
+
+
+def test_gpus_share_the_batch_and_set_the_mode(tmp_path: Path) -> None:
+    def batch_and_mode(*arguments: str) -> tuple[int, str, int]:
+        files = build(tmp_path, "--gpus", "2,1", "--batch-size", "512", *arguments)
+        dialect = Dialect(arguments[1])
+        solver = parse_solver(files["solver.prototxt"], dialect, "s")
+        net = parse_net(files["train.prototxt"], dialect, "t")
+        mode = solver.SolverMode.Name(solver.solver_mode)
+        return net.layer[0].data_param.batch_size, mode, solver.device_id
+
+    assert batch_and_mode("--dialect", "bvlc") == (128, "GPU", 2)
+    assert batch_and_mode("--dialect", "caffe_jacinto") == (256, "GPU", 2)
+
+
+@given(st.sampled_from(Dialect), st.integers(1, 5000), st.integers(1, 9), st.integers(0, 9))
+def test_a_file_batch_gives_the_effective_batch_or_names_the_nearest(
+    dialect: Dialect, batch: int, iter_size: int, gpus: int
+) -> None:
+    devices = max(gpus, 1)
+    try:
+        in_file = file_batch(dialect, batch, iter_size, gpus)
+    except UserError as error:
+        named = [int(text) for text in re.findall(r"\d+", str(error).rsplit("use ", 1)[1])]
+        assert batch % (iter_size * devices)
+        for other in named:
+            assert file_batch(dialect, other, iter_size, gpus) > 0
+            assert abs(other - batch) < iter_size * devices
+        assert named
+    else:
+        per_device = in_file if dialect is STOCK else in_file / devices
+        assert per_device * devices * iter_size == batch
+        assert per_device == int(per_device)
+
+
+def test_frozen_zeros_on_the_fork_take_no_threshold(tmp_path: Path) -> None:
+    solver = parse_solver(build(tmp_path, "--stage", "finetune")["solver.prototxt"], FORK, "s")
+    assert solver.sparse_mode == 1  # SPARSE_UPDATE: zeros are frozen as the solver starts
+    assert solver.sparsity_target == 0
+    assert solver.sparsity_start_iter == solver.max_iter
+
+
+def test_a_test_covers_all_validation_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = build(tmp_path, "--val-images", "1001")
+    assert "test_iter: 21\n" in files["solver.prototxt"]
+    assert "49 images count twice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 1000])
+def test_top5_is_left_out_of_fewer_classes(tmp_path: Path, classes: int) -> None:
+    files = build(tmp_path, "--num-classes", str(classes))
+    assert ("accuracy/top5" in files["val.prototxt"]) == (classes >= 5)
+    assert f'"fc{classes}"' in files["deploy.prototxt"]
+
+
+def test_a_resumed_ramp_starts_where_it_was() -> None:
+    files = stage_files(
+        load_recipe("imagenet_jacintonet11"),
+        "sparse",
+        FORK,
+        folder="f",
+        gpus=(0,),
+        iter_size=2,
+        solver_mode_gpu=True,
+        start_factor=0.35,
+    )
+    assert "sparsity_start_factor: 0.35\n" in files["solver.prototxt"]
+
+
+def test_the_summary_names_a_command_that_a_shell_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "with space", "--dialect", "bvlc", "--gpus", "0,1")
+    command = capsys.readouterr().out.rstrip().split("\n")[-1]
+    assert command.strip() == f"caffe train -solver '{tmp_path}/with space/solver.prototxt' -gpu 0,1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--network", "jacintonet"], "known: jacintonet11"),
+        (["--dialect", "nv"], "'bvlc', 'caffe_jacinto'"),
+        (["--stage", "spars"], "did you mean sparse?"),
+        (["--num-classes", "1"], "--num-classes"),
+        (["--crop-size", "x"], "--crop-size"),
+        (["--crop-size", "31"], "a crop of at least 32"),
+        (["--strides", "2,2,2,2"], "five whole numbers"),
+        (["--strides", "2,2,2,2,-2"], "--strides"),
+        (["--batch-size", "255"], "use 254 or 256"),
+        (["--batch-size", "256", "--gpus", "0,1,2"], "use 252 or 258"),
+        (["--gpus", "0,0"], "twice"),
+        (["--gpus", "all"], "like 0,1"),
+        (["--train-lmdb", ""], "--train-lmdb"),
+        (["--train-lmdb", "\udcff"], "not UTF-8"),
+        (["--batchsize", "3"], "--batchsize"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path: Path, arguments: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(["--output", str(tmp_path / "out"), *arguments])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be written"):
+        main(["--output", str(tmp_path / "file")])
+
+
+def test_it_runs_without_caffe_numpy_or_opencv(tmp_path: Path) -> None:
+    code = (
+        "import sys; from caffe_jacinto.build_net import main; main(sys.argv[1:]);"
+        "heavy = {'numpy', 'cv2', 'caffe', 'matplotlib', 'rich'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "--output", str(tmp_path)], check=True, stdout=subprocess.DEVNULL
+    )

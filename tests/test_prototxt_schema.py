@@ -1,0 +1,142 @@
+"""The two schemas: equal to their readable text, and to the published tables."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import PACKAGES, SCHEMA_FOLDER, messages, parse_net, parse_solver
+
+TABLES = Path(__file__).parents[1] / "../shared/reference/schema"
+F = descriptor_pb2.FieldDescriptorProto
+LABELS = {F.LABEL_OPTIONAL: "optional", F.LABEL_REQUIRED: "required", F.LABEL_REPEATED: "repeated"}
+Row = tuple[str, ...]
+
+
+def descriptor_file(data: bytes) -> descriptor_pb2.FileDescriptorProto:
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(data).file
+    return file
+
+
+@pytest.fixture(params=list(Dialect), ids=lambda dialect: dialect.value)
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    chosen: Dialect = request.param
+    return chosen
+
+
+def stored(dialect: Dialect) -> bytes:
+    return (SCHEMA_FOLDER / f"{dialect.value}.binpb").read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("protoc") is None, reason="protoc is not installed")
+def test_the_descriptor_set_is_what_protoc_makes_of_the_text(dialect: Dialect, tmp_path: Path) -> None:
+    made = tmp_path / "made.binpb"
+    subprocess.run(
+        ["protoc", f"--descriptor_set_out={made}", f"{dialect.value}.proto"], cwd=SCHEMA_FOLDER, check=True
+    )
+    assert descriptor_file(made.read_bytes()) == descriptor_file(stored(dialect))
+
+
+def test_the_schema_is_the_published_table_row_for_row(dialect: Dialect) -> None:
+    table = TABLES / f"{dialect.value}.tsv"
+    if not table.is_file():
+        pytest.skip(f"{table} is not here")
+    with table.open(newline="") as file:
+        published = [
+            (
+                r["message"],
+                r["kind"],
+                r["name"],
+                r["number"],
+                r["label"],
+                r["type"],
+                canonical(r),
+                r["option"],
+            )
+            for r in csv.DictReader(file, delimiter="\t")
+        ]
+    ours = rows(descriptor_file(stored(dialect)))
+    missing, extra = sorted(set(published) - set(ours)), sorted(set(ours) - set(published))
+    assert (missing, extra) == ([], [])
+    assert len(published) == len(ours) > 500
+
+
+def canonical(row: dict[str, str]) -> str:
+    return default(row["type"], row["default"])
+
+
+def default(kind: str, text: str) -> str:
+    """A default's value, however it is spelt."""
+    if not text or kind not in ("float", "double"):
+        return text
+    return struct.pack("<f" if kind == "float" else "<d", float(text)).hex()
+
+
+def rows(file: descriptor_pb2.FileDescriptorProto) -> list[Row]:
+    found = [row for enum in file.enum_type for row in enum_rows(enum, "")]
+    for message in file.message_type:
+        found += message_rows(message, "", f".{file.package}.")
+    return found
+
+
+def message_rows(message: descriptor_pb2.DescriptorProto, above: str, package: str) -> list[Row]:
+    name = above + message.name
+    found: list[Row] = []
+    for field in message.field:
+        kind = field.type_name.removeprefix(package) or F.Type.Name(field.type).removeprefix("TYPE_").lower()
+        packed = "packed" if field.options.packed else ""
+        shown = default(kind, field.default_value)
+        label = LABELS[field.label]
+        found.append((name, "field", field.name, str(field.number), label, kind, shown, packed))
+    for enum in message.enum_type:
+        found += enum_rows(enum, f"{name}.")
+    for inner in message.nested_type:
+        found += message_rows(inner, f"{name}.", package)
+    return found
+
+
+def enum_rows(enum: descriptor_pb2.EnumDescriptorProto, above: str) -> list[Row]:
+    return [
+        (above + enum.name, "enum", value.name, str(value.number), "", "", "", "") for value in enum.value
+    ]
+
+
+def test_numbers_that_collide_are_read_by_their_own_dialect() -> None:
+    fork = messages(Dialect.CAFFE_JACINTO).SolverParameter(rampup_interval=7)
+    stock = messages(Dialect.BVLC).SolverParameter.FromString(fork.SerializeToString())
+    assert "rampup" not in str(stock)
+    assert PACKAGES[Dialect.BVLC] != PACKAGES[Dialect.CAFFE_JACINTO] != "caffe"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ('name: "a"\nlayr { }\n', 2, "did you mean layer?"),
+        ('layer {\n  type: "Data"\n  data_param { threads: 1 }\n}\n', 3, "good in the dialect caffe_jacinto"),
+        ("name: unquoted\n", 1, "mend this line"),
+        ('name: "a"\n\nlayer { data_param { backend: ROCKS } }\n', 3, "ROCKS"),
+    ],
+)
+def test_a_net_that_is_not_in_the_schema_names_file_and_line(text: str, line: int, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_net(text, Dialect.BVLC, "some/net.prototxt")
+    message = str(caught.value)
+    assert message.startswith(f"some/net.prototxt:{line}: ")
+    assert says in message
+    assert "\n" not in message
+    assert "caffe_jacinto.bvlc" not in message
+
+
+def test_sparse_fields_are_the_forks_alone() -> None:
+    text = "max_iter: 5\nsparse_mode: SPARSE_UPDATE\n"
+    assert parse_solver(text, Dialect.CAFFE_JACINTO, "solver.prototxt").sparse_mode == 1
+    with pytest.raises(UserError, match=r"solver\.prototxt:2: .*sparse_mode"):
+        parse_solver(text, Dialect.BVLC, "solver.prototxt")

@@ -1,0 +1,205 @@
+"""Recipes: what they hold, and the one line that each mistake gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.recipes.load import BUILT_IN_FOLDER, built_in_recipes, load_recipe
+from caffe_jacinto.recipes.model import Recipe
+
+DIGITS = BUILT_IN_FOLDER / "demo_digits.toml"
+
+
+def line_of(text: str, part: str) -> int:
+    """The line, from 1, of the first line with ``part``."""
+    return next(n for n, line in enumerate(text.split("\n"), start=1) if part in line)
+
+
+def message_of(path: Path | str, *overrides: str) -> str:
+    """The one line that loading this recipe fails with."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def changed(folder: Path, old: str, new: str) -> Path:
+    """The digits' recipe with one text replaced."""
+    text = DIGITS.read_text()
+    assert old in text
+    path = folder / "mine.toml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+def test_the_imagenet_recipe_holds_the_published_values() -> None:
+    recipe = load_recipe("imagenet_jacintonet11")
+    assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune"]
+    assert (recipe.training.batch_size, recipe.training.iter_size) == (256, 2)
+    initial, l1reg, sparse, finetune = recipe.stages.values()
+    assert (initial.solver.max_iter, initial.solver.base_lr, initial.solver.lr_policy) == (
+        320_000,
+        0.1,
+        "poly",
+    )
+    assert (initial.solver.regularization, initial.solver.weight_decay) == ("L2", 1e-4)
+    for stage in (l1reg, sparse):
+        assert (stage.solver.max_iter, stage.solver.base_lr) == (160_000, 0.01)
+        assert (stage.solver.regularization, stage.solver.weight_decay) == ("L1", 1e-5)
+    assert sparse.sparse is not None
+    ramp = sparse.sparse
+    assert (ramp.target, ramp.step_factor, ramp.step_iter, ramp.start_iter) == (0.8, 0.01, 1000, 20_000)
+    assert (finetune.solver.max_iter, finetune.solver.base_lr, finetune.freeze_zeros) == (32_000, 1e-3, True)
+    assert [stage.start for stage in recipe.stages.values()] == [None, "initial", "l1reg", "sparse"]
+
+
+def test_built_in_recipes_load_and_survive_json() -> None:
+    assert {"imagenet_jacintonet11", "demo_digits"} <= set(built_in_recipes())
+    for name in built_in_recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    message = message_of("demo_digit")
+    assert "did you mean demo_digits?" in message
+    assert "imagenet_jacintonet11" in message
+    assert "no such recipe file" in message_of("./mine.toml")
+
+
+def test_overrides_are_toml_values_and_a_bare_word_is_text() -> None:
+    recipe = load_recipe(
+        "demo_digits",
+        [
+            "stages.initial.solver.max_iter=1000",
+            "network.strides=[2, 2, 2, 2, 2]",
+            "data.train_lmdb=some/lmdb",
+            'data.val_lmdb="a \\"quoted\\" name"',
+            "stages.l1reg.start=",
+            "stages.l1reg.weights=my.caffemodel",
+        ],
+    )
+    assert recipe.stages["initial"].solver.max_iter == 1000
+    assert recipe.network.strides == (2, 2, 2, 2, 2)
+    assert recipe.data.train_lmdb == "some/lmdb"
+    assert recipe.data.val_lmdb == 'a "quoted" name'
+    assert (recipe.stages["l1reg"].start, recipe.stages["l1reg"].weights) == (None, "my.caffemodel")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("max_iter = 200", "max_itr = 200", ["stages.initial.solver", "max_iter"]),
+        ("max_iter = 200", 'max_iter = "200"', ["stages.initial.solver.max_iter", "whole number"]),
+        ("max_iter = 200", "max_iter = 200.5", ["stages.initial.solver.max_iter", "200.5"]),
+        ("base_lr = 0.05", "base_lr = nan", ["stages.initial.solver.base_lr", "finite"]),
+        ("mirror = false", "mirror = 0", ["data.mirror", "true or false"]),
+        ("mirror = false", "miror = false", ["data.miror", "did you mean mirror?", "num_classes"]),
+        ("strides = [1, 2", "strides = [1, 'x'", ["network.strides[1]", "whole number"]),
+        ('start = "l1reg"', 'start = "l2reg"', ["stages.sparse.start", "l2reg", "initial, l1reg"]),
+        ('start = "initial"', 'start = "finetune"', ["stages.l1reg.start", "no earlier stage"]),
+        ('dataset = "digits"', 'dataset = "../digits"', ["data.dataset", "file name"]),
+        ('regularization = "L2"', 'regularization = "L3"', ["regularization", "L1, L2"]),
+        ("target = 0.8", "target = 80", ["stages.sparse.sparse.target", "less than 1"]),
+        ("start_iter = 10", "start_iter = 300", ["stages.sparse.sparse.start_iter", "max_iter 300"]),
+        ("freeze_zeros = true", "freeze_zeroes = true", ["stages.finetune", "did you mean freeze_zeros?"]),
+        ("num_classes = 10", "num_classes = 1", ["data.num_classes", "2 or more"]),
+        ("batch_size = 64", "batch_size = 64\ngpus = [0, 0]", ["training.gpus", "twice"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_line_field_and_remedy(
+    tmp_path: Path, old: str, new: str, says: list[str]
+) -> None:
+    path = changed(tmp_path, old, new)
+    message = message_of(path)
+    line = line_of(path.read_text(), new.split("\n")[-1])
+    assert message.startswith(f"{path}:{line}: ")
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("[data]\nx = \n", 2, "not TOML"),
+        ("[data]\nx = 1\nx = 2\n", 3, "not TOML"),
+        ('[data]\nx = """\nnever ends\n', 3, "not TOML"),
+        ("", 1, "data: missing"),
+        ("stages = 1\n", 1, "stages: is 1; give a table"),
+        ('[data]\ntext = """\n[network]\n"""\nx = 1\n', 2, "data.text: no such key"),
+        ("[data]\n\n[data.inner]\n'k' = 1\n", 3, "data.inner: no such key"),
+    ],
+)
+def test_lines_are_found_in_odd_files(tmp_path: Path, text: str, line: int, says: str) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_text(text)
+    message = message_of(path)
+    assert message.startswith(f"{path}:{line}: ")
+    assert says in message
+
+
+def test_a_missing_field_names_the_line_of_its_table(tmp_path: Path) -> None:
+    path = changed(tmp_path, "max_iter = 200\n", "")
+    line = line_of(path.read_text(), "[stages.initial.solver]")
+    assert message_of(path) == f"{path}:{line}: stages.initial.solver.max_iter: missing; add it"
+
+
+def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.toml"
+    path.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in message_of(path)
+    assert "no such recipe file" in message_of(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.initial.solver.max_itr=1", "did you mean max_iter?"),
+        ("stages.initial.solver.max_iter=many", 'the text "many"'),
+        ("stages.initial.solver.max_iter", "KEY.KEY=VALUE"),
+        ("=5", "KEY.KEY=VALUE"),
+        ("a b=5", "KEY.KEY=VALUE"),
+        ("data.dataset.name=5", "data.dataset is a value"),
+        ("stages.l1reg.weights=x.caffemodel", "not from both"),
+        ("stages.initial.freeze_zeros=true", "no zeros"),
+        ("stages.sparse.freeze_zeros=true", "freezes its zeros itself"),
+        ("stages.initial.solver.lr_policy=step", "needs stepsize"),
+        ("stages.initial.solver.lr_policy=stepp", "did you mean step?"),
+        ("stages.initial.solver.type=AdaGrad", "momentum"),
+        ("stages={}", "at least one stage"),
+        ("network.strides=2", "a list"),
+        ("stages.initial.solver.base_lr=1e39", "or less"),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override(override: str, says: str) -> None:
+    message = message_of("demo_digits", override)
+    assert message.startswith(f"override {override}: ")
+    assert says in message
+
+
+@pytest.mark.parametrize("name", ["test", "Test", "Initial", "../up", "a.b", "a b", ".hidden"])
+def test_a_stage_name_that_makes_a_bad_folder_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mine.toml"
+    solver = 'max_iter=1, base_lr=1, weight_decay=0, regularization="L2", test_interval=1, snapshot=1'
+    path.write_text(DIGITS.read_text() + f"\n[stages.{json.dumps(name)}]\nsolver = {{{solver}}}\n")
+    line = line_of(path.read_text(), f"[stages.{json.dumps(name)}]")
+    assert message_of(path).startswith(f"{path}:{line}: stages.")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=40))
+@example("a\nb=1")
+@example('"\\n\u2028".x=1')
+def test_any_override_text_is_applied_or_refused_in_one_line(text: str) -> None:
+    try:
+        load_recipe("demo_digits", [text])
+    except UserError as error:
+        assert "\n" not in str(error)
