@@ -154,6 +154,15 @@ def test_images_class_by_class_are_worth_a_note(tmp_path: Path) -> None:
     assert check(one_class, training=True).notes == ()
 
 
+def test_a_lock_file_that_caffe_cannot_write_is_worth_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "o", numbered([0]))
+    # Permissions mean nothing to root, who may be running this.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    assert f"Caffe writes {folder}/lock.mdb" in check(folder).notes[0]
+
+
 def test_it_is_quick_and_reads_what_another_process_has_open(tmp_path: Path) -> None:
     folder = write(tmp_path / "o", numbered([n % 10 for n in range(20_000)]))
     start = time.perf_counter()

@@ -116,7 +116,7 @@ def check_lmdb(
         width=min(shape.width for shape in shapes),
         highest_label=max(labels),
         sampled=len(shapes),
-        notes=_order_notes(folder, first_labels, labels) if training else (),
+        notes=(_order_notes(folder, first_labels, labels) if training else ()) + _lock_notes(folder),
     )
 
 
@@ -181,6 +181,18 @@ def _order_notes(folder: Path, first_labels: list[int], labels: list[int]) -> tu
     return (
         f"LMDB {folder} holds its images class by class, and Caffe reads them in that order: training on"
         " batches of one class fails; make the LMDB again, shuffled",
+    )
+
+
+def _lock_notes(folder: Path) -> tuple[str, ...]:
+    """Caffe opens even to read with LMDB's lock file, unless it was built with ALLOW_LMDB_NOLOCK."""
+    lock = folder / "lock.mdb"
+    read_only_disk = os.statvfs(folder).f_flag & os.ST_RDONLY  # There LMDB does without the lock file.
+    if read_only_disk or os.access(lock if lock.exists() else folder, os.W_OK):
+        return ()
+    return (
+        f"Caffe writes {lock} when it opens this LMDB, and you may not: it may stop with 'Permission denied';"
+        " give yourself write permission, or copy the LMDB",
     )
 
 

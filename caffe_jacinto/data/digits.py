@@ -157,13 +157,18 @@ def _check_complete(output: Path) -> None:
             lines = (output / f"{part}.txt").read_text().splitlines()
         except (OSError, UnicodeDecodeError):
             lines = []
-        missing = [line for line in lines if not (output / part / line.rpartition(" ")[0]).is_file()]
+        missing = [line for line in lines if not _has_content(output / part / line.rpartition(" ")[0])]
         if not lines or missing:
             what = f"{part}/{missing[0].rpartition(' ')[0]}" if missing else f"{part}.txt"
             raise UserError(
                 f"{output} exists and is not the whole set of digits ({what} is missing): remove it"
                 " or choose another folder"
             )
+
+
+def _has_content(path: Path) -> bool:
+    # Files were not synced one by one: after a power cut some may be there and empty.
+    return path.is_file() and path.stat().st_size > 0
 
 
 if __name__ == "__main__":

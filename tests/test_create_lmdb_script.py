@@ -1,0 +1,85 @@
+"""tools/utils/create_imagenet_classification_lmdb.sh, started as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "tools" / "utils" / "create_imagenet_classification_lmdb.sh"
+
+pytestmark = pytest.mark.caffe  # Needs no Caffe, but seconds.
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".jpg", np.full((40, 50, 3), 90, dtype=np.uint8))[1].tobytes())
+
+
+def start(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable} | settings
+    return subprocess.run([SCRIPT], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def order(path: Path) -> list[str]:
+    with lmdb.open(os.fspath(path), readonly=True, lock=False) as environment, environment.begin() as txn:
+        return [key.decode()[9:] for key, _ in txn.cursor()]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A working folder with a quote and spaces in its name, and images where the script looks by itself."""
+    folder = tmp_path / "a 'user's $HOME"
+    for name in ("cat", "dog"):
+        for number in range(10):
+            write_image(folder / "data" / "ilsvrc12" / "train" / name / f"{name}_{number}.JPEG")
+    for number in range(3):
+        write_image(folder / "data" / "ilsvrc12" / "val" / f"val {number}.JPEG")
+    (folder / "data" / "ilsvrc12" / "val.txt").write_text("val 2.JPEG 1\nval 0.JPEG 0\nval 1.JPEG 1\n")
+    return folder
+
+
+def test_both_lmdbs_then_kept_then_forced(place: Path) -> None:
+    done = start(place, SIZE="32")
+    assert done.returncode == 0, done.stderr
+    train, val = place / "data" / "ilsvrc12_train_lmdb", place / "data" / "ilsvrc12_val_lmdb"
+    assert len(order(train)) == 20 and order(train) != sorted(order(train))
+    assert order(val) == ["val 2.JPEG", "val 0.JPEG", "val 1.JPEG"]
+    assert (train / "labels.txt").read_text() == (val / "labels.txt").read_text() == "cat\ndog\n"
+    before = order(train)
+
+    again = start(place, SIZE="32", SEED="5")
+    assert again.returncode == 0 and again.stdout.count(": kept, ") == 2
+    assert order(train) == before
+
+    forced = start(place, SIZE="32", SEED="5", FORCE="1")
+    assert forced.returncode == 0 and "shuffled with seed 5" in forced.stdout
+    assert order(train) != before
+
+
+def test_other_places_and_validation_images_in_class_folders(place: Path) -> None:
+    write_image(place / "my data" / "val" / "dog" / "1.JPEG")
+    (place / "my data" / "train").symlink_to(place / "data" / "ilsvrc12" / "train")
+    done = start(place, DATA="my data", TRAIN_LMDB="t lmdb", VAL_LMDB="v lmdb", SIZE="32x24")
+    assert done.returncode == 0, done.stderr
+    assert order(place / "v lmdb") == ["dog/1.JPEG"]
+    assert "32x24" in done.stdout
+
+
+def test_mistakes_end_it_with_one_line(place: Path) -> None:
+    missing = start(place, DATA="none")
+    assert missing.returncode == 2
+    assert missing.stderr.splitlines() == [
+        "caffe_jacinto.create_lmdb: error: image folder none/train does not exist:"
+        " give the folder that holds the images"
+    ]
+    assert sorted(item.name for item in (place / "data").iterdir()) == ["ilsvrc12"]
+    bare = start(place, PYTHON="/bin/false")
+    assert bare.returncode == 2
+    assert "/bin/false lacks the Python packages of this project: run tools/utils/setup.sh" in bare.stderr
