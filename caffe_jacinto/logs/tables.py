@@ -1,0 +1,297 @@
+"""Runs -> the two tables, the CSV and the JSON of the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from caffe_jacinto.logs.discover import Run, Stage
+
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the published result table."""
+
+    name: str
+    top1: float
+    top5: float
+    gigamacs: float
+    decimals: int
+    """Of the accuracies in percent."""
+
+
+PUBLISHED = (
+    Published("JacintoNet11", 0.6091, 0.8305, 0.410, 2),
+    Published("ResNet10", 0.639, 0.852, 0.910, 1),
+    Published("BVLC AlexNet, 227x227 crop", 0.571, 0.802, 0.687, 1),
+)
+"""ImageNet, one crop, 1000 classes: tidsp/caffe-jacinto-models; cvjena/cnn-models (arXiv:1612.01452);
+BVLC/caffe models/bvlc_alexnet. Complexity as the first of them gives it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells as text, with what the row is for those that colour it."""
+
+    cells: list[str]
+    kind: str = ""
+    """``published``, ``unfinished`` or nothing."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people to read; all but the first column are aligned to the right."""
+
+    title: str
+    headers: Sequence[str]
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+STAGE_HEADERS = (
+    "Stage",
+    "Iterations",
+    "Top-1",
+    "Top-5",
+    "Loss",
+    "Sparsity",
+    "Change of top-1",
+    "Images/s",
+    "Time",
+)
+RESULT_HEADERS = ("Configuration", "Top-1 accuracy", "Top-5 accuracy", "Complexity (GigaMACs)")
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """A table of stages for each run, then the result table."""
+    return [*(stage_table(run) for run in runs), result_table(runs)]
+
+
+def stage_table(run: Run) -> Table:
+    """The stages of a run in their order."""
+    table = Table(printable(run.name), STAGE_HEADERS)
+    for stage in run.stages:
+        figures, difference = stage.figures, _difference(run, stage)
+        name = printable(stage.name)
+        cells = [
+            name if figures.finished else f"{name} (unfinished)",
+            UNKNOWN if figures.iterations is None else f"{figures.iterations:,}",
+            percent(figures.top1, 2),
+            percent(figures.top5, 2),
+            UNKNOWN if figures.loss is None else f"{figures.loss:.4g}",
+            percent(figures.sparsity, 1),
+            UNKNOWN if difference is None else f"{100 * difference:+.2f}",
+            _speed(figures.images_per_second),
+            duration(figures.seconds),
+        ]
+        table.rows.append(Row(cells, "" if figures.finished else "unfinished"))
+        if figures.fatal:
+            table.notes.append(f"{name} stopped: {printable(figures.fatal)}")
+        table.notes.extend(f"{name}: {note}" for note in figures.notes)
+    return table
+
+
+def result_table(runs: Sequence[Run]) -> Table:
+    """The published table, with each run's first and last stage below it."""
+    table = Table("Results", RESULT_HEADERS)
+    for row in PUBLISHED:
+        cells = [
+            f"{row.name} (published)",
+            percent(row.top1, row.decimals),
+            percent(row.top5, row.decimals),
+            f"{row.gigamacs:.3f}",
+        ]
+        table.rows.append(Row(cells, "published"))
+    for run, stage in results(runs):
+        figures = stage.figures
+        cells = [configuration(run, stage), percent(figures.top1, 2), percent(figures.top5, 2)]
+        table.rows.append(Row([*cells, complexity(figures.gigamacs)]))
+    return table
+
+
+def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
+    """Of each run the first and the last stage with an accuracy; else the last whose network is known."""
+    found: list[tuple[Run, Stage]] = []
+    for run in runs:
+        scored = [stage for stage in run.stages if stage.figures.top1 is not None]
+        scored = scored or [stage for stage in run.stages if stage.figures.gigamacs is not None][-1:]
+        ends = scored[:1] + scored[1:][-1:]
+        found.extend((run, stage) for stage in ends)
+    return found
+
+
+def configuration(run: Run, stage: Stage) -> str:
+    """What a row of the result table is called."""
+    sparsity = stage.figures.sparsity
+    ending = f" ({percent(sparsity, 1)} sparse)" if sparsity else ""
+    return f"{printable(run.name)}, {printable(stage.name)}{ending}"
+
+
+def percent(value: float | None, decimals: int) -> str:
+    """``0.608705`` as ``60.87 %``."""
+    return UNKNOWN if value is None else f"{100 * value:.{decimals}f} %"
+
+
+def complexity(gigamacs: float | None) -> str:
+    """GigaMACs with four decimals, or three digits where those would be too few."""
+    if gigamacs is None:
+        return UNKNOWN
+    return f"{gigamacs:.4f}" if gigamacs >= 0.001 else f"{gigamacs:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """``50389`` as ``13h 59m 49s``; below a minute with the fraction."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = (f"{days}d " if days else "") + (f"{hours}h " if days or hours else "")
+    return f"{parts}{minutes}m {rest:02d}s"
+
+
+def printable(text: str) -> str:
+    """``text`` without characters that would steer a terminal or break a row: they are shown as escapes."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def _difference(run: Run, stage: Stage) -> float | None:
+    """Top-1 of the stage less that of the run's first stage."""
+    base, value = run.stages[0].figures.top1, stage.figures.top1
+    if stage is run.stages[0] or base is None or value is None:
+        return None
+    return round(value - base, 6)
+
+
+def _speed(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def as_json(runs: Sequence[Run]) -> str:
+    """The report for scripts."""
+    return json.dumps({"runs": [_run_record(run) for run in runs]}, indent=2, allow_nan=False)
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    return {"name": _unicode(run.name), "stages": [_stage_record(stage) for stage in run.stages]}
+
+
+def _stage_record(stage: Stage) -> dict[str, Any]:
+    figures = stage.figures
+    return {
+        "name": _unicode(stage.name),
+        "log": _unicode(str(stage.log)),
+        "caffe_version": figures.caffe_version,
+        "finished": figures.finished,
+        "iterations": figures.iterations,
+        "top1": _finite(figures.top1),
+        "top5": _finite(figures.top5),
+        "loss": _finite(figures.loss),
+        "outputs": {name: _finite(value) for name, value in figures.outputs.items()},
+        "sparsity": _finite(figures.sparsity),
+        "sparsity_logged": _finite(figures.sparsity_logged),
+        "gigamacs": _finite(figures.gigamacs),
+        "images_per_second": _finite(figures.images_per_second),
+        "images_per_second_logged": _finite(figures.images_per_second_logged),
+        "seconds": _finite(figures.seconds),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _unicode(text: str) -> str:
+    """Names of files that are not UTF-8, in a form that JSON holds."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+STAGE_FIELDS = (
+    "run",
+    "stage",
+    "finished",
+    "iterations",
+    "top1",
+    "top5",
+    "loss",
+    "sparsity",
+    "top1_change",
+    "images_per_second",
+    "seconds",
+    "gigamacs",
+    "sparsity_logged",
+    "images_per_second_logged",
+    "caffe_version",
+    "log",
+)
+RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published")
+
+
+def as_csv(runs: Sequence[Run]) -> str:
+    """Both tables with plain numbers (fractions, seconds); an empty line between them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(STAGE_FIELDS)
+    for run in runs:
+        for stage in run.stages:
+            values = vars(stage.figures) | {"run": run.name, "stage": stage.name, "log": str(stage.log)}
+            values["top1_change"] = _difference(run, stage)
+            writer.writerow([_csv_cell(values[name]) for name in STAGE_FIELDS])
+    writer.writerow([])
+    writer.writerow(RESULT_FIELDS)
+    for row in PUBLISHED:
+        writer.writerow([row.name, row.top1, row.top5, row.gigamacs, "true"])
+    for run, stage in results(runs):
+        figures = stage.figures
+        cells = (configuration(run, stage), figures.top1, figures.top5, figures.gigamacs, False)
+        writer.writerow([_csv_cell(cell) for cell in cells])
+    return text.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    """Text that a spreadsheet would take for a formula is marked as text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return value
+
+
+def as_markdown(found: Sequence[Table]) -> str:
+    """The tables as GitHub's Markdown."""
+    parts = []
+    for table in found:
+        aligns = ["---", *["---:"] * (len(table.headers) - 1)]
+        lines = [
+            f"### {_markdown_text(table.title)}",
+            "",
+            _markdown_row(table.headers),
+            _markdown_row(aligns),
+        ]
+        lines.extend(_markdown_row([_markdown_text(cell) for cell in row.cells]) for row in table.rows)
+        if table.notes:
+            lines.extend(["", *(f"- {_markdown_text(note)}" for note in table.notes)])
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_text(text: str) -> str:
+    """``text`` with the characters that Markdown or HTML would take for markup escaped."""
+    return "".join(f"\\{char}" if char in "\\`*_{}[]<>|~#" else char for char in text.replace("&", "&amp;"))

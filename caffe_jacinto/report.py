@@ -1,0 +1,82 @@
+"""Read Caffe's logs and give the result tables.
+
+    python -m caffe_jacinto.report training/                       every run in a folder
+    python -m caffe_jacinto.report my_train.log --format json
+    python -m caffe_jacinto.report RUN1 RUN2 --plot curves.svg
+
+A PATH is a log file, a stage's folder, a run's folder or a folder of runs, of this project, stock Caffe,
+NVCaffe or caffe-jacinto; finished, still running or cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from caffe_jacinto.errors import USER_ERROR, UserError, run_command
+from caffe_jacinto.logs import tables
+from caffe_jacinto.logs.discover import Run, find_runs
+
+PROGRAM = "caffe_jacinto.report"
+PLOT_KINDS = (".png", ".svg")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report; returns 2 if a path could not be reported, 0 otherwise.
+
+    Raises:
+        UserError: the file to plot to is of an unknown kind or cannot be written.
+    """
+    arguments = _arguments(argv)
+    plot = arguments.plot
+    if plot is not None and plot.suffix.lower() not in PLOT_KINDS:
+        raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_KINDS)}")
+    runs, problems = find_runs(arguments.paths, curves=plot is not None)
+    for problem in problems:
+        print(f"{PROGRAM}: error: {tables.printable(str(problem))}", file=sys.stderr)
+    if runs or arguments.format == "json":
+        _print(runs, arguments.format)
+    if plot is not None and runs:
+        from caffe_jacinto.logs.plot import plot_runs
+
+        plot_runs(runs, plot)
+    return USER_ERROR if problems else 0
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description=description,
+        epilog=rest.strip("\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="log file or folder with logs")
+    formats = ("table", "markdown", "csv", "json")
+    parser.add_argument("--format", choices=formats, default="table", help="default: table")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw the curves to FILE ({' or '.join(PLOT_KINDS)})"
+    )
+    return parser.parse_args(argv)
+
+
+def _print(runs: Sequence[Run], form: str) -> None:
+    # A terminal or pipe that is not UTF-8 must not end the report.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if form == "json":
+        print(tables.as_json(runs))
+    elif form == "csv":
+        print(tables.as_csv(runs), end="")
+    elif form == "markdown":
+        print(tables.as_markdown(tables.tables(runs)))
+    else:
+        from caffe_jacinto.logs.screen import show
+
+        show(tables.tables(runs), sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(PROGRAM, main))
