@@ -17,7 +17,7 @@ progress() {
   local label=$1 done=$2 total=$3 elapsed=$((EPOCHSECONDS - $4)) left=
   [ "$total" -gt 0 ] || return 0
   local percent=$((100 * done / total))
-  if [ "$done" -gt 0 ] && [ "$done" -lt "$total" ] && [ "$elapsed" -ge 2 ]; then
+  if [ "$percent" -ge 5 ] && [ "$done" -lt "$total" ] && [ "$elapsed" -ge 2 ]; then
     left=", about $(duration $((elapsed * (total - done) / done))) left"
   fi
   if [ -t 1 ]; then
