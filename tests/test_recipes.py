@@ -203,3 +203,32 @@ def test_any_override_text_is_applied_or_refused_in_one_line(text: str) -> None:
         load_recipe("demo_digits", [text])
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_the_guide_names_every_key_with_its_default() -> None:
+    from caffe_jacinto.recipes import model
+
+    guide = Path(__file__).parents[1] / "docs" / "recipes.md"
+    rows: dict[str, str] = {}
+    section = ""
+    for line in guide.read_text().split("\n"):
+        if line.startswith("#"):
+            section = line.strip("# `")
+        elif line.startswith("| `"):
+            names, shown = line.split("|")[1:3]
+            for name in names.split(","):
+                rows[f"{section} {name.strip(' `')}"] = shown.strip(" `")
+    tables = {
+        "[data]": model.DataSettings,
+        "[network]": model.NetworkSettings,
+        "[training]": model.TrainingSettings,
+        "[stages.NAME]": model.Stage,
+        "[stages.NAME.solver]": model.SolverSettings,
+        "[stages.NAME.sparse]": model.SparseSettings,
+    }
+    expected = {
+        f"{table} {name}": "" if field.is_required() or field.default is None else json.dumps(field.default)
+        for table, described in tables.items()
+        for name, field in described.model_fields.items()
+    }
+    assert {name: shown for name, shown in rows.items() if name.startswith("[")} == expected
