@@ -41,7 +41,7 @@ def expected_blobs(net: Any, *, test: bool = False) -> dict[str, list[Dims]]:
     ``net`` is a NetParameter message of either dialect. Covered are Convolution, Deconvolution, InnerProduct,
     BatchNorm (with the fork's ``scale_bias``: five blobs), Scale, Bias and PReLU with one bottom.
     """
-    shapes: dict[str, Dims] = {}
+    shapes = _declared_inputs(net)
     blobs: dict[str, list[Dims]] = {}
     for layer in net.layer:
         if not _in_phase(layer, _TEST if test else _TRAIN):
@@ -54,6 +54,15 @@ def expected_blobs(net: Any, *, test: bool = False) -> dict[str, list[Dims]]:
         for name in layer.top:
             shapes[name] = _top_shape(layer, bottoms)
     return blobs
+
+
+def _declared_inputs(net: Any) -> dict[str, Dims]:
+    """The network's own ``input`` fields, the older form of an Input layer."""
+    dims = [tuple(shape.dim) for shape in net.input_shape]
+    if not dims:
+        numbers = list(net.input_dim)
+        dims = [tuple(numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
+    return dict(zip(net.input, dims, strict=False))
 
 
 def _in_phase(layer: Any, phase: int) -> bool:

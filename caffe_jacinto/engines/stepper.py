@@ -1,8 +1,8 @@
 """Train a stage of stock Caffe with zeros held in place: its solver, stepped through pycaffe.
 
-python -m caffe_jacinto.engines.stepper -pycaffe DIR -solver solver.prototxt [-weights W.caffemodel |
--snapshot S.solverstate] [-gpu 0] [-reestimate_batches 30] -freeze_zeros | -sparsity_target 0.8
--sparsity_start_iter 20000 ...
+    python -m caffe_jacinto.engines.stepper -pycaffe DIR -solver solver.prototxt
+        [-weights W.caffemodel | -snapshot S.solverstate] [-gpu 0] [-reestimate_batches 30]
+        -freeze_zeros | -sparsity_target 0.8 -sparsity_start_iter 20000 ...
 
 Each iteration is one step of Caffe's own solver, so that learning rate, momentum, regularization and clipping
 are Caffe's. After it the frozen weights are set to zero again: momentum from before a threshold moves them
@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from caffe_jacinto.caffemodel.thresholds import layer_fraction, small_weights, takes_part
 from caffe_jacinto.engines import caffe_log
@@ -272,15 +274,16 @@ def _sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
             given["display" if name == "display_sparsity" else name.removeprefix("sparsity_")] = value
     try:
         return SparseSettings(**given)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise UserError(f"sparsity settings: {wrong}") from error
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    sparse = _sparse_settings(arguments)
-    if (sparse is None) != arguments.freeze_zeros:
+    if (arguments.sparsity_target is None) != arguments.freeze_zeros:
         raise UserError("give either -sparsity_target with its settings, or -freeze_zeros")
+    sparse = _sparse_settings(arguments)
     if sparse is None and not (arguments.weights or arguments.snapshot):
         raise UserError("-freeze_zeros needs -weights or -snapshot: random weights have no zeros to hold")
     requests = Requests()

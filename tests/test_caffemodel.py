@@ -1,0 +1,255 @@
+"""Weight files read without Caffe: both dialects, both forms of shapes, files cut off anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from small_stage import SmallStage, write_digits
+
+from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+from caffe_jacinto.caffemodel.sparsity import conv_sparsity, total_sparsity
+from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages, parse_net
+
+REFERENCE = Path("../shared/reference/prototxt")
+
+NET = """
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: 4 kernel_size: 3 bias_term: false } }
+layer { name: "conv/bn" type: "BatchNorm" bottom: "conv" top: "conv" }
+layer { name: "conv/scale" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true } }
+layer { name: "fc" type: "InnerProduct" bottom: "conv" top: "fc" inner_product_param { num_output: 2 } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" top: "loss" }
+"""
+
+SHAPES = {
+    "conv": [(4, 3, 3, 3)],
+    "conv/bn": [(4,), (4,), (1,)],
+    "conv/scale": [(4,), (4,)],
+    "fc": [(2, 144), (2,)],
+}
+
+
+def net(text: str = NET) -> Any:
+    return parse_net(text, Dialect.BVLC, "net")
+
+
+def write(
+    path: Path, layers: dict[str, list[np.ndarray]], dialect: Dialect = Dialect.BVLC, form: str = "shape"
+) -> Path:
+    """A weight file as Caffe writes it (``shape``), as it once did (``old``), as the fork does (``raw``)."""
+    message = messages(dialect).NetParameter(name="net")
+    for name, arrays_ in layers.items():
+        layer = message.layer.add(name=name, type="Any")
+        for values in arrays_:
+            blob = layer.blobs.add()
+            if form == "old":
+                four = (1,) * (4 - values.ndim) + values.shape
+                blob.num, blob.channels, blob.height, blob.width = four
+            else:
+                blob.shape.dim.extend(values.shape)
+            if form == "raw":
+                blob.raw_data_type = {"float32": 1, "float16": 2, "float64": 0}[values.dtype.name]
+                blob.raw_data = values.tobytes()
+            elif values.dtype == np.float64:
+                blob.double_data.extend(values.ravel())
+            else:
+                blob.data.extend(values.ravel())
+    path.write_bytes(message.SerializeToString())
+    return path
+
+
+def weights_of(shapes: dict[str, list[tuple[int, ...]]]) -> dict[str, list[np.ndarray]]:
+    random = np.random.default_rng(0)
+    return {
+        name: [random.normal(size=shape).astype(np.float32) for shape in blobs]
+        for name, blobs in shapes.items()
+    }
+
+
+NUMBERS = st.lists(st.integers(0, 3), min_size=0, max_size=4).flatmap(
+    lambda shape: arrays(np.float32, tuple(shape), elements=st.floats(width=32, allow_nan=False))
+)
+
+
+@given(values=NUMBERS, form=st.sampled_from(["shape", "raw"]))
+def test_numbers_come_back_to_the_last_bit(
+    tmp_path_factory: pytest.TempPathFactory, values: np.ndarray, form: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "w.caffemodel"
+    dialect = Dialect.CAFFE_JACINTO if form == "raw" else Dialect.BVLC
+    write(path, {"a/b": [values, values]}, dialect, form)
+    read = read_weights(path)
+    assert list(read) == ["a/b"]
+    assert [array.tobytes() for array in read["a/b"]] == [values.tobytes()] * 2
+    assert read["a/b"][0].shape == values.shape
+
+
+def test_half_and_double_precision(tmp_path: Path) -> None:
+    half = np.array([0.5, -2], np.float16)
+    path = write(tmp_path / "h.caffemodel", {"a": [half]}, Dialect.CAFFE_JACINTO, "raw")
+    assert read_weights(path)["a"][0].tolist() == [0.5, -2]
+    path = write(tmp_path / "d.caffemodel", {"a": [half.astype(np.float64)]})
+    assert read_weights(path)["a"][0].tolist() == [0.5, -2]
+
+
+def test_old_form_of_shapes_and_of_layers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "old.caffemodel", {"fc": [np.arange(6, dtype=np.float32).reshape(2, 3)]}, form="old"
+    )
+    assert read_weights(path)["fc"][0].shape == (1, 1, 2, 3)
+    message = messages(Dialect.BVLC).NetParameter()
+    blob = message.layers.add(name="v1").blobs.add(num=1, channels=1, height=1, width=2)
+    blob.data.extend([1, 2])
+    path.write_bytes(message.SerializeToString())
+    assert read_weights(path)["v1"][0].ravel().tolist() == [1, 2]
+
+
+@given(st.data())
+def test_cut_off_anywhere_it_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "cut.caffemodel", weights_of({"a": [(2, 3)], "b": [(4,)]}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    try:
+        read = read_weights(path)
+    except UserError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        # Just behind the first layer, nothing tells it from a whole file of one layer.
+        assert list(read) == ["a"]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.caffemodel"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"no layer with weights|cut off or no|file is empty"):
+        read_weights(path)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_weights(tmp_path / "none.caffemodel")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_weights(tmp_path)
+
+
+def test_shapes_that_the_text_tells() -> None:
+    assert expected_blobs(net()) == SHAPES
+
+
+def test_five_blobs_of_the_fork() -> None:
+    text = NET.replace('type: "BatchNorm"', 'type: "BatchNorm" batch_norm_param { scale_bias: true }')
+    fork = parse_net(text, Dialect.CAFFE_JACINTO, "net")
+    assert expected_blobs(fork)["conv/bn"] == [(4,), (4,), (1,), (4,), (4,)]
+
+
+def test_layers_of_the_other_phase_have_no_blobs() -> None:
+    text = NET.replace('name: "fc"', 'name: "fc" include { phase: TEST }')
+    assert "fc" not in expected_blobs(net(text))
+    assert "fc" in expected_blobs(net(text), test=True)
+
+
+def test_what_fits(tmp_path: Path) -> None:
+    for form in ("shape", "old"):
+        assert check_fit(write(tmp_path / "w.caffemodel", weights_of(SHAPES), form=form), net()) == []
+    more = {**SHAPES, "not in the network": [(1,)]}
+    assert check_fit(write(tmp_path / "w.caffemodel", weights_of(more)), net()) == []
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "w.caffemodel"
+    other = {**SHAPES, "conv": [(4, 1, 3, 3)], "fc": [(2, 144)]}
+    del other["conv/scale"]
+    found = {mismatch.layer: mismatch for mismatch in check_fit(write(path, weights_of(other)), net())}
+    assert str(found["conv"]) == (
+        "conv: blob 0 is 4 x 1 x 3 x 3 in the weight file, 4 x 3 x 3 x 3 in the network"
+    )
+    assert found["fc"].reason == "1 blobs in the weight file, 2 in the network"
+    assert found["conv/scale"].reason == "not in the weight file"
+    assert [found[name].fatal for name in ("conv", "fc", "conv/scale")] == [True, True, False]
+
+
+def test_weights_of_the_other_kind_of_caffe_are_recognised(tmp_path: Path) -> None:
+    fork = {**SHAPES, "conv/bn": [(4,), (4,), (1,), (4,), (4,)]}
+    (mismatch,) = check_fit(write(tmp_path / "w.caffemodel", weights_of(fork)), net())
+    assert "caffe-jacinto's, of five blobs" in mismatch.reason
+    assert "convert" in mismatch.reason
+
+
+def test_old_batch_norm_blobs_of_four_axes_fit(tmp_path: Path) -> None:
+    old = weights_of({**SHAPES, "conv/scale": [(1, 4, 1, 1), (1, 4, 1, 1)]})
+    assert check_fit(write(tmp_path / "w.caffemodel", old), net()) == []
+
+
+def test_weights_of_another_network_are_fatal(tmp_path: Path) -> None:
+    found = check_fit(write(tmp_path / "w.caffemodel", weights_of({"other": [(1,)]})), net())
+    assert len(found) == len(SHAPES)
+    assert all(mismatch.fatal for mismatch in found)
+
+
+def test_channels_that_only_the_lmdb_knows_fit_any(tmp_path: Path) -> None:
+    text = NET.replace('type: "Input"', 'type: "Data"').replace(
+        "input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } }", "transform_param { crop_size: 8 }"
+    )
+    assert expected_blobs(net(text))["conv"] == [(4, None, 3, 3)]
+    assert check_fit(write(tmp_path / "w.caffemodel", weights_of(SHAPES)), net(text)) == []
+
+
+def test_sparsity_is_of_convolutions_not_before_the_softmax(tmp_path: Path) -> None:
+    weights = weights_of({**SHAPES, "head": [(2, 4, 1, 1)]})
+    weights["conv"][0].ravel()[:27] = 0
+    weights["fc"][0][:] = 0
+    weights["head"][0][:] = 0
+    text = NET.replace('bottom: "fc" top: "loss"', 'bottom: "head" top: "loss"') + (
+        'layer { name: "head" type: "Convolution" bottom: "conv" top: "head"\n'
+        "  convolution_param { num_output: 2 } }"
+    )
+    layers = conv_sparsity(write(tmp_path / "w.caffemodel", weights), net(text))
+    assert [(layer.name, layer.zeros, layer.weights) for layer in layers] == [("conv", 27, 108)]
+    assert total_sparsity(layers) == 0.25
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=f"{REFERENCE} is absent")
+def test_published_networks_have_their_known_numbers_of_weights() -> None:
+    """The published logs count 2.35478e+06 weights in the convolutions and 2.86678e+06 with fc1000's."""
+    path = REFERENCE / "jacintonet11_imagenet_caffe_jacinto/deploy.prototxt"
+    blobs = expected_blobs(parse_net(path.read_text(), Dialect.CAFFE_JACINTO, path.name), test=True)
+    convolutions = [shapes[0] for shapes in blobs.values() if len(shapes[0]) == 4]
+    assert f"{sum(np.prod(shape) for shape in convolutions):g}" == "2.35478e+06"
+    assert blobs["fc1000"][0] == (1000, 512)
+    path = REFERENCE / "bvlc_alexnet/deploy.prototxt"
+    alexnet = expected_blobs(parse_net(path.read_text(), Dialect.BVLC, path.name), test=True)
+    assert alexnet["conv2"][0] == (256, 48, 5, 5)
+    assert alexnet["fc6"][0] == (4096, 9216)
+
+
+@pytest.mark.caffe
+def test_what_caffe_writes_is_read_and_fits(caffe_engine: Engine, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path / "stage", write_digits(tmp_path / "lmdb", images=64))
+    stage.solver(max_iter=1, snapshot=1, test_interval=100)
+    stage.run(caffe_engine.train_commands(stage.job(1, reestimate_batches=0)))
+    path = stage.folder / "small_iter_1.caffemodel"
+    train = parse_net((stage.folder / "train.prototxt").read_text(), Dialect.BVLC, "train.prototxt")
+    assert check_fit(path, train) == []
+    message = messages(Dialect.BVLC).NetParameter.FromString(path.read_bytes())
+    read = read_weights(path)
+    assert list(read) == [layer.name for layer in message.layer if layer.blobs]
+    for layer in message.layer:
+        for blob, values in zip(layer.blobs, read.get(layer.name, []), strict=True):
+            assert values.ravel().tolist() == list(blob.data)
+            assert list(values.shape) == list(blob.shape.dim)

@@ -1,0 +1,349 @@
+"""Finding a Caffe, what it is told to do, and what it is refused.
+
+The fork's executable needs CUDA and cannot run here. Where a test needs one, a script stands in for it that
+holds the bytes by which it is told; it is only ever asked for its version.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from caffe_jacinto.engines import find
+from caffe_jacinto.engines.bvlc import BvlcEngine
+from caffe_jacinto.engines.caffe_jacinto import CaffeJacintoEngine
+from caffe_jacinto.engines.contract import Engine, EngineInfo, TestJob, TrainJob
+from caffe_jacinto.engines.find import describe, find_engine
+from caffe_jacinto.engines.gpus import check_gpus, visible_gpus
+from caffe_jacinto.engines.stepper import main as stepper_main
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
+
+STOCK = b"snapshot_prefix"
+FORK = b"snapshot_prefix sparsity_target default_forward_type"
+NVCAFFE = b"snapshot_prefix default_forward_type"
+
+
+def stand_in(path: Path, marks: bytes, version: str = "caffe version 0.17.0") -> Path:
+    """A script that says a version and holds the bytes of a kind of Caffe."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"#!/bin/sh\n# " + marks + b"\n" + f"echo '{version}'\n".encode())
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_caffe_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Only what a test puts there is found; real Caffe, where a test asks for it, was found before."""
+    if "caffe_engine" in request.fixturenames:
+        request.getfixturevalue("caffe_engine")
+    monkeypatch.delenv("CAFFE_ROOT", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("CAFFE_JACINTO_HOME", str(tmp_path / "no home"))
+
+
+def engine(kind: str, **changes: object) -> Engine:
+    facts: dict[str, object] = {
+        "kind": kind,
+        "executable": Path("/opt/caffe"),
+        "version": "1.0.0",
+        "dialect": Dialect.BVLC if kind == "bvlc" else Dialect.CAFFE_JACINTO,
+        "gpu": True,
+        "multi_gpu": True,
+        "pycaffe": Path("/opt/python"),
+        "notes": (),
+        **changes,
+    }
+    info = EngineInfo(**facts)  # type: ignore[arg-type]
+    return BvlcEngine(info) if kind == "bvlc" else CaffeJacintoEngine(info)
+
+
+def train_job(**changes: object) -> TrainJob:
+    values: dict[str, object] = {
+        "solver": Path("run/sparse/solver.prototxt"),
+        "weights": Path("run/l1reg/d_n_iter_10.caffemodel"),
+        "snapshot": None,
+        "gpus": (0, 1),
+        "final_weights": Path("run/sparse/d_n_iter_20.caffemodel"),
+        "sparse": None,
+        "freeze_zeros": False,
+        "reestimate_batches": 30,
+        **changes,
+    }
+    return TrainJob(**values)  # type: ignore[arg-type]
+
+
+def stage(**changes: object) -> Stage:
+    solver = SolverSettings(
+        max_iter=20, base_lr=0.1, weight_decay=0.0, regularization="L2", test_interval=10, snapshot=10
+    )
+    return Stage(solver=solver, start="l1reg", **changes)  # type: ignore[arg-type]
+
+
+# --- finding
+
+
+def test_none_found_names_the_command_that_installs_one() -> None:
+    with pytest.raises(UserError, match=r"no Caffe found .*install_caffe\.sh"):
+        find_engine()
+
+
+def test_order_of_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("CAFFE_JACINTO_HOME", str(home))
+    prefix = home / f"caffe-1.0-cpu-py{sys.version_info.major}.{sys.version_info.minor}"
+    in_prefix = stand_in(prefix / "bin/caffe", STOCK)
+    assert find_engine().info.executable == in_prefix
+    on_path = stand_in(tmp_path / "path/caffe", STOCK)
+    monkeypatch.setenv("PATH", f"{on_path.parent}:/usr/bin:/bin")
+    assert find_engine().info.executable == on_path
+    in_root = stand_in(tmp_path / "root/build/tools/caffe.bin", STOCK)
+    monkeypatch.setenv("CAFFE_ROOT", str(tmp_path / "root"))
+    assert find_engine().info.executable == in_root
+    given = stand_in(tmp_path / "given/my caffe", STOCK)
+    assert find_engine(str(given)).info.executable == given
+
+
+@pytest.mark.parametrize("inside", ["build/tools/caffe", "build/tools/caffe.bin", "bin/caffe"])
+def test_a_tree_holds_its_executable(tmp_path: Path, inside: str) -> None:
+    executable = stand_in(tmp_path / inside, STOCK)
+    assert find_engine(str(tmp_path)).info.executable == executable
+
+
+def test_another_program_called_caffe_on_the_path_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = stand_in(tmp_path / "caffe", b"keeps the screen awake")
+    monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
+    with pytest.raises(UserError, match="no Caffe found"):
+        find_engine()
+    with pytest.raises(UserError, match="is no Caffe"):
+        find_engine(str(other))
+
+
+def test_what_is_named_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--caffe: .* does not exist"):
+        find_engine(str(tmp_path / "none"))
+    (tmp_path / "text").write_text("snapshot_prefix")
+    with pytest.raises(UserError, match="is not executable"):
+        find_engine(str(tmp_path / "text"))
+    monkeypatch.setenv("CAFFE_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=r"\$CAFFE_ROOT: no Caffe in .*build/tools/caffe"):
+        find_engine()
+
+
+def test_a_caffe_that_does_not_start_is_told_with_its_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "caffe"
+    path.write_text("#!/bin/sh\n# snapshot_prefix\necho 'libcudart.so.8.0: cannot open' >&2\nexit 127\n")
+    path.chmod(0o755)
+    with pytest.raises(UserError, match=r"does not start: libcudart\.so\.8\.0: cannot open"):
+        describe(path)
+
+
+def test_kinds_are_told_by_their_bytes(tmp_path: Path) -> None:
+    stock = describe(stand_in(tmp_path / "stock", STOCK, "caffe version 1.0.0"))
+    assert (stock.kind, stock.dialect, stock.version) == ("bvlc", Dialect.BVLC, "1.0.0")
+    fork = describe(stand_in(tmp_path / "fork", FORK))
+    assert (fork.kind, fork.dialect, fork.gpu) == ("caffe-jacinto", Dialect.CAFFE_JACINTO, True)
+    with pytest.raises(UserError, match="is NVCaffe"):
+        describe(stand_in(tmp_path / "nv", NVCAFFE))
+
+
+def test_a_script_is_told_by_the_library_beside_it(tmp_path: Path) -> None:
+    script = stand_in(tmp_path / "bin/caffe", b"starts the real one")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libcaffe.so.1.0.0").write_bytes(FORK)
+    assert describe(script).kind == "caffe-jacinto"
+
+
+def test_a_forced_kind_has_to_match(tmp_path: Path) -> None:
+    fork = stand_in(tmp_path / "fork", FORK)
+    assert find_engine(str(fork), "caffe-jacinto").info.kind == "caffe-jacinto"
+    with pytest.raises(UserError, match=r"--engine bvlc: the Caffe from --caffe, .* is caffe-jacinto"):
+        find_engine(str(fork), "bvlc")
+
+
+def test_pycaffe_of_another_python_is_said_so(tmp_path: Path) -> None:
+    package = tmp_path / "python/caffe"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from ._caffe import Net\n")
+    (package / "_caffe.so").write_bytes(b"built for Python 2.7")
+    info = describe(stand_in(tmp_path / "build/tools/caffe", STOCK))
+    assert info.pycaffe is None
+    assert "cannot be imported" in info.notes[0]
+    assert "_caffe.so" in info.notes[0]
+
+
+@pytest.mark.caffe
+def test_real_stock_caffe(caffe_engine: Engine, caffe_root: Path) -> None:
+    info = caffe_engine.info
+    assert (info.kind, info.version, info.dialect) == ("bvlc", "1.0.0", Dialect.BVLC)
+    assert (info.gpu, info.multi_gpu) == (False, False)
+    assert info.pycaffe == caffe_root / "python"
+    assert info.notes == ()
+    with pytest.raises(UserError, match=r"--engine caffe-jacinto: .* is stock Caffe"):
+        find_engine(str(info.executable), "caffe-jacinto")
+    with pytest.raises(UserError, match="built for the CPU only"):
+        check_gpus(info, (0, 1))
+
+
+# --- GPUs
+
+
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: B (UUID: y)'\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    info = engine("bvlc").info
+    check_gpus(info, (0, 1))
+    with pytest.raises(UserError, match=r"GPUs 1,2 are asked for, but 2 is not there: .* GPUs 0 to 1"):
+        check_gpus(info, (1, 2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match="GPU 0 only"):
+        check_gpus(info, (1,))
+    for hidden, count in (("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert visible_gpus() == count
+
+
+def test_gpus_that_this_caffe_cannot_use() -> None:
+    check_gpus(engine("bvlc", gpu=False).info, ())
+    with pytest.raises(UserError, match="built for the CPU only"):
+        check_gpus(engine("bvlc", gpu=False).info, (0,))
+    with pytest.raises(UserError, match="without NCCL"):
+        check_gpus(engine("bvlc", multi_gpu=False).info, (0, 1))
+    with pytest.raises(UserError, match="trains on GPUs only"):
+        check_gpus(engine("caffe-jacinto").info, ())
+
+
+# --- what is done where
+
+
+def test_stock_caffe_sparsifies_on_one_device_and_keeps_the_batch() -> None:
+    bvlc = engine("bvlc")
+    plan = bvlc.plan(stage(sparse=SparseSettings(start_iter=5)), (2, 0, 1), 2)
+    assert (plan.gpus, plan.iter_size) == ((2,), 6)
+    assert "6 passes instead of 2" in str(plan.note)
+    assert bvlc.plan(stage(freeze_zeros=True), (0, 1), 1).iter_size == 2
+    for plan in (bvlc.plan(stage(), (0, 1), 2), bvlc.plan(stage(freeze_zeros=True), (1,), 2)):
+        assert plan.iter_size == 2
+        assert plan.note is None
+
+
+def test_the_fork_does_every_stage_on_all_gpus() -> None:
+    plan = engine("caffe-jacinto").plan(stage(sparse=SparseSettings(start_iter=5)), (0, 1), 2)
+    assert (plan.gpus, plan.iter_size, plan.note) == ((0, 1), 2, None)
+
+
+def test_commands_of_the_fork() -> None:
+    fork = engine("caffe-jacinto")
+    assert fork.train_commands(train_job(sparse=SparseSettings(start_iter=5))) == [
+        [
+            "/opt/caffe",
+            "train",
+            "-solver",
+            "run/sparse/solver.prototxt",
+            "-weights",
+            "run/l1reg/d_n_iter_10.caffemodel",
+            "-gpu",
+            "0,1",
+        ]
+    ]
+    resumed = train_job(snapshot=Path("run/sparse/d_n_iter_10.solverstate"))
+    assert fork.train_commands(resumed) == [
+        [
+            "/opt/caffe",
+            "train",
+            "-solver",
+            "run/sparse/solver.prototxt",
+            "-snapshot",
+            "run/sparse/d_n_iter_10.solverstate",
+            "-gpu",
+            "0,1",
+        ]
+    ]
+    log = "x] Finding and applying sparsity: 0.3\nx] Snapshotting to binary proto file a_iter_10.caffemodel\n"
+    assert fork.resume_start_factor(SparseSettings(start_iter=5), 10, log) == 0.3
+    assert engine("bvlc").resume_start_factor(SparseSettings(start_iter=5), 10, log) is None
+
+
+def test_commands_of_stock_caffe() -> None:
+    bvlc = engine("bvlc")
+    training, handing_over = bvlc.train_commands(train_job(weights=None))
+    assert training == ["/opt/caffe", "train", "-solver", "run/sparse/solver.prototxt", "-gpu", "0,1"]
+    assert handing_over[1:3] == ["-m", "caffe_jacinto.engines.reestimate"]
+    assert handing_over[-6:] == [
+        *("-weights", "run/sparse/d_n_iter_20.caffemodel"),
+        *("-batches", "30", "-gpu", "0"),
+    ]
+    assert len(bvlc.train_commands(train_job(reestimate_batches=0))) == 1
+
+
+def test_commands_of_stock_caffe_that_hold_zeros() -> None:
+    bvlc = engine("bvlc")
+    (sparse,) = bvlc.train_commands(train_job(gpus=(1,), sparse=SparseSettings(start_iter=5)))
+    assert sparse[:3] == [sys.executable, "-m", "caffe_jacinto.engines.stepper"]
+    pairs = dict(zip(sparse[3::2], sparse[4::2], strict=True))
+    assert pairs["-pycaffe"] == "/opt/python"
+    assert pairs["-sparsity_target"] == "0.8"
+    assert pairs["-sparsity_start_iter"] == "5"
+    assert pairs["-gpu"] == "1"
+    (finetune,) = bvlc.train_commands(train_job(gpus=(), freeze_zeros=True))
+    assert "-freeze_zeros" in finetune
+    assert "-gpu" not in finetune
+
+
+@pytest.mark.parametrize("kind", [{"sparse": SparseSettings(start_iter=5)}, {"freeze_zeros": True}, {}])
+def test_after_the_last_iteration_only_the_hand_over_is_left(kind: dict[str, object]) -> None:
+    at_the_end = train_job(snapshot=Path("run/sparse/d_n_iter_20.solverstate"), **kind)
+    (command,) = engine("bvlc").train_commands(at_the_end)
+    assert "caffe_jacinto.engines.reestimate" in command
+
+
+def test_stages_that_need_pycaffe_say_so() -> None:
+    without = engine("bvlc", pycaffe=None, notes=("no pycaffe beside it",))
+    with pytest.raises(UserError, match=r"needs pycaffe, .*no pycaffe beside it"):
+        without.train_commands(train_job(freeze_zeros=True))
+    assert without.train_commands(train_job(reestimate_batches=0))
+
+
+def test_weights_with_a_comma_in_their_path_are_refused() -> None:
+    with pytest.raises(UserError, match="commas"):
+        engine("caffe-jacinto").train_commands(train_job(weights=Path("a,b.caffemodel")))
+
+
+def test_scoring_runs_on_one_device() -> None:
+    job = TestJob(Path("val.prototxt"), Path("w.caffemodel"), 1000, (3, 1))
+    assert engine("bvlc").test_command(job) == [
+        *("/opt/caffe", "test", "-model", "val.prototxt", "-weights", "w.caffemodel"),
+        *("-iterations", "1000", "-gpu", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "give either -sparsity_target"),
+        (["-freeze_zeros"], "needs -weights or -snapshot"),
+        (["-freeze_zeros", "-sparsity_target", "0.8"], "give either"),
+        (["-sparsity_target", "1.5", "-sparsity_start_iter", "0"], "target"),
+        (["-sparsity_target", "0.5"], "start_iter"),
+    ],
+)
+def test_the_stepper_refuses_what_makes_no_stage(arguments: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        stepper_main(["-pycaffe", "/none", "-solver", "s.prototxt", *arguments])
+
+
+def test_prefix_is_where_the_installer_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAFFE_JACINTO_HOME")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    name = f"caffe-1.0-cpu-py{sys.version_info.major}.{sys.version_info.minor}"
+    assert find.prefix() == Path("/data/caffe_jacinto") / name
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert find.prefix() == Path.home() / ".local/share/caffe_jacinto" / name

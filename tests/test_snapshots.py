@@ -1,0 +1,162 @@
+"""Which snapshots training can go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caffe_jacinto.engines.handover import is_handed_over, record_handover
+from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete, iteration_of, survey
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
+
+SHAPES = ((4, 3, 3, 3), (4,))
+
+
+def write_pair(
+    prefix: Path,
+    iteration: int,
+    *,
+    dialect: Dialect = Dialect.BVLC,
+    learned_net: str | None = None,
+    state_iteration: int | None = None,
+    history: tuple[tuple[int, ...], ...] = SHAPES,
+) -> None:
+    """The two files of a snapshot, as Caffe writes them."""
+    model = Path(f"{prefix}_iter_{iteration}.caffemodel")
+    net = messages(dialect).NetParameter(name="net")
+    layer = net.layer.add(name="conv", type="Convolution")
+    for shape in SHAPES:
+        fill(layer.blobs.add(), shape)
+    model.write_bytes(net.SerializeToString())
+    state = messages(dialect).SolverState(
+        iter=iteration if state_iteration is None else state_iteration,
+        learned_net=f"elsewhere/{model.name}" if learned_net is None else learned_net,
+    )
+    for shape in history:
+        fill(state.history.add(), shape)
+    model.with_suffix(".solverstate").write_bytes(state.SerializeToString())
+
+
+def fill(blob: object, shape: tuple[int, ...]) -> None:
+    count = 1
+    for dim in shape:
+        count *= dim
+    blob.shape.dim.extend(shape)  # type: ignore[attr-defined]
+    blob.data.extend([0.5] * count)  # type: ignore[attr-defined]
+
+
+def test_newest_first(tmp_path: Path) -> None:
+    for iteration in (900, 1000, 5):
+        write_pair(tmp_path / "a_b", iteration)
+    write_pair(tmp_path / "a_b_c", 2000)
+    found = complete_snapshots(tmp_path / "a_b", Dialect.BVLC)
+    assert [snapshot.iteration for snapshot in found] == [1000, 900, 5]
+    assert found[0].caffemodel == tmp_path / "a_b_iter_1000.caffemodel"
+    assert found[0].solverstate == tmp_path / "a_b_iter_1000.solverstate"
+
+
+def test_no_snapshots_and_no_folder(tmp_path: Path) -> None:
+    assert complete_snapshots(tmp_path / "a", Dialect.BVLC) == []
+    assert complete_snapshots(tmp_path / "none" / "a", Dialect.BVLC) == []
+
+
+@pytest.mark.parametrize("extension", ["caffemodel", "solverstate"])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_off_anywhere_is_passed_over(
+    tmp_path_factory: pytest.TempPathFactory, extension: str, share: float
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    prefix = folder / f"cut_{extension}"
+    write_pair(prefix, 10)
+    write_pair(prefix, 20)
+    file = Path(f"{prefix}_iter_20.{extension}")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    found = survey(prefix, Dialect.BVLC)
+    assert [snapshot.iteration for snapshot in found.complete] == [10]
+    (reason,) = found.skipped
+    assert "snapshot of iteration 20 is passed over" in reason
+    assert str(file) in reason or "of another network" in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        ({"state_iteration": 19}, "is of iteration 19"),
+        ({"learned_net": "x/a_iter_10.caffemodel"}, "belongs to x/a_iter_10.caffemodel"),
+        ({"history": ((4, 3, 3, 3),)}, "of another network"),
+        ({"history": ((4, 3, 5, 5), (4,))}, "of another network"),
+    ],
+)
+def test_files_that_do_not_belong_together(tmp_path: Path, mistake: dict[str, object], reason: str) -> None:
+    write_pair(tmp_path / "a", 20, **mistake)  # type: ignore[arg-type]
+    found = survey(tmp_path / "a", Dialect.BVLC)
+    assert not found.complete
+    assert reason in found.skipped[0]
+
+
+def test_one_file_of_two(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", 20)
+    (tmp_path / "a_iter_20.solverstate").unlink()
+    assert "a_iter_20.solverstate is missing" in survey(tmp_path / "a", Dialect.BVLC).skipped[0]
+
+
+def test_adam_has_two_histories(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", 20, history=SHAPES * 2)
+    assert complete_snapshots(tmp_path / "a", Dialect.BVLC)
+
+
+def test_the_forks_weights_are_held_against_the_network_beside_them(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", 20, dialect=Dialect.CAFFE_JACINTO, history=(SHAPES[0],))
+    assert complete_snapshots(tmp_path / "a", Dialect.CAFFE_JACINTO)
+    layers = "".join(
+        f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}"\n'
+        f"  convolution_param {{ num_output: 4 kernel_size: 3 }} }}\n"
+        for name, bottom in (("conv", "data"), ("later", "conv"))
+    )
+    data = 'input: "data" input_shape { dim: 1 dim: 3 dim: 9 dim: 9 }\n'
+    (tmp_path / "train.prototxt").write_text(data + layers)
+    found = survey(tmp_path / "a", Dialect.CAFFE_JACINTO)
+    assert not found.complete
+    assert "later: not in the weight file" in found.skipped[0]
+
+
+def test_all_files_of_a_snapshot(tmp_path: Path) -> None:
+    prefix = tmp_path / "a[1]*"
+    for iteration in (2, 20):
+        write_pair(prefix, iteration)
+        Path(f"{prefix}_iter_{iteration}.masks.npz").touch()
+    snapshot = complete_snapshots(prefix, Dialect.BVLC)[1]
+    assert [file.name for file in snapshot.files()] == [
+        "a[1]*_iter_2.caffemodel",
+        "a[1]*_iter_2.masks.npz",
+        "a[1]*_iter_2.solverstate",
+    ]
+
+
+def test_final_weights(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a", 20)
+    assert final_is_complete(tmp_path / "a_iter_20.caffemodel", Dialect.BVLC)
+    assert not final_is_complete(tmp_path / "a_iter_30.caffemodel", Dialect.BVLC)
+    assert iteration_of(Path("x/a_iter_7_iter_20.caffemodel")) == 20
+    with pytest.raises(UserError, match="not named as a snapshot"):
+        iteration_of(Path("other.caffemodel"))
+
+
+def test_hand_over_record_is_of_just_these_weights(tmp_path: Path) -> None:
+    final = tmp_path / "a_iter_20.caffemodel"
+    write_pair(tmp_path / "a", 20)
+    assert not is_handed_over(final)
+    record_handover(final, 30)
+    assert is_handed_over(final)
+    final.write_bytes(final.read_bytes() + b"x")
+    assert not is_handed_over(final)
+    for broken in ("", "[]", '{"sha256": 1}', "{"):
+        (tmp_path / "a_iter_20.handover.json").write_text(broken)
+        assert not is_handed_over(final)
