@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from caffe_jacinto import __version__
@@ -110,6 +112,9 @@ def resume(
     record = run_folder.load(folder)
     recipe = _changed(record.recipe, gpus, keep)
     screen = Screen()
+    if all(state.state == "finished" for state in record.stages.values()):
+        screen.say(f"{folder}: this run has finished; nothing is left to do")
+        return 0
     engine = _same_engine(record, caffe, engine_kind, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
@@ -263,8 +268,18 @@ def _show_commands(name: str, commands: Sequence[list[str]], screen: Screen) -> 
 
 
 def _show_result(run: RunPlan, screen: Screen) -> None:
-    """The result table, and what to do next."""
+    """The report's tables, where the result is, and what to do next."""
+    from caffe_jacinto.logs import tables
+    from caffe_jacinto.logs.discover import find_runs
+    from caffe_jacinto.logs.screen import show
+
+    screen.say("")
+    if sys.stdout is not None:
+        with suppress(OSError):
+            show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
     report = ["python", "-m", "caffe_jacinto.report", str(run.folder)]
-    screen.say(f"done: {run.final_weights}, for {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
-    screen.say(f"tables: {shlex.join(report)}")
-    screen.say(f"curves: {shlex.join([*report, '--plot', str(run.folder / 'curves.png')])}")
+    screen.say("")
+    screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
+    screen.say(f"weights: {run.final_weights}", style="bold")
+    screen.say(f"tables:  {shlex.join(report)}")
+    screen.say(f"curves:  {shlex.join([*report, '--plot', str(run.folder / 'curves.png')])}")

@@ -209,7 +209,7 @@ class Driver:
         if place is None:
             return
         for iteration in list(view.tests)[watched.told_tests : self._whole_tests(view)]:
-            self.screen.say(f"  iteration {iteration:,}: {test_line(view.tests[iteration])}")
+            self.screen.say(f"  iteration {iteration:,}, {test_line(view.tests[iteration])}")
             watched.told_tests += 1
         news = view.displays > watched.told_displays
         watched.told_displays = view.displays

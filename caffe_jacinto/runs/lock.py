@@ -1,9 +1,8 @@
 """One trainer per run folder.
 
 The lock is flock's, on a file in the run folder. The commands that a run starts inherit the locked
-descriptor, so the
-lock lives as long as anything that trains: a Caffe that outlives a killed driver still holds it,
-whatever became of process numbers since. `run.sh` takes the same lock when it is started by hand.
+descriptor, so the lock lives as long as anything that trains: a Caffe that outlives a killed driver still
+holds it, whatever became of process numbers since. `run.sh` takes the same lock when it is started by hand.
 """
 
 from __future__ import annotations
@@ -30,12 +29,22 @@ class Holder:
     """A process that holds a run's lock."""
 
     pid: int
-    command: str
+    words: tuple[str, ...]
+    """Its command line."""
 
     @property
-    def trains_by_itself(self) -> bool:
-        """True for a command that a driver left behind, False for the driver."""
-        return "caffe_jacinto.train" not in self.command
+    def is_driver(self) -> bool:
+        return "caffe_jacinto.train" in self.words[:8]
+
+    @property
+    def is_shell(self) -> bool:
+        """A run.sh, which waits for the Caffe that it has started."""
+        return bool(self.words) and Path(self.words[0]).name in ("sh", "bash", "dash")
+
+    def command(self) -> str:
+        """The start of its command line, on one line."""
+        text = " ".join(" ".join(self.words).split())
+        return text if len(text) <= 80 else text[:77] + "..."
 
 
 class RunLock:
@@ -97,11 +106,11 @@ def holders(folder: Path) -> list[Holder]:
     except OSError:
         return []
     found = [
-        Holder(pid, _command(pid))
+        Holder(pid, _words(pid))
         for pid in _processes()
         if pid != os.getpid() and _has_open(pid, wanted.st_dev, wanted.st_ino)
     ]
-    return sorted(found, key=lambda holder: holder.pid)
+    return sorted(found, key=lambda holder: (holder.is_shell, holder.pid))
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -129,7 +138,7 @@ def _write_owner(descriptor: int) -> None:
 def _refusal(path: Path) -> str:
     folder = path.parent
     found = holders(folder)
-    drivers = [holder for holder in found if not holder.trains_by_itself]
+    drivers = [holder for holder in found if holder.is_driver]
     if drivers:
         return (
             f"{folder}: train is already running there (process {drivers[0].pid}); "
@@ -138,7 +147,7 @@ def _refusal(path: Path) -> str:
     if found:
         left = found[0]
         return (
-            f"{folder}: process {left.pid} ({left.command}), left over from a train that was killed or "
+            f"{folder}: process {left.pid} ({left.command()}), left over from a train that was killed or "
             f"started by hand, is still training there; wait for it to end, or stop it: kill -INT {left.pid} "
             "(it writes a snapshot first), and then resume"
         )
@@ -180,11 +189,9 @@ def _has_open(pid: int, device: int, inode: int) -> bool:
     return False
 
 
-def _command(pid: int) -> str:
-    """The start of a process's command line, on one line."""
+def _words(pid: int) -> tuple[str, ...]:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return "?"
-    text = " ".join(" ".join(words).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+        return ()
+    return tuple(line.decode(errors="replace").rstrip("\0").split("\0"))

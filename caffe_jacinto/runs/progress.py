@@ -34,19 +34,26 @@ class Place:
 
 def progress_fields(view: StageView, place: Place, *, running: bool = True) -> list[str]:
     """What a progress line says, the most important first; of a stage that stands still, no speed."""
-    fields = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}"]
+    fields = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}{_doing(view, place, running)}"]
     if view.loss is not None:
         fields.append(f"loss {view.loss:.4g}")
     left = time_left(view, place) if running else []
-    fields += left[:1]
-    if view.learning_rate is not None:
-        fields.append(f"lr {view.learning_rate:.3g}")
+    fields += left
     if view.sparsity is not None:
         fields.append(f"sparsity {view.sparsity:.3f}")
+    if view.learning_rate is not None:
+        fields.append(f"lr {view.learning_rate:.3g}")
     pace = view.seconds_per_iteration()
     if pace and running:
         fields.append(f"{place.recipe.training.batch_size / pace:.3g} images/s")
-    return fields + left[1:]
+    return fields
+
+
+def _doing(view: StageView, place: Place, running: bool) -> str:
+    """What holds the iterations up, if anything does."""
+    if running and view.in_test:
+        return " (testing)"
+    return " (finishing)" if running and view.iteration >= place.max_iter else ""
 
 
 def time_left(view: StageView, place: Place) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -20,13 +23,14 @@ LIVE_SECONDS = 0.25
 class LastingStream:
     """A text stream whose reader (a terminal, a pipe) may go away without ending the program."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._lost = False
+        # Without any (python started with its output closed) there is nothing to write to.
+        self._lost = stream is None
 
     @property
     def encoding(self) -> str:
-        return self._stream.encoding or "utf-8"
+        return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         self._try(text)
@@ -37,15 +41,12 @@ class LastingStream:
 
     def isatty(self) -> bool:
         try:
-            return not self._lost and self._stream.isatty()
+            return not self._lost and self._stream is not None and self._stream.isatty()
         except ValueError:
             return False
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
     def _try(self, text: str | None) -> None:
-        if self._lost:
+        if self._lost or self._stream is None:
             return
         try:
             if text is not None:
@@ -56,6 +57,9 @@ class LastingStream:
                 self._try(text.encode(self.encoding, "replace").decode(self.encoding))
         except (OSError, ValueError):
             self._lost = True
+            # What is left in the stream's buffer must not fail once more at the end of the program.
+            with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class Screen:
@@ -114,13 +118,10 @@ class Screen:
 
 
 def live_line(fields: list[str], fraction: float, width: int) -> str:
-    """As many of the fields as the width holds, after a bar where there is room for one."""
-    shown = list(fields)
-    while len(shown) > 1 and len("  ".join(shown)) > width - 1:
+    """A bar of an eighth of the width, and as many of the fields as fit beside it."""
+    bar = min(width // 8, 24)
+    done = round(min(max(fraction, 0.0), 1.0) * bar)
+    shown = ["━" * done + "╌" * (bar - done), *fields]
+    while len(shown) > 2 and len("  ".join(shown)) >= width:
         shown.pop()
-    text = "  ".join(shown)
-    room = min(24, width - 3 - len(text))
-    if room >= 8:
-        done = round(min(max(fraction, 0.0), 1.0) * room)
-        text = f"{'━' * done}{'╌' * (room - done)}  {text}"
-    return text
+    return "  ".join(shown)

@@ -7,7 +7,7 @@ from pathlib import Path
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.driver import resume_command
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState
-from caffe_jacinto.runs.lock import is_held
+from caffe_jacinto.runs.lock import holders, is_held
 from caffe_jacinto.runs.progress import Place, progress_fields, test_line
 from caffe_jacinto.runs.watch import StageView
 
@@ -20,7 +20,7 @@ def status_lines(folder: Path) -> list[str]:
     """
     record = run_folder.load(folder)
     held = is_held(folder)
-    lines = [f"{folder}: {_whole(record, held)}"]
+    lines = [f"{folder}: {_whole(folder, record, held)}"]
     for name, state in record.stages.items():
         lines.append(f"  {_stage(folder, record, name, state, held)}")
         if state.message and state.state in ("failed", "stopped"):
@@ -30,9 +30,9 @@ def status_lines(folder: Path) -> list[str]:
     return lines
 
 
-def _whole(record: RunRecord, held: bool) -> str:
+def _whole(folder: Path, record: RunRecord, held: bool) -> str:
     if held:
-        return "running"
+        return f"running{_alone(folder)}"
     if _finished(record):
         return "finished"
     states = {state.state for state in record.stages.values()}
@@ -41,6 +41,14 @@ def _whole(record: RunRecord, held: bool) -> str:
     if states == {"waiting"}:
         return "not started"
     return "stopped"
+
+
+def _alone(folder: Path) -> str:
+    """What to say of a Caffe that no train watches."""
+    found = holders(folder)
+    if not found or any(holder.is_driver for holder in found):
+        return ""
+    return f" (process {found[0].pid}, without train, which was killed or never there)"
 
 
 def _finished(record: RunRecord) -> bool:
