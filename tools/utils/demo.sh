@@ -30,5 +30,5 @@ say "3/4 Training: $run"
 "$python" -m caffe_jacinto.train demo_digits --output "$run" "$@"
 
 say "4/4 Result"
-"$python" -m caffe_jacinto.report "$run"
+"$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png"
 say "The demo took $(duration $((EPOCHSECONDS - started)))"
