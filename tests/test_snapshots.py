@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caffe_jacinto.engines.handover import is_handed_over, record_handover
+from caffe_jacinto.engines.masks import Masks, save_masks
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete, iteration_of, survey
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -127,11 +128,24 @@ def test_the_forks_weights_are_held_against_the_network_beside_them(tmp_path: Pa
     assert "later: not in the weight file" in found.skipped[0]
 
 
+def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40):
+        write_pair(tmp_path / "a", iteration)
+        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", Masks(), 0.5)
+    (tmp_path / "a_iter_30.masks.npz").unlink()
+    damaged = tmp_path / "a_iter_40.masks.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    found = survey(tmp_path / "a", Dialect.BVLC)
+    assert [snapshot.iteration for snapshot in found.complete] == [20, 10]
+    assert "a_iter_40.masks.npz cannot be used" in found.skipped[0]
+    assert "a_iter_30.masks.npz is missing" in found.skipped[1]
+
+
 def test_all_files_of_a_snapshot(tmp_path: Path) -> None:
     prefix = tmp_path / "a[1]*"
     for iteration in (2, 20):
         write_pair(prefix, iteration)
-        Path(f"{prefix}_iter_{iteration}.masks.npz").touch()
+        save_masks(Path(f"{prefix}_iter_{iteration}.solverstate"), Masks(), 0.5)
     snapshot = complete_snapshots(prefix, Dialect.BVLC)[1]
     assert [file.name for file in snapshot.files()] == [
         "a[1]*_iter_2.caffemodel",

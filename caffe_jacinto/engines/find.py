@@ -72,7 +72,7 @@ def _executable(caffe: str | None) -> tuple[Path, str]:
         if named:
             return _in(Path(named).expanduser(), where), where
     on_path = shutil.which("caffe")
-    if on_path and _library_bytes_have(Path(on_path), ANY_CAFFE):
+    if on_path and _is_caffe(Path(on_path)):
         return Path(on_path), "PATH"
     installed = prefix() / "bin/caffe"
     if _runs(installed):
@@ -110,9 +110,10 @@ def describe(executable: Path) -> EngineInfo:
         UserError: it is no Caffe, one that no engine here drives, or it does not start.
     """
     executable = executable.absolute()
+    files = (executable, *_libraries(executable))
 
     def has(mark: bytes) -> bool:
-        return _library_bytes_have(executable, mark)
+        return any(_file_has(file, mark) for file in files)
 
     if not has(ANY_CAFFE):
         raise UserError(
@@ -141,8 +142,8 @@ def describe(executable: Path) -> EngineInfo:
     )
 
 
-def _library_bytes_have(executable: Path, mark: bytes) -> bool:
-    return any(_file_has(file, mark) for file in (executable, *_libraries(executable)))
+def _is_caffe(executable: Path) -> bool:
+    return any(_file_has(file, ANY_CAFFE) for file in (executable, *_libraries(executable)))
 
 
 def _file_has(path: Path, mark: bytes) -> bool:

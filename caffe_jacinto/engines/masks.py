@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Weights = Mapping[str, NDArray[np.float32]]
 
+MASKS_SUFFIX = ".masks.npz"
 _LAYER = "frozen/"
 
 
@@ -46,7 +47,25 @@ class Masks:
 
 def masks_file(snapshot: Path) -> Path:
     """The masks beside a ``.solverstate`` or ``.caffemodel``."""
-    return snapshot.with_suffix(".masks.npz")
+    return snapshot.with_suffix(MASKS_SUFFIX)
+
+
+def check_masks_file(snapshot: Path) -> None:
+    """Refuse a snapshot whose masks are not there, whole.
+
+    Raises:
+        UserError: they are missing, or cut off or changed (by their checksums).
+    """
+    path = masks_file(snapshot)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be used ({error})") from error
+    if damaged:
+        raise UserError(f"{path} cannot be used: {damaged} in it is damaged")
 
 
 def save_masks(snapshot: Path, masks: Masks, factor: float) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from caffe_jacinto.caffemodel.blobs import StoredLayer, StoredState, mapped, stored_layers, stored_state
 from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.engines.masks import MASKS_SUFFIX, check_masks_file
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
@@ -49,11 +50,16 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
+    # Where zeros are held, every snapshot has its masks: written first, whole.
+    masked = any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
     complete, skipped = [], []
     for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
         caffemodel = folder / f"{prefix.name}_iter_{iteration}.caffemodel"
         try:
-            complete.append(_checked(iteration, caffemodel, dialect))
+            snapshot = _checked(iteration, caffemodel, dialect)
+            if masked:
+                check_masks_file(caffemodel)
+            complete.append(snapshot)
         except UserError as error:
             skipped.append(f"snapshot of iteration {iteration} is passed over: {error}")
     return Survey(tuple(complete), tuple(skipped))
