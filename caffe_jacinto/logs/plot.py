@@ -93,7 +93,8 @@ def _draw(lines: Sequence[_Line], kind: str) -> bytes:
         "axes.grid": True,
         "grid.color": "#e4e4e4",
         "grid.linewidth": 0.7,
-        "legend.frameon": False,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name's script that the font lacks
@@ -103,6 +104,7 @@ def _draw(lines: Sequence[_Line], kind: str) -> bytes:
         for panel, axis in zip(panels, axes, strict=True):
             panel(axis, lines)
             axis.margins(x=0.01)
+        figure.align_ylabels(axes)
         _boundaries(axes, lines)
         axes[-1].set_xlabel("iteration, all stages end to end")
         axes[-1].xaxis.set_major_formatter(lambda value, _: _short(value))
@@ -196,7 +198,10 @@ def _accuracy(axis: Any, lines: Sequence[_Line]) -> bool:
                 clip_on=False, zorder=5, label="top-1, caffe test",
             )  # fmt: skip
             kinds.setdefault("top-1, caffe test", found[0])
-    axis.legend(handles=list(kinds.values()), loc="lower right", fontsize=8.5, ncols=len(kinds))
+    legend = axis.legend(handles=list(kinds.values()), loc="lower right", fontsize=8.5, ncols=len(kinds))
+    if len(lines) > 1:
+        for handle in legend.legend_handles:
+            handle.set_color("#555555")
     axis.set_ylabel("accuracy, %")
     return True
 
@@ -219,7 +224,7 @@ def _sparsity(axis: Any, lines: Sequence[_Line]) -> bool:
         for part in line.parts:
             x, y = _moved(part, part.curves.sparsity.all())
             axis.plot(x, [100 * value for value in y], color=line.colour, linewidth=1.4)
-    axis.set_ylim(0, 100)
+    axis.set_ylim(-2, 102)
     axis.set_ylabel("sparsity, %")
     return True
 

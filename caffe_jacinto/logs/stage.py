@@ -153,7 +153,7 @@ class StageLog:
 
     def __init__(self, *, curves: bool = False) -> None:
         self.curves = StageCurves() if curves else None
-        self._reader = events.LogReader()
+        self._reader = events.LogReader(skim=not curves)
         self._process = _Process()
         self._version: events.Version | None = None
         self._gpus: tuple[int, ...] = ()
