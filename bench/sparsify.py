@@ -10,7 +10,6 @@ medians, but on a machine that does other work they are that work's, too.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -49,7 +48,6 @@ def main(argv: Sequence[str]) -> int:
     info = find_engine(arguments.caffe, "bvlc").info
     if info.pycaffe is None:
         raise UserError("; ".join(info.notes))
-    os.environ.setdefault("GLOG_minloglevel", "2")
     caffe = start_caffe(info.pycaffe, ())
     rows, within = [], True
     for label, size, strides, batch in CASES:

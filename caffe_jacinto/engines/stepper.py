@@ -132,6 +132,7 @@ class Stepper:
         caffe_log.info("Starting Optimization")
         caffe_log.info(f"Solving {self.job.solver.train_net}")
         caffe_log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
+        self._display_sparsity()
         while self.iteration < self.parameters.max_iter and not self.requests.stop:
             self._display_and_test()
             if not self.requests.stop:
