@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="training.batch_size, the effective batch"
     )
+    parser.add_argument("--iter-size", type=int, metavar="N", help="training.iter_size, passes of an update")
     parser.add_argument("--train-lmdb", metavar="DIR", help="data.train_lmdb")
     parser.add_argument("--val-lmdb", metavar="DIR", help="data.val_lmdb")
     return parser
@@ -111,6 +112,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     """The shortcuts as overrides of the recipe, before those of --set."""
     shortcuts = {
         "training.batch_size": options.batch_size,
+        "training.iter_size": options.iter_size,
         "training.keep": options.keep if options.recipe else None,
         "data.train_lmdb": options.train_lmdb,
         "data.val_lmdb": options.val_lmdb,

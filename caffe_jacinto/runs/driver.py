@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.errors import RunFailed
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State
@@ -45,8 +46,12 @@ class Watched:
     """For the progress line; None: no stage."""
 
     keeper: Keeper | None = None
+    plan: StagePlan | None = None
     told_tests: int = 0
     told_displays: int = 0
+
+    def has_final_snapshot(self, run: RunPlan) -> bool:
+        return self.plan is None or final_is_complete(self.plan.final_weights, run.engine.info.dialect)
 
 
 @dataclass
@@ -103,7 +108,7 @@ class Driver:
         self._note(state, "running")
         begun = time.monotonic()
         code = self._run(
-            plan.folder, state, commands, Watched(view, place, keeper, len(view.tests), view.displays)
+            plan.folder, state, commands, Watched(view, place, keeper, plan, len(view.tests), view.displays)
         )
         keeper.clean(view)
         if self.run.engine.finished(job):
@@ -178,7 +183,8 @@ class Driver:
             run_folder.save(self.run.folder, self.record)
             code = self._follow(child, Tail(folder / LOG_NAME, start), watched)
             self.signals.pass_on_to(None)
-            if code != 0 or self.signals.asked:
+            # Caffe exits with 0 when it was interrupted, too: what follows needs the final snapshot.
+            if code != 0 or self.signals.asked or not watched.has_final_snapshot(self.run):
                 break
         state.pid = None
         self.screen.clear()

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.resources import template_folder
+from caffe_jacinto.resources import PACKAGE, template_folder
 from caffe_jacinto.runs.process import ENVIRONMENT
 
 
@@ -30,5 +30,6 @@ def shell_script(start_folder: Path, lock: Path, log: Path, commands: Sequence[S
         lock=lock,
         log=log,
         environment=ENVIRONMENT,
+        python_path=PACKAGE.parent,
         commands=[shlex.join(command) for command in commands],
     )

@@ -1,0 +1,300 @@
+"""`train` with real Caffe: the whole way, and every way in which it is cut short."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from digits_run import (
+    ITERATIONS,
+    PREFIX,
+    STAGES,
+    Trainer,
+    end,
+    is_alive,
+    recipe_of,
+    tiny,
+    wait_for,
+    write_lmdbs,
+)
+
+from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.engines.contract import Engine
+
+pytestmark = pytest.mark.caffe
+
+
+@pytest.fixture(scope="module")
+def trainer(caffe_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("start folder")
+    write_lmdbs(folder)
+    return Trainer(caffe_engine, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(trainer: Trainer) -> tuple[int, str]:
+    """A run of all stages in ``run's folder``, and what it said."""
+    return trainer.run(*tiny(), "--output", "run's folder")
+
+
+RUN = "run's folder"
+
+
+def test_all_stages_and_the_test_end_in_the_result_table(trainer: Trainer, whole: tuple[int, str]) -> None:
+    code, said = whole
+    assert code == 0, said
+    assert trainer.states(RUN) == dict.fromkeys((*STAGES, "test"), "finished")
+    folder = trainer.folder / RUN
+    for stage in STAGES:
+        names = {path.name for path in (folder / stage).iterdir()}
+        assert {"train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt", "run.sh"} <= names
+        assert {f"{PREFIX}_iter_{ITERATIONS}.caffemodel", f"{PREFIX}_iter_{ITERATIONS}.solverstate"} <= names
+    assert (folder / "labels.txt").read_text().splitlines() == [f"digit_{n}" for n in range(10)]
+    assert "engine: bvlc 1.0" in said
+    assert re.search(r"stage 3/4 sparse: finished, 6 iterations in .*, top-1 .*, sparsity 0\.\d", said)
+    assert "JacintoNet11 (published)" in said
+
+
+def test_no_frozen_zero_moves_in_finetune(trainer: Trainer, whole: tuple[int, str]) -> None:
+    sparse, fine = (
+        read_weights(trainer.folder / RUN / stage / f"{PREFIX}_iter_{ITERATIONS}.caffemodel")
+        for stage in ("sparse", "finetune")
+    )
+    convolutions = [name for name in sparse if sparse[name][0].ndim == 4]
+    zeros = {name: sparse[name][0] == 0 for name in convolutions}
+    assert sum(int(mask.sum()) for mask in zeros.values()) > 100_000
+    assert all(not fine[name][0][mask].any() for name, mask in zeros.items())
+    assert any(not np.array_equal(fine[name][0], sparse[name][0]) for name in convolutions)
+
+
+def test_older_snapshots_are_removed(trainer: Trainer, whole: tuple[int, str]) -> None:
+    for stage in STAGES:
+        found = {path.name for path in (trainer.folder / RUN / stage).glob("*_iter_2.*")}
+        assert not found, found
+
+
+def test_run_sh_does_the_same_by_hand_from_anywhere(trainer: Trainer, whole: tuple[int, str]) -> None:
+    script = trainer.folder / RUN / "test" / "run.sh"
+    before = trainer.log(RUN, "test")
+    subprocess.run(["sh", str(script)], cwd="/", check=True)
+    results = [re.findall(r"\] (accuracy/top1 = .*)", text) for text in (before, trainer.log(RUN, "test"))]
+    assert results[1] == results[0] * 2
+
+
+def test_a_finished_run_is_not_run_again(trainer: Trainer, whole: tuple[int, str]) -> None:
+    logs = [trainer.log(RUN, stage) for stage in STAGES]
+    code, said = trainer.run("--resume", RUN)
+    assert (code, "this run has finished" in said) == (0, True)
+    assert [trainer.log(RUN, stage) for stage in STAGES] == logs
+    code, said = trainer.run(*tiny(), "--output", RUN)
+    assert code == 2
+    assert (
+        f"--resume '{RUN}'" in said.replace('"\'"', "").replace("run'\"'\"'s", "run's") or "--resume" in said
+    )
+
+
+def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None:
+    elsewhere = Trainer.__new__(Trainer)
+    elsewhere.folder, elsewhere._caffe = Path("/"), ""
+    code, said = elsewhere.run("--status", str(trainer.folder / RUN))
+    assert code == 0
+    assert said.splitlines()[0].endswith(": finished")
+    assert "initial: finished, test: top-1" in said
+
+
+@pytest.mark.parametrize(
+    ("stages", "moment"),
+    [
+        (("initial",), "Initializing net"),
+        (("initial", "l1reg"), "_iter_4.solverstate"),
+        (("sparse",), "_iter_2.caffemodel"),
+        (("finetune",), "Iteration 5"),
+    ],
+)
+def test_both_killed_and_resumed(
+    trainer: Trainer, whole: tuple[int, str], stages: tuple[str, ...], moment: str
+) -> None:
+    stage, run = stages[-1], f"killed in {stages[-1]}"
+    arguments = tiny(recipe_of(trainer.folder, *stages), stages, **{stage: 40})
+    if stage in ("sparse", "finetune"):
+        before = STAGES[STAGES.index(stage) - 1]
+        weights = f"{RUN}/{before}/{PREFIX}_iter_{ITERATIONS}.caffemodel"
+        arguments += ["--set", f"stages.{stage}.start=", "--set", f'stages.{stage}.weights="{weights}"']
+    with trainer.running(*arguments, "--output", run) as process:
+        wait_for(lambda: moment in trainer.log(run, stage), moment)
+        process.kill()
+    caffe = trainer.record(run)["stages"][stage]["pid"]
+    assert is_alive(caffe)
+    code, said = trainer.run("--resume", run)
+    assert code == 2
+    assert f"process {caffe} (" in said
+    assert "kill -INT" in said
+    end(caffe)
+    logs = {name: trainer.log(run, name) for name in stages}
+    assert "to go on:" in trainer.run("--status", run)[1]
+    code, said = trainer.run("--resume", run)
+    assert code == 0, said
+    assert set(trainer.states(run).values()) == {"finished"}
+    assert all(trainer.log(run, name) == logs[name] for name in stages[:-1])
+    part = trainer.log(run, stage)[len(logs[stage]) :]
+    iterations = [int(number) for number in re.findall(r"Iteration (\d+) \(", part)]
+    resumed = re.search(r"goes on at iteration (\d+)", said)
+    assert iterations == list(range(int(resumed[1]) if resumed else 0, 40))
+
+
+def test_second_train_is_refused_and_sigterm_stops_with_a_snapshot(trainer: Trainer) -> None:
+    with trainer.running(*tiny(initial=2000), "--output", "stopped") as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log("stopped", "initial"), "iteration 3")
+        code, said = trainer.run("--resume", "stopped")
+        assert (code, f"train is already running there (process {process.pid})" in said) == (2, True)
+        assert ": running" in trainer.run("--status", "stopped")[1].splitlines()[0]
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "to go on: python -m caffe_jacinto.train --resume stopped" in said
+    assert trainer.states("stopped")["initial"] == "stopped"
+    newest = max(
+        int(path.stem.rsplit("_", 1)[1])
+        for path in (trainer.folder / "stopped/initial").glob("*.solverstate")
+    )
+    last = max(int(n) for n in re.findall(r"Iteration (\d+) \(", trainer.log("stopped", "initial")))
+    assert newest in (last, last + 1)
+
+
+def test_truncated_snapshots_are_passed_over(trainer: Trainer) -> None:
+    folder = trainer.folder / "stopped/initial"
+    numbers = sorted(int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("*.solverstate"))
+    newest = folder / f"{PREFIX}_iter_{numbers[-1]}.caffemodel"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with trainer.running("--resume", "stopped") as process:
+        before = len(trainer.log("stopped", "initial"))
+        wait_for(lambda: "] Iteration" in trainer.log("stopped", "initial")[before:], "going on")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"snapshot of iteration {numbers[-1]} is passed over" in said
+    assert f"goes on at iteration {numbers[-2]}" in said
+    assert "reads its training LMDB from the beginning again" in said
+
+
+def test_a_killed_caffe_fails_the_stage(trainer: Trainer) -> None:
+    with trainer.running(*tiny(initial=2000), "--output", "killed caffe") as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log("killed caffe", "initial"), "iteration 3")
+        os.kill(trainer.record("killed caffe")["stages"]["initial"]["pid"], signal.SIGKILL)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stage initial failed: killed by SIGKILL" in said
+    assert trainer.states("killed caffe")["l1reg"] == "waiting"
+
+
+def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> None:
+    with trainer.running(*tiny(initial=2000), "--output", "interrupted caffe") as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log("interrupted caffe", "initial"), "iteration 3")
+        os.kill(trainer.record("interrupted caffe")["stages"]["initial"]["pid"], signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert "Optimization Done." in trainer.log("interrupted caffe", "initial")
+    assert process.returncode == 1
+    assert "Caffe ended early" in said
+
+
+def test_a_loss_that_is_not_a_number_stops_the_stage(trainer: Trainer) -> None:
+    wild = ("--set", "stages.initial.solver.base_lr=1e30", "--set", 'stages.initial.solver.lr_policy="fixed"')
+    code, said = trainer.run(*tiny(initial=2000), *wild, "--output", "wild")
+    assert code == 1
+    assert re.search(r"stage initial failed: the loss is (not a number|stuck at 87.3365)", said), said
+    assert "good" in said
+    assert "stages.initial.solver.base_lr=1e+29" in said
+
+
+def test_caffes_fatal_line_is_the_message(trainer: Trainer) -> None:
+    # In the place of a snapshot stands a folder: Caffe itself finds out.
+    code, said = trainer.run(*tiny(), "--output", "fatal", "--dry-run")
+    assert code == 0, said
+    (trainer.folder / f"fatal/initial/{PREFIX}_iter_2.caffemodel").mkdir()
+    code, said = trainer.run("--resume", "fatal")
+    assert code == 1
+    assert "stage initial failed: Check failed" in said
+    assert "log: fatal/initial/run.log" in said
+    assert trainer.states("fatal")["l1reg"] == "waiting"
+    assert "Check failed" in trainer.run("--status", "fatal")[1]
+
+
+def test_a_lost_terminal_does_not_end_the_run(trainer: Trainer) -> None:
+    master, slave = pty.openpty()
+    process = trainer.start(
+        *tiny(), "--output", "lost", stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    shown = b""
+    while b"stage 1/4" not in shown:
+        shown += os.read(master, 4096)
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert set(trainer.states("lost").values()) == {"finished"}
+
+
+def test_dry_run_writes_every_file_and_runs_nothing(trainer: Trainer) -> None:
+    code, said = trainer.run(*tiny(), "--output", "dry", "--dry-run")
+    assert code == 0, said
+    for stage in STAGES:
+        folder = trainer.folder / "dry" / stage
+        assert {path.suffix for path in folder.iterdir()} == {".prototxt", ".sh"}
+        assert f"dry/{stage}/solver.prototxt" in said
+    assert (trainer.folder / "dry/test/run.sh").exists()
+    assert "caffe_jacinto.engines.stepper" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train-lmdb", "nowhere"), "LMDB nowhere does not exist"),
+        (("--set", "data.val_lmdb=digits"), "digits is not an LMDB"),
+        (("-gpu", "0,1"), "is built for the CPU only"),
+        (("--batch-size", "1024"), "holds 320 images, and one batch alone needs 1,024"),
+        (("--set", "data.num_classes=5"), "5 classes"),
+        (("--set", "network.crop_size=64"), "smaller than the crop of 64x64"),
+        (("--set", "training.iter_size=3"), "does not divide"),
+        (("--set", "stages.initial.weights=none.caffemodel"), "no start weights at none.caffemodel"),
+        (("--set", "data.labels=none.txt"), "class names none.txt"),
+        (("--set", "stages.l1reg.start=nothing"), 'no earlier stage makes the weights of "nothing"'),
+        (("--engine", "caffe-jacinto"), "--engine caffe-jacinto"),
+    ],
+)
+def test_checked_before_anything_is_written(
+    trainer: Trainer, arguments: tuple[str, ...], message: str
+) -> None:
+    code, said = trainer.run(*tiny(), *arguments, "--output", "refused")
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert not (trainer.folder / "refused").exists()
+
+
+def test_all_problems_come_at_once(trainer: Trainer) -> None:
+    code, said = trainer.run(*tiny(), "--train-lmdb", "nowhere", "-gpu", "0", "--output", "refused")
+    assert code == 2
+    assert "LMDB nowhere does not exist" in said
+    assert "is built for the CPU only" in said
+
+
+def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> None:
+    weights = f"{RUN}/initial/{PREFIX}_iter_{ITERATIONS}.caffemodel"
+    start = ("--set", f'stages.initial.weights="{weights}"')
+    code, said = trainer.run(*tiny(), *start, "--set", "data.num_classes=12", "--output", "head", "--dry-run")
+    assert code == 0, said
+    assert "layers that the start weights leave at random values: fc12" in said
+    other = trainer.folder / "other.caffemodel"
+    # Layer names stay, the shape of one blob does not: a file of another network.
+    data = (trainer.folder / weights).read_bytes()
+    other.write_bytes(data.replace(b"conv1a", b"res2ax").replace(b"fc10", b"fc1x").replace(b"res", b"rex"))
+    code, said = trainer.run(
+        *tiny(), "--set", "stages.initial.weights=other.caffemodel", "--output", "refused"
+    )
+    assert code == 0 or "do not fit the network" in said or "cut off" in said

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train a sparse JacintoNet11 on ImageNet: initial, l1reg, sparse, finetune, then the test and the result table.
+# Edit the settings, or set them from the environment: gpus="0" batch_size=128 ./tools/utils/...
+# More arguments go to train, e.g. --dry-run, --output training/mine, --set stages.initial.solver.max_iter=1000.
+set -euo pipefail
+
+#---------------------------------------------------------------------------------------------- settings
+gpus="${gpus-0,1}"                      # GPU numbers as Caffe's -gpu takes them; empty: the CPU
+batch_size="${batch_size:-256}"         # images behind one update of the weights, over all GPUs and passes
+iter_size="${iter_size:-2}"             # passes that the batch is spread over: more of them need less memory
+DATA="${DATA:-./data}"                  # the folder that holds the two LMDBs
+TRAIN_LMDB="${TRAIN_LMDB:-$DATA/ilsvrc12_train_lmdb}"
+VAL_LMDB="${VAL_LMDB:-$DATA/ilsvrc12_val_lmdb}"
+recipe="${recipe:-imagenet_jacintonet11}" # a recipe's name, or the path of a .toml file
+caffe="${caffe:-}"                      # the caffe executable or its tree; empty: $CAFFE_ROOT, PATH, the installed one
+#--------------------------------------------------------------------------------------------------------
+
+repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
+. "$repository/tools/utils/common.sh"
+python="$(find_python "$repository")"
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+
+which=()
+if [ -n "$caffe" ]; then which=(--caffe "$caffe"); fi
+exec "$python" -m caffe_jacinto.train "$recipe" "${which[@]}" --gpus "$gpus" \
+    --batch-size "$batch_size" --iter-size "$iter_size" \
+    --train-lmdb "$TRAIN_LMDB" --val-lmdb "$VAL_LMDB" "$@"
