@@ -1,0 +1,360 @@
+"""The parts of a run that need no Caffe: its log, which snapshots stay, who may train, what is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.folder import RunRecord, StageState
+from caffe_jacinto.runs.keep import kept_iterations, remove_others
+from caffe_jacinto.runs.lock import RunLock, is_held
+from caffe_jacinto.runs.process import Child, describe_exit
+from caffe_jacinto.runs.progress import Place, duration, progress_fields
+from caffe_jacinto.runs.screen import LastingStream, Screen, live_line
+from caffe_jacinto.runs.script import shell_script
+from caffe_jacinto.runs.tail import Tail
+from caffe_jacinto.runs.watch import StageView, seconds_between
+
+REFERENCE = Path(__file__).parents[2] / "shared/reference/logs"
+
+
+def line(second: float, text: str, source: str = "solver.cpp:239") -> str:
+    return f"I1123 10:00:{second:09.6f}  77 {source}] {text}\n"
+
+
+def displays(*losses: float) -> bytes:
+    texts = (
+        line(2 * i, f"Iteration {10 * i} (5 iter/s, 2s/10 iters), loss = {loss}")
+        for i, loss in enumerate(losses)
+    )
+    return "".join(texts).encode()
+
+
+# ------------------------------------------------------------------------------------------------- watching
+
+
+def test_progress_is_read_from_the_log() -> None:
+    view = StageView()
+    view.feed(displays(2.3, 1.5) + line(3, "Iteration 10, lr = 0.05", "sgd_solver.cpp:112").encode())
+    assert (view.iteration, view.loss, view.learning_rate) == (10, 1.5, 0.05)
+    assert view.seconds_per_iteration() == pytest.approx(0.2)
+    place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=60"]), "initial")
+    fields = progress_fields(view, place)
+    assert fields[:4] == ["stage 1/4 initial", "iteration 10/60", "loss 1.5", "10 s left"]
+    assert "320 images/s" in fields  # 64 images an iteration of 0.2 s
+
+
+def test_tests_are_kept_by_iteration() -> None:
+    view = StageView()
+    view.feed(
+        line(1, "Iteration 50, Testing net (#0)").encode()
+        + line(2, "    Test net output #0: accuracy/top1 = 0.75").encode()
+    )
+    assert view.in_test
+    view.feed(line(3, "    Test net output #1: loss = 0.9 (* 1 = 0.9 loss)").encode() + displays(1.0))
+    assert not view.in_test
+    assert view.tests == {50: {"accuracy/top1": 0.75, "loss": 0.9}}
+    assert view.top1() == {50: 0.75}
+
+
+@pytest.mark.parametrize(
+    ("losses", "trouble"),
+    [
+        ((2.3, 1.0), None),
+        ((2.3, float("nan")), "not a number"),
+        ((2.3, float("-inf")), "not a number"),
+        ((87.3365, 87.3365), None),
+        ((87.3365, 2.0, 87.3365, 87.3365), None),
+        ((2.3, 87.3365, 87.3365, 87.3365), "stuck at 87.3365"),
+    ],
+)
+def test_a_loss_that_goes_wrong(losses: tuple[float, ...], trouble: str | None) -> None:
+    view = StageView()
+    view.feed(displays(*losses))
+    assert (view.trouble is None) if trouble is None else (trouble in str(view.trouble))
+
+
+def test_a_new_part_forgets_how_the_one_before_ended() -> None:
+    view = StageView()
+    view.feed(displays(2.3, float("nan")) + b"F1123 10:00:09.000000  77 solver.cpp:1] Check failed: x\n")
+    assert (view.trouble is None, view.fatal) == (False, "Check failed: x")
+    view.begin_part(4)
+    assert (view.trouble, view.fatal, view.iteration) == (None, None, 4)
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no ../shared/reference")
+def test_a_published_log() -> None:
+    view = StageView()
+    view.feed_file(REFERENCE / "imagenet_jacintonet11_sparse.log")
+    assert (view.iteration, view.max_iter, view.sparsity) == (160000, 160000, 0.661)
+    assert view.trouble is None
+
+
+def test_time_goes_on_over_the_end_of_a_year() -> None:
+    assert seconds_between("1231 23:59:59.500000", "0101 00:00:00.500000") == pytest.approx(1.0)
+    assert seconds_between("20261231 23:59:59.500000", "20270101 00:00:00.500000") == pytest.approx(1.0)
+    assert seconds_between("what", "0101 00:00:00.500000") is None
+
+
+@given(st.binary(max_size=400), st.lists(st.integers(0, 60), max_size=6))
+def test_a_log_of_anything_is_read_in_any_pieces(data: bytes, cuts: list[int]) -> None:
+    view = StageView()
+    text = displays(1.0, 2.0)[: len(data)] + data + displays(3.0)
+    for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(text)], strict=True):
+        view.feed(text[start:end])
+
+
+def test_tail_reads_what_is_new(tmp_path: Path) -> None:
+    tail = Tail(tmp_path / "log", 2)
+    assert tail.read() == b""
+    (tmp_path / "log").write_bytes(b"abcdef")
+    assert (tail.read(), tail.read()) == (b"cdef", b"")
+
+
+# ------------------------------------------------------------------------------------------------- snapshots
+
+
+def test_the_newest_the_best_and_the_last_stay() -> None:
+    assert kept_iterations([10, 20, 30, 40, 50], {10: 0.5, 20: 0.9, 30: 0.7}, 2, 100) == {20, 40, 50}
+    assert kept_iterations([10, 20, 30], {}, 1, 100) == {30}
+    assert kept_iterations([10, 20], {10: 0.5, 20: 0.5}, 1, 100) == {20}
+    assert kept_iterations([], {10: 0.5}, 2, 100) == set()
+
+
+@given(
+    st.sets(st.integers(1, 50), max_size=12),
+    st.dictionaries(st.integers(1, 50), st.floats(0, 1), max_size=8),
+    st.integers(1, 5),
+)
+def test_what_stays_is_enough_to_go_on(complete: set[int], top1: dict[int, float], keep: int) -> None:
+    kept = kept_iterations(complete, top1, keep, 50)
+    assert kept <= complete
+    assert set(sorted(complete)[-keep:]) <= kept
+    assert len(kept) <= keep + 2
+    if 50 in complete:
+        assert 50 in kept
+
+
+def test_all_files_of_a_snapshot_go_together_and_newer_ones_stay(tmp_path: Path) -> None:
+    prefix = tmp_path / "a_[net]"
+    names = ["1.caffemodel", "1.solverstate", "1.masks.npz", "2.caffemodel", "3.caffemodel", "4.caffemodel"]
+    for name in names:
+        (tmp_path / f"a_[net]_iter_{name}").touch()
+    (tmp_path / "b_iter_1.caffemodel").touch()
+    assert remove_others(prefix, [1, 2, 3], frozenset({2, 3})) == [1]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"b_iter_1.caffemodel", *(f"a_[net]_iter_{n}.caffemodel" for n in (2, 3, 4))}
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+HOLD = "import sys, time; from pathlib import Path; from caffe_jacinto.runs.lock import RunLock\n"
+HOLD += "RunLock(Path(sys.argv[1])).acquire(); lock = 1; print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_lock_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    code = HOLD.replace(
+        "RunLock(Path(sys.argv[1])).acquire(); lock = 1", "l = RunLock(Path(sys.argv[1])); l.acquire()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert is_held(tmp_path)
+        with pytest.raises(UserError, match=f"process {holder.pid} "):
+            RunLock(tmp_path).acquire()
+        holder.kill()
+        holder.wait()
+    assert not is_held(tmp_path)
+    RunLock(tmp_path).acquire()
+
+
+def test_the_lock_lives_as_long_as_the_child(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    child = Child(["sleep", "60"], tmp_path / "log", lock.descriptor)
+    lock.release()
+    assert is_held(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"process {child.pid} \(sleep 60\), left over .* kill -INT {child.pid}"
+    ):
+        RunLock(tmp_path).acquire()
+    child.kill()
+    assert child.exit_code == -signal.SIGKILL
+    assert not is_held(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def test_each_wish_to_stop_is_harder(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    code = "trap 'echo INT' INT; trap 'echo TERM' TERM; echo ready; while :; do sleep 0.05; done"
+    child = Child(["sh", "-c", code], tmp_path / "log", lock.descriptor)
+    for said in ("ready", "INT", "TERM"):
+        give_up = time.monotonic() + 20
+        while said not in (tmp_path / "log").read_text():
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        child.stop()
+    assert child.exit_code == -signal.SIGKILL
+    child.stop()
+
+
+def test_exit_codes_in_words() -> None:
+    assert describe_exit(1) == "exit code 1"
+    assert describe_exit(-9) == "killed by SIGKILL (out of memory, or killed by hand)"
+    assert describe_exit(-11) == "killed by SIGSEGV"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12), max_size=4
+    )
+)
+def test_run_sh_gives_any_words_to_the_command(words: list[str]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / 'it\'s a\n"folder" $HOME'
+        folder.mkdir()
+        show = [sys.executable, "-Sc", "import sys, json; print(json.dumps(sys.argv[1:]))", *words]
+        script = shell_script(folder, Path("-lock it"), Path("a 'log'\n"), [show])
+        subprocess.run(["sh"], input=script, text=True, check=True, capture_output=True, cwd="/")
+        assert json.loads((folder / "a 'log'\n").read_text()) == words
+
+
+def test_run_sh_stops_at_the_first_failure_and_respects_the_lock(tmp_path: Path) -> None:
+    script = shell_script(tmp_path, Path("lock"), Path("log"), [["false"], ["echo", "after"]])
+    assert subprocess.run(["sh", "-c", script], capture_output=True, check=False).returncode == 1
+    assert "after" not in (tmp_path / "log").read_text()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    refused = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (refused.returncode, "something is training in this run already" in refused.stderr) == (1, True)
+    lock.release()
+
+
+# ------------------------------------------------------------------------------------------------- the record
+
+
+def record(**stages: StageState) -> RunRecord:
+    recipe = load_recipe("demo_digits")
+    engine = run_folder.EngineRecord(kind="bvlc", executable="/x/caffe", version="1.0.0", dialect="bvlc")
+    return RunRecord(
+        caffe_jacinto="0",
+        created=run_folder.now(),
+        start_folder="/",
+        folder="r",
+        recipe=recipe,
+        engine=engine,
+        gpus=(),
+        stages={name: stages.get(name, StageState()) for name in (*recipe.stages, "test")},
+    )
+
+
+def test_run_json_holds_all_of_the_recipe(tmp_path: Path) -> None:
+    before = record(initial=StageState(state="finished"))
+    run_folder.save(tmp_path, before)
+    assert run_folder.load(tmp_path) == before
+    assert list(run_folder.load(tmp_path).stages) == ["initial", "l1reg", "sparse", "finetune", "test"]
+    assert not stat.S_IMODE((tmp_path / "run.json").stat().st_mode) & 0o111
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "holds no run"), ("{", "Invalid JSON"), ("{}", "Field required"), ('{"format": 2}', "format")],
+)
+def test_a_folder_without_a_good_record(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        run_folder.load(tmp_path)
+
+
+def test_a_part_of_the_log_begins_on_its_own_line(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert run_folder.start_log(log, "first") == log.stat().st_size
+    log.write_bytes(log.read_bytes() + b"I1123 10:00:00.0000 cut in the mid")
+    run_folder.start_log(log, "second")
+    assert log.read_text().splitlines() == [
+        "# caffe_jacinto.train: first",
+        "I1123 10:00:00.0000 cut in the mid",
+        "# caffe_jacinto.train: second",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "first", "stage"),
+    [("running", "stopped", "cut off"), ("failed", "failed", "failed"), ("stopped", "stopped", "stopped")],
+)
+def test_status_of_a_run_that_nobody_drives(tmp_path: Path, state: str, first: str, stage: str) -> None:
+    from caffe_jacinto.runs.status import status_lines
+
+    run_folder.save(tmp_path, record(initial=StageState.model_validate({"state": state, "message": "why"})))
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial/run.log").write_bytes(displays(2.3, 1.5))
+    lines = status_lines(tmp_path)
+    assert lines[0].endswith(f": {first}")
+    assert lines[1].startswith(f"  initial: {stage}, iteration 10/200, loss 1.5")
+    assert lines[-1].startswith("to go on: python -m caffe_jacinto.train --resume")
+
+
+# ------------------------------------------------------------------------------------------------- the screen
+
+
+def test_plain_lines_come_now_and_then() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    for _ in range(3):
+        screen.show(["stage 1/4 initial", "iteration 10/60"], 0.1, news=True)
+    screen.clear()
+    screen.show(["stage 2/4 l1reg"], 0.1, news=False)
+    assert out.getvalue() == "stage 1/4 initial, iteration 10/60\n"
+
+
+def test_a_closed_reader_does_not_end_the_program() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = LastingStream(os.fdopen(writer, "w"))
+    for _ in range(3):
+        stream.write("nobody reads this\n")
+    assert not stream.isatty()
+    LastingStream(None).write("nor this")
+
+
+@given(
+    st.lists(st.text("abc ", min_size=1, max_size=20), min_size=1, max_size=8),
+    st.floats(-1, 2),
+    st.integers(20, 200),
+)
+def test_the_live_line_fits(fields: list[str], fraction: float, width: int) -> None:
+    text = live_line(fields, fraction, width)
+    assert fields[0] in text
+    assert len(text) < max(width, width // 8 + 3 + len(fields[0]))
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (45, 600, 3 * 3600 + 300, 3 * 86400)] == [
+        "45 s",
+        "10 min",
+        "3 h 05 min",
+        "3 d 0 h",
+    ]
