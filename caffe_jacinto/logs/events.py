@@ -224,6 +224,12 @@ _TEST_OUTPUT = re.compile(
     rb"    Test net output #(\d+): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
 )
 _TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
+_MARK = re.compile(
+    rb"This is .* started at |Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
+    rb"|Initializing solver from parameters:"
+)
+"""What only a process that has just started says."""
+
 _VERSION = re.compile(rb"This is (.{1,80}?)(?: started at .*?(\d{4}))?$")
 _SPEED = re.compile(
     rb" *(Root |Overall multi-GPU |Overall )?(?:Solver )?performance(?: on device \d+)?: "
@@ -398,7 +404,7 @@ class LogReader:
         elif self.header_year is None and line.startswith(b"Log file created at: "):
             year = line[21:25]
             self.header_year = int(year) if year.isdigit() else None
-        if self._text_thread is not None and _PROTO_LINE.match(line):
+        if self._text_thread in self._texts and _PROTO_LINE.match(line):
             what, parts, size = self._texts[self._text_thread]
             if size < _TEXT_LIMIT:
                 parts.append(line)
@@ -424,7 +430,11 @@ class LogReader:
         if not self.is_caffe and _CAFFE_SOURCES.match(prefix.group(2)):
             self.is_caffe = True
         message = line[prefix.end() :].rstrip()
-        self._close_text(thread)
+        if thread in self._texts:
+            if _MARK.match(message):
+                del self._texts[thread]  # a process that was killed left it unfinished
+            else:
+                self._close_text(thread)
         if line[:1] == b"F":
             self._fatal(message)
         elif not (thread in self._listings and self._listed(thread, message)) and not (
@@ -439,12 +449,9 @@ class LogReader:
 
     def _close_text(self, thread: int) -> None:
         """A thread's next line ends the text that it was printing."""
-        found = self._texts.pop(thread, None)
-        if found is None:
-            return
+        what, parts, size = self._texts.pop(thread)
         if self._text_thread == thread:
             self._text_thread = None
-        what, parts, size = found
         text = _text(b"\n".join(parts))
         if what == b"solver":
             try:
