@@ -26,6 +26,8 @@ from digits_run import (
 
 from caffe_jacinto.caffemodel.weights import read_weights
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
 
 pytestmark = pytest.mark.caffe
 
@@ -115,21 +117,24 @@ def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None
         (("initial", "l1reg"), "_iter_4.solverstate"),
         (("sparse",), "_iter_2.caffemodel"),
         (("finetune",), "Iteration 5"),
+        (("initial",), "Re-estimating"),
     ],
 )
 def test_both_killed_and_resumed(
     trainer: Trainer, whole: tuple[int, str], stages: tuple[str, ...], moment: str
 ) -> None:
-    stage, run = stages[-1], f"killed in {stages[-1]}"
-    arguments = tiny(recipe_of(trainer.folder, *stages), stages, **{stage: 40})
+    stage, run = stages[-1], f"killed in {stages[-1]} at {moment}"
+    last = 8
+    arguments = tiny(recipe_of(trainer.folder, *stages), stages, **{stage: last})
     if stage in ("sparse", "finetune"):
         before = STAGES[STAGES.index(stage) - 1]
         weights = f"{RUN}/{before}/{PREFIX}_iter_{ITERATIONS}.caffemodel"
         arguments += ["--set", f"stages.{stage}.start=", "--set", f'stages.{stage}.weights="{weights}"']
     with trainer.running(*arguments, "--output", run) as process:
         wait_for(lambda: moment in trainer.log(run, stage), moment)
+        caffe = trainer.record(run)["stages"][stage]["pid"]
+        os.kill(caffe, signal.SIGSTOP)  # it stays at this moment while we look at it
         process.kill()
-    caffe = trainer.record(run)["stages"][stage]["pid"]
     assert is_alive(caffe)
     code, said = trainer.run("--resume", run)
     assert code == 2
@@ -145,7 +150,7 @@ def test_both_killed_and_resumed(
     part = trainer.log(run, stage)[len(logs[stage]) :]
     iterations = [int(number) for number in re.findall(r"Iteration (\d+) \(", part)]
     resumed = re.search(r"goes on at iteration (\d+)", said)
-    assert iterations == list(range(int(resumed[1]) if resumed else 0, 40))
+    assert iterations == list(range(int(resumed[1]) if resumed else 0, last))
 
 
 def test_second_train_is_refused_and_sigterm_stops_with_a_snapshot(trainer: Trainer) -> None:
@@ -254,10 +259,10 @@ def test_dry_run_writes_every_file_and_runs_nothing(trainer: Trainer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--train-lmdb", "nowhere"), "LMDB nowhere does not exist"),
+        (("--set", "data.train_lmdb=nowhere"), "LMDB nowhere does not exist"),
         (("--set", "data.val_lmdb=digits"), "digits is not an LMDB"),
         (("-gpu", "0,1"), "is built for the CPU only"),
-        (("--batch-size", "1024"), "holds 320 images, and one batch alone needs 1,024"),
+        (("--set", "training.batch_size=1024"), "holds 320 images, and one batch alone needs 1,024"),
         (("--set", "data.num_classes=5"), "5 classes"),
         (("--set", "network.crop_size=64"), "smaller than the crop of 64x64"),
         (("--set", "training.iter_size=3"), "does not divide"),
@@ -277,8 +282,15 @@ def test_checked_before_anything_is_written(
     assert not (trainer.folder / "refused").exists()
 
 
+def test_disk_space_is_checked(trainer: Trainer) -> None:
+    many = ("--set", "stages.initial.solver.max_iter=100000", "--set", "stages.initial.solver.snapshot=1")
+    code, said = trainer.run(*tiny(), *many, "--keep", "1000000", "--output", "refused")
+    assert code == 2
+    assert "not enough disk space" in said
+
+
 def test_all_problems_come_at_once(trainer: Trainer) -> None:
-    code, said = trainer.run(*tiny(), "--train-lmdb", "nowhere", "-gpu", "0", "--output", "refused")
+    code, said = trainer.run(*tiny(), "--set", "data.train_lmdb=nowhere", "-gpu", "0", "--output", "refused")
     assert code == 2
     assert "LMDB nowhere does not exist" in said
     assert "is built for the CPU only" in said
@@ -290,11 +302,13 @@ def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> Non
     code, said = trainer.run(*tiny(), *start, "--set", "data.num_classes=12", "--output", "head", "--dry-run")
     assert code == 0, said
     assert "layers that the start weights leave at random values: fc12" in said
-    other = trainer.folder / "other.caffemodel"
-    # Layer names stay, the shape of one blob does not: a file of another network.
-    data = (trainer.folder / weights).read_bytes()
-    other.write_bytes(data.replace(b"conv1a", b"res2ax").replace(b"fc10", b"fc1x").replace(b"res", b"rex"))
+    net = messages(Dialect.BVLC).NetParameter.FromString((trainer.folder / weights).read_bytes())
+    convolution = next(layer for layer in net.layer if layer.name.startswith("conv1a") and layer.blobs)
+    convolution.blobs[0].shape.dim[0] += 1
+    convolution.blobs[0].data.extend([0.0] * (len(convolution.blobs[0].data) // 32))
+    (trainer.folder / "other.caffemodel").write_bytes(net.SerializeToString())
     code, said = trainer.run(
         *tiny(), "--set", "stages.initial.weights=other.caffemodel", "--output", "refused"
     )
-    assert code == 0 or "do not fit the network" in said or "cut off" in said
+    assert code == 2
+    assert "do not fit the network: conv1a" in said
