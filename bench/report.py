@@ -1,0 +1,177 @@
+"""The report on a long log, against Caffe's own parse_log.py, and how fast the commands start.
+
+    python bench/report.py [--log FILE] [--parse-log tools/extra/parse_log.py] [--megabytes 75] [--runs 3]
+
+A real log (``--log``; the published one in ../shared/reference; else of a small training with Caffe, made
+now) is repeated with its iterations counted on until it has the size, and once more ten times as long. Both
+programs run as whole processes, in turn; the fastest run of each counts. parse_log.py is Python 2: its print
+statements are converted while this runs, and the year in the dates of glog 0.6 and later, which it cannot
+read, is left out of the log. Prints Markdown tables; exit code 1 where a limit is broken: the report at least
+3 times as fast, its memory not growing with the log, `--help` of a command within 0.5 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from caffe_jacinto.engines.find import find_engine
+from caffe_jacinto.errors import RunFailed, UserError, run_command
+
+SPEED_LIMIT = 3.0
+START_LIMIT = 0.5
+GROWTH_LIMIT = 1.2
+"""Peak memory on the log of ten times the length over that on the log itself."""
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT.parent / "shared" / "reference" / "logs" / "imagenet_jacintonet11_initial.log"
+_PROGRESS = re.compile(rb"^I.*\] Iteration (\d+)[ ,(].*loss = .*\n", re.MULTILINE)
+_ITERATION = re.compile(rb"(?<=\] Iteration )(\d+)")
+_YEAR = re.compile(rb"^([IWEF])\d{4}(?=\d{4} )", re.MULTILINE)
+
+NET = """
+layer { name: "data" type: "DummyData" top: "data" top: "label"
+  dummy_data_param { shape { dim: 4 dim: 3 dim: 8 dim: 8 } shape { dim: 4 }
+    data_filler { type: "gaussian" } } }
+layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc"
+  inner_product_param { num_output: 5 weight_filler { type: "msra" } } }
+layer { name: "top1" type: "Accuracy" bottom: "fc" bottom: "label" top: "top1" include { phase: TEST } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+"""
+SOLVER = """
+net: "net.prototxt" test_iter: 1 test_interval: 200 base_lr: 0.001 display: 10 max_iter: 20000
+lr_policy: "fixed" snapshot_after_train: false solver_mode: CPU
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--parse-log", type=Path)
+    parser.add_argument("--megabytes", type=int, default=75)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log = arguments.log or (REFERENCE if REFERENCE.is_file() else _train(folder))
+        within = _compare(
+            folder, log, arguments.parse_log or _parse_log(), arguments.megabytes, arguments.runs
+        )
+    return 0 if _starts() and within else 1
+
+
+def _compare(folder: Path, log: Path, parse_log: Path, megabytes: int, runs: int) -> bool:
+    """Print the table of both programs on both logs; whether the limits hold."""
+    theirs = [sys.executable, str(_converted(parse_log, folder)), "{}", str(folder)]
+    ours = [sys.executable, "-m", "caffe_jacinto.report", "{}", "--format", "json"]
+    within, ours_peak = True, 0.0
+    print(f"Log: {log.name}, repeated. Fastest of {runs} runs, whole process, and its peak memory.\n")
+    print("| log | report | parse_log.py | times as fast |")
+    print("| --- | ---: | ---: | ---: |")
+    for size, times in ((megabytes, runs), (10 * megabytes, 1)):
+        long = folder / "long_train.log"
+        lines = _repeat(log, long, size * 1_000_000)
+        measured = [(_run(ours, long), _run(theirs, long)) for _ in range(times)]
+        (seconds, peak), (their_seconds, their_peak) = (min(pair) for pair in zip(*measured, strict=True))
+        print(
+            f"| {long.stat().st_size / 1e6:.0f} MB, {lines:,} lines | {seconds:.2f} s, {peak:.0f} MiB "
+            f"| {their_seconds:.2f} s, {their_peak:.0f} MiB | {their_seconds / seconds:.1f} |"
+        )
+        within = within and their_seconds / seconds >= SPEED_LIMIT
+        within = within and (not ours_peak or peak <= GROWTH_LIMIT * ours_peak)
+        ours_peak = peak
+    return within
+
+
+def _starts() -> bool:
+    """Print how long `--help` of the commands takes; whether the limit holds."""
+    within = True
+    print("\n| command | start |\n| --- | ---: |")
+    for module in ("caffe_jacinto.build_net", "caffe_jacinto.report"):
+        seconds = min(_run([sys.executable, "-m", module, "--help"])[0] for _ in range(5))
+        print(f"| `python -m {module} --help` | {seconds:.2f} s |")
+        within = within and seconds <= START_LIMIT
+    return within
+
+
+def _run(command: Sequence[str], log: Path | None = None) -> tuple[float, float]:
+    """Wall seconds and peak memory in MiB of a process.
+
+    Raises:
+        RunFailed: it ended with an error.
+    """
+    argv = [part.replace("{}", str(log)) for part in command]
+    start = time.perf_counter()
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RunFailed(f"{' '.join(argv)}: ended with code {process.returncode}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def _repeat(log: Path, into: Path, size: int) -> int:
+    """Write ``log`` to ``into`` with its training repeated up to ``size`` bytes; the number of lines."""
+    text = _YEAR.sub(rb"\1", log.read_bytes())
+    lines = list(_PROGRESS.finditer(text))
+    if len(lines) < 100:
+        raise UserError(f"--log {log}: is no log of a training with 100 lines of progress or more")
+    begin, end, step = lines[0].start(), lines[-1].start(), int(lines[-1][1])
+    written = count = repeats = 0
+    with into.open("wb") as file:
+        for part in (text[:begin], None, text[end:]):
+            if part is not None:
+                file.write(part)
+                count += part.count(b"\n")
+            while part is None and written < size:
+                counted = _counted_on(text[begin:end], repeats * step)
+                written += file.write(counted)
+                count += counted.count(b"\n")
+                repeats += 1
+    return count
+
+
+def _counted_on(text: bytes, offset: int) -> bytes:
+    return _ITERATION.sub(lambda match: b"%d" % (int(match[1]) + offset), text)
+
+
+def _train(folder: Path) -> Path:
+    """A log of a small training with the Caffe that is found."""
+    (folder / "net.prototxt").write_text(NET)
+    (folder / "solver.prototxt").write_text(SOLVER)
+    caffe = find_engine(None, None).info.executable
+    log = folder / "small_train.log"
+    with log.open("wb") as out:
+        command = [str(caffe), "train", "-solver", "solver.prototxt"]
+        subprocess.run(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, check=True)
+    return log
+
+
+def _parse_log() -> Path:
+    """parse_log.py of the Caffe that is found: beside it in its source tree, or under the prefix's src/."""
+    executable = find_engine(None, None).info.executable.resolve()
+    for folder in executable.parents:
+        for place in (folder, folder / "src"):
+            if (place / "tools" / "extra" / "parse_log.py").is_file():
+                return place / "tools" / "extra" / "parse_log.py"
+    raise UserError(f"no tools/extra/parse_log.py beside {executable}: give it with --parse-log")
+
+
+def _converted(parse_log: Path, folder: Path) -> Path:
+    """parse_log.py and the module beside it, print statements made calls, in ``folder``."""
+    for name in ("parse_log.py", "extract_seconds.py"):
+        text = (parse_log.parent / name).read_text()
+        (folder / name).write_text(re.sub(r"^( *)print (.*)$", r"\1print(\2)", text, flags=re.MULTILINE))
+    return folder / "parse_log.py"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench/report.py", main))
