@@ -16,7 +16,6 @@ from typing import Any
 
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.data.digits import main as write_digits
-from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.recipes.load import BUILT_IN_FOLDER
 
 STAGES = ("initial", "l1reg", "sparse", "finetune")
@@ -71,9 +70,9 @@ def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: 
 class Trainer:
     """`python -m caffe_jacinto.train`, as a user starts it, in ``folder``."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, caffe: Path, folder: Path) -> None:
         self.folder = folder
-        self._caffe = str(engine.info.executable)
+        self._caffe = str(caffe)
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "caffe_jacinto.train", *arguments]
@@ -108,6 +107,12 @@ class Trainer:
     def record(self, run: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.folder / run / "run.json").read_text())
         return record
+
+    def pid(self, run: str, stage: str) -> int:
+        """Of the stage's command, as soon as run.json has it."""
+        wait_for(lambda: self.record(run)["stages"][stage]["pid"], "process number")
+        number: int = self.record(run)["stages"][stage]["pid"]
+        return number
 
     def states(self, run: str) -> dict[str, str]:
         return {name: stage["state"] for name, stage in self.record(run)["stages"].items()}

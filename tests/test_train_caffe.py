@@ -36,7 +36,7 @@ pytestmark = pytest.mark.caffe
 def trainer(caffe_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("start folder")
     write_lmdbs(folder)
-    return Trainer(caffe_engine, folder)
+    return Trainer(caffe_engine.info.executable, folder)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,7 @@ def test_a_finished_run_is_not_run_again(trainer: Trainer, whole: tuple[int, str
 
 
 def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None:
-    elsewhere = Trainer.__new__(Trainer)
-    elsewhere.folder, elsewhere._caffe = Path("/"), ""
+    elsewhere = Trainer(Path(), Path("/"))
     code, said = elsewhere.run("--status", str(trainer.folder / RUN))
     assert code == 0
     assert said.splitlines()[0].endswith(": finished")
@@ -132,7 +131,7 @@ def test_both_killed_and_resumed(
         arguments += ["--set", f"stages.{stage}.start=", "--set", f'stages.{stage}.weights="{weights}"']
     with trainer.running(*arguments, "--output", run) as process:
         wait_for(lambda: moment in trainer.log(run, stage), moment)
-        caffe = trainer.record(run)["stages"][stage]["pid"]
+        caffe = trainer.pid(run, stage)
         os.kill(caffe, signal.SIGSTOP)  # it stays at this moment while we look at it
         process.kill()
     assert is_alive(caffe)
@@ -191,7 +190,7 @@ def test_truncated_snapshots_are_passed_over(trainer: Trainer) -> None:
 def test_a_killed_caffe_fails_the_stage(trainer: Trainer) -> None:
     with trainer.running(*tiny(initial=2000), "--output", "killed caffe") as process:
         wait_for(lambda: "Iteration 3 (" in trainer.log("killed caffe", "initial"), "iteration 3")
-        os.kill(trainer.record("killed caffe")["stages"]["initial"]["pid"], signal.SIGKILL)
+        os.kill(trainer.pid("killed caffe", "initial"), signal.SIGKILL)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stage initial failed: killed by SIGKILL" in said
@@ -201,7 +200,7 @@ def test_a_killed_caffe_fails_the_stage(trainer: Trainer) -> None:
 def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> None:
     with trainer.running(*tiny(initial=2000), "--output", "interrupted caffe") as process:
         wait_for(lambda: "Iteration 3 (" in trainer.log("interrupted caffe", "initial"), "iteration 3")
-        os.kill(trainer.record("interrupted caffe")["stages"]["initial"]["pid"], signal.SIGINT)
+        os.kill(trainer.pid("interrupted caffe", "initial"), signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert "Optimization Done." in trainer.log("interrupted caffe", "initial")
     assert process.returncode == 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from caffe_jacinto.engines.snapshots import final_is_complete
+from caffe_jacinto.engines.snapshots import final_is_complete, survey
 from caffe_jacinto.errors import RunFailed
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State
@@ -239,6 +239,9 @@ class Driver:
             reason = (
                 f"{describe_exit(code)}{_last_words(plan.log)}; to go on: {resume_command(self.run.folder)}"
             )
+        elif view.iteration >= plan.stage.solver.max_iter:
+            found = survey(plan.prefix, self.run.engine.info.dialect).skipped
+            reason = f"its last snapshot is not complete{''.join(f': {line}' for line in found[:1])}"
         else:
             reason = (
                 f"Caffe ended early, at iteration {view.iteration:,}, as it does when it is interrupted; "
