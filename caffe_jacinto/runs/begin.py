@@ -61,8 +61,8 @@ def start(
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
     _tell(findings, screen)
-    if findings.problems and not dry_run:
-        raise UserError(_all_problems(findings))
+    if not dry_run:
+        _refuse(findings)
     record = RunRecord(
         caffe_jacinto=__version__,
         created=run_folder.now(),
@@ -81,8 +81,7 @@ def start(
     screen.say(f"run folder: {folder}")
     if dry_run:
         _write_all(run, findings, screen)
-        if findings.problems:
-            raise UserError(f"this run would not start: {_all_problems(findings)}")
+        _refuse(findings)
         screen.say(f"nothing was run; to run it: {resume_command(folder)}")
         return 0
     return _drive(run, record, lock, screen, recipe.training.keep, findings)
@@ -120,8 +119,7 @@ def resume(
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
     findings = preflight(run, waiting, recipe.training.keep)
     _tell(findings, screen)
-    if findings.problems:
-        raise UserError(_all_problems(findings))
+    _refuse(findings)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
     run_folder.save(folder, record)
     screen.say(f"run folder: {folder}")
@@ -233,12 +231,13 @@ def _tell(findings: Findings, screen: Screen) -> None:
         screen.say(f"  note: {note}", style="yellow")
 
 
-def _all_problems(findings: Findings) -> str:
-    return (
-        findings.problems[0]
-        if len(findings.problems) == 1
-        else "".join(f"\n  - {p}" for p in findings.problems)
-    )
+def _refuse(findings: Findings) -> None:
+    """Tell every problem, each on a line of its own as errors are told; the last one is raised."""
+    if findings.problems:
+        *others, last = (UserError(problem) for problem in findings.problems)
+        for problem in others:
+            print(f"caffe_jacinto.train: error: {problem}", file=sys.stderr)
+        raise last
 
 
 def _carry_labels(run: RunPlan) -> None:
