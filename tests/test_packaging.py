@@ -1,4 +1,4 @@
-"""What pip makes of the project: a wheel with the templates, recipes and schemas, that works in any folder."""
+"""What pip makes of the project: a wheel with templates, recipes and schemas, that works in any folder."""
 
 from __future__ import annotations
 
