@@ -136,6 +136,19 @@ def test_a_fatal_line_is_kept_with_the_complaint_before_it() -> None:
     assert 'no field named "foo"' in fatal
 
 
+@pytest.mark.parametrize(
+    ("line", "version", "year"),
+    [
+        ("This is NVCaffe 0.16.3 started at Mon Aug 14 19:50:36 2017", "NVCaffe 0.16.3", 2017),
+        ("This is Caffe 1.0.0 with pycaffe in /a folder/" + "x" * 100, "Caffe 1.0.0", None),
+    ],
+)
+def test_versions(line: str, version: str, year: int | None) -> None:
+    found = read(Log().line("caffe.cpp", line).line("caffe.cpp", "Use CPU.").text.encode())
+    assert [type(event) for event in found] == [events.ProcessStarted, events.Version, events.GpusUsed]
+    assert found[1] == events.Version(version, year)
+
+
 @pytest.mark.parametrize("word", ["nan", "-nan", "inf", "-inf"])
 def test_losses_that_are_no_numbers(word: str) -> None:
     line = f"Iteration 7 (2 iter/s, 5s/10 iters), loss = {word}"
@@ -303,6 +316,14 @@ def test_a_curve_holds_a_bounded_number_of_points_and_drops_what_a_resume_repeat
     curve.add(100, -1)
     assert curve.all()[-1] == (100, -1)
     assert all(x < 100 for x, _ in curve.all()[:-1])
+
+
+def test_the_curve_of_accuracy_ends_with_the_last_test_of_the_log() -> None:
+    log = StageLog(curves=True)
+    log.feed(whole_stage().test(40, 0.8, 0.97, 0.5).text.encode())
+    log.close()
+    assert log.curves is not None
+    assert log.curves.top1.all() == [(0, 0.1), (20, 0.6), (40, 0.8)]
 
 
 @pytest.mark.parametrize(

@@ -225,12 +225,13 @@ _TEST_OUTPUT = re.compile(
 )
 _TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
 _MARK = re.compile(
-    rb"This is .* started at |Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
+    rb"This is \S*[Cc]affe\S* \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
     rb"|Initializing solver from parameters:"
 )
 """What only a process that has just started says."""
 
-_VERSION = re.compile(rb"This is (.{1,80}?)(?: started at .*?(\d{4}))?$")
+_VERSION = re.compile(rb"This is (\S*[Cc]affe\S* \d[\w.+-]*)(?: .*)?$")
+_STARTED = re.compile(rb" started at .* (\d{4})$")
 _SPEED = re.compile(
     rb" *(Root |Overall multi-GPU |Overall )?(?:Solver )?performance(?: on device \d+)?: "
     rb"(?:.* = )?(%b) img/sec(?: \(.*\))?$" % NUMBER
@@ -481,9 +482,8 @@ class LogReader:
         match = _VERSION.match(message)
         if match is not None and b"caffe.cpp:" in line[:80]:
             self._process_mark(line, 0)
-            self._events.append(
-                Version(_text(match.group(1)), int(match.group(2)) if match.group(2) else None)
-            )
+            started = _STARTED.search(message)
+            self._events.append(Version(_text(match.group(1)), int(started.group(1)) if started else None))
 
     def _devices(self, line: bytes, message: bytes, thread: int) -> None:
         if message == b"Use CPU.":

@@ -11,7 +11,7 @@ from typing import Any
 
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
-from caffe_jacinto.logs.curves import StageCurves
+from caffe_jacinto.logs.curves import Curve, StageCurves
 from caffe_jacinto.logs.discover import Run
 from caffe_jacinto.logs.tables import printable
 
@@ -22,6 +22,7 @@ _PANEL_HEIGHT = 1.75
 _DOTS_PER_INCH = 150
 _SMOOTHED_FROM = 40
 """A loss of fewer points is drawn as it is."""
+_MARKED_BELOW = 25
 
 Points = list[tuple[float, float]]
 
@@ -143,6 +144,30 @@ def _moved(part: _Part, points: Points) -> tuple[list[float], list[float]]:
     return [part.start + x for x, _ in points], [y for _, y in points]
 
 
+def _joined(curves: Sequence[tuple[_Part, Curve]]) -> tuple[list[float], list[float]]:
+    """One curve over all stages: the network that a stage ends with is the one that the next begins with."""
+    points = [(part.start + x, y) for part, curve in curves for x, y in curve.all()]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _curve(
+    axis: Any,
+    line: _Line,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    style: Any = "-",
+    label: str | None = None,
+    marked: bool = False,
+) -> Any:
+    """Draw a curve in its run's colour; with its points, if they are few and ``marked``, or one."""
+    marker = "o" if len(x) == 1 or (marked and len(x) < _MARKED_BELOW) else None
+    (drawn,) = axis.plot(
+        x, y, color=line.colour, linestyle=style, linewidth=1.4, marker=marker, markersize=3, label=label
+    )
+    return drawn
+
+
 def _loss(axis: Any, lines: Sequence[_Line]) -> bool:
     values = [y for line in lines for part in line.parts for _, y in part.curves.loss.all()]
     if axis is None:
@@ -151,12 +176,12 @@ def _loss(axis: Any, lines: Sequence[_Line]) -> bool:
         for part in line.parts:
             x, y = _moved(part, part.curves.loss.all())
             if len(y) < _SMOOTHED_FROM:
-                axis.plot(x, y, color=line.colour, linewidth=1.4)
+                _curve(axis, line, x, y)
             else:
                 axis.plot(x, y, color=line.colour, linewidth=0.6, alpha=0.25)
                 axis.plot(x, _smoothed(y), color=line.colour, linewidth=1.4)
     # The first losses of a training can be far above all others: they may leave the picture.
-    top = sorted(values)[int(0.995 * (len(values) - 1))]
+    top = sorted(values)[-1 - len(values) // 200]
     low = min(0.0, *values)
     axis.set_ylim(low, top + 0.1 * ((top - low) or 1.0))
     axis.set_ylabel("training loss")
@@ -178,20 +203,16 @@ def _accuracy(axis: Any, lines: Sequence[_Line]) -> bool:
         return any(part.curves.top1.all() or part.curves.top5.all() for line in lines for part in line.parts)
     kinds: dict[str, Any] = {}
     for line in lines:
-        for part in line.parts:
-            for name, curve, style in (
-                ("top-1", part.curves.top1, "-"),
-                ("top-5", part.curves.top5, (0, (2, 1))),
-            ):
-                x, y = _moved(part, curve.all())
-                if not x:
-                    continue
-                marker = "o" if len(x) < 25 else None
-                drawn = axis.plot(
-                    x, [100 * value for value in y], color=line.colour, linestyle=style, linewidth=1.4,
-                    marker=marker, markersize=2.5, label=name,
-                )  # fmt: skip
-                kinds.setdefault(name, drawn[0])
+        for name, style in (("top-1", "-"), ("top-5", (0, (2, 1)))):
+            curves = [
+                (part, part.curves.top1 if name == "top-1" else part.curves.top5) for part in line.parts
+            ]
+            x, y = _joined(curves)
+            if x:
+                kinds.setdefault(
+                    name,
+                    _curve(axis, line, x, [100 * value for value in y], style=style, label=name, marked=True),
+                )
         if line.tested is not None:
             found = axis.plot(
                 [line.parts[-1].end], [100 * line.tested], "D", color=line.colour, markersize=5,
@@ -211,7 +232,7 @@ def _learning_rate(axis: Any, lines: Sequence[_Line]) -> bool:
         return any(part.curves.learning_rate.all() for line in lines for part in line.parts)
     for line in lines:
         for part in line.parts:
-            axis.plot(*_moved(part, part.curves.learning_rate.all()), color=line.colour, linewidth=1.4)
+            _curve(axis, line, *_moved(part, part.curves.learning_rate.all()))
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
     return True
@@ -221,9 +242,8 @@ def _sparsity(axis: Any, lines: Sequence[_Line]) -> bool:
     if axis is None:
         return any(part.curves.sparsity.all() for line in lines for part in line.parts)
     for line in lines:
-        for part in line.parts:
-            x, y = _moved(part, part.curves.sparsity.all())
-            axis.plot(x, [100 * value for value in y], color=line.colour, linewidth=1.4)
+        x, y = _joined([(part, part.curves.sparsity) for part in line.parts])
+        _curve(axis, line, x, [100 * value for value in y], marked=True)
     axis.set_ylim(-2, 102)
     axis.set_ylabel("sparsity, %")
     return True

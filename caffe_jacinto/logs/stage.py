@@ -185,6 +185,9 @@ class StageLog:
     def close(self) -> None:
         """The log ends here, for now."""
         self._fold(self._reader.close())
+        tests = self._tests.get(0)
+        if tests is not None and not tests.ended and self._last_test(0) is tests.current:
+            self._plot_test(tests)
 
     def _fold(self, found: Iterable[events.Event]) -> None:
         for event in found:
@@ -292,10 +295,10 @@ class StageLog:
         if self.curves is None:
             return
         accuracies = self._accuracies(0)
-        first_of_nvcaffe = self._version is not None
+        nvcaffe = self._version is not None and self._version.text.startswith("NVCaffe")
         for output in tests.current.values():
             # NVCaffe's test at iteration 0 is of one batch only.
-            if output.net or output.iteration is None or (first_of_nvcaffe and output.iteration == 0):
+            if output.net or output.iteration is None or (nvcaffe and output.iteration == 0):
                 continue
             if output.name == accuracies.get(1):
                 self.curves.top1.add(output.iteration, output.value)
