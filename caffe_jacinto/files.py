@@ -32,7 +32,7 @@ def write_whole(path: Path, content: str | bytes, *, executable: bool = False) -
             os.umask(umask)
             os.fchmod(file.fileno(), (0o777 if executable else 0o666) & ~umask)
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        Path(beside).replace(path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise

@@ -117,12 +117,16 @@ def result_table(runs: Sequence[Run]) -> Table:
 
 
 def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
-    """Of each run the first and the last stage with an accuracy; else the last whose network is known."""
+    """Of each run the first and the last stage with an accuracy; else the last whose network is known.
+
+    Where stages state a sparsity, the last of those is the result: stock Caffe's test does not state it.
+    """
     found: list[tuple[Run, Stage]] = []
     for run in runs:
         scored = [stage for stage in run.stages if stage.figures.top1 is not None]
         scored = scored or [stage for stage in run.stages if stage.figures.gigamacs is not None][-1:]
-        ends = scored[:1] + scored[1:][-1:]
+        later = [stage for stage in scored[1:] if stage.figures.sparsity is not None] or scored[1:]
+        ends = scored[:1] + later[-1:]
         found.extend((run, stage) for stage in ends)
     return found
 
