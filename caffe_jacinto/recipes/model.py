@@ -144,7 +144,7 @@ class SparseSettings(_Settings):
     step_iter: PositiveInt = 1000
     step_factor: PositiveFraction = 0.01
     start_factor: Fraction = 0.0
-    """Fraction of a channel's weights that the first threshold may zero; it grows by ``step_factor``."""
+    """The ramp's fraction before the first threshold, which applies this plus ``step_factor``."""
 
     threshold_maxratio: PositiveFloat = 0.2
     """No threshold above this fraction of the channel's largest weight."""
