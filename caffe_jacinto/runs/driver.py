@@ -213,6 +213,9 @@ class Driver:
     def _show(self, watched: Watched) -> None:
         view, place = watched.view, watched.place
         if place is None:
+            done, batches = view.batches_done, view.batches
+            fields = ["test", f"batch {done:,}/{batches:,}"]
+            self.screen.show(fields, done / max(batches, 1), news=0 < done < batches)
             return
         for iteration in list(view.tests)[watched.told_tests : self._whole_tests(view)]:
             self.screen.say(f"  iteration {iteration:,}, {test_line(view.tests[iteration])}")

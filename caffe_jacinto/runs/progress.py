@@ -63,7 +63,7 @@ def time_left(view: StageView, place: Place) -> list[str]:
         return []
     here = max(place.max_iter - view.iteration, 0)
     after = place.iterations_after()
-    left = [f"{duration(here * pace)} left"]
+    left = [f"{duration(here * pace)} left"] if here else []
     return [*left, f"{duration((here + after) * pace)} for the run"] if after else left
 
 

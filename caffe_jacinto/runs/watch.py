@@ -43,6 +43,11 @@ class StageView:
     final_outputs: dict[str, float] | None = None
     """The results of ``caffe test``."""
 
+    batches: int = 0
+    """How many batches ``caffe test`` will score, and has scored."""
+
+    batches_done: int = 0
+
     written: set[int] = field(default_factory=set)
     """Iterations whose snapshot was begun in this part of the log."""
 
@@ -111,6 +116,10 @@ class StageView:
                 self.learning_rate = event.lr
             case events.TestOutput():
                 self._output(event)
+            case events.TestPlanned():
+                self.batches = event.batches
+            case events.BatchTested():
+                self.batches_done = event.batch + 1
             case events.Sparsity():
                 self.sparsity = event.total
             case events.SnapshotWritten():
