@@ -59,9 +59,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m caffe_jacinto.train",
-        description="Train a recipe's stages one after the other with Caffe, then test the result.",
+        description=description,
+        epilog=examples.strip("\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
