@@ -116,6 +116,53 @@ def test_old_form_of_shapes_and_of_layers(tmp_path: Path) -> None:
     assert read_weights(path)["v1"][0].ravel().tolist() == [1, 2]
 
 
+def varint(value: int) -> bytes:
+    most, rest = divmod(value, 128)
+    return bytes([rest | 128]) + varint(most) if most else bytes([rest])
+
+
+def length_field(number: int, content: bytes, declared: int | None = None) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content) if declared is None else declared) + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        length_field(100, b"", declared=1 << 62),
+        length_field(100, length_field(7, b"", declared=(1 << 64) - 1)),
+        length_field(100, length_field(7, length_field(7, length_field(1, varint(1 << 62) * 2)))),
+        length_field(100, length_field(7, length_field(7, length_field(1, varint((1 << 64) - 1))))),
+        length_field(100, length_field(7, length_field(7, length_field(1, b"\xff" * 10_000_000)))),
+        b"\xff" * 1000,
+        bytes(1000),
+        b"\x89HDF\r\n\x1a\n" + bytes(1000),
+        b"PK\x03\x04" + bytes(1000),
+        b'name: "net" layer { name: "conv" }',
+    ],
+    ids=[
+        "layer",
+        "blob",
+        "huge shape",
+        "negative shape",
+        "endless shape",
+        "ones",
+        "nil",
+        "HDF5",
+        "zip",
+        "text",
+    ],
+)
+def test_foreign_files_and_sizes_that_are_not_there_are_refused_at_once(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "other.caffemodel"
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"other\.caffemodel: (cut off or no weight file|no layer with weights)"
+    ):
+        read_weights(path)
+
+
 @given(st.data())
 def test_cut_off_anywhere_it_is_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -25,6 +25,9 @@ _V1_NAME, _V1_BLOBS = 4, 6
 _DATA, _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 5, 7, 8, 10, 12
 _STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
 
+_MOST_SHAPE_BYTES = 400
+"""More than a shape of Caffe's 32 axes at most takes."""
+
 _RAW_FORMATS = {0: ("<f8", 8), 1: ("<f4", 4), 2: ("<f2", 2)}
 """The fork's ``Type``: DOUBLE, FLOAT, FLOAT16."""
 
@@ -154,6 +157,8 @@ def _blob(view: memoryview, field: Field) -> Blob:
         if 1 <= inner.number <= 4 and inner.wire_type == VARINT:
             old_shape[inner.number - 1] = inner.value
         elif inner.number == _SHAPE and inner.wire_type == LENGTH:
+            if inner.end - inner.start > _MOST_SHAPE_BYTES:
+                raise NotWholeError
             shape = [
                 dim
                 for part in fields(view, inner.start, inner.end)
