@@ -210,6 +210,10 @@ def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ({"lr_policy": "multistep", "gamma": 0.1, "stepvalue": [10, 20]}, 20, 0.001),
         ({"lr_policy": "poly", "power": 1, "max_iter": 100}, 50, 0.05),
         ({"lr_policy": "sigmoid", "gamma": 1, "stepsize": 5}, 5, 0.05),
+        ({"lr_policy": "sigmoid", "gamma": 1, "stepsize": 5}, 3, 0.1 / (1 + np.exp(2))),
+        ({"lr_policy": "sigmoid", "gamma": 1, "stepsize": 5}, 7, 0.1 / (1 + np.exp(-2))),
+        ({"lr_policy": "sigmoid", "gamma": 0.1, "stepsize": 10000}, 0, 0.0),
+        ({"lr_policy": "sigmoid", "gamma": -0.1, "stepsize": 10000}, 0, 0.1),
     ],
 )
 def test_learning_rates(fields: dict[str, object], iteration: int, rate: float) -> None:

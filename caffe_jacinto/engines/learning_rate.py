@@ -26,5 +26,7 @@ def learning_rate(solver: Any, iteration: int) -> float:
     if policy == "poly":
         return float(base * (1 - iteration / solver.max_iter) ** solver.power)
     if policy == "sigmoid":
-        return float(base / (1 + exp(-gamma * (iteration - solver.stepsize))))
+        exponent = gamma * (iteration - solver.stepsize)
+        small = exp(-abs(exponent))  # the other sign's power may be too large for a float
+        return float(base * (1 if exponent > 0 else small) / (1 + small))
     return float("nan")
