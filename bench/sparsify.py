@@ -115,13 +115,13 @@ def _measure(stepper: Stepper, iterations: int) -> tuple[float, float, float]:
     for factor in RAMP:
         begin = time.perf_counter()
         apply_thresholds(stepper.layers, sparse, factor)
-        stepper.masks.freeze_zeros(stepper._weights())
+        stepper.masks.freeze_zeros(stepper.weights())
         thresholds.append(time.perf_counter() - begin)
     for _ in range(iterations):
         begin = time.perf_counter()
         stepper.solver.step(1)
         middle = time.perf_counter()
-        stepper.masks.hold(stepper._weights())
+        stepper.masks.hold(stepper.weights())
         steps.append(middle - begin)
         holds.append(time.perf_counter() - middle)
     return statistics.median(steps), statistics.median(holds), statistics.median(thresholds)

@@ -169,6 +169,21 @@ def test_resumed_in_the_middle_of_the_ramp_it_ends_as_if_never_stopped(
     assert factors == [0.6, 0.6]
 
 
+def test_zeros_of_the_start_weights_hold_before_the_ramp(
+    caffe_engine: Engine, sparse: SmallStage, tmp_path: Path
+) -> None:
+    """A sparse stage from weights that are sparse already."""
+    stage = SmallStage(tmp_path, sparse.lmdb)
+    stage.solver(max_iter=5, snapshot=5)
+    start = sparse.folder / "small_iter_20.caffemodel"
+    job = stage.job(5, weights=start, sparse=sparse_settings(start_iter=100, target=0.9))
+    stage.run(caffe_engine.train_commands(job))
+    before, after = conv_weights(start), conv_weights(tmp_path / "small_iter_5.caffemodel")
+    for name in LAYERS:
+        assert ((after[name] == 0) == (before[name] == 0)).all()
+        assert (after[name] != before[name]).any()
+
+
 def wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + ENOUGH
     while not condition():  # type: ignore[operator]
@@ -235,6 +250,30 @@ def test_signals_are_taken_as_caffe_takes_them(
     assert len(found.complete) == 2
     assert found.complete[0].iteration == iterations_said(log)
     assert not caffe_engine.finished(here(stage, job))
+
+
+def test_stopped_at_a_threshold_its_place_in_the_ramp_is_kept(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """Every iteration takes a threshold, so that whichever is stopped at does."""
+    settings = sparse_settings(target=0.9, start_iter=0, step_iter=1, step_factor=0.001)
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(max_iter=100000, snapshot=100000, display=1)
+    log = tmp_path / "stopped.log"
+    job = replace(sparse_job(stage, initial), sparse=settings)
+    process = start(stage, caffe_engine.train_commands(job)[0], log)
+    wait_for(lambda: iterations_said(log) > 5, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(ENOUGH) == 0
+    (newest,) = complete_snapshots(tmp_path / "small", Dialect.BVLC)
+    factors = re.findall(r"Finding and applying sparsity: (\S+)", log.read_text())
+    assert len(factors) == newest.iteration
+    end = newest.iteration + 2
+    stage.solver(max_iter=end, snapshot=end, test_interval=1000)
+    job = stage.job(end, snapshot=Path(newest.solverstate.name), sparse=settings)
+    log_of_rest = stage.run(caffe_engine.train_commands(job))
+    factors += re.findall(r"Finding and applying sparsity: (\S+)", log_of_rest)
+    assert factors == [f"{step * 0.001:g}" for step in range(1, end + 1)]
 
 
 def test_started_under_nohup_it_survives_its_terminal(

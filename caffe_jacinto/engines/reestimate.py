@@ -32,8 +32,8 @@ def hand_over(net: Any, tests: TestNets, final_weights: Path, batches: int, requ
     """Estimate the statistics of ``net`` (in the TRAIN phase, with the final weights) over so many batches,
     put them into ``final_weights``, test, and record that the weights are ready.
 
-    Every step can be done again: killed at any moment, doing it from the start gives the same. False: a
-    request to stop came first, and there is no record.
+    Killed at any moment, it can be done again: nothing of the old statistics goes into the new, and the other
+    weights stay as they are. False: a request to stop came first, and there is no record.
     """
     if batches and not _reestimate(net, batches, requests):
         return False

@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,10 @@ class LossWatch:
     """The loss of each iteration, averaged over its passes, as Caffe's own display has it."""
 
     def __init__(self, net: Any, iter_size: int, average_over: int) -> None:
-        self._net, self._iter_size, self._average_over = net, iter_size, average_over
+        self._net, self._iter_size = net, iter_size
         self._last_layer = len(net.layers) - 1
         self._passes = 0.0
-        self._recent: list[float] = []
+        self._recent: deque[float] = deque(maxlen=average_over)
         net.after_forward(self._after_layer)
 
     def _after_layer(self, layer: int) -> None:
@@ -67,7 +68,7 @@ class LossWatch:
     def end_iteration(self) -> float:
         """The loss of the iteration that ended."""
         value, self._passes = self._passes / self._iter_size, 0.0
-        self._recent = [*self._recent, value][-self._average_over :]
+        self._recent.append(value)
         return value
 
     @property
@@ -103,28 +104,29 @@ class Stepper:
         return int(self.solver.iter)
 
     def _start(self) -> None:
+        """Load what the stage starts from; its zeros hold from here on, as the fork has it."""
         job = self.job
         if job.snapshot:
             caffe_log.info(f"Resuming from {job.snapshot}")
             self.solver.restore(str(job.snapshot))
-            self.masks, self.factor = load_masks(job.snapshot, self._weights())
+            self.masks, self.factor = load_masks(job.snapshot, self.weights())
             if job.sparse:
                 caffe_log.info(f"The ramp goes on from {caffe_log.number(self.factor)}")
         elif job.weights:
             caffe_log.info(f"Finetuning from {job.weights}")
             self.solver.net.copy_from(str(job.weights))
-            if not job.sparse:
-                self._freeze()
+            self._freeze()
         self._last_snapshot = self.iteration
 
-    def _weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, Any]:
+        """The weights of each convolution by its name: views, to be changed in place."""
         return {layer.name: layer.weights for layer in self.layers}
 
     def _hold_gradients(self) -> None:
         self.masks.hold({layer.name: layer.gradients for layer in self.layers})
 
     def _freeze(self) -> None:
-        self.masks.freeze_zeros(self._weights())
+        self.masks.freeze_zeros(self.weights())
         caffe_log.info("All zero weights of convolution layers are frozen")
 
     def train(self) -> None:
@@ -158,7 +160,7 @@ class Stepper:
         if not math.isfinite(value):
             caffe_log.fatal(f"Iteration {iteration}: the loss is not a number ({value})")
             raise SystemExit(1)
-        self.masks.hold(self._weights())
+        self.masks.hold(self.weights())
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration)
         if self.job.sparse and is_step(self.job.sparse, iteration):
