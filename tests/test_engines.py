@@ -6,6 +6,7 @@ holds the bytes by which it is told; it is only ever asked for its version.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -307,7 +308,7 @@ def test_after_the_last_iteration_only_the_hand_over_is_left(kind: dict[str, obj
 
 def test_stages_that_need_pycaffe_say_so() -> None:
     without = engine("bvlc", pycaffe=None, notes=("no pycaffe beside it",))
-    with pytest.raises(UserError, match=r"needs pycaffe, .*no pycaffe beside it"):
+    with pytest.raises(UserError, match=r"need pycaffe, .*no pycaffe beside it"):
         without.train_commands(train_job(freeze_zeros=True))
     assert without.train_commands(train_job(reestimate_batches=0))
 
@@ -338,6 +339,15 @@ def test_scoring_runs_on_one_device() -> None:
 def test_the_stepper_refuses_what_makes_no_stage(arguments: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         stepper_main(["-pycaffe", "/none", "-solver", "s.prototxt", *arguments])
+
+
+def test_a_pycaffe_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "caffe_jacinto.engines.stepper", "-pycaffe", str(tmp_path)]
+    command += ["-solver", "s", "-weights", "w", "-freeze_zeros"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "cannot import pycaffe from there: No module named 'caffe'" in ran.stderr
+    assert ran.stderr.count("\n") == 1
 
 
 def test_prefix_is_where_the_installer_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,10 @@ class BvlcEngine:
         return DevicePlan(gpus[:1], passes, note)
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
-        """``caffe train`` or the stepper, then the hand-over; only that where training is done already."""
+        """``caffe train`` and the hand-over, or the stepper, which does both.
+
+        Only the hand-over where the snapshot is the final one.
+        """
         if job.snapshot is not None and job.snapshot.stem == job.final_weights.stem:
             return [self._reestimate(job)] if job.reestimate_batches else []
         if job.sparse or job.freeze_zeros:
@@ -85,8 +88,10 @@ class BvlcEngine:
     def _pycaffe(self) -> Path:
         if self.info.pycaffe is None:
             raise UserError(
-                f"this stage needs pycaffe, and {self.info.executable} has none {sys.executable} can import "
-                f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh"
+                "holding zeros and re-estimating batch-norm statistics need pycaffe, and "
+                f"{self.info.executable} has none that {sys.executable} can import "
+                f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh; "
+                "training.reestimate_batches=0 leaves the statistics as they are"
             )
         return self.info.pycaffe
 

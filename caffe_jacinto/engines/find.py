@@ -157,9 +157,7 @@ def _file_has(path: Path, mark: bytes) -> bool:
 def _libraries(executable: Path) -> Iterator[Path]:
     """The libcaffe that the loader would take, or else (for a script) those in the lib folder beside it."""
     try:
-        listed = subprocess.run(
-            ["ldd", str(executable)], capture_output=True, text=True, timeout=ASK_TIMEOUT, check=False
-        ).stdout
+        listed = _ask("ldd", executable).stdout
     except (OSError, subprocess.SubprocessError):
         listed = ""
     linked = re.findall(r"^\s*libcaffe\S*\s+=>\s+(/.+?)\s+\(0x", listed, re.MULTILINE)
@@ -170,6 +168,23 @@ def _libraries(executable: Path) -> Iterator[Path]:
         yield from folder.glob("../lib*/libcaffe*.so*")
 
 
+def _ask(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """What a command says, on stdout and stderr, when it has ended.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it does not start, or does not end in time.
+    """
+    return subprocess.run(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=ASK_TIMEOUT,
+        check=False,
+    )
+
+
 def _version(executable: Path) -> str | None:
     """What ``caffe --version`` says.
 
@@ -177,14 +192,7 @@ def _version(executable: Path) -> str | None:
         UserError: it does not start; the message is its own.
     """
     try:
-        said = subprocess.run(
-            [str(executable), "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ASK_TIMEOUT,
-            check=False,
-        )
+        said = _ask(executable, "--version")
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"{executable} does not start: {error}") from error
     text = said.stdout + said.stderr
@@ -223,14 +231,7 @@ def _import_trouble(folder: Path) -> str | None:
     """Why this Python does not import pycaffe from ``folder``, in one line; None if it does."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import caffe; caffe.SGDSolver"
     try:
-        tried = subprocess.run(
-            [sys.executable, "-c", code, str(folder)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ASK_TIMEOUT,
-            check=False,
-        )
+        tried = _ask(sys.executable, "-c", code, folder)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     if tried.returncode == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.engines import caffe_log
+from caffe_jacinto.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +19,16 @@ if TYPE_CHECKING:
 
 
 def start_caffe(pycaffe: Path, gpus: tuple[int, ...]) -> Any:
-    """The ``caffe`` module from the folder ``pycaffe``, logging to stderr, on the first of ``gpus``."""
+    """The ``caffe`` module from the folder ``pycaffe``, logging to stderr, on the first of ``gpus``.
+
+    Raises:
+        UserError: this Python cannot import it from there.
+    """
     sys.path.insert(0, str(pycaffe))
-    import caffe
+    try:
+        import caffe
+    except ImportError as error:
+        raise UserError(f"{pycaffe}: {sys.executable} cannot import pycaffe from there: {error}") from error
 
     caffe.init_log(0, True)
     caffe_log.info(f"This is Caffe {caffe.__version__} with pycaffe in {pycaffe}")

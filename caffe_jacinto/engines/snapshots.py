@@ -114,7 +114,7 @@ def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:
     """
     net = caffemodel.parent / "train.prototxt"
     if net.is_file():
-        mismatches = check_fit(caffemodel, parse_net(net.read_text(), dialect, str(net)))
+        mismatches = check_fit(caffemodel, parse_net(net.read_text(encoding="utf-8"), dialect, str(net)))
         if mismatches:
             raise UserError(f"{caffemodel} does not fill {net}: {mismatches[0]}")
 

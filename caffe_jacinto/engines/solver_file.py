@@ -25,9 +25,8 @@ class SolverFile:
     @property
     def test_nets(self) -> list[tuple[str, int]]:
         """Each test net's file and its batches in one test."""
-        files = list(self.parameters.test_net)
         batches = list(self.parameters.test_iter)
-        files += [self.parameters.net] * (len(batches) - len(files))
+        files = list(self.parameters.test_net) or [self.parameters.net] * len(batches)
         return list(zip(files, batches, strict=True))
 
     def snapshot(self, iteration: int, extension: str) -> Path:
@@ -45,14 +44,21 @@ def read_solver(path: Path) -> SolverFile:
     from google.protobuf import text_format
 
     try:
-        parameters = text_format.Parse(path.read_text(), caffe_pb2.SolverParameter())
+        parameters = text_format.Parse(path.read_text(encoding="utf-8"), caffe_pb2.SolverParameter())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except text_format.ParseError as error:
         raise UserError(f"{path}:{error}") from error
     solver = SolverFile(path, parameters)
     if not solver.train_net or parameters.test_net_param or parameters.HasField("train_net_param"):
         raise UserError(f"{path}: name the nets as files, by train_net and test_net")
+    if len(parameters.test_iter) != len(parameters.test_net or parameters.test_iter):
+        raise UserError(
+            f"{path}: {len(parameters.test_net)} of test_net and {len(parameters.test_iter)} of test_iter; "
+            "give each test net its batches"
+        )
     if not parameters.snapshot_prefix or not Path(parameters.snapshot_prefix).parent.is_dir():
         raise UserError(f"{path}: snapshot_prefix: its folder is missing; make it first")
     return solver
@@ -71,7 +77,7 @@ def stepped_solver(caffe: Any, solver: SolverFile) -> Any:
         quiet.ClearField(field)
     quiet.snapshot_format = quiet.BINARYPROTO
     if quiet.net:
-        quiet.train_net, quiet.net = quiet.net, ""
+        quiet.train_net = quiet.net
         quiet.ClearField("net")
     with tempfile.NamedTemporaryFile("w", suffix=".prototxt", encoding="utf-8") as file:
         file.write(text_format.MessageToString(quiet, as_utf8=True))
