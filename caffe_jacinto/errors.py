@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,20 +18,33 @@ INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, and what to do, in one line."""
+    """Something the user can mend: what is wrong, where, and what to do, in one line.
+
+    As text it is one line whatever it repeats of the user's: newlines, and other characters that are not
+    printable, are shown as escapes.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
-class RunFailed(UserError):
+class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
     """Work that was started and failed for a reason outside this program (exit code 1)."""
 
 
 def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     """Call ``main(sys.argv[1:])``; turn errors the user can mend into one line on stderr.
 
-    Returns the exit code: main's own, 2 for a `UserError`, 1 for a `RunFailed`, 130 after Ctrl-C.
+    Returns the exit code: main's own, 2 for a `UserError`, 1 for a `RunFailed` and for what the system
+    refused (a full disk behind stdout, no permission), 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path that the terminal's encoding cannot show, or that is no Unicode, must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED if isinstance(error, RunFailed) else USER_ERROR
@@ -38,6 +52,15 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; what is left of stdout has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output (head, less) has gone.
+        _drop_stdout()
         return FAILED
+    except OSError as error:
+        print(f"{program}: error: {UserError(error)}", file=sys.stderr)
+        _drop_stdout()
+        return FAILED
+
+
+def _drop_stdout() -> None:
+    """What is left in stdout's buffer has nowhere to go; Python would fail on it again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
