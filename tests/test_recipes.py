@@ -156,7 +156,30 @@ def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:
     path = tmp_path / "bytes.toml"
     path.write_bytes(b"\xff\xfe")
     assert "not UTF-8" in message_of(path)
-    assert "no such recipe file" in message_of(f"{tmp_path}/")
+    assert "cannot be read: Is a directory" in message_of(f"{tmp_path}/")
+    assert "cannot be read: File name too long" in message_of(f"./{'a' * 300}.toml")
+    assert "the built-in recipe is called demo_digits" in message_of("demo_digits.toml")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000 + "]" * 5000])
+def test_a_value_beyond_the_toml_parser_is_a_mistake_too(tmp_path: Path, value: str) -> None:
+    path = changed(tmp_path, "max_iter = 200", f"max_iter = {value}")
+    assert message_of(path).startswith(f"{path}: a value that no recipe has: ")
+    assert "give a whole number" in message_of("demo_digits", f"stages.initial.solver.max_iter={value}")
+
+
+def test_an_override_makes_no_stage_by_a_misspelt_name() -> None:
+    message = message_of("demo_digits", "stages.intial.solver.max_iter=3")
+    assert message == (
+        "override stages.intial.solver.max_iter=3: no such stage intial; did you mean initial? "
+        "known: initial, l1reg, sparse, finetune"
+    )
+
+
+def test_an_override_sets_one_value() -> None:
+    """A newline in it begins no second TOML statement."""
+    assert "give a whole number" in message_of("demo_digits", "stages.initial.solver.max_iter=3\nx=2")
+    assert load_recipe("demo_digits", ["data.train_lmdb=a\nb=2"]).data.train_lmdb == "a\nb=2"
 
 
 @pytest.mark.parametrize(

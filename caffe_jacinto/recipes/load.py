@@ -67,23 +67,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise _error(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
-
-
-def _error(message: str) -> UserError:
-    """A UserError of one line, whatever the texts hold that it repeats."""
-    return UserError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        raise UserError(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
 
 
 def _find(name_or_path: str) -> Path:
+    known = built_in_recipes()
     path = Path(name_or_path)
     if "/" in name_or_path or path.suffix == ".toml":
-        if not path.is_file():
-            raise _error(f"{name_or_path}: no such recipe file")
         return path
-    known = built_in_recipes()
     if name_or_path not in known:
-        raise _error(
+        raise UserError(
             f"{name_or_path}: no such recipe; {_known(name_or_path, known)} "
             f"(a file of your own is given by its path: ./{name_or_path}.toml)"
         )
@@ -94,10 +87,13 @@ def _read(path: Path) -> str:
     try:
         # TOML knows "\n" and "\r\n"; only "\n" is counted as the end of a line.
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        hint = f"; the built-in recipe is called {path.stem}" if path.stem in built_in_recipes() else ""
+        raise UserError(f"{path}: no such recipe file{hint}") from None
     except OSError as error:
-        raise _error(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise _error(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
@@ -105,7 +101,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         what, line = _toml_error(str(error), text)
-        raise _error(f"{path}:{line}: not TOML: {what}; mend this line") from None
+        raise UserError(f"{path}:{line}: not TOML: {what}; mend this line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: a value that no recipe has: {error}") from None
     return document
 
 
@@ -120,7 +118,7 @@ def _toml_error(message: str, text: str) -> tuple[str, int]:
 
 def _parse_override(text: str) -> Override:
     key_text, equals, value_text = text.partition("=")
-    wrong = _error(
+    wrong = UserError(
         f"override {text}: not of the form KEY.KEY=VALUE; write it like stages.initial.solver.max_iter=1000"
     )
     if not equals or "\n" in key_text:
@@ -129,11 +127,16 @@ def _parse_override(text: str) -> Override:
         keys = _only_path(tomllib.loads(f"{key_text} = 0"))
     except tomllib.TOMLDecodeError:
         raise wrong from None
+    return Override(text, keys, _override_value(value_text))
+
+
+def _override_value(text: str) -> Any:
+    """The TOML value that ``text`` is, or else the text itself."""
     try:
-        value = tomllib.loads(f"value = {value_text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = value_text
-    return Override(text, keys, value)
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return document["value"] if len(document) == 1 else text
 
 
 def _only_path(document: Mapping[str, Any]) -> Keys:
@@ -141,16 +144,26 @@ def _only_path(document: Mapping[str, Any]) -> Keys:
 
 
 def _apply(document: dict[str, Any], override: Override) -> None:
+    _check_stage(document, override)
     table = document
     for depth, key in enumerate(override.keys[:-1]):
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
             above = ".".join(override.keys[: depth + 1])
-            raise _error(
+            raise UserError(
                 f"override {override.text}: {above} is a value, so nothing is below it; set {above} itself"
             )
         table = inner
     table[override.keys[-1]] = override.value
+
+
+def _check_stage(document: Mapping[str, Any], override: Override) -> None:
+    """Refuse a value for a stage that is not there: a misspelt name would make a new, empty stage of it."""
+    stages = document.get("stages")
+    if override.keys[0] == "stages" and len(override.keys) > 2 and isinstance(stages, dict):
+        name = override.keys[1]
+        if name not in stages:
+            raise UserError(f"override {override.text}: no such stage {name}; {_known(name, stages)}")
 
 
 def _first_mistake(
@@ -242,8 +255,10 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
         allowed = [str(choice) for choice in get_args(_annotation(keys))]
         return f"{_shown(value)} is none of the allowed ones; {_known(str(value), allowed)}"
     if kind == "string_pattern_mismatch":
-        if keys[-1] in ("dataset",) or keys[:-1] == ("stages",):
-            return f"{_shown(value)} makes no good file name; use letters, digits, - and _, a letter first"
+        if keys[:-1] == ("stages",):
+            return f"{_shown(value)} makes no good folder name; use letters, digits, - and _, a letter first"
+        if keys[-1] == "dataset":
+            return f"{_shown(value)} makes no good file name; use letters, digits, ., - and _"
         return f"{_shown(value)} holds a character that no file name can have"
     expected = {
         "int_type": "a whole number",
@@ -251,7 +266,7 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
         "float_type": "a number",
         "string_type": 'a text in quotes, like "name"',
         "bool_type": "true or false",
-        "tuple_type": "a list, like [2, 2, 2, 2, 2]",
+        "tuple_type": "a list, like [1, 2]",
         "dict_type": "a table",
         "model_type": "a table",
         "finite_number": "a finite number",
