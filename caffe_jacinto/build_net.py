@@ -71,7 +71,9 @@ def _whole(minimum: int) -> Callable[[str], int]:
         except ValueError:
             value = minimum - 1
         if not minimum <= value <= INT32_MAX:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {minimum} or more")
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is no whole number from {minimum} to {INT32_MAX:,}"
+            )
         return value
 
     return read
@@ -86,7 +88,7 @@ def _wholes(minimum: int, example: str) -> Callable[[str], tuple[int, ...]]:
             return tuple(read_one(part) for part in text.split(","))
         except argparse.ArgumentTypeError:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no list of whole numbers of {minimum} or more, like {example}"
+                f"{text[:40]!r} is no list of whole numbers of {minimum} or more, like {example}"
             ) from None
 
     return read

@@ -35,13 +35,14 @@ def flat(message: Any, path: str = "") -> list[tuple[str, str]]:
     """Every field of a message that differs from its default, with its path, in order."""
     found: list[tuple[str, str]] = []
     for field, value in message.ListFields():
-        values = value if field.is_repeated else [value]
+        repeated = hasattr(value, "append")
+        values = value if repeated else [value]
         for index, one in enumerate(values):
-            where = f"{path}.{field.name}" + (f"[{index}]" if field.is_repeated else "")
+            where = f"{path}.{field.name}" + (f"[{index}]" if repeated else "")
             if field.message_type:
                 found.append((where, "{}"))
                 found += flat(one, where)
-            elif field.is_repeated or one != field.default_value:
+            elif repeated or one != field.default_value:
                 found.append((where, repr(one)))
     return found
 
@@ -236,7 +237,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path: Path, arguments: lis
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: cannot be written"):
+    with pytest.raises(UserError, match="file: not a folder"):
         main(["--output", str(tmp_path / "file")])
 
 

@@ -92,6 +92,8 @@ def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             write_whole(folder / name, text)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: not a folder; choose another one for the files") from None
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
