@@ -29,6 +29,6 @@ run=training/digits_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
 say "3/4 Training: $run"
 "$python" -m caffe_jacinto.train demo_digits --output "$run" "$@"
 
-say "4/4 Result"
-"$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png"
+say "4/4 Curves: $run/curves.png"
+"$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png" >/dev/null # train has shown the tables
 say "The demo took $(duration $((EPOCHSECONDS - started)))"
