@@ -117,7 +117,8 @@ def describe(executable: Path) -> EngineInfo:
 
     if not has(ANY_CAFFE):
         raise UserError(
-            f"{executable} is no Caffe: neither it nor its library knows a solver's snapshot_prefix"
+            f"{executable} is no Caffe: neither it nor its library knows a solver's snapshot_prefix; "
+            "name a caffe executable or its tree"
         )
     if not has(ONLY_CAFFE_JACINTO) and has(ONLY_NVCAFFE):
         raise UserError(

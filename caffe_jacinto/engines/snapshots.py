@@ -26,10 +26,6 @@ class Snapshot:
     caffemodel: Path
     solverstate: Path
 
-    def files(self) -> list[Path]:
-        """All its files, those of the engine (masks, hand-over) with them."""
-        return sorted(self.caffemodel.parent.glob(f"{_glob_literal(self.caffemodel.stem)}.*"))
-
 
 @dataclass(frozen=True)
 class Survey:
