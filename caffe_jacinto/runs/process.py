@@ -41,6 +41,7 @@ class Child:
                 start_new_session=True,
             )
         self._wishes = 0
+        """How many wishes to stop have been sent."""
 
     @property
     def pid(self) -> int:
@@ -54,11 +55,14 @@ class Child:
         """Its exit code; the negative number of the signal that ended it."""
         return self._process.wait()
 
-    def stop(self) -> None:
-        """Ask it to stop, harder each time: the first wish lets it write a snapshot."""
-        number = STOP_SIGNALS[min(self._wishes, len(STOP_SIGNALS) - 1)]
-        self._wishes += 1
-        self._send(number)
+    def stop(self, wish: int) -> None:
+        """Ask it to stop, harder with each further ``wish``: the first, 1, lets it write a snapshot.
+
+        A wish that it has been told of is not told again.
+        """
+        if wish > self._wishes:
+            self._wishes = wish
+            self._send(STOP_SIGNALS[min(wish, len(STOP_SIGNALS)) - 1])
 
     def kill(self) -> None:
         """End it at once, without a snapshot."""

@@ -36,11 +36,11 @@ class StopSignals:
     def pass_on_to(self, child: Child | None) -> None:
         """From now on signals go to ``child``; one that came while it was started goes there at once."""
         self._child = child
-        if child is not None and self.asked:
-            child.stop()
+        if child is not None:
+            child.stop(self.count)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.number = self.number or number
         if self._child is not None:
-            self._child.stop()
+            self._child.stop(self.count)
