@@ -12,9 +12,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from caffe_jacinto.errors import UserError, run_command
+from caffe_jacinto.errors import Parser, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.stage_files import (
     IMAGENET_VAL_IMAGES,
@@ -55,11 +55,6 @@ examples:
       --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
       --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb --val-images 10000
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all arguments")
 
 
 def _whole(minimum: int) -> Callable[[str], int]:
@@ -108,13 +103,7 @@ def _not_empty(text: str) -> str:
 
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m caffe_jacinto.build_net",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m caffe_jacinto.build_net", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add(
         "--output",

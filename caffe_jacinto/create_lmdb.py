@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from caffe_jacinto.data.lmdb_writer import check_free
 from caffe_jacinto.data.progress import count_text, time_text
-from caffe_jacinto.errors import UserError, run_command
+from caffe_jacinto.errors import Parser, UserError, run_command
 
 if TYPE_CHECKING:
     from caffe_jacinto.data.convert import Conversion
@@ -33,6 +33,9 @@ DEFAULT_SEED = 33
 
 LARGEST_SIDE = 65_500
 """The longest side of a JPEG image that libjpeg writes, in pixels."""
+
+MOST_WORKERS = 1024
+"""More threads than any machine has a use for."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,9 +60,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m caffe_jacinto.create_lmdb",
-        description="Put a folder of images into an LMDB that Caffe reads.",
+    parser = Parser(
+        "python -m caffe_jacinto.create_lmdb", "Put a folder of images into an LMDB that Caffe reads."
     )
     parser.add_argument(
         "--images",
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gray", action="store_true", help="one channel (default: colour, three channels)")
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=_workers,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="images worked on at a time (default: the cores this process may use)",
@@ -114,16 +116,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text)
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give 256, or 320x240 (width x height)")
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a size: give 256, or 320x240 (width x height)"
+        )
     return width, height
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def _workers(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to {MOST_WORKERS}")
     return int(text)
 
 
@@ -145,7 +149,7 @@ def _listing(options: argparse.Namespace) -> tuple[Listing, str]:
 
 
 def _announce(listing: Listing, order: str, form: ImageForm, workers: int) -> None:
-    ignored = f" ({count_text(listing.ignored, 'other file')} left out)" if listing.ignored else ""
+    ignored = f" ({count_text(listing.ignored, 'other item')} left out)" if listing.ignored else ""
     print(
         f"{listing.folder}: {count_text(len(listing.entries), 'image')}, {listing.source}{ignored}, {order},"
         f" {form.width}x{form.height} {'colour' if form.colour else 'gray'}, {workers} at a time",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 USER_ERROR = 2
 """Exit code for bad input, as argparse uses it."""
@@ -30,6 +32,22 @@ class UserError(Exception):
 
 class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
     """Work that was started and failed for a reason outside this program (exit code 1)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's arguments; a wrong one is a `UserError`, and no option may be shortened."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all arguments")
 
 
 def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:

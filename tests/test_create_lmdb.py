@@ -141,31 +141,34 @@ def test_bad_images_are_left_out_with_the_reason(
     (images / "cat" / "b_text.JPEG").write_text("not an image")
     (images / "cat" / "c_empty.JPEG").touch()
     (images / "cat" / "d_link.JPEG").symlink_to("nowhere")
+    (images / "cat" / "e_loop.JPEG").symlink_to("e_loop.JPEG")
     (images / "cat" / "notes.txt").touch()
+    (images / "cat" / "more").mkdir()
     (images / "cat" / ".hidden.JPEG").touch()
     create("--images", images, "--output", tmp_path / "o", "--size", 16, "--no-shuffle")
     assert len(records(tmp_path / "o")) == 6
-    # Numbers are places in the listing, as convert_imageset counts them: 0, 1, 2 and 6 are missing.
+    # Numbers are places in the listing, as convert_imageset counts them: 0 to 2 and 6, 7 are missing.
     numbers = [int(key[:8]) for key in records(tmp_path / "o")]
-    assert numbers == [3, 4, 5, 7, 8, 9]
+    assert numbers == [3, 4, 5, 8, 9, 10]
     assert (tmp_path / "o" / "skipped.txt").read_text().splitlines() == [
         "cat/a_cut.JPEG\tthe JPEG file is cut off: it has no end marker",
         "cat/b_text.JPEG\tnot an image that OpenCV can decode",
         "cat/c_empty.JPEG\tthe file is empty",
         "cat/d_link.JPEG\tNo such file or directory",
+        "cat/e_loop.JPEG\tToo many levels of symbolic links",
     ]
     streams = capsys.readouterr()
-    assert "10 images, 2 class folders (1 other file left out), sorted by name" in streams.out
-    assert "warning: 4 images left out" in streams.err
+    assert "11 images, 2 class folders (2 other items left out), sorted by name" in streams.out
+    assert "warning: 5 images left out" in streams.err
     assert "skipped.txt; the first, cat/a_cut.JPEG: the JPEG file is cut off" in streams.err
 
 
 def test_names_that_are_not_text_survive(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9 \xf0\x9f\x90\x88\nx")
-    write_image(tmp_path / "in" / name / f"{name}.JPEG")
+    name = os.fsdecode(b"caf\xe9 \xf0\x9f\x90\x88 x")
+    write_image(tmp_path / "in" / name / f"{name}\n.JPEG")
     write_image(tmp_path / "in" / "b" / "1.png")
     create("--images", tmp_path / "in", "--output", tmp_path / "o", "--size", 16, "--no-shuffle")
-    assert [key[9:] for key in records(tmp_path / "o")] == [b"b/1.png", os.fsencode(f"{name}/{name}.JPEG")]
+    assert [key[9:] for key in records(tmp_path / "o")] == [b"b/1.png", os.fsencode(f"{name}/{name}\n.JPEG")]
 
 
 def test_the_map_grows_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,14 +275,25 @@ def test_output_places_that_cannot_be(images: Path, tmp_path: Path) -> None:
     assert "holds 'mine.txt' beside the LMDB" in of(tmp_path / "o", "--force")
 
 
-@pytest.mark.parametrize("arguments", [["--size", "0"], ["--size", "12x"], ["--workers", "0"]])
-def test_bad_numbers_end_in_usage(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        create("--images", tmp_path, "--output", tmp_path / "o", *arguments)
-    assert caught.value.code == 2
-    assert f"argument {arguments[0]}: '{arguments[1]}' is not a" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--size", "0"],
+        ["--size", "12x"],
+        ["--size", "9" * 5000],
+        ["--workers", "0"],
+        ["--workers", "9999999"],
+    ],
+)
+def test_bad_numbers(arguments: list[str], tmp_path: Path) -> None:
+    message = mistake(["--images", tmp_path, "--output", tmp_path / "o", *arguments])
+    assert message.startswith(f"argument {arguments[0]}: '{arguments[1][:40]}' is not a")
+
+
+@pytest.mark.parametrize("name", ["new\nline", " cat", "cat "])
+def test_class_names_that_labels_txt_cannot_hold(name: str, images: Path, tmp_path: Path) -> None:
+    write_image(images / name / "1.JPEG")
+    assert "rename the folder" in mistake(["--images", images, "--output", tmp_path / "o"])
 
 
 # ---------------------------------------------------------------------------------- one that is there
@@ -300,6 +314,17 @@ def test_force_replaces_and_keep_keeps(
     create("--images", images, "--output", output, "--size", 24, "--force")
     assert len(records(output)) == 7
     assert names_in(tmp_path) == ["o", "train"]
+
+
+def test_an_output_that_is_a_link_is_followed(images: Path, tmp_path: Path) -> None:
+    """Large LMDBs stand on another disk; making one again must not move it off that."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "disk" / "lmdb")
+    for force in ((), ("--force",)):
+        create("--images", images, "--output", tmp_path / "o", "--size", 16, *force)
+        assert len(records(tmp_path / "disk" / "lmdb")) == 6
+        assert (tmp_path / "o").is_symlink()
+        assert names_in(tmp_path / "disk") == ["lmdb"]
 
 
 def test_a_failed_replacement_leaves_the_old_one(images: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ No image of one part is in the other.
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.errors import RunFailed, UserError, run_command
+from caffe_jacinto.errors import Parser, RunFailed, UserError, run_command
 from caffe_jacinto.files import sync_folder
 
 if TYPE_CHECKING:
@@ -49,9 +48,9 @@ class Split:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the data set where there is none yet; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m caffe_jacinto.data.digits",
-        description="Write 5,000 real handwritten digits as JPEG files in ImageNet's layout.",
+    parser = Parser(
+        "python -m caffe_jacinto.data.digits",
+        "Write 5,000 real handwritten digits as JPEG files in ImageNet's layout.",
     )
     parser.add_argument("--output", type=Path, default=Path("data/digits"), metavar="DIR")
     output: Path = parser.parse_args(arguments).output

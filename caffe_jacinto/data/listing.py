@@ -41,7 +41,7 @@ class Listing:
         entries: at least one.
         names: class names, line N for label N; None where only a list of numbers is known.
         source: how the labels were found, for messages ("10 class folders", "list val.txt").
-        ignored: files in the class folders that are no images by their suffix.
+        ignored: files in the class folders that are no images by their suffix, and folders in them.
     """
 
     folder: Path
@@ -84,12 +84,14 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Li
     Hidden files and folders are left out.
 
     Raises UserError when the folder is missing or holds no class folders, when a class folder holds no
-    images (without ``names``: its label would silently go unused), or is not among ``names``.
+    images (without ``names``: its label would silently go unused), is not among ``names``, or has a name that
+    cannot be a line of labels.txt.
     """
     files, folders = _look_into(folder)
     if not folders:
         raise UserError(_why_no_classes(folder, files))
     if names is None:
+        _check_names(folder, folders)
         labels = {name: label for label, name in enumerate(folders)}
     else:
         labels = {name: label for label, name in enumerate(names)}
@@ -103,9 +105,9 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Li
     empty: list[str] = []
     ignored = 0
     for name in folders:
-        inside, _ = _look_into(folder / name)
+        inside, nested = _look_into(folder / name)
         images = [file for file in inside if file.lower().endswith(IMAGE_SUFFIXES)]
-        ignored += len(inside) - len(images)
+        ignored += len(inside) - len(images) + len(nested)
         entries += [Entry(f"{name}/{file}", labels[name]) for file in images]
         if not images:
             empty.append(name)
@@ -166,12 +168,19 @@ def _look_into(folder: Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as inside:
             for item in inside:
                 if not item.name.startswith("."):
-                    (folders if item.is_dir() else files).append(item.name)
+                    (folders if _is_folder(item) else files).append(item.name)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_missing_folder(folder)) from None
     except OSError as error:
         raise UserError(f"cannot read folder {folder}: {error.strerror}") from None
     return sorted(files), sorted(folders)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # A link that leads back to itself, for one: reading it tells what is wrong.
+        return False
 
 
 def _read_lines(path: Path, what: str) -> list[str]:
@@ -204,6 +213,16 @@ def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
             " file with their labels (--list), or sort them into <class>/ folders"
         )
     return f"{folder} holds no class folders: images are expected as {folder}/<class>/*.JPEG"
+
+
+def _check_names(folder: Path, names: Sequence[str]) -> None:
+    """Refuse class names that `read_labels` would not read back from labels.txt."""
+    for name in names:
+        if name != name.strip() or "\n" in name:
+            raise UserError(
+                f"class folder {folder}/{name!r}: a class name becomes a line of labels.txt, so it cannot"
+                " hold a newline, nor spaces at its ends: rename the folder"
+            )
 
 
 def _and_others(names: Sequence[str]) -> str:

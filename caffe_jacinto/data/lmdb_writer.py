@@ -95,7 +95,7 @@ def new_lmdb(output: Path, *, replace: bool = False) -> Iterator[LmdbWriter]:
     """
     import lmdb
 
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the end
+    output = output.resolve()  # A link to another disk stays, and what it leads to is made or replaced.
     check_free(output, replace)
     partial = output.with_name(f".{output.name}.partial")
     replaced = output.with_name(f".{output.name}.replaced")
@@ -136,7 +136,7 @@ def check_free(output: Path, replace: bool) -> None:
         raise UserError(
             f"LMDB {output} cannot be made, its folder {output.parent} does not exist: make that first"
         )
-    if not os.path.lexists(output):
+    if not output.exists():
         return
     if not is_lmdb_folder(output):
         raise UserError(f"{output} exists and is not an LMDB: choose another name, or remove it")
