@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -15,19 +16,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_snapshots import write_pair
 
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import RunRecord, StageState
-from caffe_jacinto.runs.keep import kept_iterations, remove_others
+from caffe_jacinto.runs.keep import Keeper, kept_iterations, remove_others
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.process import Child, describe_exit
 from caffe_jacinto.runs.progress import Place, duration, progress_fields
 from caffe_jacinto.runs.screen import LastingStream, Screen, live_line
 from caffe_jacinto.runs.script import shell_script
 from caffe_jacinto.runs.tail import Tail
-from caffe_jacinto.runs.watch import StageView, seconds_between
+from caffe_jacinto.runs.watch import StageView
 
 REFERENCE = Path(__file__).parents[2] / "shared/reference/logs"
 
@@ -86,6 +89,7 @@ def test_a_loss_that_goes_wrong(losses: tuple[float, ...], trouble: str | None) 
     view = StageView()
     view.feed(displays(*losses))
     assert (view.trouble is None) if trouble is None else (trouble in str(view.trouble))
+    assert view.sound == (10 if losses == (2.3, 1.0) or losses[1] == 2.0 else 0)
 
 
 def test_a_new_part_forgets_how_the_one_before_ended() -> None:
@@ -104,10 +108,21 @@ def test_a_published_log() -> None:
     assert view.trouble is None
 
 
-def test_time_goes_on_over_the_end_of_a_year() -> None:
-    assert seconds_between("1231 23:59:59.500000", "0101 00:00:00.500000") == pytest.approx(1.0)
-    assert seconds_between("20261231 23:59:59.500000", "20270101 00:00:00.500000") == pytest.approx(1.0)
-    assert seconds_between("what", "0101 00:00:00.500000") is None
+@pytest.mark.parametrize(
+    ("first", "last", "pace"),
+    [
+        ("1231 23:59:59.000000", "0101 00:00:01.000000", 0.2),
+        ("20261231 23:59:59.000000", "20270101 00:00:01.000000", 0.2),
+        ("1025 02:59:59.000000", "1025 02:00:01.000000", None),  # summer time ends: no pace is known
+    ],
+)
+def test_the_pace_over_the_end_of_a_year_and_of_summer_time(
+    first: str, last: str, pace: float | None
+) -> None:
+    view = StageView()
+    for stamp, iteration in ((first, 0), (last, 10)):
+        view.feed(f"I{stamp}  77 solver.cpp:239] Iteration {iteration} (5 iter/s), loss = 1\n".encode())
+    assert view.seconds_per_iteration() == (None if pace is None else pytest.approx(pace))
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 60), max_size=6))
@@ -160,6 +175,20 @@ def test_all_files_of_a_snapshot_go_together_and_newer_ones_stay(tmp_path: Path)
     assert left == {"b_iter_1.caffemodel", *(f"a_[net]_iter_{n}.caffemodel" for n in (2, 3, 4))}
 
 
+def test_weights_that_are_not_numbers_push_no_good_snapshot_out(tmp_path: Path) -> None:
+    prefix = tmp_path / "net"
+    view = StageView()
+    for iteration in (10, 20, 30, 40):
+        write_pair(prefix, iteration)
+        view.feed(line(1, f"Snapshotting to binary proto file net_iter_{iteration}.caffemodel").encode())
+    for iteration in (30, 40):
+        model = tmp_path / f"net_iter_{iteration}.caffemodel"
+        model.write_bytes(model.read_bytes().replace(struct.pack("<f", 0.5), struct.pack("<f", float("nan"))))
+    assert not Keeper(prefix, Dialect.BVLC, 1, 100, 0).clean(view)
+    left = {path.stem for path in tmp_path.glob("*.caffemodel")}
+    assert left == {"net_iter_20", "net_iter_30", "net_iter_40"}
+
+
 # ------------------------------------------------------------------------------------------------- the lock
 
 HOLD = "import sys, time; from pathlib import Path; from caffe_jacinto.runs.lock import RunLock\n"
@@ -207,14 +236,16 @@ def test_each_wish_to_stop_is_harder(tmp_path: Path) -> None:
     lock.acquire()
     code = "trap 'echo INT' INT; trap 'echo TERM' TERM; echo ready; while :; do sleep 0.05; done"
     child = Child(["sh", "-c", code], tmp_path / "log", lock.descriptor)
-    for said in ("ready", "INT", "TERM"):
+    child.stop(0)
+    for wish, said in enumerate(("ready", "INT", "TERM"), start=1):
         give_up = time.monotonic() + 20
         while said not in (tmp_path / "log").read_text():
             assert time.monotonic() < give_up
             time.sleep(0.02)
-        child.stop()
+        child.stop(wish)
+        child.stop(wish)
     assert child.exit_code == -signal.SIGKILL
-    child.stop()
+    child.stop(4)
 
 
 def test_exit_codes_in_words() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from caffe_jacinto.engines.snapshots import final_is_complete, survey
+from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.errors import RunFailed
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State
@@ -25,7 +25,7 @@ from caffe_jacinto.runs.plan import (
 )
 from caffe_jacinto.runs.process import Child, describe_exit
 from caffe_jacinto.runs.progress import Place, progress_fields, stage_summary, test_line
-from caffe_jacinto.runs.resume import StartPoint, start_point
+from caffe_jacinto.runs.resume import StartPoint, start_point, weights_are_finite
 from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.signals import StopSignals
 from caffe_jacinto.runs.tail import Tail
@@ -85,11 +85,16 @@ class Driver:
         """See to it that a stage is trained; False when it was stopped on request."""
         place = Place(self.run.recipe, plan.name)
         # The files tell where a driver was killed between the stage's end and its own note of it.
-        if state.state == "finished" or self.run.engine.finished(train_job(self.run, plan)):
+        if state.state == "finished" or self._is_trained(plan):
             self._note(state, "finished")
             self.screen.say(f"{place.title()}: finished before")
             return True
         return not self.signals.asked and self._train(plan, state, place)
+
+    def _is_trained(self, plan: StagePlan) -> bool:
+        """Whether the stage's final weights are ready to be handed over, and are numbers."""
+        finished = self.run.engine.finished(train_job(self.run, plan))
+        return finished and weights_are_finite(plan.final_weights)
 
     def _train(self, plan: StagePlan, state: StageState, place: Place) -> bool:
         """Train a stage to its end; False when it was stopped on request."""
@@ -110,8 +115,9 @@ class Driver:
         code = self._run(
             plan.folder, state, commands, Watched(view, place, keeper, plan, len(view.tests), view.displays)
         )
-        keeper.clean(view)
-        if self.run.engine.finished(job):
+        if view.trouble is None:
+            keeper.clean(view)
+        if view.trouble is None and self._is_trained(plan):
             self._note(state, "finished")
             self.screen.say(stage_summary(view, place, time.monotonic() - begun), style="green")
             return True
@@ -183,8 +189,10 @@ class Driver:
             run_folder.save(self.run.folder, self.record)
             code = self._follow(child, Tail(folder / LOG_NAME, start), watched)
             self.signals.pass_on_to(None)
+            if code != 0 or self.signals.asked or watched.view.trouble is not None:
+                break
             # Caffe exits with 0 when it was interrupted, too: what follows needs the final snapshot.
-            if code != 0 or self.signals.asked or not watched.has_final_snapshot(self.run):
+            if not watched.has_final_snapshot(self.run):
                 break
         state.pid = None
         self.screen.clear()
@@ -204,7 +212,7 @@ class Driver:
             if self.signals.count > told_stops and not ended:
                 told_stops = self.signals.count
                 self._tell_stopping(told_stops)
-            if watched.keeper is not None:
+            if watched.keeper is not None and watched.view.trouble is None:
                 watched.keeper.clean_now_and_then(watched.view)
             if ended:
                 return child.exit_code
@@ -235,7 +243,7 @@ class Driver:
 
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:
         if view.trouble is not None:
-            reason = self._trouble(plan, view.trouble)
+            reason = self._trouble(plan, view)
         elif view.fatal is not None:
             reason = view.fatal
         elif code != 0:
@@ -243,8 +251,8 @@ class Driver:
                 f"{describe_exit(code)}{_last_words(plan.log)}; to go on: {resume_command(self.run.folder)}"
             )
         elif view.iteration >= plan.stage.solver.max_iter:
-            found = survey(plan.prefix, self.run.engine.info.dialect).skipped
-            reason = f"its last snapshot is not complete{''.join(f': {line}' for line in found[:1])}"
+            found = start_point(plan, self.run.engine.info.dialect).passed_over
+            reason = f"its last snapshot is not good{''.join(f': {line}' for line in found[:1])}"
         else:
             reason = (
                 f"Caffe ended early, at iteration {view.iteration:,}, as it does when it is interrupted; "
@@ -253,12 +261,12 @@ class Driver:
         self._note(state, "failed", reason)
         return RunFailed(f"stage {plan.name} failed: {reason}; log: {plan.log}")
 
-    def _trouble(self, plan: StagePlan, trouble: str) -> str:
-        good = start_point(plan, self.run.engine.info.dialect).snapshot
+    def _trouble(self, plan: StagePlan, view: StageView) -> str:
+        good = start_point(plan, self.run.engine.info.dialect, until=view.sound).snapshot
         rate = plan.stage.solver.base_lr
         named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
         return (
-            f"{trouble}, so it was stopped; {named}; a new run with a lower learning rate, such as "
+            f"{view.trouble}, so it was stopped; {named}; a new run with a lower learning rate, such as "
             f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g}), may hold"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import complete_snapshots
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.runs.resume import weights_are_finite
 from caffe_jacinto.runs.watch import StageView
 
 SECONDS_BETWEEN = 5.0
@@ -43,8 +44,13 @@ class Keeper:
         Snapshots beyond the point that the stage has come to are of an earlier try, and are neither counted
         nor deleted: it will write them anew.
         """
-        own = {s.iteration for s in complete_snapshots(self._prefix, self._dialect)}
-        own = {iteration for iteration in own if iteration <= self._start or iteration in view.written}
+        own = {
+            snapshot.iteration
+            for snapshot in complete_snapshots(self._prefix, self._dialect)
+            if snapshot.iteration <= self._start or snapshot.iteration in view.written
+            # Weights gone wrong between two displays must not push the last good ones out.
+            if weights_are_finite(snapshot.caffemodel)
+        }
         remove_others(self._prefix, own, kept_iterations(own, view.top1(), self._keep, self._max_iter))
         return max(view.written, default=0) in own | {0}
 

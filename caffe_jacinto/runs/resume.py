@@ -23,12 +23,13 @@ class StartPoint:
         return 0 if self.snapshot is None else self.snapshot.iteration
 
 
-def start_point(plan: StagePlan, dialect: Dialect) -> StartPoint:
-    """The newest complete snapshot of the stage whose weights are numbers."""
+def start_point(plan: StagePlan, dialect: Dialect, until: int | None = None) -> StartPoint:
+    """The newest complete snapshot of the stage whose weights are numbers, up to iteration ``until``."""
+    last = plan.stage.solver.max_iter if until is None else until
     found = survey(plan.prefix, dialect)
     passed_over = list(found.skipped)
     for snapshot in found.complete:
-        reason = _unfit(snapshot, plan.stage.solver.max_iter)
+        reason = _unfit(snapshot, last)
         if reason is None:
             newer = tuple(line for line in passed_over if _names_newer(line, snapshot.iteration))
             return StartPoint(snapshot, newer)
@@ -36,14 +37,9 @@ def start_point(plan: StagePlan, dialect: Dialect) -> StartPoint:
     return StartPoint(None, tuple(passed_over))
 
 
-def last_good(plan: StagePlan, dialect: Dialect) -> Snapshot | None:
-    """The newest snapshot to trust, for a stage whose loss has gone wrong."""
-    return start_point(plan, dialect).snapshot
-
-
-def _unfit(snapshot: Snapshot, max_iter: int) -> str | None:
-    if snapshot.iteration > max_iter:
-        return f"the stage ends at iteration {max_iter}"
+def _unfit(snapshot: Snapshot, last: int) -> str | None:
+    if snapshot.iteration > last:
+        return f"it is beyond iteration {last}"
     if not weights_are_finite(snapshot.caffemodel):
         return f"{snapshot.caffemodel} holds weights that are not numbers"
     return None

@@ -6,10 +6,10 @@ import math
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from caffe_jacinto.logs import events
+from caffe_jacinto.logs.clock import elapsed
 from caffe_jacinto.logs.events import LogReader
 from caffe_jacinto.runs.tail import Tail
 
@@ -21,9 +21,6 @@ STUCK_DISPLAYS = 3
 
 PACE_POINTS = 50
 """Displays that the pace is measured over."""
-
-DAYS_OF_A_YEAR = 366 * 86400.0
-"""Stamps without a year are read as of a leap year."""
 
 
 @dataclass
@@ -57,6 +54,9 @@ class StageView:
     trouble: str | None = None
     """What is wrong with the loss."""
 
+    sound: int = 0
+    """The last iteration that was displayed with nothing wrong with its loss."""
+
     in_test: bool = False
     """A test has begun, and nothing that comes after it has been seen."""
 
@@ -80,7 +80,7 @@ class StageView:
 
     def begin_part(self, iteration: int) -> None:
         """A new process goes on at ``iteration``: what the ones before it came to after that is past."""
-        self.iteration = iteration
+        self.iteration = self.sound = iteration
         self.tests = {tested: outputs for tested, outputs in self.tests.items() if tested <= iteration}
         self.written.clear()
         self._new_process()
@@ -90,8 +90,8 @@ class StageView:
         if len(self._pace) < 2:
             return None
         (first, first_stamp), (last, last_stamp) = self._pace[0], self._pace[-1]
-        seconds = seconds_between(first_stamp, last_stamp)
-        return seconds / (last - first) if last > first and seconds is not None else None
+        seconds = elapsed(first_stamp, last_stamp)
+        return seconds / (last - first) if last > first and seconds > 0 else None
 
     def top1(self) -> dict[int, float]:
         """Top-1 accuracy by iteration, of the tests that have it."""
@@ -145,6 +145,8 @@ class StageView:
             self.trouble = f"the loss is not a number ({event.loss}) at iteration {event.iteration}"
         elif self._stuck >= STUCK_DISPLAYS:
             self.trouble = f"the loss is stuck at {STUCK_LOSS} at iteration {event.iteration}"
+        elif not self._stuck:
+            self.sound = event.iteration
 
     def _output(self, event: events.TestOutput) -> None:
         if event.iteration is None:
@@ -159,20 +161,3 @@ class StageView:
 def top1_of(outputs: dict[str, float]) -> float | None:
     """The top-1 accuracy among a test's outputs, as this program's networks name it."""
     return outputs.get("accuracy/top1")
-
-
-def seconds_between(first: str, last: str) -> float | None:
-    """Seconds between two stamps of glog, ``0815 09:52:55.512455`` or with the year before it."""
-    times = [_time(stamp) for stamp in (first, last)]
-    if times[0] is None or times[1] is None:
-        return None
-    seconds = (times[1] - times[0]).total_seconds()
-    return seconds if seconds >= 0 else seconds + DAYS_OF_A_YEAR
-
-
-def _time(stamp: str) -> datetime | None:
-    full = stamp if stamp[4:5] != " " else f"2000{stamp}"
-    try:
-        return datetime.strptime(full, "%Y%m%d %H:%M:%S.%f")
-    except ValueError:
-        return None
