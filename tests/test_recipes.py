@@ -109,7 +109,7 @@ def test_overrides_are_toml_values_and_a_bare_word_is_text() -> None:
         ('dataset = "digits"', 'dataset = "../digits"', ["data.dataset", "file name"]),
         ('regularization = "L2"', 'regularization = "L3"', ["regularization", "L1, L2"]),
         ("target = 0.8", "target = 80", ["stages.sparse.sparse.target", "less than 1"]),
-        ("start_iter = 10", "start_iter = 300", ["stages.sparse.sparse.start_iter", "max_iter 260"]),
+        ("start_iter = 10", "start_iter = 300", ["stages.sparse.sparse.start_iter", "max_iter 300"]),
         ("freeze_zeros = true", "freeze_zeroes = true", ["stages.finetune", "did you mean freeze_zeros?"]),
         ("num_classes = 10", "num_classes = 1", ["data.num_classes", "2 or more"]),
         ("batch_size = 64", "batch_size = 64\ngpus = [0, 0]", ["training.gpus", "twice"]),
