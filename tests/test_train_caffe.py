@@ -255,6 +255,20 @@ def test_dry_run_writes_every_file_and_runs_nothing(trainer: Trainer) -> None:
     assert "caffe_jacinto.engines.stepper" in said
 
 
+def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> None:
+    missing = ("--set", "data.train_lmdb=nowhere")
+    code, said = trainer.run(*tiny(), *missing, "--output", "dry without data", "--dry-run")
+    assert code == 2
+    assert "LMDB nowhere does not exist" in said
+    assert (trainer.folder / "dry without data/finetune/solver.prototxt").exists()
+    wrong = (*missing, "--set", "training.iter_size=3")
+    code, said = trainer.run(*tiny(), *wrong, "--output", "refused", "--dry-run")
+    assert code == 2
+    assert "LMDB nowhere does not exist" in said
+    assert "does not divide" in said
+    assert not (trainer.folder / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

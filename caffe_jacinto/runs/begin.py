@@ -61,7 +61,7 @@ def start(
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
     _tell(findings, screen)
-    if not dry_run:
+    if not (dry_run and findings.files_can_be_made):
         _refuse(findings)
     record = RunRecord(
         caffe_jacinto=__version__,
@@ -76,6 +76,8 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
+    if (folder / run_folder.RUN_FILE).exists():
+        raise UserError(f"{folder} is there already{_instead(folder)}")
     run_folder.save(folder, record)
     _carry_labels(run)
     screen.say(f"run folder: {folder}")

@@ -185,9 +185,14 @@ class Driver:
                 self._note(state, "failed", str(error))
                 raise RunFailed(f"{command[0]} cannot be started: {error.strerror}") from None
             self.signals.pass_on_to(child)
-            state.pid = child.pid
-            run_folder.save(self.run.folder, self.record)
-            code = self._follow(child, Tail(folder / LOG_NAME, start), watched)
+            try:
+                state.pid = child.pid
+                run_folder.save(self.run.folder, self.record)
+                code = self._follow(child, Tail(folder / LOG_NAME, start), watched)
+            except BaseException:
+                # We cannot go on (a full disk, for one): nothing may train unwatched.
+                child.stop(1)
+                raise
             self.signals.pass_on_to(None)
             if code != 0 or self.signals.asked or watched.view.trouble is not None:
                 break

@@ -79,7 +79,7 @@ def remove_others(prefix: Path, complete: Iterable[int], kept: frozenset[int]) -
     """
     newest = max(complete, default=0)
     removed = []
-    for iteration, files in sorted(_snapshot_files(prefix).items()):
+    for iteration, files in sorted(snapshot_files(prefix).items()):
         if iteration < newest and iteration not in kept:
             for file in files:
                 file.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def remove_others(prefix: Path, complete: Iterable[int], kept: frozenset[int]) -
     return removed
 
 
-def _snapshot_files(prefix: Path) -> dict[int, list[Path]]:
+def snapshot_files(prefix: Path) -> dict[int, list[Path]]:
     """The files ``<prefix>_iter_N.<anything>`` by N."""
     pattern = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\..+", re.DOTALL)
     found: dict[int, list[Path]] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from caffe_jacinto.engines.gpus import check_gpus
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.runs.keep import snapshot_files
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, stage_texts, train_job
 
 BYTES_PER_WEIGHT = 4
@@ -29,6 +30,9 @@ class Findings:
 
     notes: list[str] = field(default_factory=list)
     """Allowed, and to be known."""
+
+    files_can_be_made: bool = False
+    """Whether the problems, if any, leave every stage its files and commands: a dry run can show them."""
 
     train_images: int | None = None
     val_images: int | None = None
@@ -59,6 +63,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
         findings.attempt(
             lambda: _check_disk(run, stages, keep, next(iter(texts.values()))["deploy.prototxt"])
         )
+    findings.files_can_be_made = len(texts) == len(stages)
     for plan in stages:
         if plan.devices.note:
             findings.notes.append(f"stage {plan.name}: {plan.devices.note}")
@@ -166,16 +171,15 @@ def _listed(mismatches: Sequence[object]) -> str:
 
 def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: str) -> None:
     weights = _weight_count(deploy, run.engine.info.dialect)
-    needed = int(
-        sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(plan, weights) for plan in stages) * MARGIN
-    )
+    snapshots = sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(plan, weights) for plan in stages)
+    needed = int(snapshots * MARGIN) - sum(_bytes_there(plan.prefix) for plan in stages)
     there = _existing(run.folder)
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
             f"not enough disk space in {there}: the snapshots need about {_size(needed)} "
-            f"(training.keep is {keep}), and {_size(free)} are free; free some, or put the run elsewhere "
-            "with --output"
+            f"more (training.keep is {keep}), and {_size(free)} are free; free some, or put the run "
+            "elsewhere with --output"
         )
     if not os.access(there, os.W_OK):
         raise UserError(f"{there} is not writable; choose another folder with --output")
@@ -200,6 +204,12 @@ def _snapshot_bytes(plan: StagePlan, weights: int) -> int:
     """Weights and solver state: one value per weight, and its history's."""
     histories = 2 if plan.stage.solver.type in ("Adam", "AdaDelta") else 1
     return BYTES_PER_WEIGHT * weights * (1 + histories)
+
+
+def _bytes_there(prefix: Path) -> int:
+    """What the snapshots of an earlier try take up already."""
+    files = snapshot_files(prefix).values() if prefix.parent.is_dir() else []
+    return sum(file.stat().st_size for group in files for file in group)
 
 
 def _existing(path: Path) -> Path:

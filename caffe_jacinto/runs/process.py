@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from caffe_jacinto.resources import PACKAGE
+
 ENVIRONMENT = {
     # Caffe's lines go to the log only, all of them: without these, glog keeps copies in /tmp, or a level set
     # in the user's environment hides the progress.
@@ -36,7 +38,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": _python_path()},
                 pass_fds=(lock,),
                 start_new_session=True,
             )
@@ -76,6 +78,11 @@ class Child:
                 self._process.send_signal(number)
             else:
                 os.killpg(self._process.pid, number)
+
+
+def _python_path() -> str:
+    """The engines' own programs are found in any folder, also where this package is not installed."""
+    return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
 def describe_exit(code: int) -> str:
