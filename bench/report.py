@@ -2,12 +2,12 @@
 
     python bench/report.py [--log FILE] [--parse-log tools/extra/parse_log.py] [--megabytes 75] [--runs 3]
 
-A real log (``--log``; the published one in ../shared/reference; else of a small training with Caffe, made
-now) is repeated with its iterations counted on until it has the size, and once more ten times as long. Both
-programs run as whole processes, in turn; the fastest run of each counts. parse_log.py is Python 2: its print
-statements are converted while this runs, and the year in the dates of glog 0.6 and later, which it cannot
-read, is left out of the log. Prints Markdown tables; exit code 1 where a limit is broken: the report at least
-3 times as fast, its memory not growing with the log, `--help` of a command within 0.5 s.
+A real log (``--log``; else of a small training with Caffe, made now) is repeated with its iterations counted
+on until it has the size, and once more ten times as long. Both programs run as whole processes, in turn; the
+fastest run of each counts. parse_log.py is Python 2: its print statements are converted while this runs, and
+the year in the dates of glog 0.6 and later, which it cannot read, is left out of the log. Prints Markdown
+tables; exit code 1 where a limit is broken: the report at least 3 times as fast, its memory not growing with
+the log, `--help` of a command within 0.5 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ GROWTH_LIMIT = 1.2
 """Peak memory on the log of ten times the length over that on the log itself."""
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT.parent / "shared" / "reference" / "logs" / "imagenet_jacintonet11_initial.log"
 _PROGRESS = re.compile(rb"^I.*\] Iteration (\d+)[ ,(].*loss = .*\n", re.MULTILINE)
 _ITERATION = re.compile(rb"(?<=\] Iteration )(\d+)")
 _YEAR = re.compile(rb"^([IWEF])\d{4}(?=\d{4} )", re.MULTILINE)
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        log = arguments.log or (REFERENCE if REFERENCE.is_file() else _train(folder))
+        log = arguments.log or _train(folder)
         within = _compare(
             folder, log, arguments.parse_log or _parse_log(), arguments.megabytes, arguments.runs
         )

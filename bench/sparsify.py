@@ -10,11 +10,13 @@ medians, but on a machine that does other work they are that work's, too.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from caffe_jacinto.engines.find import find_engine
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     caffe = start_caffe(info.pycaffe, ())
     rows, within = [], True
     for label, size, strides, batch in CASES:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _caffe_log_in(Path(folder) / "caffe.log"):
             stepper = _stepper(caffe, Path(folder), size, strides, batch)
             step, hold, threshold = _measure(stepper, arguments.iterations)
         share = hold / (step + hold)
@@ -69,6 +71,23 @@ def main(argv: Sequence[str]) -> int:
     )
     print("kept" if within else "BROKEN")
     return 0 if within else 1
+
+
+@contextmanager
+def _caffe_log_in(path: Path) -> Iterator[None]:
+    """Caffe, which logs to standard error, logs to a file instead, shown only when something goes wrong."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        os.write(terminal, path.read_bytes())
+        raise
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _stepper(caffe: object, folder: Path, size: int, strides: tuple[int, ...], batch: int) -> Stepper:

@@ -1,4 +1,4 @@
-"""What tests share: the real Caffe."""
+"""What tests share: the real Caffe, and the published files."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def caffe_root(caffe_engine: Engine) -> Path:
     """The folder whose ``python/`` holds pycaffe and that has the executable below it."""
     assert caffe_engine.info.pycaffe is not None
     return caffe_engine.info.pycaffe.parent
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The published prototxts, logs and schemas that tests compare with.
+
+    They are other people's and no part of the project: in $CAFFE_JACINTO_PUBLISHED, or in shared/reference
+    beside the checkout.
+    """
+    given = os.environ.get("CAFFE_JACINTO_PUBLISHED")
+    folder = Path(given) if given else Path(__file__).parents[2] / "shared" / "reference"
+    if not folder.is_dir():
+        pytest.skip(f"the published files are not at {folder} (CAFFE_JACINTO_PUBLISHED)")
+    return folder
 
 
 def _missing(reason: str) -> Engine:

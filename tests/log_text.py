@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
-"""Published logs and networks, beside the project where it is developed."""
-
 NET = """\
 name: "tiny"
 state {{

@@ -19,7 +19,7 @@ from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
-PUBLISHED = Path(__file__).parents[1] / "../shared/reference/prototxt/jacintonet11_imagenet_caffe_jacinto"
+PUBLISHED = "prototxt/jacintonet11_imagenet_caffe_jacinto"
 FILES = ("train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt")
 FORK, STOCK = Dialect.CAFFE_JACINTO, Dialect.BVLC
 
@@ -58,12 +58,6 @@ def first_difference(ours: Any, published: Any) -> str | None:
     return None
 
 
-def published(name: str) -> str:
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"{PUBLISHED} is not here")
-    return (PUBLISHED / name).read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "published_name"),
     [
@@ -73,9 +67,9 @@ def published(name: str) -> str:
     ],
 )
 def test_the_network_is_the_published_one_message_for_message(
-    tmp_path: Path, name: str, published_name: str
+    tmp_path: Path, published: Path, name: str, published_name: str
 ) -> None:
-    theirs = parse_net(published(published_name), FORK, published_name)
+    theirs = parse_net((published / PUBLISHED / published_name).read_text(), FORK, published_name)
     for arguments in ((), ("--dialect", "caffe_jacinto"), ("--dialect", "caffe_jacinto", "--gpus", "0,1")):
         ours = parse_net(build(tmp_path, *arguments)[name], FORK, name)
         assert first_difference(ours, theirs) is None
@@ -85,8 +79,10 @@ def test_the_network_is_the_published_one_message_for_message(
 @pytest.mark.parametrize(
     ("stage", "file"), [("initial", "solver.prototxt"), ("sparse", "solver_sparse.prototxt")]
 )
-def test_the_solver_is_the_published_one_apart_from_paths(tmp_path: Path, stage: str, file: str) -> None:
-    theirs = parse_solver(published(file), FORK, file)
+def test_the_solver_is_the_published_one_apart_from_paths(
+    tmp_path: Path, published: Path, stage: str, file: str
+) -> None:
+    theirs = parse_solver((published / PUBLISHED / file).read_text(), FORK, file)
     ours = parse_solver(build(tmp_path, "--stage", stage)["solver.prototxt"], FORK, "solver.prototxt")
     for solver in (ours, theirs):
         for path in ("train_net", "test_net", "snapshot_prefix"):

@@ -21,8 +21,6 @@ from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 
-REFERENCE = Path("../shared/reference/prototxt")
-
 NET = """
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
 layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
@@ -271,15 +269,14 @@ def test_sparsity_is_of_convolutions_not_before_the_softmax(tmp_path: Path) -> N
     assert total_sparsity(layers) == 0.25
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason=f"{REFERENCE} is absent")
-def test_published_networks_have_their_known_numbers_of_weights() -> None:
+def test_published_networks_have_their_known_numbers_of_weights(published: Path) -> None:
     """The published logs count 2.35478e+06 weights in the convolutions and 2.86678e+06 with fc1000's."""
-    path = REFERENCE / "jacintonet11_imagenet_caffe_jacinto/deploy.prototxt"
+    path = published / "prototxt" / "jacintonet11_imagenet_caffe_jacinto/deploy.prototxt"
     blobs = expected_blobs(parse_net(path.read_text(), Dialect.CAFFE_JACINTO, path.name), test=True)
     convolutions = [shapes[0] for shapes in blobs.values() if len(shapes[0]) == 4]
     assert f"{sum(np.prod(shape) for shape in convolutions):g}" == "2.35478e+06"
     assert blobs["fc1000"][0] == (1000, 512)
-    path = REFERENCE / "bvlc_alexnet/deploy.prototxt"
+    path = published / "prototxt" / "bvlc_alexnet/deploy.prototxt"
     alexnet = expected_blobs(parse_net(path.read_text(), Dialect.BVLC, path.name), test=True)
     assert alexnet["conv2"][0] == (256, 48, 5, 5)
     assert alexnet["fc6"][0] == (4096, 9216)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from log_text import GIGAMACS, REFERENCE, Log, whole_stage
+from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.report import main
 
-LOGS = REFERENCE / "logs"
 KEYS = [
     "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity",
     "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds",
@@ -44,15 +43,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.fixture
-def published() -> Path:
-    if not LOGS.is_dir():
-        pytest.skip(f"the published logs are not at {LOGS}")
-    return LOGS
-
-
 def test_the_published_figures_to_the_last_digit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = stages(published, capsys=capsys)
+    found = stages(published / "logs", capsys=capsys)
     jacinto, resnet = "imagenet_jacintonet11", "resnet10_cvgj"
     assert list(found) == [(jacinto, "initial"), (jacinto, "sparse"), (jacinto, "test"), (resnet, "test")]
     expected: dict[tuple[str, str], dict[str, Any]] = {
@@ -89,7 +81,7 @@ def test_the_published_figures_to_the_last_digit(published: Path, capsys: pytest
 def test_a_published_log_cut_off_is_a_running_stage(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (published / "imagenet_jacintonet11_sparse.log").read_bytes()
+    text = (published / "logs" / "imagenet_jacintonet11_sparse.log").read_bytes()
     (tmp_path / "cut_sparse.log").write_bytes(text[: len(text) * 2 // 3])
     ((key, stage),) = stages(tmp_path, capsys=capsys).items()
     assert key == ("cut", "sparse")

@@ -32,8 +32,6 @@ from caffe_jacinto.runs.script import shell_script
 from caffe_jacinto.runs.tail import Tail
 from caffe_jacinto.runs.watch import StageView
 
-REFERENCE = Path(__file__).parents[2] / "shared/reference/logs"
-
 
 def line(second: float, text: str, source: str = "solver.cpp:239") -> str:
     return f"I1123 10:00:{second:09.6f}  77 {source}] {text}\n"
@@ -100,10 +98,9 @@ def test_a_new_part_forgets_how_the_one_before_ended() -> None:
     assert (view.trouble, view.fatal, view.iteration) == (None, None, 4)
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no ../shared/reference")
-def test_a_published_log() -> None:
+def test_a_published_log(published: Path) -> None:
     view = StageView()
-    view.feed_file(REFERENCE / "imagenet_jacintonet11_sparse.log")
+    view.feed_file(published / "logs" / "imagenet_jacintonet11_sparse.log")
     assert (view.iteration, view.max_iter, view.sparsity) == (160000, 160000, 0.661)
     assert view.trouble is None
 

@@ -19,8 +19,6 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.recipes.model import SparseSettings
 
-REFERENCE_LOG = Path("../shared/reference/logs/imagenet_jacintonet11_sparse.log")
-
 PUBLISHED = SparseSettings(start_iter=20000)
 
 
@@ -150,9 +148,8 @@ def test_fork_without_its_log_counts_the_steps(iteration: int, factor: float) ->
     assert fork_start_factor(PUBLISHED, iteration, "") == factor
 
 
-@pytest.mark.skipif(not REFERENCE_LOG.exists(), reason=f"{REFERENCE_LOG} is absent")
-def test_fork_start_factor_of_the_published_log() -> None:
-    log = REFERENCE_LOG.read_text(errors="replace")
+def test_fork_start_factor_of_the_published_log(published: Path) -> None:
+    log = (published / "logs" / "imagenet_jacintonet11_sparse.log").read_text(errors="replace")
     # The snapshot of 50,000 comes before the threshold of that iteration; the ramp ends at 0.81.
     assert fork_start_factor(PUBLISHED, 50000, log) == 0.3
     assert fork_start_factor(PUBLISHED, 150000, log) == 0.81
