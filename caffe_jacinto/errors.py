@@ -61,7 +61,8 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
@@ -81,4 +82,5 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
 
 def _drop_stdout() -> None:
     """What is left in stdout's buffer has nowhere to go; Python would fail on it again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

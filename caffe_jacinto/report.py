@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.errors import USER_ERROR, UserError, run_command
+from caffe_jacinto.errors import USER_ERROR, Parser, UserError, run_command
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, find_runs
 
@@ -47,12 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PROGRAM}",
-        description=description,
-        epilog=rest.strip("\n"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(f"python -m {PROGRAM}", description, rest.strip("\n"))
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="log file or folder with logs")
     formats = ("table", "markdown", "csv", "json")
     parser.add_argument("--format", choices=formats, default="table", help="default: table")
@@ -63,9 +58,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _print(runs: Sequence[Run], form: str) -> None:
-    # A terminal or pipe that is not UTF-8 must not end the report.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     if form == "json":
         print(tables.as_json(runs))
     elif form == "csv":

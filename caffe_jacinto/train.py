@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.errors import UserError, run_command
+from caffe_jacinto.errors import Parser, UserError, run_command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,15 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     description, _, examples = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m caffe_jacinto.train",
-        description=description,
-        epilog=examples.strip("\n"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m caffe_jacinto.train", description, examples.strip("\n"))
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name, or a .toml file"
     )

@@ -51,3 +51,9 @@ def test_a_terminal_that_cannot_show_a_path_does_not_end_the_command(tmp_path: P
     done = subprocess.run([*BUILD_NET, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "b\\xfccher" in done.stdout
+
+
+def test_a_closed_stdout_is_no_error(tmp_path: Path) -> None:
+    arguments = [*BUILD_NET, str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

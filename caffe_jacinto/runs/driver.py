@@ -119,7 +119,9 @@ class Driver:
             keeper.clean(view)
         if view.trouble is None and self._is_trained(plan):
             self._note(state, "finished")
-            self.screen.say(stage_summary(view, place, time.monotonic() - begun), style="green")
+            seconds = time.monotonic() - begun
+            reestimated = self.run.engine.info.kind == "bvlc" and job.reestimate_batches > 0
+            self.screen.say(stage_summary(view, place, seconds, reestimated=reestimated), style="green")
             return True
         if self.signals.asked:
             self._note(state, "stopped", f"at iteration {view.iteration:,}")

@@ -72,13 +72,18 @@ def test_line(outputs: dict[str, float]) -> str:
     return "test: " + ", ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(outputs.items()))
 
 
-def stage_summary(view: StageView, place: Place, seconds: float) -> str:
-    """A finished stage in one line."""
+def stage_summary(view: StageView, place: Place, seconds: float, *, reestimated: bool) -> str:
+    """A finished stage in one line.
+
+    ``reestimated``: its last test was of the weights with batch-norm statistics estimated anew, and can
+    differ much from the test before.
+    """
     parts = [f"{place.title()}: finished, {place.max_iter:,} iterations in {duration(seconds)}"]
     outputs = view.tests.get(place.max_iter, {})
     accuracy = top1_of(outputs)
     if accuracy is not None:
-        parts.append(f"top-1 {accuracy:.4g}")
+        of_what = " with re-estimated batch-norm statistics" if reestimated else ""
+        parts.append(f"top-1 {accuracy:.4g}{of_what}")
     if view.sparsity is not None:
         parts.append(f"sparsity {view.sparsity:.3f}")
     return ", ".join(parts)
