@@ -38,7 +38,7 @@ _YEAR = re.compile(rb"^([IWEF])\d{4}(?=\d{4} )", re.MULTILINE)
 NET = """
 layer { name: "data" type: "DummyData" top: "data" top: "label"
   dummy_data_param { shape { dim: 4 dim: 3 dim: 8 dim: 8 } shape { dim: 4 }
-    data_filler { type: "gaussian" } } }
+    data_filler { type: "gaussian" } data_filler { type: "constant" value: 3 } } }
 layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc"
   inner_product_param { num_output: 5 weight_filler { type: "msra" } } }
 layer { name: "top1" type: "Accuracy" bottom: "fc" bottom: "label" top: "top1" include { phase: TEST } }

@@ -50,18 +50,21 @@ def main(argv: Sequence[str]) -> int:
     info = find_engine(arguments.caffe, "bvlc").info
     if info.pycaffe is None:
         raise UserError("; ".join(info.notes))
-    caffe = start_caffe(info.pycaffe, ())
     rows, within = [], True
-    for label, size, strides, batch in CASES:
-        with tempfile.TemporaryDirectory() as folder, _caffe_log_in(Path(folder) / "caffe.log"):
-            stepper = _stepper(caffe, Path(folder), size, strides, batch)
-            step, hold, threshold = _measure(stepper, arguments.iterations)
-        share = hold / (step + hold)
-        within = within and share <= MASK_LIMIT and threshold <= THRESHOLD_LIMIT
-        rows.append(
-            f"| {label}, batch {batch} | {step * 1e3:.0f} ms | {hold * 1e3:.2f} ms | {share:.2%} "
-            f"| {threshold * 1e3:.0f} ms |"
-        )
+    with tempfile.TemporaryDirectory() as scratch, _caffe_log_in(Path(scratch) / "caffe.log"):
+        caffe = start_caffe(info.pycaffe, ())
+        for number, (label, size, strides, batch) in enumerate(CASES):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            step, hold, threshold = _measure(
+                _stepper(caffe, folder, size, strides, batch), arguments.iterations
+            )
+            share = hold / (step + hold)
+            within = within and share <= MASK_LIMIT and threshold <= THRESHOLD_LIMIT
+            rows.append(
+                f"| {label}, batch {batch} | {step * 1e3:.0f} ms | {hold * 1e3:.2f} ms | {share:.2%} "
+                f"| {threshold * 1e3:.0f} ms |"
+            )
     print("| JacintoNet11 | step of Caffe's solver | masks | share of an iteration | threshold step |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))
