@@ -356,3 +356,14 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
             read_stage(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_stage(tmp_path / "missing.log")
+
+
+def test_a_listing_of_sparsity_is_of_the_iteration_that_is_named_next() -> None:
+    text = (
+        Log().start().sparsity(0, 0).test(0, 0.1, 0.5, 2.3).iterate(0, 10).sparsity(0.25, 0).iterate(20, 30)
+    )
+    log = StageLog(curves=True)
+    log.feed(text.done(40).sparsity(0.5, 0).text.encode())
+    log.close()
+    assert log.curves is not None
+    assert log.curves.sparsity.all() == [(0, 0), (20, 0.25), (40, 0.5)]

@@ -163,6 +163,8 @@ class StageLog:
         self._tests: dict[int, _Tests] = {}
         self._iteration: int | None = None
         self._sparsity: events.Sparsity | None = None
+        self._unplotted_sparsity: float | None = None
+        """Of a listing that waits for the line that names its iteration."""
         self._speed: float | None = None
         self._speed_is_overall = False
         self._planned: int | None = None
@@ -185,6 +187,7 @@ class StageLog:
     def close(self) -> None:
         """The log ends here, for now."""
         self._fold(self._reader.close())
+        self._plot_sparsity()
         tests = self._tests.get(0)
         if tests is not None and not tests.ended and self._last_test(0) is tests.current:
             self._plot_test(tests)
@@ -201,6 +204,7 @@ class StageLog:
             process.first_progress = event
         process.last_progress = event
         self._iteration = event.iteration
+        self._plot_sparsity()
         self._end_tests()
         if self.curves is not None and event.loss == event.loss:
             self.curves.loss.add(event.iteration, event.loss)
@@ -210,6 +214,7 @@ class StageLog:
             self.curves.learning_rate.add(event.iteration, event.lr)
 
     def _process_started(self, event: events.ProcessStarted) -> None:
+        self._plot_sparsity()
         self._end_tests()
         self._end_process(event.previous)
         self._process = _Process(first_stamp=event.stamp)
@@ -277,6 +282,7 @@ class StageLog:
     def _test_started(self, event: events.TestStarted) -> None:
         self._end_tests()
         self._iteration = event.iteration
+        self._plot_sparsity()
         self._tests.setdefault(event.net, _Tests()).start(None)
 
     def _test_output(self, event: events.TestOutput) -> None:
@@ -318,10 +324,15 @@ class StageLog:
 
     def _sparsity_listed(self, event: events.Sparsity) -> None:
         self._sparsity = event
-        if self.curves is not None and self._iteration is not None:
-            value = self._conv_sparsity()
-            if value is not None:
-                self.curves.sparsity.add(self._iteration, value)
+        if self.curves is not None:
+            self._unplotted_sparsity = self._conv_sparsity()
+
+    def _plot_sparsity(self) -> None:
+        """A listing comes just before the first line of its iteration; the last one has none after it."""
+        if self.curves is None or self._unplotted_sparsity is None or self._iteration is None:
+            return
+        self.curves.sparsity.add(self._iteration, self._unplotted_sparsity)
+        self._unplotted_sparsity = None
 
     def _snapshot_written(self, event: events.SnapshotWritten) -> None:
         self._end_tests()
