@@ -55,6 +55,9 @@ class DataSettings(_Settings):
     mirror: bool = True
     """Mirror every other training image, at random."""
 
+    mean_file: OptionalText = None
+    """A .binaryproto whose mean image is subtracted from every image, for networks that want one."""
+
     labels: OptionalText = None
     """A text file whose line N names class N; without it, ``labels.txt`` in the folder of ``train_lmdb``."""
 
@@ -66,8 +69,21 @@ class NetworkSettings(_Settings):
     crop_size: PositiveInt
     """Height and width of the network's input, in pixels."""
 
-    strides: Annotated[tuple[PositiveInt, ...], Ints]
-    """How much each part of the network shrinks the image, from the input on."""
+    strides: Annotated[tuple[PositiveInt, ...] | None, Ints] = None
+    """How much each part of the network shrinks the image, from the input on, where the network leaves that
+    open; without them, as published."""
+
+    frozen: Annotated[tuple[Text, ...], Ints] = ()
+    """Layers that keep their start weights; a convolution's batch norm freezes with it."""
+
+    head_lr_mult: PositiveFloat = 1.0
+    """How many times faster than published the last layer with weights learns."""
+
+    @model_validator(mode="after")
+    def _frozen_once(self) -> NetworkSettings:
+        if len(set(self.frozen)) < len(self.frozen):
+            raise _mistake(("frozen",), f"a layer stands twice in {list(self.frozen)}; name each once")
+        return self
 
 
 class TrainingSettings(_Settings):
@@ -83,7 +99,9 @@ class TrainingSettings(_Settings):
     gpus: Annotated[tuple[NaturalInt, ...], Ints] = ()
     """Device numbers; empty is the CPU."""
 
-    random_seed: NaturalInt = 33
+    random_seed: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 33
+    """Of the initial weights and of mirroring and cropping; -1: another each time, as Caffe has it."""
+
     keep: PositiveInt = 2
     """How many of the newest snapshots are kept, beside the best by top-1."""
 
@@ -105,13 +123,16 @@ class SolverSettings(_Settings):
     base_lr: PositiveFloat
     lr_policy: Literal["fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid"] = "poly"
     power: NaturalFloat = 1.0
-    gamma: PositiveFloat = 0.1
+    gamma: PositiveFloat | None = None
     stepsize: PositiveInt | None = None
     stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
     momentum: Fraction = 0.9
     weight_decay: NaturalFloat
     regularization: Literal["L1", "L2"]
     test_interval: PositiveInt
+    test_initialization: bool = True
+    """Test before the first iteration, too."""
+
     snapshot: PositiveInt
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
@@ -123,6 +144,10 @@ class SolverSettings(_Settings):
             raise _mistake(("lr_policy",), f'"{self.lr_policy}" needs stepsize; add it beside lr_policy')
         if self.lr_policy == "multistep" and not self.stepvalue:
             raise _mistake(("lr_policy",), '"multistep" needs stepvalue, e.g. stepvalue = [1000, 2000]')
+        if self.lr_policy not in ("fixed", "poly") and self.gamma is None:
+            raise _mistake(
+                ("lr_policy",), f'"{self.lr_policy}" needs gamma; add it beside lr_policy, e.g. gamma = 0.1'
+            )
         if self.type in ("AdaGrad", "RMSProp") and self.momentum:
             raise _mistake(
                 ("type",), f'Caffe\'s "{self.type}" takes no momentum; set momentum = 0.0 beside it'
@@ -146,8 +171,11 @@ class SparseSettings(_Settings):
     start_factor: Fraction = 0.0
     """The ramp's fraction before the first threshold, which applies this plus ``step_factor``."""
 
+    by: Literal["channel", "layer"] = "channel"
+    """What has one threshold: each output channel of a convolution, or each convolution as a whole."""
+
     threshold_maxratio: PositiveFloat = 0.2
-    """No threshold above this fraction of the channel's largest weight."""
+    """No threshold above this fraction of the largest weight of the channel (or layer)."""
 
     threshold_value_max: PositiveFloat = 0.2
     """No threshold above this value."""
@@ -165,6 +193,10 @@ class Stage(_Settings):
     weights: OptionalText = None
     """A .caffemodel to start from instead."""
 
+    reinit: Annotated[tuple[Text, ...], Ints] = ()
+    """Layers that take nothing from `weights` but start at random values, because they have another shape
+    there or another task. A convolution's batch norm goes with it."""
+
     solver: SolverSettings
     sparse: SparseSettings | None = None
     freeze_zeros: bool = False
@@ -176,6 +208,12 @@ class Stage(_Settings):
             raise _mistake(
                 ("weights",),
                 'a stage starts from `start` or from `weights`, not from both; set one of them to ""',
+            )
+        if self.reinit and not self.weights:
+            raise _mistake(
+                ("reinit",),
+                "only layers of `weights` can be left out, and this stage has none; remove reinit, or set "
+                "`weights`",
             )
         if self.freeze_zeros and self.sparse:
             raise _mistake(("freeze_zeros",), "a sparse stage freezes its zeros itself; remove freeze_zeros")
@@ -214,6 +252,19 @@ class Recipe(_Settings):
                 raise _mistake(("stages", name), "two stages differ only in case; give one another name")
             if stage.start is not None and stage.start not in earlier:
                 raise _mistake(("stages", name, "start"), _no_such_start(stage.start, earlier))
+            if self.network.frozen and stage.start is None and stage.weights is None:
+                raise _mistake(
+                    ("stages", name),
+                    f"network.frozen keeps {', '.join(self.network.frozen)} as they are at the start, and "
+                    "this stage starts from random weights; set `weights`",
+                )
+            both = [layer for layer in stage.reinit if layer in self.network.frozen]
+            if both:
+                raise _mistake(
+                    ("stages", name, "reinit"),
+                    f"{both[0]} is in network.frozen, too, and would stay at random values; take it out of "
+                    "one of them",
+                )
             earlier.append(name)
         return self
 
