@@ -122,11 +122,25 @@ class Driver:
             seconds = time.monotonic() - begun
             reestimated = self.run.engine.info.kind == "bvlc" and job.reestimate_batches > 0
             self.screen.say(stage_summary(view, place, seconds, reestimated=reestimated), style="green")
+            self._tell_if_too_dense(plan, view)
             return True
         if self.signals.asked:
             self._note(state, "stopped", f"at iteration {view.iteration:,}")
             return False
         raise self._failure(plan, state, view, code)
+
+    def _tell_if_too_dense(self, plan: StagePlan, view: StageView) -> None:
+        """Say so where the ramp ended below its target. Of stock Caffe only: the fork may count otherwise."""
+        sparse = plan.stage.sparse
+        if sparse is None or view.sparsity is None or self.run.engine.info.kind != "bvlc":
+            return
+        if view.sparsity < sparse.target:
+            self.screen.say(
+                f"  sparsity {view.sparsity:.3f} is below the target of {sparse.target:g}: the ramp "
+                "ended first, or its caps hold weights back that more L1 (weight_decay, max_iter of the stages "
+                "before) would shrink; see docs/sparsification.md",
+                style="yellow",
+            )
 
     def _start_factor(self, plan: StagePlan, point: StartPoint) -> float | None:
         if plan.stage.sparse is None or point.snapshot is None:
@@ -144,7 +158,8 @@ class Driver:
         self.screen.say(
             f"{place.title()}: {place.max_iter:,} iterations, {start}; log: {plan.log}", style="bold"
         )
-        if point.snapshot is not None and self.run.engine.info.kind == "bvlc":
+        trains_on = 0 < point.iteration < place.max_iter
+        if trains_on and self.run.engine.info.kind == "bvlc":
             self.screen.say(
                 "  stock Caffe reads its training LMDB from the beginning again after a resume: "
                 "the images there are seen once more than the others"

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -142,7 +143,7 @@ def _refusal(path: Path) -> str:
     if drivers:
         return (
             f"{folder}: train is already running there (process {drivers[0].pid}); "
-            f"watch it: python -m caffe_jacinto.train --status {folder}"
+            f"watch it: python -m caffe_jacinto.train --status {shlex.quote(str(folder))}"
         )
     if found:
         left = found[0]
