@@ -137,8 +137,8 @@ class Driver:
         if view.sparsity < sparse.target:
             self.screen.say(
                 f"  sparsity {view.sparsity:.3f} is below the target of {sparse.target:g}: the ramp "
-                "ended first, or its caps hold weights back that more L1 (weight_decay, max_iter of the stages "
-                "before) would shrink; see docs/sparsification.md",
+                "ended first, or its caps hold weights back that more L1 (weight_decay, max_iter of the "
+                "stages before) would shrink; see docs/sparsification.md",
                 style="yellow",
             )
 
