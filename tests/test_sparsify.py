@@ -23,7 +23,7 @@ PUBLISHED = SparseSettings(start_iter=20000)
 
 
 def literal(weights: np.ndarray, fraction: float, maxratio: float, value_max: float) -> np.ndarray:
-    """Channel by channel: of all magnitudes in the channel as thresholds, the largest that the rule allows.
+    """Row by row of ``weights``, a channel or a layer: of all its magnitudes as thresholds, the largest that the rule allows.
 
     Between two neighbouring magnitudes a threshold zeroes the same weights: these and the cap are enough.
     """
@@ -55,6 +55,14 @@ def test_small_weights_are_those_of_the_rule(
 ) -> None:
     found = small_weights(weights, fraction, maxratio=maxratio, value_max=value_max)
     assert (found == literal(weights, fraction, maxratio, value_max)).all()
+
+
+@given(WEIGHTS, st.floats(0, 1), st.sampled_from([0.2, 2.0]), st.sampled_from([0.05, 5.0]))
+def test_thresholds_by_layer_are_those_of_a_layer_taken_as_one_channel(
+    weights: np.ndarray, fraction: float, maxratio: float, value_max: float
+) -> None:
+    found = small_weights(weights, fraction, maxratio=maxratio, value_max=value_max, by="layer")
+    assert (found == literal(weights[np.newaxis], fraction, maxratio, value_max)[0]).all()
 
 
 @given(WEIGHTS, st.floats(0, 1))

@@ -1,17 +1,21 @@
-"""Which weights of a convolution become zero, by exact thresholds per output channel.
+"""Which weights of a convolution become zero, by exact thresholds per output channel, or per layer.
 
 Rule of the published incremental, channel-wise sparsification. In each output channel the threshold is the
 largest t such that at most the given fraction of the channel's |w| is <= t, and t <= min(value_max, maxratio
-x max |w|); every |w| <= t becomes zero. The fork scans for t; an order statistic gives it exactly.
+x max |w|); every |w| <= t becomes zero. The fork scans for t; an order statistic gives it exactly. By layer,
+one such t is taken over all of the layer's weights, so that channels of small weights lose more than others.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+By = Literal["channel", "layer"]
+"""What has a threshold of its own."""
 
 MIN_CHANNELS = 32
 """A layer with fewer inputs and fewer outputs than this takes no part; with one of them fewer, by half."""
@@ -33,18 +37,26 @@ def layer_fraction(shape: tuple[int, ...], group: int, factor: float) -> float:
 
 
 def small_weights(
-    weights: NDArray[np.float32], fraction: float, *, maxratio: float, value_max: float
+    weights: NDArray[np.float32],
+    fraction: float,
+    *,
+    maxratio: float,
+    value_max: float,
+    by: By = "channel",
 ) -> NDArray[np.bool_]:
-    """True where a weight is at or below its output channel's threshold; ``weights`` has outputs in front."""
+    """True where a weight is at or below the threshold of its output channel, or of the layer.
+
+    ``weights`` has outputs in front.
+    """
     import numpy as np
 
-    magnitudes = np.abs(weights).reshape(weights.shape[0], -1)
-    per_channel = magnitudes.shape[1]
-    # At most this many of a channel; a product such as 0.29 * 100 must not fall below 29 by its rounding.
-    most = int(fraction * per_channel + 1e-6)
+    magnitudes = np.abs(weights).reshape(weights.shape[0] if by == "channel" else 1, -1)
+    together = magnitudes.shape[1]
+    # At most this many of them; a product such as 0.29 * 100 must not fall below 29 by its rounding.
+    most = int(fraction * together + 1e-6)
     cap = np.minimum(np.float32(value_max), np.float32(maxratio) * magnitudes.max(axis=1, keepdims=True))
     small = magnitudes <= cap
-    if most < per_channel:
+    if most < together:
         # The threshold stays below the magnitude number `most`, from 0: it and its equals would be too many.
         small &= magnitudes < np.partition(magnitudes, most, axis=1)[:, most : most + 1]
     return np.asarray(small.reshape(weights.shape))

@@ -97,15 +97,16 @@ class BvlcEngine:
 
 
 def sparse_arguments(sparse: SparseSettings) -> list[str]:
-    """The stepper's arguments, named as the fork's solver fields."""
+    """The stepper's arguments, named as the fork's solver fields; of ``by`` it has none."""
     values = {
         "sparsity_target": sparse.target,
         "sparsity_start_iter": sparse.start_iter,
         "sparsity_step_iter": sparse.step_iter,
         "sparsity_step_factor": sparse.step_factor,
         "sparsity_start_factor": sparse.start_factor,
+        "sparsity_by": sparse.by,
         "sparsity_threshold_maxratio": sparse.threshold_maxratio,
         "sparsity_threshold_value_max": sparse.threshold_value_max,
         "display_sparsity": sparse.display,
     }
-    return [part for name, value in values.items() for part in (f"-{name}", repr(value))]
+    return [part for name, value in values.items() for part in (f"-{name}", str(value))]

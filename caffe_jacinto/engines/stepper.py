@@ -227,6 +227,7 @@ def apply_thresholds(layers: Sequence[Convolution], sparse: SparseSettings, fact
                 fraction,
                 maxratio=sparse.threshold_maxratio,
                 value_max=sparse.threshold_value_max,
+                by=sparse.by,
             )
             weights[small] = 0
 
@@ -261,6 +262,7 @@ _SPARSE_FIELDS: dict[str, type] = {
     "sparsity_step_iter": int,
     "sparsity_step_factor": float,
     "sparsity_start_factor": float,
+    "sparsity_by": str,
     "sparsity_threshold_maxratio": float,
     "sparsity_threshold_value_max": float,
     "display_sparsity": int,

@@ -56,6 +56,8 @@ def stage_files(
         UserError: no such stage or network, parameters that do not fit it, or a batch that does not divide.
     """
     stage = _stage(recipe, stage_name)
+    if dialect is Dialect.CAFFE_JACINTO:
+        _check_the_fork_can_say(recipe, stage_name)
     network = build_network(
         recipe.network.name, recipe.data.num_classes, recipe.network.crop_size, recipe.network.strides
     )
@@ -184,3 +186,19 @@ def _solver(
         device_id=device,
         start_factor=start_factor,
     )
+
+
+def _check_the_fork_can_say(recipe: Recipe, stage_name: str) -> None:
+    """Refuse thresholds that caffe-jacinto has no solver field for; it would take others without a word."""
+    sparse, frozen = recipe.stages[stage_name].sparse, recipe.network.frozen
+    if sparse and sparse.by == "layer":
+        raise UserError(
+            f'stages.{stage_name}.sparse.by = "layer": caffe-jacinto\'s solver has no field for thresholds '
+            'by layer; train with stock Caffe (--engine bvlc; --dialect bvlc), or set it to "channel"'
+        )
+    if sparse and frozen:
+        raise UserError(
+            f"network.frozen and stages.{stage_name}.sparse: caffe-jacinto's solver has no field that keeps "
+            "its thresholds out of frozen layers; train with stock Caffe (--engine bvlc; --dialect bvlc), "
+            "or freeze none"
+        )
