@@ -38,11 +38,12 @@ def _datum(image: np.ndarray, label: int) -> bytes:
 class SmallStage:
     """A stage's files in ``folder``; paths are relative to it, as are the commands'."""
 
-    def __init__(self, folder: Path, lmdb_folder: Path) -> None:
+    def __init__(self, folder: Path, lmdb_folder: Path, frozen: tuple[str, ...] = ()) -> None:
+        """``frozen`` are convolutions that do not learn, batch norm and all."""
         self.folder, self.lmdb = folder, lmdb_folder
         folder.mkdir(parents=True, exist_ok=True)
         for phase in ("train", "val"):
-            (folder / f"{phase}.prototxt").write_text(_net(phase.upper(), lmdb_folder))
+            (folder / f"{phase}.prototxt").write_text(_net(phase.upper(), lmdb_folder, frozen))
 
     def solver(self, **changes: object) -> None:
         """Write solver.prototxt; ``changes`` are its fields."""
@@ -119,14 +120,14 @@ def sparse_settings(**changes: object) -> SparseSettings:
     return SparseSettings(**settings)  # type: ignore[arg-type]
 
 
-def _net(phase: str, lmdb_folder: Path) -> str:
+def _net(phase: str, lmdb_folder: Path, frozen: tuple[str, ...]) -> str:
     accuracy = 'layer { name: "accuracy" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy" }\n'
     return (
         f'name: "small"\n'
         f'layer {{ name: "data" type: "Data" top: "data" top: "label" transform_param {{ scale: 0.0039 }}\n'
         f'  data_param {{ source: "{lmdb_folder}" batch_size: {BATCH} backend: LMDB }} }}\n'
-        + _convolution("conv1", "data")
-        + _convolution("conv2", "conv1")
+        + _convolution("conv1", "data", frozen="conv1" in frozen)
+        + _convolution("conv2", "conv1", frozen="conv2" in frozen)
         + 'layer { name: "pool" type: "Pooling" bottom: "conv2" top: "pool"\n'
         "  pooling_param { pool: AVE global_pooling: true } }\n"
         'layer { name: "fc" type: "InnerProduct" bottom: "pool" top: "fc"\n'
@@ -136,13 +137,16 @@ def _net(phase: str, lmdb_folder: Path) -> str:
     )
 
 
-def _convolution(name: str, bottom: str) -> str:
+def _convolution(name: str, bottom: str, *, frozen: bool) -> str:
+    rates = "param { lr_mult: 0 decay_mult: 0 } param { lr_mult: 0 decay_mult: 0 }\n" if frozen else ""
     return (
-        f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}" convolution_param {{\n'
+        f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}"\n'
+        f"  {rates}  convolution_param {{\n"
         f'  num_output: 32 kernel_size: 3 stride: 2 pad: 1 weight_filler {{ type: "msra" }} }} }}\n'
         f'layer {{ name: "{name}/bn" type: "BatchNorm" bottom: "{name}" top: "{name}" batch_norm_param {{\n'
-        f"  moving_average_fraction: 0.99 }} }}\n"
+        f"  moving_average_fraction: 0.99 {'use_global_stats: true' if frozen else ''} }} }}\n"
         f'layer {{ name: "{name}/scale" type: "Scale" bottom: "{name}" top: "{name}"\n'
+        f"  {rates}"
         f"  scale_param {{ bias_term: true }} }}\n"
         f'layer {{ name: "{name}/relu" type: "ReLU" bottom: "{name}" top: "{name}" }}\n'
     )

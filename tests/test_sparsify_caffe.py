@@ -184,6 +184,57 @@ def test_zeros_of_the_start_weights_hold_before_the_ramp(
         assert (after[name] != before[name]).any()
 
 
+def test_thresholds_by_layer_leave_channels_of_their_own_sparsity(
+    caffe_engine: Engine, initial: SmallStage, sparse: SmallStage, tmp_path: Path
+) -> None:
+    """The same ramp by layer: the same count of zeros in a layer, but no more the same in each channel."""
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver()
+    job = replace(sparse_job(stage, initial), sparse=sparse_settings(by="layer"))
+    log = stage.run(caffe_engine.train_commands(job))
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    by_layer = (conv_weights(tmp_path / "small_iter_20.caffemodel")["conv2"] == 0).reshape(32, -1)
+    by_channel = (conv_weights(sparse.folder / "small_iter_20.caffemodel")["conv2"] == 0).reshape(32, -1)
+    assert len(set(by_channel.sum(axis=1))) == 1
+    assert len(set(by_layer.sum(axis=1))) > 5
+    assert int(0.6 * by_layer.size) - 32 <= by_layer.sum() <= 0.6 * by_layer.size
+
+
+@pytest.mark.parametrize("frozen", [("conv1",), LAYERS])
+def test_frozen_layers_do_not_move_in_a_sparse_stage(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path, frozen: tuple[str, ...]
+) -> None:
+    """Neither by the solver nor by thresholds nor by the statistics' estimation at the hand-over."""
+    stage = SmallStage(tmp_path, initial.lmdb, frozen)
+    stage.solver(regularization_type='"L1"', weight_decay=0.01, clip_gradients=1)
+    log = stage.run(caffe_engine.train_commands(sparse_job(stage, initial)))
+    assert "Finding and applying sparsity: 0.6" in log
+    before = read_weights(initial.folder / "small_iter_40.caffemodel")
+    after = read_weights(tmp_path / "small_iter_20.caffemodel")
+    for layer, blobs in before.items():
+        if layer.split("/")[0] in frozen:
+            for old, new in zip(blobs, after[layer], strict=True):
+                np.testing.assert_array_equal(old, new)
+        else:
+            assert any((old != new).any() for old, new in zip(blobs, after[layer], strict=True)), layer
+    for name in LAYERS:
+        assert (after[name][0] == 0).any() == (name not in frozen)
+
+
+def test_frozen_layers_do_not_move_in_caffe_train(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, initial.lmdb, ("conv1",))
+    stage.solver(max_iter=5, snapshot=5)
+    start = initial.folder / "small_iter_40.caffemodel"
+    log = stage.run(caffe_engine.train_commands(stage.job(5, weights=start)))
+    assert "statistics of 1 batch-norm layers" in log
+    before, after = (read_weights(path) for path in (start, tmp_path / "small_iter_5.caffemodel"))
+    for layer, blobs in before.items():
+        moved = [bool((old != new).any()) for old, new in zip(blobs, after[layer], strict=True)]
+        assert any(moved) == (not layer.startswith("conv1")), layer
+
+
 def wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + ENOUGH
     while not condition():  # type: ignore[operator]

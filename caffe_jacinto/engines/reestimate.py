@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,23 @@ from caffe_jacinto.files import sync_folder
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
-def hand_over(net: Any, tests: TestNets, final_weights: Path, batches: int, requests: Requests) -> bool:
+def hand_over(
+    net: Any,
+    tests: TestNets,
+    final_weights: Path,
+    batches: int,
+    requests: Requests,
+    frozen: Collection[str] = (),
+) -> bool:
     """Estimate the statistics of ``net`` (in the TRAIN phase, with the final weights) over so many batches,
     put them into ``final_weights``, test, and record that the weights are ready.
+
+    Batch-norm layers that are ``frozen`` keep their statistics.
 
     Killed at any moment, it can be done again: nothing of the old statistics goes into the new, and the other
     weights stay as they are. False: a request to stop came first, and there is no record.
     """
-    if batches and not _reestimate(net, batches, requests):
+    if batches and not _reestimate(net, batches, requests, frozen):
         return False
     if batches:
         _replace_weights(net, final_weights)
@@ -46,9 +55,10 @@ def hand_over(net: Any, tests: TestNets, final_weights: Path, batches: int, requ
     return True
 
 
-def _reestimate(net: Any, batches: int, requests: Requests) -> bool:
+def _reestimate(net: Any, batches: int, requests: Requests, frozen: Collection[str]) -> bool:
     """Set the batch-norm statistics of ``net`` to averages over the next ``batches`` training batches."""
-    layers = [layer for layer in net.layers if layer.type == "BatchNorm"]
+    named = zip(net._layer_names, net.layers, strict=True)
+    layers = [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
     if not layers:
         caffe_log.info("No batch-norm statistics to re-estimate")
         return True
@@ -99,7 +109,8 @@ def main(argv: Sequence[str]) -> int:
         caffe.set_random_seed(solver.parameters.random_seed)
     net = caffe.Net(solver.train_net, caffe.TRAIN, weights=str(arguments.weights))
     tests = TestNets(caffe, solver, net)
-    if hand_over(net, tests, arguments.weights, arguments.batches, requests):
+    frozen = solver.frozen_layers()
+    if hand_over(net, tests, arguments.weights, arguments.batches, requests, frozen):
         caffe_log.info(f"{arguments.weights} is ready to be handed over")
     return 0
 

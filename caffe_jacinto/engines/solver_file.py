@@ -29,6 +29,18 @@ class SolverFile:
         files = list(self.parameters.test_net) or [self.parameters.net] * len(batches)
         return list(zip(files, batches, strict=True))
 
+    def frozen_layers(self) -> frozenset[str]:
+        """The layers of the train net that training leaves as they are: what learns has learning rates of 0,
+        and batch-norm statistics are those that are there.
+
+        Raises:
+            UserError: the train net's file cannot be read or parsed.
+        """
+        from caffe.proto import caffe_pb2
+
+        net = _parsed(Path(self.train_net), caffe_pb2.NetParameter())
+        return frozenset(layer.name for layer in net.layer if _is_frozen(layer))
+
     def snapshot(self, iteration: int, extension: str) -> Path:
         """The file that Caffe gives a snapshot of ``iteration``."""
         return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}")
@@ -41,16 +53,8 @@ def read_solver(path: Path) -> SolverFile:
         UserError: it cannot be read or parsed, or holds its nets inside itself.
     """
     from caffe.proto import caffe_pb2
-    from google.protobuf import text_format
 
-    try:
-        parameters = text_format.Parse(path.read_text(encoding="utf-8"), caffe_pb2.SolverParameter())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except text_format.ParseError as error:
-        raise UserError(f"{path}:{error}") from error
+    parameters = _parsed(path, caffe_pb2.SolverParameter())
     solver = SolverFile(path, parameters)
     if not solver.train_net or parameters.test_net_param or parameters.HasField("train_net_param"):
         raise UserError(f"{path}: name the nets as files, by train_net and test_net")
@@ -62,6 +66,27 @@ def read_solver(path: Path) -> SolverFile:
     if not parameters.snapshot_prefix or not Path(parameters.snapshot_prefix).parent.is_dir():
         raise UserError(f"{path}: snapshot_prefix: its folder is missing; make it first")
     return solver
+
+
+def _parsed(path: Path, message: Any) -> Any:
+    """``message``, filled from the text file ``path``."""
+    from google.protobuf import text_format
+
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), message)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except text_format.ParseError as error:
+        raise UserError(f"{path}:{error}") from error
+
+
+def _is_frozen(layer: Any) -> bool:
+    if layer.type == "BatchNorm":
+        # Its blobs are statistics, whose learning rates are 0 in any case.
+        return bool(layer.batch_norm_param.use_global_stats)
+    return bool(layer.param) and all(parameter.lr_mult == 0 for parameter in layer.param)
 
 
 def stepped_solver(caffe: Any, solver: SolverFile) -> Any:

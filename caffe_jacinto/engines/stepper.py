@@ -87,6 +87,7 @@ class Stepper:
         self.solver = stepped_solver(caffe, job.solver)
         self.tests = TestNets(caffe, job.solver, self.solver.net)
         self.layers = convolutions(self.solver.net)
+        self.frozen_layers = job.solver.frozen_layers()
         self.masks = Masks()
         self.factor = job.sparse.start_factor if job.sparse else 0.0
         self._start()
@@ -175,7 +176,8 @@ class Stepper:
             return
         self.factor = factor
         caffe_log.info(f"Finding and applying sparsity: {caffe_log.number(factor)}")
-        apply_thresholds(self.layers, sparse, factor)
+        learning = [layer for layer in self.layers if layer.name not in self.frozen_layers]
+        apply_thresholds(learning, sparse, factor)
         self._freeze()
 
     def _achieved(self) -> float:
@@ -196,7 +198,8 @@ class Stepper:
         self.solver.net.forward()
         caffe_log.info(f"Iteration {self.iteration}, loss = {caffe_log.number(loss(self.solver.net))}")
         final = self.job.solver.snapshot(self.iteration, ".caffemodel")
-        return hand_over(self.solver.net, self.tests, final, self.job.reestimate_batches, self.requests)
+        batches = self.job.reestimate_batches
+        return hand_over(self.solver.net, self.tests, final, batches, self.requests, self.frozen_layers)
 
     def _display(self, iteration: int) -> None:
         now = time.monotonic()
