@@ -314,7 +314,8 @@ def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> Non
     start = ("--set", f'stages.initial.weights="{weights}"')
     code, said = trainer.run(*tiny(), *start, "--set", "data.num_classes=12", "--output", "head", "--dry-run")
     assert code == 0, said
-    assert "layers that the start weights leave at random values: fc12" in said
+    assert "stage initial: layer fc12: starts at random values: not in the weight file" in said
+    assert "stage initial: layer fc10: in the start weights, but not in the network; not used" in said
     net = messages(Dialect.BVLC).NetParameter.FromString((trainer.folder / weights).read_bytes())
     convolution = next(layer for layer in net.layer if layer.name.startswith("conv1a") and layer.blobs)
     convolution.blobs[0].shape.dim[0] += 1

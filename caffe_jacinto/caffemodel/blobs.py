@@ -95,10 +95,9 @@ def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
     layers = []
     try:
         for field in fields(view):
-            if field.wire_type == LENGTH and field.number in (_NET_LAYER, _NET_V1_LAYER):
-                layer = _stored_layer(view, field)
-                if layer.blobs:
-                    layers.append(layer)
+            layer = layer_in(view, field)
+            if layer is not None and layer.blobs:
+                layers.append(layer)
     except NotWholeError:
         raise UserError(_cut_off(path, "weight file (.caffemodel)")) from None
     if not layers:
@@ -133,7 +132,14 @@ def _cut_off(path: Path, kind: str) -> str:
     return f"{path}: cut off or no {kind} ({path.stat().st_size:,} bytes); take another one"
 
 
-def _stored_layer(view: memoryview, field: Field) -> StoredLayer:
+def layer_in(view: memoryview, field: Field) -> StoredLayer | None:
+    """The layer that a field of a NetParameter holds, of either form; None: the field is something else.
+
+    Raises:
+        NotWholeError: the layer is cut off, or a blob's numbers do not fill its shape.
+    """
+    if field.wire_type != LENGTH or field.number not in (_NET_LAYER, _NET_V1_LAYER):
+        return None
     v1 = field.number == _NET_V1_LAYER
     name_number, blobs_number = (_V1_NAME, _V1_BLOBS) if v1 else (_LAYER_NAME, _LAYER_BLOBS)
     name, blobs = "", []

@@ -18,6 +18,9 @@ class Mismatch:
 
     layer: str
     reason: str
+    missing: bool
+    """The file does not have the layer; otherwise it has it in another shape."""
+
     fatal: bool
     """Caffe would stop at it. A layer that the file lacks is not fatal: it keeps its random values, which is
     wanted for a new head on a trained network."""
@@ -42,10 +45,22 @@ def check_fit(weights: Path, net: Any) -> list[Mismatch]:
     mismatches = []
     for name, shapes in expected.items():
         if name not in stored:
-            mismatches.append(Mismatch(name, "not in the weight file", fatal=nothing_fits))
+            mismatches.append(Mismatch(name, "not in the weight file", missing=True, fatal=nothing_fits))
         elif reason := _difference(stored[name], shapes):
-            mismatches.append(Mismatch(name, reason, fatal=True))
+            mismatches.append(Mismatch(name, reason, missing=False, fatal=True))
     return mismatches
+
+
+def unused_layers(weights: Path, net: Any) -> list[str]:
+    """The layers of ``weights`` that ``net`` does not have: Caffe takes no notice of them.
+
+    Raises:
+        UserError: as `check_fit`.
+    """
+    with mapped(weights) as view:
+        names = [layer.name for layer in stored_layers(view, weights)]
+    known = {layer.name for layer in net.layer}
+    return [name for name in names if name not in known]
 
 
 def _difference(layer: StoredLayer, shapes: list[Dims]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
+from caffe_jacinto.networks.finetuning import for_finetuning
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     LABEL_BLOB,
@@ -58,9 +59,7 @@ def stage_files(
     stage = _stage(recipe, stage_name)
     if dialect is Dialect.CAFFE_JACINTO:
         _check_the_fork_can_say(recipe, stage_name)
-    network = build_network(
-        recipe.network.name, recipe.data.num_classes, recipe.network.crop_size, recipe.network.strides
-    )
+    network = network_of(recipe)
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
     train = _data(network, recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
     val = _data(network, recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
@@ -82,6 +81,17 @@ def stage_files(
     for name, text in files.items():
         (parse_solver if name == SOLVER else parse_net)(text, dialect, str(Path(folder, name)))
     return files
+
+
+def network_of(recipe: Recipe) -> Network:
+    """The recipe's network, with the learning rates that its `[network]` table gives to single layers.
+
+    Raises:
+        UserError: no such network, or parameters or layers that it does not have.
+    """
+    settings = recipe.network
+    network = build_network(settings.name, recipe.data.num_classes, settings.crop_size, settings.strides)
+    return for_finetuning(network, settings.frozen, settings.head_lr_mult)
 
 
 def write_stage_files(files: Mapping[str, str], folder: Path) -> None:

@@ -32,6 +32,7 @@ from caffe_jacinto.runs.plan import (
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.signals import StopSignals
+from caffe_jacinto.runs.start_weights import write_start_weights
 
 
 def start(
@@ -256,6 +257,7 @@ def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
         commands = run.engine.train_commands(train_job(run, plan))
         texts = stage_texts(run, plan, val_images=findings.val_images)
         write_stage(run, plan, texts, commands)
+        write_start_weights(run, plan)
         _show_commands(plan.name, commands, screen)
     command = run.engine.test_command(test_job(run, findings.val_images))
     write_test(run, texts, command)

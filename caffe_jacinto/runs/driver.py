@@ -28,6 +28,7 @@ from caffe_jacinto.runs.progress import Place, progress_fields, stage_summary, t
 from caffe_jacinto.runs.resume import StartPoint, start_point, weights_are_finite
 from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.signals import StopSignals
+from caffe_jacinto.runs.start_weights import write_start_weights
 from caffe_jacinto.runs.tail import Tail
 from caffe_jacinto.runs.watch import StageView
 
@@ -105,6 +106,8 @@ class Driver:
         factor = self._start_factor(plan, point)
         texts = stage_texts(self.run, plan, val_images=self.val_images, start_factor=factor)
         write_stage(self.run, plan, texts, commands)
+        if point.snapshot is None:
+            write_start_weights(self.run, plan)
         self._announce(plan, place, point)
         view = StageView()
         view.feed_file(plan.log)
@@ -155,6 +158,8 @@ class Driver:
             start = f"goes on at iteration {point.iteration:,}"
         else:
             start = f"from {plan.start_weights}" if plan.start_weights else "from random weights"
+            if plan.stage.reinit:
+                start += f" without {', '.join(plan.stage.reinit)}"
         self.screen.say(
             f"{place.title()}: {place.max_iter:,} iterations, {start}; log: {plan.log}", style="bold"
         )

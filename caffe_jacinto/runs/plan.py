@@ -34,6 +34,11 @@ class StagePlan:
     devices: DevicePlan
 
     @property
+    def loaded_weights(self) -> Path | None:
+        """What Caffe is given: the start weights, or a file of them without the layers of `reinit`."""
+        return self.folder / "start.caffemodel" if self.stage.reinit else self.start_weights
+
+    @property
     def final_weights(self) -> Path:
         return final_weights(self.prefix, self.stage)
 
@@ -114,7 +119,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
     """What the engine is told to do for a stage, from its start or from a ``.solverstate``."""
     return TrainJob(
         solver=plan.folder / "solver.prototxt",
-        weights=plan.start_weights,
+        weights=plan.loaded_weights,
         snapshot=snapshot,
         gpus=plan.devices.gpus,
         final_weights=plan.final_weights,

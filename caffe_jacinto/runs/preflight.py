@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.runs.keep import snapshot_files
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, stage_texts, train_job
+from caffe_jacinto.runs.start_weights import check_start_weights
 
 BYTES_PER_WEIGHT = 4
 MARGIN = 1.1
@@ -141,38 +142,14 @@ def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[
 
 
 def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:
-    from caffe_jacinto.caffemodel.fit import check_fit
-    from caffe_jacinto.prototxt.schema import parse_net
-
-    assert plan.start_weights is not None
-    if not plan.start_weights.is_file():
-        raise UserError(
-            f"stage {plan.name}: no start weights at {plan.start_weights}; train or name them first"
-        )
-    net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
-    mismatches = check_fit(plan.start_weights, net)
-    fatal = [mismatch for mismatch in mismatches if mismatch.fatal]
-    if fatal:
-        raise UserError(
-            f"stage {plan.name}: the start weights {plan.start_weights} do not fit the network: "
-            f"{_listed(fatal)}"
-        )
-    if mismatches:
-        findings.notes.append(
-            f"stage {plan.name}: layers that the start weights leave at random values: {_listed(mismatches)}"
-        )
-
-
-def _listed(mismatches: Sequence[object]) -> str:
-    return "; ".join(map(str, mismatches[:3])) + (
-        f"; and {len(mismatches) - 3} more" if mismatches[3:] else ""
-    )
+    findings.notes.extend(check_start_weights(run, plan, texts["train.prototxt"]))
 
 
 def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: str) -> None:
     weights = _weight_count(deploy, run.engine.info.dialect)
     snapshots = sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(plan, weights) for plan in stages)
-    needed = int(snapshots * MARGIN) - sum(_bytes_there(plan.prefix) for plan in stages)
+    starts = sum(BYTES_PER_WEIGHT * weights for plan in stages if plan.stage.reinit)
+    needed = int((snapshots + starts) * MARGIN) - sum(_bytes_there(plan.prefix) for plan in stages)
     there = _existing(run.folder)
     free = shutil.disk_usage(there).free
     if free < needed:
