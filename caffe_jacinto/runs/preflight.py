@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
     findings.attempt(lambda: _check_names(run))
     findings.attempt(lambda: _check_train_lmdb(run, findings))
     findings.attempt(lambda: _check_val_lmdb(run, findings))
+    findings.attempt(lambda: _check_mean_file(run))
     findings.attempt(lambda: _check_labels(run, findings))
     texts: dict[str, dict[str, str]] = {}
     for plan in stages:
@@ -118,6 +120,15 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
         findings.notes.append(
             f"the {facts.images:,} validation images do not divide into batches of {batch}: the last batch "
             f"of a test wraps round and counts the first {batch - rest} twice (training.val_batch_size)"
+        )
+
+
+def _check_mean_file(run: RunPlan) -> None:
+    path = run.recipe.data.mean_file
+    if path is not None and not Path(path).is_file():
+        raise UserError(
+            f"mean file {path} (data.mean_file) does not exist; make it: "
+            f"python -m caffe_jacinto.create_lmdb --mean {shlex.join([run.recipe.data.train_lmdb, path])}"
         )
 
 
