@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Train a sparse JacintoNet11 on ImageNet: initial, l1reg, sparse, finetune, then the test and the result table.
+# recipe=imagenet_resnet10 and the like train the other published networks (docs/recipes.md).
 # Edit the settings, or set them from the environment: gpus="0" batch_size=128 ./tools/utils/...
 # More arguments go to train, e.g. --dry-run, --output training/mine, --set stages.initial.solver.max_iter=1000.
 set -euo pipefail
 
 #---------------------------------------------------------------------------------------------- settings
 gpus="${gpus-0,1}"                      # GPU numbers as Caffe's -gpu takes them; empty: the CPU
-batch_size="${batch_size:-256}"         # images behind one update of the weights, over all GPUs and passes
-iter_size="${iter_size:-2}"             # passes that the batch is spread over: more of them need less memory
+batch_size="${batch_size:-}"            # images behind one update of the weights, over all GPUs and passes
+iter_size="${iter_size:-}"              # passes that the batch is spread over: more of them need less memory
+                                        # (both empty: the recipe's; 256 and 2 for JacintoNet11, as published)
 DATA="${DATA:-./data}"                  # the folder that holds the two LMDBs
 TRAIN_LMDB="${TRAIN_LMDB:-$DATA/ilsvrc12_train_lmdb}"
 VAL_LMDB="${VAL_LMDB:-$DATA/ilsvrc12_val_lmdb}"
@@ -20,8 +22,9 @@ repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="$(find_python "$repository")"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 
-which=()
-if [ -n "$caffe" ]; then which=(--caffe "$caffe"); fi
-exec "$python" -m caffe_jacinto.train "$recipe" "${which[@]}" --gpus "$gpus" \
-    --batch-size "$batch_size" --iter-size "$iter_size" \
+given=()
+if [ -n "$caffe" ]; then given+=(--caffe "$caffe"); fi
+if [ -n "$batch_size" ]; then given+=(--batch-size "$batch_size"); fi
+if [ -n "$iter_size" ]; then given+=(--iter-size "$iter_size"); fi
+exec "$python" -m caffe_jacinto.train "$recipe" "${given[@]}" --gpus "$gpus" \
     --train-lmdb "$TRAIN_LMDB" --val-lmdb "$VAL_LMDB" "$@"
