@@ -43,7 +43,9 @@ def test_every_blob_is_made_before_it_is_read_and_names_are_unique() -> None:
     names = [layer.name for layer in network.layers]
     assert len(set(names)) == len(names)
     for name in convolutions(network):
-        assert BatchNorm(f"{name}/bn", (name,), name) in network.layers
+        assert (
+            BatchNorm(f"{name}/bn", (name,), name, moving_average_fraction=0.99, eps=1e-4) in network.layers
+        )
         assert ReLU(f"{name}/relu", (name,), name) in network.layers
 
 

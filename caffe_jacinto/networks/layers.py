@@ -37,24 +37,59 @@ class Shift(Layer):
 
 
 @dataclass(frozen=True)
+class Filler:
+    """How weights or biases begin: Caffe's FillerParameter, of which only what is given is written."""
+
+    type: str
+    value: float | None = None
+    std: float | None = None
+    fan_out: bool = False
+    """For "msra": count a weight's outputs, not its inputs."""
+
+
+MSRA = Filler("msra")
+ZERO = Filler("constant", value=0)
+
+
+@dataclass(frozen=True)
 class Convolution(Layer):
-    """Square kernels with a bias for each output, in ``group`` groups; sizes in pixels."""
+    """Square kernels in ``group`` groups, and a bias for each output; sizes in pixels.
+
+    Biases learn twice as fast as weights.
+    """
 
     outputs: int
     kernel: int
     stride: int = 1
     pad: int = 0
     group: int = 1
+    bias: bool = True
+    weight_filler: Filler | None = MSRA
+    bias_filler: Filler | None = ZERO
+    bias_decay: float = 0.0
+    """Of the biases' weight decay, as a multiple of the weights'."""
+
+    lr_mult: float = 1.0
+    """How many times as fast as published the layer learns; 0: neither learns nor decays."""
 
 
 @dataclass(frozen=True)
 class BatchNorm(Layer):
     """Normalise each channel, then scale and shift it by two learnt values."""
 
+    moving_average_fraction: float = 0.999
+    eps: float = 1e-5
+    shift_lr: float = 1.0
+    """Learning rate of the shift, as a multiple of the scale's. The fork always takes 1, and decays both."""
+
+    lr_mult: float = 1.0
+    """How many times as fast as published scale and shift learn; 0: these and the statistics stay."""
+
     @property
     def scale_name(self) -> str:
-        """Of the layer that scales and shifts, where that is one of its own."""
-        return f"{self.name.removesuffix('/bn')}/scale"
+        """Of the layer that scales and shifts, where that is one of its own: its ``bn`` becomes ``scale``."""
+        start, found, end = self.name.rpartition("bn")
+        return f"{start}scale{end}" if found else f"{self.name}/scale"
 
 
 @dataclass(frozen=True)
@@ -77,9 +112,16 @@ class GlobalAveragePooling(Layer):
 
 @dataclass(frozen=True)
 class InnerProduct(Layer):
-    """Every input to every output, with a bias for each: batch x outputs."""
+    """Every input to every output, with a bias for each that learns twice as fast: batch x outputs."""
 
     outputs: int
+    weight_filler: Filler | None = MSRA
+    bias_filler: Filler | None = ZERO
+    bias_decay: float = 0.0
+    """Of the biases' weight decay, as a multiple of the weights'."""
+
+    lr_mult: float = 1.0
+    """How many times as fast as published the layer learns; 0: neither learns nor decays."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +190,6 @@ def conv_bn_relu(
     """A convolution, then its batch norm ``<name>/bn`` and ReLU ``<name>/relu`` in place on blob ``name``."""
     return (
         Convolution(name, (bottom,), name, outputs, kernel, stride, pad, group),
-        BatchNorm(f"{name}/bn", (name,), name),
+        BatchNorm(f"{name}/bn", (name,), name, moving_average_fraction=0.99, eps=1e-4),
         ReLU(f"{name}/relu", (name,), name),
     )

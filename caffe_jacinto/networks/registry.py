@@ -1,22 +1,26 @@
-"""The networks that can be built, by name."""
+"""The networks that can be built, by name; a new one is a file beside this one, and one line here."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.networks.jacintonet11 import jacintonet11
 from caffe_jacinto.networks.layers import Network
 
-NETWORKS: dict[str, Callable[[int, int, tuple[int, ...]], Network]] = {
+NETWORKS: dict[str, Callable[..., Network]] = {
     "jacintonet11": jacintonet11,
 }
-"""Each is called with the number of classes, the crop's size in pixels and the strides."""
+"""Each is called with the number of classes and the crop's size in pixels; one with a third parameter
+``strides`` can be given those, too."""
 
 
-def build_network(name: str, num_classes: int, crop_size: int, strides: tuple[int, ...]) -> Network:
-    """The network ``name``.
+def build_network(
+    name: str, num_classes: int, crop_size: int, strides: tuple[int, ...] | None = None
+) -> Network:
+    """The network ``name``, with its published strides where none are given.
 
     Raises:
         UserError: no such network, or it cannot be built with these parameters.
@@ -30,4 +34,16 @@ def build_network(name: str, num_classes: int, crop_size: int, strides: tuple[in
             f"{name} with {num_classes} classes and a crop of {crop_size} pixels cannot be built; "
             "give at least 2 classes and 1 pixel"
         )
-    return NETWORKS[name](num_classes, crop_size, strides)
+    build = NETWORKS[name]
+    if strides is None:
+        return build(num_classes, crop_size)
+    if not takes_strides(name):
+        raise UserError(
+            f"strides {','.join(map(str, strides))}: those of {name} are fixed, as published; give none"
+        )
+    return build(num_classes, crop_size, strides=strides)
+
+
+def takes_strides(name: str) -> bool:
+    """Whether the network ``name`` leaves its strides open."""
+    return "strides" in inspect.signature(NETWORKS[name]).parameters

@@ -6,6 +6,7 @@ A text becomes a quoted string, whatever it holds; a template cannot print a val
 
 from __future__ import annotations
 
+import re
 import struct
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from caffe_jacinto.resources import template_folder
 
 FLOAT32 = struct.Struct("<f")
 FLOAT32_MAX = 3.4028234663852886e38
+BLANK_LINES = re.compile(r"\n(?:[ ]*\n)+")
 ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -28,7 +30,10 @@ def render(template: str, **values: Any) -> str:
         UserError: a text among the values is not Unicode, or a number is no float32.
         jinja2.UndefinedError: the template asks for what was not given.
     """
-    return _environment().get_template(template).render(values)
+    text = _environment().get_template(template).render(values)
+    return BLANK_LINES.sub(
+        "\n", text
+    )  # What a template leaves out leaves its line; no value holds a newline.
 
 
 def quote(text: str) -> str:
