@@ -206,7 +206,7 @@ def test_the_summary_names_a_command_that_a_shell_reads(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--network", "jacintonet"], "known: jacintonet11"),
+        (["--network", "jacintonet"], "did you mean jacintonet11?"),
         (["--dialect", "nv"], "'bvlc', 'caffe_jacinto'"),
         (["--stage", "spars"], "did you mean sparse?"),
         (["--num-classes", "1"], "--num-classes"),

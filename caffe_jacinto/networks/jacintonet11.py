@@ -16,6 +16,7 @@ from caffe_jacinto.networks.layers import (
     Network,
     Shift,
     conv_bn_relu,
+    loss_and_accuracies,
 )
 
 STRIDES = (2, 2, 2, 2, 2)
@@ -49,7 +50,17 @@ def jacintonet11(num_classes: int, crop_size: int, strides: tuple[int, ...] = ST
     layers.append(GlobalAveragePooling("pool5", (last,), "pool5"))
     head = f"fc{num_classes}"
     layers.append(InnerProduct(head, ("pool5",), head, num_classes))
-    return Network("jacintonet11v2", 3, crop_size, num_classes, tuple(layers))
+    return Network(
+        "jacintonet11",
+        3,
+        crop_size,
+        num_classes,
+        tuple(layers),
+        loss_and_accuracies(head, num_classes),
+        title="jacintonet11v2",
+        title_says_stage=True,
+        mean_values=(0, 0, 0),
+    )
 
 
 def check_strides(strides: tuple[int, ...], crop_size: int) -> None:

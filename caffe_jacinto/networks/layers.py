@@ -106,6 +106,30 @@ class MaxPooling(Layer):
 
 
 @dataclass(frozen=True)
+class LocalResponseNorm(Layer):
+    """Divide each value by (1 + alpha/channels x the sum of its neighbours' squares) to the power of beta.
+
+    Neighbours are the same pixel of the ``channels`` nearest channels, itself included.
+    """
+
+    channels: int
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Dropout(Layer):
+    """In training, a fraction ``ratio`` of the values becomes zero, at random, and the rest grow to match."""
+
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Sum(Layer):
+    """The sum of blobs of one shape, value by value."""
+
+
+@dataclass(frozen=True)
 class GlobalAveragePooling(Layer):
     """The mean of each channel: batch x channels x 1 x 1."""
 
@@ -127,6 +151,9 @@ class InnerProduct(Layer):
 @dataclass(frozen=True)
 class SoftmaxWithLoss(Layer):
     """The loss: cross-entropy of the softmax of the scores against the labels, averaged over the batch."""
+
+    propagate_down: tuple[bool, ...] = ()
+    """Whether gradients flow to each bottom; Caffe finds out where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +182,19 @@ class Data(Layer):
     """Mirror every other image, at random."""
 
     label_top: str
+    mean_values: tuple[float, ...] = ()
+    """Subtracted from every pixel, one for each channel."""
+
+    mean_file: str | None = None
+    """A .binaryproto with the image that is subtracted from every one before the crop."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier from the image to its class scores, without data, loss or text."""
+    """A classifier from the image to its class scores, and how it is trained and tested; no text."""
 
     name: str
-    """As it stands in the prototxt, before ``_train``, ``_test`` or ``_deploy``."""
+    """As the registry has it."""
 
     channels: int
     """Of the input, whose blob is called ``data``."""
@@ -174,6 +206,27 @@ class Network:
     layers: tuple[Layer, ...]
     """In order of computation; the last one gives the class scores, batch x num_classes."""
 
+    outputs: tuple[Layer, ...]
+    """The loss and accuracies of training and testing, which read the scores and the labels."""
+
+    title: str | None = None
+    """The ``name`` in the prototxts; without one, the network's name."""
+
+    title_says_stage: bool = False
+    """Whether ``_train``, ``_test`` or ``_deploy`` follows the title."""
+
+    mean_values: tuple[float, ...] = ()
+    """Subtracted from the image's channels, unless a mean image is."""
+
+    mean_image: bool = False
+    """Whether the network is published with a mean image, which the data set has to give."""
+
+    deploy_batch: int = 1
+    """Images in the deploy prototxt's input."""
+
+    deploy_fillers: bool = True
+    """Whether the deploy prototxt says how weights would begin, which means nothing there."""
+
     @property
     def scores(self) -> str:
         """The blob of class scores."""
@@ -182,6 +235,15 @@ class Network:
 
 DATA_BLOB = "data"
 LABEL_BLOB = "label"
+
+
+def loss_and_accuracies(scores: str, num_classes: int) -> tuple[Layer, ...]:
+    """Loss, top-1 and top-5; Caffe refuses a top 5 of fewer classes, which would be 100 % anyway."""
+    read = (scores, LABEL_BLOB)
+    accuracies = [
+        Accuracy(f"accuracy/top{k}", read, f"accuracy/top{k}", k) for k in (1, 5) if k <= num_classes
+    ]
+    return (SoftmaxWithLoss("loss", read, "loss", propagate_down=(True, False)), *accuracies)
 
 
 def conv_bn_relu(

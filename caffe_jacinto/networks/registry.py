@@ -7,11 +7,16 @@ import inspect
 from collections.abc import Callable
 
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.networks.bvlc_alexnet import bvlc_alexnet
 from caffe_jacinto.networks.jacintonet11 import jacintonet11
 from caffe_jacinto.networks.layers import Network
+from caffe_jacinto.networks.resnet10 import resnet10
+from caffe_jacinto.networks.sizes import check_crop
 
 NETWORKS: dict[str, Callable[..., Network]] = {
+    "bvlc_alexnet": bvlc_alexnet,
     "jacintonet11": jacintonet11,
+    "resnet10": resnet10,
 }
 """Each is called with the number of classes and the crop's size in pixels; one with a third parameter
 ``strides`` can be given those, too."""
@@ -36,12 +41,13 @@ def build_network(
         )
     build = NETWORKS[name]
     if strides is None:
-        return build(num_classes, crop_size)
-    if not takes_strides(name):
-        raise UserError(
-            f"strides {','.join(map(str, strides))}: those of {name} are fixed, as published; give none"
-        )
-    return build(num_classes, crop_size, strides=strides)
+        network = build(num_classes, crop_size)
+    elif takes_strides(name):
+        network = build(num_classes, crop_size, strides=strides)
+    else:
+        raise UserError(f"strides {','.join(map(str, strides))}: those of {name} are fixed; give none")
+    check_crop(network)
+    return network
 
 
 def takes_strides(name: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,12 @@ from caffe_jacinto.networks.finetuning import for_finetuning
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     LABEL_BLOB,
-    Accuracy,
+    Convolution,
     Data,
+    InnerProduct,
     Layer,
     Network,
     Softmax,
-    SoftmaxWithLoss,
 )
 from caffe_jacinto.networks.registry import build_network
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
@@ -61,11 +63,12 @@ def stage_files(
         _check_the_fork_can_say(recipe, stage_name)
     network = network_of(recipe)
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
-    train = _data(network, recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
-    val = _data(network, recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    data = partial(_data, network, mean_file=recipe.data.mean_file)
+    train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
+    val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
     files = {
-        TRAIN: _net(f"{network.name}_train", (train, *network.layers, *_loss_and_accuracy(network)), dialect),
-        VAL: _net(f"{network.name}_test", (val, *network.layers, *_loss_and_accuracy(network)), dialect),
+        TRAIN: _net(_title(network, "train"), (train, *network.layers, *network.outputs), dialect),
+        VAL: _net(_title(network, "test"), (val, *network.layers, *network.outputs), dialect),
         DEPLOY: _deploy(network, dialect),
         SOLVER: _solver(
             recipe,
@@ -125,7 +128,12 @@ def _stage(recipe: Recipe, name: str) -> Stage:
     return recipe.stages[name]
 
 
-def _data(network: Network, source: str, batch_size: int, *, mirror: bool) -> Data:
+def _data(network: Network, source: str, batch_size: int, *, mirror: bool, mean_file: str | None) -> Data:
+    if network.mean_image and mean_file is None:
+        raise UserError(
+            f"{network.name} subtracts the training set's mean image: make it with python -m "
+            "caffe_jacinto.create_lmdb --mean LMDB OUT, and name it as data.mean_file"
+        )
     return Data(
         name="data",
         bottoms=(),
@@ -136,18 +144,15 @@ def _data(network: Network, source: str, batch_size: int, *, mirror: bool) -> Da
         crop_size=network.crop_size,
         mirror=mirror,
         label_top=LABEL_BLOB,
+        mean_values=() if mean_file else network.mean_values,  # Caffe takes one or the other.
+        mean_file=mean_file,
     )
 
 
-def _loss_and_accuracy(network: Network) -> tuple[Layer, ...]:
-    """Loss, top-1 and top-5; Caffe refuses a top 5 of fewer classes, which would be 100 % anyway."""
-    bottoms = (network.scores, LABEL_BLOB)
-    accuracies = [
-        Accuracy(f"accuracy/top{k}", bottoms, f"accuracy/top{k}", k)
-        for k in (1, 5)
-        if k <= network.num_classes
-    ]
-    return (SoftmaxWithLoss("loss", bottoms, "loss"), *accuracies)
+def _title(network: Network, stage: str) -> str:
+    """The ``name`` in a prototxt."""
+    title = network.name if network.title is None else network.title
+    return f"{title}_{stage}" if network.title_says_stage else title
 
 
 def _net(name: str, layers: tuple[Layer, ...], dialect: Dialect) -> str:
@@ -155,14 +160,23 @@ def _net(name: str, layers: tuple[Layer, ...], dialect: Dialect) -> str:
 
 
 def _deploy(network: Network, dialect: Dialect) -> str:
+    layers = network.layers
+    if not network.deploy_fillers:
+        layers = tuple(_without_fillers(layer) for layer in layers)
     return render(
         "net.j2",
-        name=f"{network.name}_deploy",
-        layers=(*network.layers, Softmax("prob", (network.scores,), "prob")),
+        name=_title(network, "deploy"),
+        layers=(*layers, Softmax("prob", (network.scores,), "prob")),
         dialect=dialect.value,
         input_blob=DATA_BLOB,
-        input_shape=(1, network.channels, network.crop_size, network.crop_size),
+        input_shape=(network.deploy_batch, network.channels, network.crop_size, network.crop_size),
     )
+
+
+def _without_fillers(layer: Layer) -> Layer:
+    if isinstance(layer, (Convolution, InnerProduct)):
+        return replace(layer, weight_filler=None, bias_filler=None)
+    return layer
 
 
 def _solver(
