@@ -278,3 +278,14 @@ def test_mistakes_are_told_before_anything_is_written(
     assert code == 2
     assert says in said
     assert not (trainer.folder / "refused").exists()
+
+
+@pytest.mark.caffe
+def test_a_dry_run_shows_the_rest_where_the_start_weights_are_missing(trainer: Trainer) -> None:
+    given = {"stages__finetune__weights": "nowhere.caffemodel", "stages__finetune__reinit": '["fc10"]'}
+    code, said = trainer.run(*arguments(**given), "--output", "no weights", "--dry-run")
+    assert code == 2
+    assert said.splitlines()[-1].endswith("no start weights at nowhere.caffemodel; train or name them first")
+    assert {path.name for path in (trainer.folder / "no weights/finetune").iterdir()} == {
+        *("train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt", "run.sh")
+    }

@@ -257,7 +257,8 @@ def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
         commands = run.engine.train_commands(train_job(run, plan))
         texts = stage_texts(run, plan, val_images=findings.val_images)
         write_stage(run, plan, texts, commands)
-        write_start_weights(run, plan)
+        if not findings.problems:
+            write_start_weights(run, plan)
         _show_commands(plan.name, commands, screen)
     command = run.engine.test_command(test_job(run, findings.val_images))
     write_test(run, texts, command)
