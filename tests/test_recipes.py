@@ -176,6 +176,26 @@ def test_an_override_makes_no_stage_by_a_misspelt_name() -> None:
     )
 
 
+def test_an_empty_text_takes_any_optional_setting_away() -> None:
+    alexnet = load_recipe(
+        "imagenet_bvlc_alexnet",
+        [
+            *(
+                "data.mean_file=",
+                "network.strides=",
+                "stages.initial.sparse=",
+                "stages.initial.solver.stepsize=",
+            ),
+            *("stages.initial.solver.gamma=", "stages.initial.solver.lr_policy=fixed"),
+            "stages.initial.solver.clip_gradients=",
+        ],
+    )
+    solver = alexnet.stages["initial"].solver
+    assert (solver.gamma, solver.stepsize, solver.clip_gradients) == (None, None, None)
+    assert (alexnet.data.mean_file, alexnet.network.strides) == (None, None)
+    assert load_recipe("demo_digits", ["stages.sparse.sparse="]).stages["sparse"].sparse is None
+
+
 def test_an_override_sets_one_value() -> None:
     """A newline in it begins no second TOML statement."""
     assert "give a whole number" in message_of("demo_digits", "stages.initial.solver.max_iter=3\nx=2")

@@ -35,7 +35,10 @@ def _none_if_empty(value: Any) -> Any:
     return None if value == "" else value
 
 
-OptionalText = Annotated[Text | None, BeforeValidator(_none_if_empty)]
+Optional = BeforeValidator(_none_if_empty)
+OptionalText = Annotated[Text | None, Optional]
+OptionalInt = Annotated[PositiveInt | None, Optional]
+OptionalFloat = Annotated[PositiveFloat | None, Optional]
 Ints = Field(strict=False)  # a TOML array is a list; its numbers are still taken strictly
 
 
@@ -69,7 +72,7 @@ class NetworkSettings(_Settings):
     crop_size: PositiveInt
     """Height and width of the network's input, in pixels."""
 
-    strides: Annotated[tuple[PositiveInt, ...] | None, Ints] = None
+    strides: Annotated[Annotated[tuple[PositiveInt, ...], Ints] | None, Optional] = None
     """How much each part of the network shrinks the image, from the input on, where the network leaves that
     open; without them, as published."""
 
@@ -123,8 +126,8 @@ class SolverSettings(_Settings):
     base_lr: PositiveFloat
     lr_policy: Literal["fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid"] = "poly"
     power: NaturalFloat = 1.0
-    gamma: PositiveFloat | None = None
-    stepsize: PositiveInt | None = None
+    gamma: OptionalFloat = None
+    stepsize: OptionalInt = None
     stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
     momentum: Fraction = 0.9
     weight_decay: NaturalFloat
@@ -136,7 +139,7 @@ class SolverSettings(_Settings):
     snapshot: PositiveInt
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
-    clip_gradients: PositiveFloat | None = None
+    clip_gradients: OptionalFloat = None
 
     @model_validator(mode="after")
     def _policy_has_its_steps(self) -> SolverSettings:
@@ -198,7 +201,7 @@ class Stage(_Settings):
     there or another task. A convolution's batch norm goes with it."""
 
     solver: SolverSettings
-    sparse: SparseSettings | None = None
+    sparse: Annotated[SparseSettings | None, Optional] = None
     freeze_zeros: bool = False
     """Hold the convolutions' weights that are zero at the start at zero."""
 
