@@ -2,7 +2,8 @@
 
     python -m caffe_jacinto.build_net --output DIR
 
-gives JacintoNet11 for ImageNet as it was published; --help tells the rest. Caffe is not needed.
+gives JacintoNet11 for ImageNet as it was published, --network another one; --help tells the rest. Caffe is
+not needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.errors import Parser, run_command
+from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.networks.registry import NETWORKS, PUBLISHED_WITH_THE_FORK, takes_strides
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.stage_files import (
     IMAGENET_VAL_IMAGES,
@@ -22,19 +24,20 @@ from caffe_jacinto.prototxt.stage_files import (
     stage_files,
     write_stage_files,
 )
-from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
 
 if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import Recipe
 
-RECIPE = "imagenet_jacintonet11"
-"""Whose values stand where an argument is not given."""
+NETWORK = "jacintonet11"
+"""Built where no network is named; its recipe's values stand where a network has no recipe of its own."""
 
 INT32_MAX = 2**31 - 1
 
 DESCRIPTION = """\
 Write train.prototxt, val.prototxt, deploy.prototxt and solver.prototxt of a network into a folder.
-With --output alone: JacintoNet11 on ImageNet as in its published training with caffe-jacinto."""
+With --output and --network alone: as in its published training on ImageNet. The defaults shown here are those
+of the network that stands beside --help."""
 
 EPILOG = """\
 batch size: --batch-size counts the images behind one update of the weights. One update is accumulated over
@@ -42,14 +45,16 @@ batch size: --batch-size counts the images behind one update of the weights. One
   bvlc           batch_size = batch / (iter-size x GPUs), that of each GPU
   caffe_jacinto  batch_size = batch / iter-size, which that Caffe shares out among its GPUs
 
-CPU or GPU: `caffe train` without -gpu does what the solver file says. With --gpus that is the first of these;
-without, bvlc files say CPU, and caffe_jacinto files say GPU 0, as published (that Caffe needs a GPU).
+CPU or GPU: `caffe train` without -gpu does what the solver file says. With --gpus that is the first of these.
+Without, it is GPU 0 where the dialect is the one that the network was published in, as published, and in all
+caffe_jacinto files (that Caffe needs a GPU); else the CPU. --cpu says CPU in any bvlc file.
 
 paths: solver.prototxt names the other files as DIR/train.prototxt and so on, just as --output was given. If
 that is a relative path, start Caffe in the folder where build_net was started; so too for the LMDBs.
 
 examples:
   python -m caffe_jacinto.build_net --output net --dialect bvlc
+  python -m caffe_jacinto.build_net --output net --network resnet10
   python -m caffe_jacinto.build_net --output net --gpus 0,1 --batch-size 512
   python -m caffe_jacinto.build_net --output net --dialect bvlc --num-classes 10 --crop-size 32 \\
       --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
@@ -112,12 +117,17 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the files, made if missing",
     )
-    add("--network", default=recipe.network.name, metavar="NAME", help="(default: %(default)s)")
+    add(
+        "--network",
+        default=recipe.network.name,
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)} (default: {NETWORK})",
+    )
     add(
         "--dialect",
-        default=Dialect.CAFFE_JACINTO.value,
+        default=_published_dialect(recipe.network.name).value,
         choices=[dialect.value for dialect in Dialect],
-        help="bvlc: stock Caffe 1.0; caffe_jacinto: the fork, as published (default: %(default)s)",
+        help="bvlc: stock Caffe 1.0; caffe_jacinto: the fork (default, as published: %(default)s)",
     )
     add(
         "--stage",
@@ -139,16 +149,23 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="height and width of the network's input (default: %(default)s)",
     )
-    strides = ",".join(map(str, recipe.network.strides))
     add(
         "--strides",
-        type=_wholes(1, strides),
+        type=_wholes(1, "2,2,2,2,2"),
         default=recipe.network.strides,
         metavar="S,S,S,S,S",
-        help=f"of conv1a, pool1, pool2, pool3 and pool4 (default: {strides})",
+        help=_strides_help(recipe),
     )
     for name, path in (("train", recipe.data.train_lmdb), ("val", recipe.data.val_lmdb)):
         add(f"--{name}-lmdb", type=_not_empty, default=path, metavar="PATH", help="(default: %(default)s)")
+    mean_file = recipe.data.mean_file
+    add(
+        "--mean-file",
+        type=_not_empty,
+        default=mean_file,
+        metavar="PATH",
+        help=f".binaryproto of the mean image to subtract (default: {mean_file or 'none'})",
+    )
     add(
         "--val-images",
         type=_whole(1),
@@ -170,16 +187,52 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="N",
         help="passes that one update is accumulated over (default: %(default)s)",
     )
-    add("--gpus", type=_gpus, default=(), metavar="N,N", help="device numbers, e.g. 0,1 (default: see below)")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--gpus", type=_gpus, default=(), metavar="N,N", help="device numbers, e.g. 0,1 (default: see below)"
+    )
+    device.add_argument("--cpu", action="store_true", help="the solver says CPU (bvlc only)")
     return parser
+
+
+def _strides_help(recipe: Recipe) -> str:
+    name, strides = recipe.network.name, recipe.network.strides
+    if name in NETWORKS and not takes_strides(name):
+        return f"not with {name}, whose strides are fixed"
+    default = f" (default: {','.join(map(str, strides))})" if strides else ""
+    return f"of conv1a, pool1, pool2, pool3 and pool4 in jacintonet11{default}"
+
+
+def _recipe_of(network: str | None) -> Recipe:
+    """The published training of ``network``; for one without, JacintoNet11's, with that network in it."""
+    name = network or NETWORK
+    if f"imagenet_{name}" in built_in_recipes():
+        return load_recipe(f"imagenet_{name}")
+    recipe = load_recipe(f"imagenet_{NETWORK}")
+    settings = recipe.network.model_copy(update={"name": name, "strides": None})
+    return recipe.model_copy(update={"network": settings})
+
+
+def _named_network(argv: Sequence[str]) -> str | None:
+    """The network among the arguments, whose recipe gives the other ones' defaults."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--network", nargs="?")
+    name: str | None = reader.parse_known_args(argv)[0].network
+    return name
+
+
+def _published_dialect(network: str) -> Dialect:
+    return Dialect.CAFFE_JACINTO if network in PUBLISHED_WITH_THE_FORK else Dialect.BVLC
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the files; say what they are and which command trains them."""
-    published = load_recipe(RECIPE)
+    published = _recipe_of(_named_network(argv))
     arguments = _parser(published).parse_args(argv)
     recipe = _recipe(published, arguments)
     dialect = Dialect(arguments.dialect)
+    if arguments.cpu and dialect is Dialect.CAFFE_JACINTO:
+        raise UserError("--cpu: caffe-jacinto needs a GPU; leave it out, or add --dialect bvlc")
     files = stage_files(
         recipe,
         arguments.stage,
@@ -187,12 +240,21 @@ def main(argv: Sequence[str]) -> int:
         folder=arguments.output,
         gpus=arguments.gpus,
         iter_size=arguments.iter_size,
-        solver_mode_gpu=bool(arguments.gpus) or dialect is Dialect.CAFFE_JACINTO,
+        solver_mode_gpu=_says_gpu(arguments, dialect),
         val_images=arguments.val_images,
     )
     write_stage_files(files, Path(arguments.output))
     print(_summary(recipe, arguments, dialect, list(files)))
     return 0
+
+
+def _says_gpu(arguments: argparse.Namespace, dialect: Dialect) -> bool:
+    if arguments.gpus or arguments.cpu:
+        return bool(arguments.gpus)
+    as_published = f"imagenet_{arguments.network}" in built_in_recipes()
+    return dialect is Dialect.CAFFE_JACINTO or (
+        as_published and dialect is _published_dialect(arguments.network)
+    )
 
 
 def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -201,6 +263,7 @@ def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
         "num_classes": arguments.num_classes,
         "train_lmdb": arguments.train_lmdb,
         "val_lmdb": arguments.val_lmdb,
+        "mean_file": arguments.mean_file,
     }
     network = {"name": arguments.network, "crop_size": arguments.crop_size, "strides": arguments.strides}
     training = {"batch_size": arguments.batch_size, "iter_size": arguments.iter_size}
@@ -215,7 +278,11 @@ def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
 
 def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, names: list[str]) -> str:
     network, data, training = recipe.network, recipe.data, recipe.training
-    devices = f"GPU {','.join(map(str, arguments.gpus))}" if arguments.gpus else "one device"
+    strides = f", strides {','.join(map(str, network.strides))}" if network.strides else ""
+    if _says_gpu(arguments, dialect):
+        devices = f"GPU {','.join(map(str, arguments.gpus or (0,)))}"
+    else:
+        devices = "the CPU"
     val_batch = training.val_batch_size
     tests = iterations_per_test(arguments.val_images, val_batch)
     twice = tests * val_batch - arguments.val_images
@@ -223,7 +290,7 @@ def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, na
     lines = [
         f"Wrote {', '.join(names)} into {arguments.output}:",
         f"  network  {network.name}, {data.num_classes} classes, "
-        f"{network.crop_size}x{network.crop_size} crops, strides {','.join(map(str, network.strides))}",
+        f"{network.crop_size}x{network.crop_size} crops{strides}",
         f"  dialect  {dialect.value} ({_CAFFE[dialect]})",
         f"  stage    {arguments.stage}, {recipe.stages[arguments.stage].solver.max_iter} iterations",
         f"  batch    {training.batch_size} images an update, in {training.iter_size} "

@@ -21,6 +21,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 """Each is called with the number of classes and the crop's size in pixels; one with a third parameter
 ``strides`` can be given those, too."""
 
+PUBLISHED_WITH_THE_FORK = ("jacintonet11",)
+"""The networks that were published with caffe-jacinto; the others come from stock Caffe."""
+
 
 def build_network(
     name: str, num_classes: int, crop_size: int, strides: tuple[int, ...] | None = None

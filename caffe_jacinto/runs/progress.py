@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.watch import StageView, top1_of
 
+TEST_OUTPUTS = {
+    "accuracy/top1": "top-1",
+    "accuracy/top5": "top-5",
+    "accuracy": "top-1",
+    "top5": "top-5",
+}
+"""What the networks' accuracies are called on the screen."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -104,4 +112,4 @@ def duration(seconds: float) -> str:
 
 
 def _short(name: str) -> str:
-    return {"accuracy/top1": "top-1", "accuracy/top5": "top-5"}.get(name, name)
+    return TEST_OUTPUTS.get(name, name)

@@ -159,5 +159,5 @@ class StageView:
 
 
 def top1_of(outputs: dict[str, float]) -> float | None:
-    """The top-1 accuracy among a test's outputs, as this program's networks name it."""
-    return outputs.get("accuracy/top1")
+    """The top-1 accuracy among a test's outputs, as the networks name it."""
+    return outputs.get("accuracy/top1", outputs.get("accuracy"))

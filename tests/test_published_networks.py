@@ -1,0 +1,192 @@
+"""The three networks against the files that their authors published, message for message."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from normalised_net import first_difference, normalised_net
+
+from caffe_jacinto.build_net import main
+from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.recipes.load import load_recipe
+
+FORK, STOCK = Dialect.CAFFE_JACINTO, Dialect.BVLC
+DIALECTS = {"jacintonet11": FORK, "resnet10": STOCK, "bvlc_alexnet": STOCK}
+
+PUBLISHED = [
+    # network, our file, phase, the published file
+    ("jacintonet11", "train", "TRAIN", "jacintonet11_imagenet_caffe_jacinto/train.prototxt"),
+    ("jacintonet11", "val", "TEST", "jacintonet11_imagenet_caffe_jacinto/test.prototxt"),
+    ("jacintonet11", "deploy", "TEST", "jacintonet11_imagenet_caffe_jacinto/deploy.prototxt"),
+    ("resnet10", "train", "TRAIN", "resnet10_cvgj/train.prototxt"),
+    ("resnet10", "val", "TEST", "resnet10_cvgj/test.prototxt"),
+    ("resnet10", "deploy", "TEST", "resnet10_cvgj/deploy.prototxt"),
+    ("bvlc_alexnet", "train", "TRAIN", "bvlc_alexnet/train_val.prototxt"),
+    ("bvlc_alexnet", "val", "TEST", "bvlc_alexnet/train_val.prototxt"),
+    ("bvlc_alexnet", "deploy", "TEST", "bvlc_alexnet/deploy.prototxt"),
+]
+SOLVERS = [
+    ("jacintonet11", "jacintonet11_imagenet_caffe_jacinto/solver.prototxt"),
+    ("resnet10", "resnet10_cvgj/train.solver"),
+    ("bvlc_alexnet", "bvlc_alexnet/solver.prototxt"),
+]
+PATHS = ("net", "train_net", "test_net", "snapshot_prefix")
+FILES = ("train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt")
+GIGAMACS = {"jacintonet11": 0.4063, "resnet10": 0.8892, "bvlc_alexnet": 0.7244}
+"""Counted from the published files."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """<network>/<dialect>/*.prototxt, each with no more arguments than that."""
+    folder = tmp_path_factory.mktemp("built")
+    for name, dialect in itertools.product(DIALECTS, Dialect):
+        arguments = [] if dialect is DIALECTS[name] else ["--dialect", dialect.value]
+        assert main(["--network", name, "--output", str(folder / name / dialect.value), *arguments]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("network", "file", "phase", "published_file"), PUBLISHED)
+def test_the_network_is_the_published_one(
+    built: Path, published: Path, network: str, file: str, phase: str, published_file: str
+) -> None:
+    dialect = DIALECTS[network]
+    theirs = (published / "prototxt" / published_file).read_text()
+    ours = (built / network / dialect.value / f"{file}.prototxt").read_text()
+    assert (
+        first_difference(
+            normalised_net(ours, dialect, phase, file), normalised_net(theirs, dialect, phase, published_file)
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize(("network", "published_file"), SOLVERS)
+def test_the_solver_is_the_published_one_apart_from_paths(
+    built: Path, published: Path, network: str, published_file: str
+) -> None:
+    dialect = DIALECTS[network]
+    theirs = parse_solver((published / "prototxt" / published_file).read_text(), dialect, published_file)
+    ours = parse_solver((built / network / dialect.value / "solver.prototxt").read_text(), dialect, "ours")
+    for solver in (ours, theirs):
+        for path in PATHS:
+            solver.ClearField(path)
+        assert solver.test_iter
+    assert first_difference(ours, theirs) is None
+
+
+@pytest.mark.parametrize("network", DIALECTS)
+@pytest.mark.parametrize("dialect", Dialect)
+def test_every_stage_parses_in_both_dialects(tmp_path: Path, network: str, dialect: Dialect) -> None:
+    for stage in load_recipe(f"imagenet_{network}").stages:
+        arguments = ["--network", network, "--dialect", dialect.value, "--stage", stage]
+        assert main([*arguments, "--output", str(tmp_path)]) == 0
+        for file in FILES:
+            parse = parse_solver if file == "solver.prototxt" else parse_net
+            parse((tmp_path / file).read_text(), dialect, file)
+
+
+@pytest.mark.parametrize("network", DIALECTS)
+def test_both_dialects_say_the_same_network(built: Path, network: str) -> None:
+    """Apart from batch norm, the input's shift and the data layer's threads, field for field."""
+    for file, phase in (("train", "TRAIN"), ("val", "TEST"), ("deploy", "TEST")):
+        found = [
+            _without_what_differs(
+                normalised_net(
+                    (built / network / dialect.value / f"{file}.prototxt").read_text(), dialect, phase, file
+                )
+            )
+            for dialect in (FORK, STOCK)
+        ]
+        assert found[0] == found[1]
+        assert len(found[0]) > 20
+
+
+def _without_what_differs(net: Any) -> list[str]:
+    kept = []
+    for layer in net.layer:
+        if layer.type == "Scale":
+            continue
+        if layer.type in ("BatchNorm", "Bias", "Power"):
+            layer.ClearField("param")
+            for name in ("batch_norm_param", "bias_param", "power_param"):
+                layer.ClearField(name)
+            layer.type = "BatchNorm" if layer.type == "BatchNorm" else "Shift"
+        kept.append(str(layer))
+    return kept
+
+
+@pytest.mark.parametrize("network", ["jacintonet11", "resnet10"])
+def test_each_batch_norm_has_its_scale_split_or_fused(built: Path, network: str) -> None:
+    def layers(dialect: Dialect) -> Any:
+        text = (built / network / dialect.value / "train.prototxt").read_text()
+        return parse_net(text, dialect, "train").layer
+
+    norms = [layer for layer in layers(FORK) if layer.type == "BatchNorm"]
+    assert all(norm.batch_norm_param.scale_bias for norm in norms)
+    assert not any(layer.type == "Scale" for layer in layers(FORK))
+    stock = layers(STOCK)
+    places = [place for place, layer in enumerate(stock) if layer.type == "BatchNorm"]
+    assert [stock[place].name for place in places] == [norm.name for norm in norms]
+    for place, norm in zip(places, norms, strict=True):
+        scale = stock[place + 1]
+        assert (scale.type, scale.name) == ("Scale", "scale".join(norm.name.rsplit("bn", 1)))
+        assert list(scale.bottom) == list(scale.top) == list(norm.top)
+        assert [param.lr_mult for param in stock[place].param] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("network", DIALECTS)
+@pytest.mark.parametrize("dialect", Dialect)
+def test_multiply_accumulates_are_those_counted(built: Path, network: str, dialect: Dialect) -> None:
+    net = tree.parse((built / network / dialect.value / "deploy.prototxt").read_text())
+    assert complexity.gigamacs(net) == pytest.approx(GIGAMACS[network], abs=5e-5)
+
+
+# -------------------------------------------------------------------------------------- the comparison itself
+
+SMALL = """name: "a" input: "data" input_shape { dim: 1 dim: 3 dim: 8 dim: 8 }
+layer { name: "c" type: "Convolution" bottom: "data" top: "c"
+        convolution_param { num_output: 4 kernel_size: 3 pad: 0 stride: 1 bias_term: true
+                            bias_filler { type: "constant" value: 0 } } }
+layer { name: "s" type: "Eltwise" bottom: "c" bottom: "c" top: "s" eltwise_param { operation: SUM } }
+layer { name: "p" type: "Pooling" bottom: "s" top: "p" pooling_param { pool: MAX kernel_size: 2 } }
+layer { name: "t" type: "ReLU" bottom: "p" top: "p" include { phase: TRAIN } }"""
+SAME = """name: "a" layer { name: "data" type: "Input" top: "data"
+        input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
+layer { name: "c" type: "Convolution" bottom: "data" top: "c"
+        convolution_param { num_output: 4 kernel_size: 3 } }
+layer { name: "s" type: "Eltwise" bottom: "c" bottom: "c" top: "s" }
+layer { name: "p" type: "Pooling" bottom: "s" top: "p" pooling_param { kernel_size: 2 stride: 1 } }"""
+
+
+def test_what_is_the_same_to_caffe_compares_equal() -> None:
+    old = SMALL.replace("input_shape { dim: 1 dim: 3 dim: 8 dim: 8 }", "input_dim: [1, 3, 8, 8]")
+    for text in (SMALL, old):
+        assert first_difference(*(normalised_net(one, STOCK, "TEST") for one in (text, SAME))) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("kernel_size: 3", "kernel_size: 5", ".layer[1] (c).convolution_param.kernel_size[0] = 3"),
+        ("num_output: 4", "num_output: 4 pad: 1", "convolution_param.pad[0] = 0"),
+        ('name: "s"', 'name: "sum"', ".layer[2] = s"),
+        ('bottom: "s"', 'bottom: "c"', ".layer[3] (p).bottom[0] = 's'"),
+        ("stride: 1 ", "stride: 2 ", "pooling_param.stride"),
+        ("dim: 8 } } }", "dim: 9 } } }", "input_param.shape[0].dim[3] = 8"),
+        ('type: "Eltwise"', 'type: "Concat"', ".layer[2] (s).type = 'Eltwise'"),
+        ("kernel_size: 3", "kernel_size: 3 bias_filler { value: 1 }", "bias_filler.value = 1.0"),
+        ('top: "c"\n', 'top: "c" param { } param { lr_mult: 2 }\n', ".param[0]"),
+    ],
+)
+def test_the_first_difference_is_told(old: str, new: str, says: str) -> None:
+    assert old in SAME
+    changed = SAME.replace(old, new)
+    told = first_difference(*(normalised_net(one, STOCK, "TEST") for one in (SAME, changed)))
+    assert told is not None
+    assert says in told
