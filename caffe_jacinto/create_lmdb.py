@@ -3,8 +3,10 @@
     python -m caffe_jacinto.create_lmdb --images data/ilsvrc12/train --output data/ilsvrc12_train_lmdb
     python -m caffe_jacinto.create_lmdb --images data/ilsvrc12/val --list data/ilsvrc12/val.txt \\
         --labels data/ilsvrc12_train_lmdb/labels.txt --output data/ilsvrc12_val_lmdb
+    python -m caffe_jacinto.create_lmdb --mean data/ilsvrc12_train_lmdb data/ilsvrc12_mean.binaryproto
 
-Records are what Caffe's own convert_imageset stores with --encoded --encode_type jpg and the same size.
+Records are what Caffe's own convert_imageset stores with --encoded --encode_type jpg and the same size; the
+mean image is what its compute_image_mean makes of an LMDB.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ MOST_WORKERS = 1024
 
 def main(arguments: Sequence[str]) -> int:
     """Read the arguments, make the LMDB, say what became of the images; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _read(arguments)
     signal.signal(signal.SIGTERM, _stop)
+    if options.mean:
+        return _make_mean(options)
     output: Path = options.output
     if options.keep and output.exists():
         return _keep(output, options)
@@ -59,19 +63,42 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments, either of a new LMDB or of a mean image."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.mean:
+        missing = [name for name in ("images", "output") if getattr(options, name) is None]
+        if missing:
+            names = ", ".join(f"--{name}" for name in missing)
+            parser.error(f"the following arguments are required: {names}")
+        return options
+    for name in ("images", "output", "list", "labels", "size", "shuffle", "no_shuffle", "gray"):
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for making an LMDB, and --mean reads one")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        "python -m caffe_jacinto.create_lmdb", "Put a folder of images into an LMDB that Caffe reads."
+        "python -m caffe_jacinto.create_lmdb",
+        "Put a folder of images into an LMDB that Caffe reads, or make the mean image of an LMDB.",
     )
     parser.add_argument(
         "--images",
         type=Path,
-        required=True,
         metavar="DIR",
         help="images as DIR/<class>/*, labels being the rank of the class's name in sorted order;"
         " or, with --list, the folder that the list's paths start from",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the LMDB to make")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the LMDB to make")
+    parser.add_argument(
+        "--mean",
+        type=Path,
+        nargs=2,
+        metavar=("LMDB", "OUT"),
+        help="make no LMDB, but the mean image of one, as the file OUT (like mean.binaryproto)",
+    )
     parser.add_argument(
         "--list", type=Path, metavar="FILE", help="lines 'path label' (the label after the last space)"
     )
@@ -108,9 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         help="images worked on at a time (default: the cores this process may use)",
     )
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--force", action="store_true", help="replace an LMDB that is there already")
+    existing.add_argument("--force", action="store_true", help="replace an LMDB or OUT that is there already")
     existing.add_argument(
-        "--keep", action="store_true", help="an LMDB of this size that is there already is good: do nothing"
+        "--keep",
+        action="store_true",
+        help="an LMDB of this size, or an OUT, that is there already is good: do nothing",
     )
     return parser
 
@@ -187,6 +216,28 @@ def _keep(output: Path, options: argparse.Namespace) -> int:
     print(
         f"{output}: kept, {count_text(facts.images, 'image')} of {facts.width}x{facts.height}"
         " (--force makes it again)"
+    )
+    return 0
+
+
+def _make_mean(options: argparse.Namespace) -> int:
+    """Write the mean image of an LMDB."""
+    lmdb, output = options.mean
+    if options.keep and output.is_file():
+        print(f"{output}: kept (--force makes it again)")
+        return 0
+    from caffe_jacinto.data.mean import check_place, mean_image, write_mean
+
+    check_place(output, replace=options.force)
+    start = time.monotonic()
+    mean = mean_image(lmdb, workers=options.workers)
+    write_mean(mean, output)
+    channels, height, width = mean.image.shape
+    print(
+        f"{output}: mean of {count_text(mean.images, 'image')}, {width}x{height},"
+        f" {count_text(channels, 'channel')} with means"
+        f" {', '.join(f'{value:.2f}' for value in mean.image.mean(axis=(1, 2), dtype=float))},"
+        f" in {time_text(time.monotonic() - start)}"
     )
     return 0
 

@@ -1,7 +1,7 @@
 """Networks in one spelling, so that two prototxts that mean the same compare equal, field by field.
 
 What is one and the same to Caffe: a value that is the default and one that is not there; ``input:`` and a
-layer of type Input; the sizes of a convolution that are not there and the usual ones; layers of another phase.
+layer of type Input; the sizes of a convolution that are not there and the usual ones; layers of other phases.
 """
 
 from __future__ import annotations

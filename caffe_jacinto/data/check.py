@@ -86,23 +86,23 @@ def check_lmdb(
     import lmdb
 
     folder = Path(path)
-    _check_folder(folder)
+    check_folder(folder)
     shapes: list[_Shape] = []
     labels: list[int] = []
     try:
         with lmdb.open(path, readonly=True, lock=False) as environment:
-            _check_not_cut_off(folder, environment)
+            check_not_cut_off(folder, environment)
             entries: int = environment.stat()["entries"]
             _check_enough(folder, entries, min_images)
             with environment.begin(buffers=True) as transaction:
                 for key, value in _first_records(transaction, FIRST_LABELS):
-                    datum = _parse(_where(folder, key), value)
-                    _check_label(_where(folder, key), datum.label, num_classes)
+                    datum = parse_datum(record_place(folder, key), value)
+                    _check_label(record_place(folder, key), datum.label, num_classes)
                     labels.append(datum.label)
                 first_labels = list(labels)
                 for key, value in _spread_records(transaction, entries, sample):
-                    where = _where(folder, key)
-                    datum = _parse(where, value)
+                    where = record_place(folder, key)
+                    datum = parse_datum(where, value)
                     _check_label(where, datum.label, num_classes)
                     labels.append(datum.label)
                     shapes.append(_shape(where, datum))
@@ -120,7 +120,8 @@ def check_lmdb(
     )
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless ``folder`` is an LMDB's, which this user may read."""
     if not folder.exists():
         raise UserError(f"LMDB {folder} does not exist: make it with python -m caffe_jacinto.create_lmdb")
     if folder.is_file():
@@ -134,8 +135,11 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"LMDB {folder} cannot be read: no permission for {folder / 'data.mdb'}")
 
 
-def _check_not_cut_off(folder: Path, environment: Any) -> None:
-    """Reading a page beyond the file's end would kill this process, and Caffe, with a bus error."""
+def check_not_cut_off(folder: Path, environment: Any) -> None:
+    """Raises UserError for an LMDB that lacks its end.
+
+    Reading a page beyond the file's end would kill this process, and Caffe, with a bus error.
+    """
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     actual = (folder / "data.mdb").stat().st_size
     if actual < needed:
@@ -227,7 +231,12 @@ def _spread_records(transaction: Any, entries: int, sample: int) -> Iterator[tup
                 yield before, cursor.value()
 
 
-def _parse(where: str, value: Any) -> Any:
+def parse_datum(where: str, value: Any) -> Any:
+    """A record as a Datum message.
+
+    Raises:
+        UserError: it is none.
+    """
     from google.protobuf.message import DecodeError
 
     try:
@@ -265,5 +274,6 @@ def _decoded_shape(where: str, image: bytes) -> _Shape:
     return _Shape(pixels.shape[2] if pixels.ndim == 3 else 1, height, width)
 
 
-def _where(folder: Path, key: bytes) -> str:
+def record_place(folder: Path, key: bytes) -> str:
+    """A record, as messages name it."""
     return f"LMDB {folder}, record {os.fsdecode(key)!r}"
