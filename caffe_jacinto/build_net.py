@@ -285,6 +285,7 @@ def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, na
         devices = "the CPU"
     val_batch = training.val_batch_size
     tests = iterations_per_test(arguments.val_images, val_batch)
+    batches = f"{tests} batch{'es' if tests > 1 else ''}"
     twice = tests * val_batch - arguments.val_images
     wraps = f"; the last batch wraps round, so {twice} images count twice" if twice else ""
     lines = [
@@ -295,7 +296,7 @@ def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, na
         f"  stage    {arguments.stage}, {recipe.stages[arguments.stage].solver.max_iter} iterations",
         f"  batch    {training.batch_size} images an update, in {training.iter_size} "
         f"pass{'es' if training.iter_size > 1 else ''} on {devices}",
-        f"  test     {arguments.val_images} images in {tests} batches of {val_batch}{wraps}",
+        f"  test     {arguments.val_images} images in {batches} of {val_batch}{wraps}",
         *_next_step(recipe, arguments, dialect),
     ]
     return "\n".join(lines)
