@@ -25,6 +25,7 @@ from digits_run import (
 )
 
 from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -326,3 +327,28 @@ def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> Non
     )
     assert code == 2
     assert "do not fit the network: conv1a" in said
+
+
+def test_the_mean_file_must_be_there_and_of_the_images_size(trainer: Trainer) -> None:
+    def refused() -> str:
+        code, said = trainer.run(
+            *("imagenet_bvlc_alexnet", "--set", "data.mean_file=mean.binaryproto"),
+            *("--set", "network.crop_size=32"),
+            *("--train-lmdb", "train_lmdb", "--val-lmdb", "val_lmdb", "--output", "refused"),
+        )
+        assert code == 2
+        return said
+
+    made_by = "python -m caffe_jacinto.create_lmdb --mean train_lmdb mean.binaryproto"
+    assert f"mean.binaryproto (data.mean_file) does not exist; make it: {made_by}" in refused()
+    path = trainer.folder / "mean.binaryproto"
+    path.write_bytes(b"\xff")
+    assert "mean.binaryproto is no mean file" in refused()
+    blob = messages(Dialect.BVLC).BlobProto(num=1, channels=3, height=30, width=32, data=[0.5] * 2880)
+    path.write_bytes(blob.SerializeToString())
+    said = refused()
+    assert "is 3 x 30 x 32, the images in train_lmdb are 3 x 32 x 32 (channels x height x width)" in said
+    assert f"make it anew: {made_by} --force" in said
+    path.unlink()
+    create_lmdb(["--mean", str(trainer.folder / "train_lmdb"), str(path)])
+    assert "mean.binaryproto" not in refused()

@@ -5,6 +5,7 @@ That program adds the images up in the LMDB's order and in 32-bit numbers, and d
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,6 +65,35 @@ def write_mean(mean: Mean, output: Path) -> None:
         write_whole(output, blob.SerializeToString())
     except OSError as error:
         raise RunFailed(f"{output} could not be written: {error.strerror}") from error
+
+
+def read_mean(path: Path) -> NDArray[np.float32]:
+    """The mean image in a ``.binaryproto``: channels (blue, green, red) x height x width.
+
+    Raises:
+        UserError: the file cannot be read, or holds no mean image.
+    """
+    import numpy as np
+    from google.protobuf.message import DecodeError
+
+    try:
+        blob = messages(Dialect.BVLC).BlobProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"mean file {path} cannot be read: {error.strerror}") from None
+    except DecodeError:
+        raise UserError(f"{path} is no mean file: make it with create_lmdb --mean") from None
+    dims = (
+        tuple(blob.shape.dim)
+        if blob.HasField("shape")
+        else (blob.num, blob.channels, blob.height, blob.width)
+    )
+    values = np.array(blob.data, np.float32)
+    if len(dims) != 4 or dims[0] != 1 or values.size != math.prod(dims) or not values.size:
+        raise UserError(
+            f"{path} is no mean file: {values.size} values in the shape {' x '.join(map(str, dims))}; "
+            "make it with create_lmdb --mean"
+        )
+    return values.reshape(dims[1:])
 
 
 def mean_image(folder: Path, *, workers: int) -> Mean:

@@ -36,6 +36,9 @@ class Findings:
     files_can_be_made: bool = False
     """Whether the problems, if any, leave every stage its files and commands: a dry run can show them."""
 
+    image_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Channels, height and width of the images in each LMDB."""
+
     train_images: int | None = None
     val_images: int | None = None
 
@@ -55,7 +58,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
     findings.attempt(lambda: _check_names(run))
     findings.attempt(lambda: _check_train_lmdb(run, findings))
     findings.attempt(lambda: _check_val_lmdb(run, findings))
-    findings.attempt(lambda: _check_mean_file(run))
+    findings.attempt(lambda: _check_mean_file(run, findings))
     findings.attempt(lambda: _check_labels(run, findings))
     texts: dict[str, dict[str, str]] = {}
     for plan in stages:
@@ -100,6 +103,7 @@ def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
         training=True,
     )
     findings.train_images = facts.images
+    findings.image_shapes[run.recipe.data.train_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
 
 
@@ -114,6 +118,7 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
         min_size=run.recipe.network.crop_size,
     )
     findings.val_images = facts.images
+    findings.image_shapes[run.recipe.data.val_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
     rest = facts.images % batch
     if rest:
@@ -123,13 +128,23 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
         )
 
 
-def _check_mean_file(run: RunPlan) -> None:
+def _check_mean_file(run: RunPlan, findings: Findings) -> None:
+    from caffe_jacinto.data.mean import read_mean
+
     path = run.recipe.data.mean_file
-    if path is not None and not Path(path).is_file():
-        raise UserError(
-            f"mean file {path} (data.mean_file) does not exist; make it: "
-            f"python -m caffe_jacinto.create_lmdb --mean {shlex.join([run.recipe.data.train_lmdb, path])}"
-        )
+    if path is None:
+        return
+    making = f"python -m caffe_jacinto.create_lmdb --mean {shlex.join([run.recipe.data.train_lmdb, path])}"
+    if not Path(path).is_file():
+        raise UserError(f"mean file {path} (data.mean_file) does not exist; make it: {making}")
+    mean = read_mean(Path(path)).shape
+    for lmdb, images in findings.image_shapes.items():
+        if images != mean:
+            raise UserError(
+                f"mean file {path} (data.mean_file) is {' x '.join(map(str, mean))}, the images in {lmdb} "
+                f"are {' x '.join(map(str, images))} (channels x height x width); make it anew: "
+                f"{making} --force"
+            )
 
 
 def _check_labels(run: RunPlan, findings: Findings) -> None:
