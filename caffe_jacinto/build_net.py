@@ -233,6 +233,8 @@ def main(argv: Sequence[str]) -> int:
     dialect = Dialect(arguments.dialect)
     if arguments.cpu and dialect is Dialect.CAFFE_JACINTO:
         raise UserError("--cpu: caffe-jacinto needs a GPU; leave it out, or add --dialect bvlc")
+    if dialect is Dialect.BVLC:
+        _check_stock_caffe_can_say(recipe, arguments.stage)
     files = stage_files(
         recipe,
         arguments.stage,
@@ -246,6 +248,16 @@ def main(argv: Sequence[str]) -> int:
     write_stage_files(files, Path(arguments.output))
     print(_summary(recipe, arguments, dialect, list(files)))
     return 0
+
+
+def _check_stock_caffe_can_say(recipe: Recipe, stage_name: str) -> None:
+    """Refuse files with which `caffe train` would train without the stage's sparsity, and say nothing."""
+    stage = recipe.stages.get(stage_name)
+    if stage and (stage.sparse or stage.freeze_zeros):
+        raise UserError(
+            f"--stage {stage_name}: stock Caffe's solver has no field for sparsity (sparse_mode and others); "
+            f"train it with python -m caffe_jacinto.train {recipe.name}, or use --dialect caffe_jacinto"
+        )
 
 
 def _says_gpu(arguments: argparse.Namespace, dialect: Dialect) -> bool:
@@ -308,11 +320,6 @@ _CAFFE = {Dialect.BVLC: "stock Caffe 1.0", Dialect.CAFFE_JACINTO: "the fork caff
 def _next_step(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect) -> list[str]:
     """The command that trains what was written."""
     stage = recipe.stages[arguments.stage]
-    if dialect is Dialect.BVLC and (stage.sparse or stage.freeze_zeros):
-        return [
-            "Stock Caffe has no fields for sparsity: `caffe train` on these files trains without it.",
-            f"The stage is carried out by `python -m caffe_jacinto.train {recipe.name}`.",
-        ]
     command = ["caffe", "train", "-solver", str(Path(arguments.output, "solver.prototxt"))]
     if stage.start:
         command += ["-weights", f"{stage.start.upper()}.caffemodel"]

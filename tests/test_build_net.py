@@ -102,12 +102,12 @@ def test_the_first_difference_is_told(tmp_path: Path) -> None:
 
 def test_twice_the_same_bytes(tmp_path: Path) -> None:
     for dialect in Dialect:
-        arguments = ("--dialect", dialect.value, "--stage", "sparse")
+        arguments = ("--dialect", dialect.value, "--stage", "l1reg")
         assert build(tmp_path, *arguments) == build(tmp_path, *arguments)
 
 
 def test_stock_caffe_gets_scale_layers_and_no_field_of_the_fork(tmp_path: Path) -> None:
-    files = build(tmp_path, "--dialect", "bvlc", "--stage", "sparse")
+    files = build(tmp_path, "--dialect", "bvlc", "--stage", "l1reg")
     net = parse_net(files["train.prototxt"], STOCK, "train.prototxt")
     convolutions = [layer.name for layer in net.layer if layer.type == "Convolution"]
     for name in convolutions:
@@ -125,7 +125,21 @@ def test_stock_caffe_gets_scale_layers_and_no_field_of_the_fork(tmp_path: Path) 
     assert "threads" not in files["train.prototxt"]
     solver = parse_solver(files["solver.prototxt"], STOCK, "solver.prototxt")
     assert solver.solver_mode == solver.CPU
+
+
+@pytest.mark.parametrize("stage", ["sparse", "finetune"])
+def test_sparsity_cannot_be_said_to_stock_caffe(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(
+        UserError, match=r"no field for sparsity .* caffe_jacinto.train imagenet_jacintonet11"
+    ):
+        main(["--output", str(tmp_path / "out"), "--dialect", "bvlc", "--stage", stage])
+    assert not (tmp_path / "out").exists()
+    recipe = load_recipe("imagenet_jacintonet11")  # What train steps through pycaffe says so, too.
+    files = stage_files(
+        recipe, stage, STOCK, folder="f", gpus=(), iter_size=2, solver_mode_gpu=False, val_images=50
+    )
     assert re.search(r"^# .*no fields for sparsity", files["solver.prototxt"], re.MULTILINE)
+    parse_solver(files["solver.prototxt"], STOCK, "solver.prototxt")
 
 
 def test_gpus_share_the_batch_and_set_the_mode(tmp_path: Path) -> None:
@@ -218,6 +232,13 @@ def test_the_summary_names_a_command_that_a_shell_reads(
         (["--batch-size", "256", "--gpus", "0,1,2"], "use 252 or 258"),
         (["--gpus", "0,0"], "twice"),
         (["--gpus", "all"], "like 0,1"),
+        (["--gpus", "0", "--cpu"], "not allowed with"),
+        (["--cpu"], "needs a GPU"),
+        (["--network", "resnet10", "--strides", "2,2,2,2,2"], "those of resnet10 are fixed"),
+        (["--network", "resnet10", "--stage", "sparse"], "known: initial"),
+        (["--network", "bvlc_alexnet", "--crop-size", "20"], "a crop of at least 39"),
+        (["--network", "bvlc_alexnet", "--mean-file", ""], "--mean-file"),
+        (["--network"], "--network"),
         (["--train-lmdb", ""], "--train-lmdb"),
         (["--train-lmdb", "\udcff"], "not UTF-8"),
         (["--batchsize", "3"], "--batchsize"),

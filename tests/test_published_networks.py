@@ -10,9 +10,11 @@ import pytest
 from normalised_net import first_difference, normalised_net
 
 from caffe_jacinto.build_net import main
+from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt import complexity, tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 FORK, STOCK = Dialect.CAFFE_JACINTO, Dialect.BVLC
@@ -82,13 +84,29 @@ def test_the_solver_is_the_published_one_apart_from_paths(
 
 @pytest.mark.parametrize("network", DIALECTS)
 @pytest.mark.parametrize("dialect", Dialect)
-def test_every_stage_parses_in_both_dialects(tmp_path: Path, network: str, dialect: Dialect) -> None:
-    for stage in load_recipe(f"imagenet_{network}").stages:
-        arguments = ["--network", network, "--dialect", dialect.value, "--stage", stage]
-        assert main([*arguments, "--output", str(tmp_path)]) == 0
-        for file in FILES:
+def test_every_stage_parses_in_both_dialects(network: str, dialect: Dialect) -> None:
+    recipe = load_recipe(f"imagenet_{network}")
+    for stage in recipe.stages:
+        files = stage_files(
+            recipe, stage, dialect, folder="out", gpus=(0,), iter_size=1, solver_mode_gpu=True, val_images=1
+        )
+        assert tuple(files) == FILES
+        for file, text in files.items():
             parse = parse_solver if file == "solver.prototxt" else parse_net
-            parse((tmp_path / file).read_text(), dialect, file)
+            assert parse(text, dialect, file).ByteSize() > 100
+
+
+def test_a_field_of_the_other_dialect_or_in_another_place_does_not_parse(built: Path) -> None:
+    train = (built / "resnet10" / "bvlc" / "train.prototxt").read_text()
+    parse_net(train, STOCK, "train")
+    for old, new in (
+        ("batch_norm_param {", "batch_norm_param { scale_bias: true"),
+        ("pooling_param {", "pooling_param { num_output: 3"),
+        ("layer {", "sparse_mode: SPARSE_UPDATE layer {"),
+    ):
+        assert old in train
+        with pytest.raises(UserError, match="no field named"):
+            parse_net(train.replace(old, new, 1), STOCK, "train")
 
 
 @pytest.mark.parametrize("network", DIALECTS)
