@@ -12,9 +12,16 @@ from caffe_jacinto.caffemodel.drop_layers import without_layers
 from caffe_jacinto.caffemodel.weights import read_weights
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.networks.finetuning import for_finetuning, layers_to_name, stored_names, with_batch_norms
+from caffe_jacinto.networks.finetuning import (
+    WITH_WEIGHTS,
+    for_finetuning,
+    layers_to_name,
+    stored_names,
+    with_batch_norms,
+)
 from caffe_jacinto.networks.jacintonet11 import jacintonet11
-from caffe_jacinto.networks.layers import BatchNorm, Convolution, InnerProduct
+from caffe_jacinto.networks.layers import Convolution, InnerProduct
+from caffe_jacinto.networks.registry import build_network
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.prototxt.stage_files import stage_files
@@ -27,11 +34,7 @@ NETWORK = jacintonet11(10, 32, (1, 2, 2, 2, 2))
 
 def test_frozen_layers_and_the_head_have_their_own_learning_rates() -> None:
     network = for_finetuning(NETWORK, ["conv1a", "conv1b/bn"], 10)
-    rates = {
-        layer.name: layer.lr_mult
-        for layer in network.layers
-        if isinstance(layer, (Convolution, InnerProduct, BatchNorm))
-    }
+    rates = {layer.name: layer.lr_mult for layer in network.layers if isinstance(layer, WITH_WEIGHTS)}
     assert (rates["conv1a"], rates["conv1a/bn"], rates["conv1b"], rates["conv1b/bn"]) == (0, 0, 1, 0)
     assert rates["fc10"] == 10
     assert set(rates.values()) == {0, 1, 10}
@@ -64,6 +67,35 @@ def test_names_in_a_weight_file_and_back() -> None:
     assert stored == {"conv1a", "conv1a/bn", "conv1a/scale", "fc10"}
     assert layers_to_name(NETWORK, stored) == ["conv1a", "fc10"]
     assert layers_to_name(NETWORK, ["conv1a/scale"]) == ["conv1a/bn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "still", "head"),
+    [
+        (
+            "resnet10",
+            ["data_bn", "conv1"],
+            {"data_bn", "data_scale", "conv1", "conv1_bn", "conv1_scale"},
+            "score",
+        ),
+        # It has no batch norm of its own: the next one reads its sum with the shortcut.
+        ("resnet10", ["layer_64_1_conv2"], {"layer_64_1_conv2"}, "score"),
+        (
+            "resnet10",
+            ["layer_64_1_conv1"],
+            {"layer_64_1_conv1", "layer_64_1_bn2", "layer_64_1_scale2"},
+            "score",
+        ),
+        ("bvlc_alexnet", ["conv1", "fc6"], {"conv1", "fc6"}, "fc8"),
+    ],
+)
+def test_batch_norms_and_heads_of_other_networks(
+    name: str, frozen: list[str], still: set[str], head: str
+) -> None:
+    network = for_finetuning(build_network(name, 5, 99), frozen, 10)
+    rates = {layer.name: layer.lr_mult for layer in network.layers if isinstance(layer, WITH_WEIGHTS)}
+    assert stored_names(network, [layer for layer in rates if rates[layer] == 0]) == still
+    assert [layer for layer in rates if rates[layer] == 10] == [head]
 
 
 @pytest.mark.parametrize("dialect", Dialect)
