@@ -67,6 +67,18 @@ class LayerCost:
     """Whether a softmax takes its output directly: it is the classifier."""
 
 
+@dataclass(frozen=True)
+class LayerShapes:
+    """A layer with the shapes of the blobs around it; None: not known."""
+
+    layer: Message
+    kind: str
+    """Its type."""
+
+    bottoms: list[Shape | None]
+    tops: list[Shape | None]
+
+
 def gigamacs(net: Message, data_shapes: Sequence[Shape] = ()) -> float | None:
     """GigaMACs of one crop, or None where the text does not say enough.
 
@@ -84,11 +96,21 @@ def gigamacs(net: Message, data_shapes: Sequence[Shape] = ()) -> float | None:
 
 def layer_costs(net: Message, data_shapes: Sequence[Shape] = ()) -> list[LayerCost]:
     """The convolutions and inner products of ``net`` in order, with their cost."""
-    layers = phase_layers(net)
+    shaped = layer_shapes(net, data_shapes)
+    layers = [item.layer for item in shaped]
+    return [
+        _cost(item, _feeds_softmax(layers, index))
+        for index, item in enumerate(shaped)
+        if item.kind in CONVOLUTIONS or item.kind == "InnerProduct" or item.layer.has("convolution_param")
+    ]
+
+
+def layer_shapes(net: Message, data_shapes: Sequence[Shape] = ()) -> list[LayerShapes]:
+    """Every layer of ``net`` that takes part, in order, with the shapes around it; see `gigamacs`."""
     shapes: dict[str, Shape | None] = _declared_inputs(net)
-    costs = []
+    found = []
     given = iter(data_shapes)
-    for index, layer in enumerate(layers):
+    for layer in phase_layers(net):
         kind = layer.string("type")
         bottoms = [shapes.get(name) for name in layer.strings("bottom")]
         tops = layer.strings("top")
@@ -97,11 +119,10 @@ def layer_costs(net: Message, data_shapes: Sequence[Shape] = ()) -> list[LayerCo
             outputs = _data_shapes(layer, kind, len(tops), known)
         else:
             outputs = _output_shapes(layer, kind, bottoms, len(tops))
-        if kind in CONVOLUTIONS or kind == "InnerProduct" or layer.has("convolution_param"):
-            costs.append(_cost(layer, kind, bottoms, outputs, _feeds_softmax(layers, index)))
-        for position, top in enumerate(tops):
-            shapes[top] = outputs[position] if position < len(outputs) else None
-    return costs
+        outputs = [*outputs, *[None] * (len(tops) - len(outputs))]
+        shapes.update(zip(tops, outputs, strict=False))
+        found.append(LayerShapes(layer, kind, bottoms, outputs))
+    return found
 
 
 def phase_layers(net: Message) -> list[Message]:
@@ -312,10 +333,9 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def _cost(
-    layer: Message, kind: str, bottoms: list[Shape | None], outputs: list[Shape | None], before_softmax: bool
-) -> LayerCost:
+def _cost(item: LayerShapes, before_softmax: bool) -> LayerCost:
     """The cost of a convolution or inner product; of another layer with a convolution inside: not known."""
+    layer, kind, bottoms, outputs = item.layer, item.kind, item.bottoms, item.tops
     name = layer.string("name")
     parameter = layer.message("inner_product_param" if kind == "InnerProduct" else "convolution_param")
     filters = parameter.integer("num_output")
