@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caffe_jacinto import build_net, networks
+from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, MaxPooling, Network, ReLU
 from caffe_jacinto.networks.registry import build_network
+from caffe_jacinto.prototxt import complexity, tree
 
 STRIDES = (2, 2, 2, 2, 2)
 
@@ -76,3 +87,55 @@ def test_what_cannot_be_built_says_why(name: str, crop: int, strides: tuple[int,
 
 def test_the_smallest_crop_that_the_strides_leave_a_pixel_of() -> None:
     assert build_network("jacintonet11", 1000, 32, STRIDES).crop_size == 32
+
+
+# ------------------------------------------------------------------------------ a network of the user's own
+
+GUIDE = Path(__file__).parents[1] / "docs" / "networks.md"
+
+
+@pytest.fixture
+def tinynet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's worked example, done: its file beside the networks' and its line in the registry."""
+    file, line = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (tmp_path / "tinynet.py").write_text(file)
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "caffe_jacinto.networks.tinynet", raising=False)
+    for module in (registry, build_net):
+        monkeypatch.setattr(module, "NETWORKS", (*registry.NETWORKS, ast.literal_eval(line.strip())[0]))
+
+
+def example_commands() -> list[list[str]]:
+    """The guide's build_net commands for its example."""
+    commands = re.findall(r"^    python -m caffe_jacinto.build_net (.*tinynet.*)$", GUIDE.read_text(), re.M)
+    return [shlex.split(command) for command in commands]
+
+
+def test_the_guides_own_network_is_built_in_both_dialects(
+    tinynet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = example_commands()
+    assert len(commands) == 2
+    for command in commands:
+        assert build_net.main(command) == 0
+    stock = (tmp_path / "nets/tinynet/train.prototxt").read_text()
+    fork = (tmp_path / "nets/tinynet_fork/train.prototxt").read_text()
+    assert 'type: "Scale"' in stock
+    assert 'type: "Scale"' not in fork
+    net = tree.parse((tmp_path / "nets/tinynet/deploy.prototxt").read_text())
+    convolutions = 32 * 32 * 27 * 32 + 16 * 16 * (9 * 32 * 64 + 32 * 64) + 8 * 8 * 9 * 64 * 64
+    assert complexity.gigamacs(net) == pytest.approx((convolutions + 640) / 1e9)
+    with pytest.raises(UserError, match="those of tinynet are fixed"):
+        build_net.main([*commands[0], "--strides", "1,2"])
+
+
+@pytest.mark.caffe
+def test_caffe_loads_the_guides_own_network(
+    tinynet: None, caffe_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build_net.main(example_commands()[0]) == 0
+    load = "import sys; sys.path.insert(0, sys.argv[1]); import caffe; caffe.Net(sys.argv[2], caffe.TEST)"
+    command = [sys.executable, "-c", load, str(caffe_engine.info.pycaffe), "nets/tinynet/deploy.prototxt"]
+    subprocess.run(command, check=True, capture_output=True)
