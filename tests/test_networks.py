@@ -89,6 +89,11 @@ def test_the_smallest_crop_that_the_strides_leave_a_pixel_of() -> None:
     assert build_network("jacintonet11", 1000, 32, STRIDES).crop_size == 32
 
 
+def test_alexnet_alone_has_no_statistics_to_estimate() -> None:
+    found = {name: build_network(name, 10, 227).has_batch_norm for name in registry.NETWORKS}
+    assert found == {"bvlc_alexnet": False, "jacintonet11": True, "resnet10": True}
+
+
 # ------------------------------------------------------------------------------ a network of the user's own
 
 GUIDE = Path(__file__).parents[1] / "docs" / "networks.md"

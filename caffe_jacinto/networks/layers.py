@@ -232,6 +232,11 @@ class Network:
         """The blob of class scores."""
         return self.layers[-1].top
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether there are statistics that can lag behind the weights."""
+        return any(isinstance(layer, BatchNorm) for layer in self.layers)
+
 
 DATA_BLOB = "data"
 LABEL_BLOB = "label"

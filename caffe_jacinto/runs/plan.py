@@ -11,6 +11,7 @@ from caffe_jacinto.files import write_whole
 from caffe_jacinto.prototxt.stage_files import (
     IMAGENET_VAL_IMAGES,
     iterations_per_test,
+    network_of,
     stage_files,
     write_stage_files,
 )
@@ -117,6 +118,7 @@ def stage_texts(
 
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
     """What the engine is told to do for a stage, from its start or from a ``.solverstate``."""
+    batches = run.recipe.training.reestimate_batches if network_of(run.recipe).has_batch_norm else 0
     return TrainJob(
         solver=plan.folder / "solver.prototxt",
         weights=plan.loaded_weights,
@@ -125,7 +127,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
         final_weights=plan.final_weights,
         sparse=plan.stage.sparse,
         freeze_zeros=plan.stage.freeze_zeros,
-        reestimate_batches=run.recipe.training.reestimate_batches,
+        reestimate_batches=batches,
     )
 
 
