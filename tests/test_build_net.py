@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from normalised_net import first_difference
 
 from caffe_jacinto.build_net import main
 from caffe_jacinto.errors import UserError
@@ -29,33 +29,6 @@ def build(folder: Path, *arguments: str) -> dict[str, str]:
     assert main(["--output", str(folder), *arguments]) == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     return {name: (folder / name).read_text() for name in FILES}
-
-
-def flat(message: Any, path: str = "") -> list[tuple[str, str]]:
-    """Every field of a message that differs from its default, with its path, in order."""
-    found: list[tuple[str, str]] = []
-    for field, value in message.ListFields():
-        repeated = hasattr(value, "append")
-        values = value if repeated else [value]
-        for index, one in enumerate(values):
-            where = f"{path}.{field.name}" + (f"[{index}]" if repeated else "")
-            if field.message_type:
-                found.append((where, "{}"))
-                found += flat(one, where)
-            elif repeated or one != field.default_value:
-                found.append((where, repr(one)))
-    return found
-
-
-def first_difference(ours: Any, published: Any) -> str | None:
-    """The first field in which two messages differ, or None."""
-    mine, theirs = flat(ours), flat(published)
-    for index in range(max(len(mine), len(theirs))):
-        a = mine[index] if index < len(mine) else ("the end", "")
-        b = theirs[index] if index < len(theirs) else ("the end", "")
-        if a != b:
-            return f"ours {a[0]} = {a[1]}, published {b[0]} = {b[1]}"
-    return None
 
 
 @pytest.mark.parametrize(
@@ -89,15 +62,6 @@ def test_the_solver_is_the_published_one_apart_from_paths(
             assert solver.HasField(path) if path != "test_net" else len(solver.test_net) == 1
             solver.ClearField(path)
     assert first_difference(ours, theirs) is None
-
-
-def test_the_first_difference_is_told(tmp_path: Path) -> None:
-    files = build(tmp_path)
-    one = parse_net(files["train.prototxt"], FORK, "a")
-    other = parse_net(files["train.prototxt"].replace("pad: 2", "pad: 3"), FORK, "b")
-    assert first_difference(one, other) == (
-        "ours .layer[2].convolution_param.pad[0] = 2, published .layer[2].convolution_param.pad[0] = 3"
-    )
 
 
 def test_twice_the_same_bytes(tmp_path: Path) -> None:

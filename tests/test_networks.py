@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto import build_net, networks
@@ -20,6 +20,9 @@ from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, MaxPooling, Network, ReLU
 from caffe_jacinto.networks.registry import build_network
 from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.stage_files import stage_files
+from caffe_jacinto.recipes.load import load_recipe
 
 STRIDES = (2, 2, 2, 2, 2)
 
@@ -45,19 +48,47 @@ def test_jacintonet11_has_ten_convolutions_of_the_published_sizes() -> None:
     assert network.scores == "fc1000"
 
 
-def test_every_blob_is_made_before_it_is_read_and_names_are_unique() -> None:
-    network = build_network("jacintonet11", 10, 32, (1, 1, 2, 1, 2))
+@pytest.mark.parametrize("name", registry.NETWORKS)
+def test_every_blob_is_made_before_it_is_read_and_names_are_unique(name: str) -> None:
+    network = build_network(name, 10, 227)
     made = {"data"}
     for layer in network.layers:
         assert set(layer.bottoms) <= made
         made.add(layer.top)
-    names = [layer.name for layer in network.layers]
+    for layer in network.outputs:
+        assert set(layer.bottoms) == {network.scores, "label"}
+    names = [layer.name for layer in (*network.layers, *network.outputs)]
+    names += [layer.scale_name for layer in network.layers if isinstance(layer, BatchNorm)]
     assert len(set(names)) == len(names)
+
+
+def test_every_convolution_of_jacintonet11_is_normalised() -> None:
+    network = build_network("jacintonet11", 10, 32, (1, 1, 2, 1, 2))
     for name in convolutions(network):
         assert (
             BatchNorm(f"{name}/bn", (name,), name, moving_average_fraction=0.99, eps=1e-4) in network.layers
         )
         assert ReLU(f"{name}/relu", (name,), name) in network.layers
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(registry.NETWORKS), st.sampled_from(Dialect), st.integers(2, 50), st.integers(1, 300))
+def test_any_crop_is_refused_or_gives_a_network_whose_shapes_are_known(
+    name: str, dialect: Dialect, classes: int, crop: int
+) -> None:
+    recipe = load_recipe(f"imagenet_{name}", [f"data.num_classes={classes}", f"network.crop_size={crop}"])
+    try:
+        files = stage_files(
+            recipe, "initial", dialect, folder="out", gpus=(), iter_size=1, solver_mode_gpu=False
+        )
+    except UserError as error:
+        smallest = re.search(r"a crop of at least (\d+)", str(error))
+        assert smallest
+        assert crop < int(smallest[1]) < 50
+        return
+    costs = complexity.layer_costs(tree.parse(files["deploy.prototxt"]))
+    assert all(cost.macs for cost in costs)
+    assert costs[-1].outputs == classes
 
 
 @given(st.tuples(*[st.integers(1, 4)] * 5))
@@ -87,6 +118,23 @@ def test_what_cannot_be_built_says_why(name: str, crop: int, strides: tuple[int,
 
 def test_the_smallest_crop_that_the_strides_leave_a_pixel_of() -> None:
     assert build_network("jacintonet11", 1000, 32, STRIDES).crop_size == 32
+
+
+def test_a_mean_image_is_asked_for_and_replaces_mean_values() -> None:
+    def train(name: str, mean_file: str) -> str:
+        recipe = load_recipe(f"imagenet_{name}", [f"data.mean_file={mean_file}"])
+        files = stage_files(
+            recipe, "initial", Dialect.BVLC, folder="out", gpus=(), iter_size=2, solver_mode_gpu=False
+        )
+        return files["train.prototxt"]
+
+    with pytest.raises(UserError, match="LMDB OUT, and name it as data"):
+        train("bvlc_alexnet", "")
+    assert 'mean_file: "m"' in train("bvlc_alexnet", "m")
+    assert "mean_value: 0" in train("jacintonet11", "")
+    with_mean = train("jacintonet11", "m")
+    assert 'mean_file: "m"' in with_mean
+    assert "mean_value" not in with_mean  # Caffe takes one or the other.
 
 
 def test_alexnet_alone_has_no_statistics_to_estimate() -> None:
