@@ -56,6 +56,8 @@ examples:
   python -m caffe_jacinto.build_net --output net --dialect bvlc
   python -m caffe_jacinto.build_net --output net --network resnet10
   python -m caffe_jacinto.build_net --output net --gpus 0,1 --batch-size 512
+  python -m caffe_jacinto.build_net --network resnet10 --summary --draw resnet10.svg
+  python -m caffe_jacinto.build_net --summary deploy.prototxt --weights trained.caffemodel
   python -m caffe_jacinto.build_net --output net --dialect bvlc --num-classes 10 --crop-size 32 \\
       --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
       --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb --val-images 10000
@@ -110,13 +112,7 @@ def _not_empty(text: str) -> str:
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = Parser("python -m caffe_jacinto.build_net", DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add(
-        "--output",
-        required=True,
-        type=_not_empty,
-        metavar="DIR",
-        help="folder for the files, made if missing",
-    )
+    add("--output", type=_not_empty, metavar="DIR", help="folder for the files, made if missing")
     add(
         "--network",
         default=recipe.network.name,
@@ -192,6 +188,22 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "--gpus", type=_gpus, default=(), metavar="N,N", help="device numbers, e.g. 0,1 (default: see below)"
     )
     device.add_argument("--cpu", action="store_true", help="the solver says CPU (bvlc only)")
+    look = parser.add_argument_group("to look at a network, with --output or without")
+    look.add_argument(
+        "--summary",
+        nargs="?",
+        const="",
+        metavar="PROTOTXT",
+        help="show its layers: shapes, parameters, MACs; of PROTOTXT, or of what the other arguments say",
+    )
+    look.add_argument("--format", choices=["text", "csv", "json"], help="of the summary (default: text)")
+    look.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="its .caffemodel: show zeros, and the MACs that they leave",
+    )
+    look.add_argument("--draw", type=Path, metavar="FILE", help="draw it to FILE (.svg or .png)")
     return parser
 
 
@@ -229,6 +241,11 @@ def main(argv: Sequence[str]) -> int:
     """Write the files; say what they are and which command trains them."""
     published = _recipe_of(_named_network(argv))
     arguments = _parser(published).parse_args(argv)
+    looks = arguments.summary is not None or arguments.draw is not None
+    _check_look(arguments, looks)
+    if arguments.summary:
+        _look(arguments, *_read(Path(arguments.summary)), None)
+        return 0
     recipe = _recipe(published, arguments)
     dialect = Dialect(arguments.dialect)
     if arguments.cpu and dialect is Dialect.CAFFE_JACINTO:
@@ -239,15 +256,66 @@ def main(argv: Sequence[str]) -> int:
         recipe,
         arguments.stage,
         dialect,
-        folder=arguments.output,
+        folder=arguments.output or "",
         gpus=arguments.gpus,
         iter_size=arguments.iter_size,
         solver_mode_gpu=_says_gpu(arguments, dialect),
         val_images=arguments.val_images,
     )
-    write_stage_files(files, Path(arguments.output))
-    print(_summary(recipe, arguments, dialect, list(files)))
+    if arguments.output:
+        write_stage_files(files, Path(arguments.output))
+        if arguments.format in (None, "text"):
+            print(_written(recipe, arguments, dialect, list(files)))
+    if looks:
+        _look(arguments, files["deploy.prototxt"], recipe.network.name, dialect)
     return 0
+
+
+def _check_look(arguments: argparse.Namespace, looks: bool) -> None:
+    """Refuse arguments that have nothing to do."""
+    if not looks and not arguments.output:
+        raise UserError("give --output DIR for the files, or --summary or --draw FILE to look at the network")
+    if arguments.summary and arguments.output:
+        raise UserError(f"--summary {arguments.summary} shows a file that is there; leave --output out")
+    for name in ("format", "weights"):
+        if (
+            getattr(arguments, name) is not None
+            and arguments.summary is None
+            and not (name == "weights" and looks)
+        ):
+            raise UserError(f"--{name} is of the summary: add --summary")
+
+
+def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect | None) -> None:
+    """Show and draw a network, as asked for."""
+    from caffe_jacinto.caffemodel import summary_tables
+    from caffe_jacinto.caffemodel.summary import summarize
+
+    summary = summarize(text, where, dialect, arguments.weights)
+    if arguments.draw is not None:
+        from caffe_jacinto.caffemodel.draw import draw
+
+        draw(summary, arguments.draw)
+    if arguments.summary is None:
+        print(f"Drew {summary.name} to {arguments.draw}")
+    elif arguments.format == "json":
+        print(summary_tables.as_json(summary))
+    elif arguments.format == "csv":
+        print(summary_tables.as_csv(summary), end="")
+    else:
+        summary_tables.show(summary, sys.stdout)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """A prototxt's text, and its name for messages."""
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except OSError as error:
+        raise UserError(f"--summary {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--summary {path}: not UTF-8 text ({error.reason} at byte {error.start}); give a prototxt"
+        ) from None
 
 
 def _check_stock_caffe_can_say(recipe: Recipe, stage_name: str) -> None:
@@ -288,7 +356,7 @@ def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
     )
 
 
-def _summary(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, names: list[str]) -> str:
+def _written(recipe: Recipe, arguments: argparse.Namespace, dialect: Dialect, names: list[str]) -> str:
     network, data, training = recipe.network, recipe.data, recipe.training
     strides = f", strides {','.join(map(str, network.strides))}" if network.strides else ""
     if _says_gpu(arguments, dialect):
