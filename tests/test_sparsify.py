@@ -23,7 +23,7 @@ PUBLISHED = SparseSettings(start_iter=20000)
 
 
 def literal(weights: np.ndarray, fraction: float, maxratio: float, value_max: float) -> np.ndarray:
-    """Row by row of ``weights``, a channel or a layer: of all its magnitudes as thresholds, the largest that the rule allows.
+    """Of each row of ``weights``, a channel or a layer: the largest of its magnitudes that the rule allows.
 
     Between two neighbouring magnitudes a threshold zeroes the same weights: these and the cap are enough.
     """
