@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any, TextIO
 
 from caffe_jacinto.prototxt.complexity import CONVOLUTIONS
+from caffe_jacinto.text_table import Column, Line, show_table
 
 if TYPE_CHECKING:
     from caffe_jacinto.caffemodel.summary import LayerRow, Summary
@@ -26,33 +27,19 @@ _TITLES = {
     "sparsity": "Sparsity",
     "macs_left": "MACs left",
 }
-_LEFT = ("name", "type", "detail", "output")
-_PIPE_WIDTH = 10_000
-"""In a pipe no line is folded."""
+_WORDS = ("name", "type", "detail", "output")
 
 
 def show(summary: Summary, out: TextIO) -> None:
-    """Write the table, in colour on a terminal; the layers without parameters and MACs in grey."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=out, highlight=False, width=None if out.isatty() else _PIPE_WIDTH)
-    columns = _columns(summary)
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", show_footer=True)
+    """Write the table, in colour on a terminal; the layers without MACs in grey."""
     totals = _totals(summary)
-    for column in columns:
-        side: Any = "left" if column in _LEFT else "right"
-        footer = Text(totals.get(column, ""), style="bold")
-        drawn.add_column(_TITLES[column], justify=side, footer=footer, overflow="fold")
+    names = _columns(summary)
+    columns = [Column(_TITLES[name], name in _WORDS, totals.get(name, "")) for name in names]
+    lines = []
     for row in summary.rows:
         cells = _cells(row, summary)
-        style = "" if row.macs else "dim"
-        drawn.add_row(*(Text(_printable(cells[column]), style=style) for column in columns))
-    console.print(Text(_printable(summary.name), style="bold"))
-    console.print(drawn)
-    console.print(Text(total_line(summary)), soft_wrap=True)
+        lines.append(Line([cells[name] for name in names], "" if row.macs else "dim"))
+    show_table(out, summary.name, columns, lines, total_line(summary))
 
 
 def total_line(summary: Summary) -> str:
@@ -152,8 +139,3 @@ def _whole_sparsity(summary: Summary) -> float | None:
         return None
     counted = [row for row in summary.rows if row.weights and row.type in CONVOLUTIONS]
     return sum(row.zeros or 0 for row in counted) / max(sum(row.weights for row in counted), 1)
-
-
-def _printable(text: str) -> str:
-    """A name of somebody's network cannot move the terminal's cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)
