@@ -248,6 +248,11 @@ def test_any_override_text_is_applied_or_refused_in_one_line(text: str) -> None:
         assert "\n" not in str(error)
 
 
+def test_the_guide_names_every_built_in_recipe() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    assert {name for name in built_in_recipes() if f"| `{name}` |" not in guide} == set()
+
+
 def test_the_guide_names_every_key_with_its_default() -> None:
     from caffe_jacinto.recipes import model
 

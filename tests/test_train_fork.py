@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from digits_run import Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
 
+from caffe_jacinto.caffemodel.weights import read_weights
+
 FORK = '''#!{python}
 """Says it is caffe-jacinto: sparsity_target, snapshot_prefix. Writes what it would; trains nothing."""
 import math, re, sys, time
@@ -126,3 +128,53 @@ def test_gpus_that_are_not_there(fork: Path, tmp_path: Path) -> None:
     assert (code, "2 is not there" in said) == (2, True)
     code, said = Trainer(fork, tmp_path).run(*tiny(), "--output", "refused")
     assert (code, "trains on GPUs only" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("stages.sparse.sparse.by=layer", "no field for thresholds by layer"),
+        ("network.frozen=['conv1a']", "no field that keeps its thresholds out of frozen layers"),
+    ],
+)
+def test_what_the_fork_has_no_field_for_is_one_line_before_anything_runs(
+    fork: Path, tmp_path: Path, setting: str, says: str
+) -> None:
+    recipe = recipe_of(tmp_path, "initial", "l1reg", "sparse")
+    arguments = tiny(recipe, ("initial", "l1reg", "sparse"))
+    weights = ("--set", "stages.initial.weights=any.caffemodel")
+    code, said = Trainer(fork, tmp_path).run(
+        *arguments, *weights, "--set", setting, "-gpu", "0", "--output", "refused"
+    )
+    assert code == 2
+    assert len([line for line in said.splitlines() if says in line]) == 1
+    assert not (tmp_path / "refused").exists()
+
+
+def test_fine_tuning_from_weights_without_the_head(fork: Path, tmp_path: Path) -> None:
+    trainer = Trainer(fork, tmp_path)
+    code, said = trainer.run(
+        *tiny(recipe_of(tmp_path, "initial"), ("initial",)), "-gpu", "0", "--output", "first"
+    )
+    assert code == 0, said
+    weights = "first/initial/digits_jacintonet11_iter_6.caffemodel"
+    tiny_data = ("--train-lmdb", "train_lmdb", "--val-lmdb", "val_lmdb", "--batch-size", "8")
+    settings = {
+        "network.crop_size": "32",
+        "stages.finetune.weights": weights,
+        "stages.finetune.reinit": '["fc10"]',
+        "stages.finetune.freeze_zeros": "false",
+        "stages.finetune.solver.max_iter": "6",
+    }
+    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    code, said = trainer.run("finetune_classifier", *tiny_data, *given, "-gpu", "0", "--output", "second")
+    assert code == 0, said
+    assert "layer fc10: starts at random values: reinit names it" in said
+    command = (
+        f"{fork} train -solver second/finetune/solver.prototxt -weights second/finetune/start.caffemodel"
+    )
+    assert f"{command} -gpu 0" in (tmp_path / "second/finetune/run.sh").read_text()
+    start = read_weights(tmp_path / "second/finetune/start.caffemodel")
+    assert read_weights(tmp_path / weights).keys() - start.keys() == {"fc10"}
+    train = (tmp_path / "second/finetune/train.prototxt").read_text()
+    assert train.count("use_global_stats: true") == 2
