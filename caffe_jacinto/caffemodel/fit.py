@@ -69,7 +69,8 @@ def _difference(layer: StoredLayer, shapes: list[Dims]) -> str | None:
     if counts in ((3, 5), (5, 3)):
         return (
             f"its batch normalisation is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
-            "the weights are of the other kind of Caffe; convert them first"
+            "the weights are of the other kind of Caffe; convert them first: "
+            "python -m caffe_jacinto.weights convert"
         )
     if counts[0] != counts[1]:
         return f"{counts[0]} blobs in the weight file, {counts[1]} in the network"
