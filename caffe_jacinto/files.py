@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -16,17 +17,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes, *, executable: bool = False) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``; a reader sees the old file or all of the new.
+def write_whole(
+    path: Path, content: str | bytes | Iterable[bytes | memoryview], *, executable: bool = False
+) -> None:
+    """Write ``content`` (text as UTF-8, or parts one after the other) to ``path``.
+
+    A reader sees the old file or all of the new.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; ``path`` is untouched.
     """
-    data = content.encode() if isinstance(content, str) else content
+    parts = [content.encode()] if isinstance(content, str) else content
+    if isinstance(parts, bytes):
+        parts = [parts]
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             umask = os.umask(0)
             os.umask(umask)

@@ -153,6 +153,11 @@ def layer_in(view: memoryview, field: Field) -> StoredLayer | None:
     return StoredLayer(name, tuple(blobs))
 
 
+def blobs_field(*, v1: bool) -> int:
+    """The number of the field that holds a layer's blobs."""
+    return _V1_BLOBS if v1 else _LAYER_BLOBS
+
+
 def _blob(view: memoryview, field: Field) -> Blob:
     old_shape = [0, 0, 0, 0]
     shape: list[int] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from caffe_jacinto.caffemodel.blobs import Blob, StoredLayer, mapped, stored_layers
 from caffe_jacinto.caffemodel.net_blobs import Dims, expected_blobs
@@ -18,8 +18,8 @@ class Mismatch:
 
     layer: str
     reason: str
-    missing: bool
-    """The file does not have the layer; otherwise it has it in another shape."""
+    cause: Literal["missing", "shape", "other Caffe"]
+    """The file lacks the layer, has it in another shape, or is of the other kind of Caffe."""
 
     fatal: bool
     """Caffe would stop at it. A layer that the file lacks is not fatal: it keeps its random values, which is
@@ -45,9 +45,11 @@ def check_fit(weights: Path, net: Any) -> list[Mismatch]:
     mismatches = []
     for name, shapes in expected.items():
         if name not in stored:
-            mismatches.append(Mismatch(name, "not in the weight file", missing=True, fatal=nothing_fits))
-        elif reason := _difference(stored[name], shapes):
-            mismatches.append(Mismatch(name, reason, missing=False, fatal=True))
+            mismatches.append(Mismatch(name, "not in the weight file", "missing", fatal=nothing_fits))
+        elif reason := _other_caffe(stored[name], shapes):
+            mismatches.append(Mismatch(name, reason, "other Caffe", fatal=True))
+        elif reason := _other_shape(stored[name], shapes):
+            mismatches.append(Mismatch(name, reason, "shape", fatal=True))
     return mismatches
 
 
@@ -63,17 +65,22 @@ def unused_layers(weights: Path, net: Any) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _difference(layer: StoredLayer, shapes: list[Dims]) -> str | None:
-    """Why the stored layer does not fill blobs of ``shapes``; None if it does."""
+def _other_caffe(layer: StoredLayer, shapes: list[Dims]) -> str | None:
+    """How the stored layer shows that it was written by the other kind of Caffe; None if it does not."""
     counts = (len(layer.blobs), len(shapes))
-    if counts in ((3, 5), (5, 3)):
-        return (
-            f"its batch normalisation is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
-            "the weights are of the other kind of Caffe; convert them first: "
-            "python -m caffe_jacinto.weights convert"
-        )
-    if counts[0] != counts[1]:
-        return f"{counts[0]} blobs in the weight file, {counts[1]} in the network"
+    if counts not in ((3, 5), (5, 3)):
+        return None
+    return (
+        f"its batch normalisation is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
+        "the weights are of the other kind of Caffe; convert them first: "
+        "python -m caffe_jacinto.weights convert"
+    )
+
+
+def _other_shape(layer: StoredLayer, shapes: list[Dims]) -> str | None:
+    """Why the stored layer does not fill blobs of ``shapes``; None if it does."""
+    if len(layer.blobs) != len(shapes):
+        return f"{len(layer.blobs)} blobs in the weight file, {len(shapes)} in the network"
     for index, (blob, shape) in enumerate(zip(layer.blobs, shapes, strict=True)):
         if not _fills(blob, shape):
             return (

@@ -1,0 +1,207 @@
+"""Weight files from one dialect to the other: batch normalisation and the input's bias said the other way.
+
+Stock Caffe: BatchNorm of three blobs (mean and variance times a factor, and the factor), then Scale of two.
+caffe-jacinto: one BatchNorm with ``scale_bias`` of five blobs, its statistics plain averages and its factor
+1. Stock Caffe's network shifts the images by a Power layer, which has no weights; the fork's by a Bias layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float32]
+
+
+def convert(source: Path, target: Path, to: Dialect) -> list[str]:
+    """Write the weights of ``source``, which is of the other dialect, to ``target`` as ``to`` has them.
+
+    Returns what was done, a line for each kind of change. All other layers are copied byte for byte.
+
+    Raises:
+        UserError: the file is none of the other dialect, or its layers cannot be said in ``to``.
+    """
+    origin = Dialect.BVLC if to is Dialect.CAFFE_JACINTO else Dialect.CAFFE_JACINTO
+    with open_net(source, origin) as (name, layers):
+        _check_origin(source, layers, to)
+        done: dict[str, int] = {}
+        translate = _fold if to is Dialect.CAFFE_JACINTO else _split
+        write_net(target, name, translate(source, layers, done), to)
+    return [f"{what}: {count}" for what, count in done.items()]
+
+
+def scale_name(norm: str) -> str:
+    """The Scale layer's name that goes with a BatchNorm's: its last ``bn`` becomes ``scale``."""
+    start, found, end = norm.rpartition("bn")
+    return f"{start}scale{end}" if found else f"{norm}/scale"
+
+
+def _check_origin(source: Path, layers: list[NetLayer], to: Dialect) -> None:
+    """Refuse a file that is of the dialect already."""
+    own = 5 if to is Dialect.CAFFE_JACINTO else 3
+    for layer in layers:
+        if layer.type == "BatchNorm" and len(layer.blobs) == own and _is_of(layer, to):
+            raise UserError(
+                f"{source}: layer {layer.name} is a batch norm of {own} blobs, as {to.value} has it; "
+                "the file needs no conversion, or --from and --to are the wrong way round"
+            )
+
+
+def _is_of(layer: NetLayer, to: Dialect) -> bool:
+    return to is Dialect.CAFFE_JACINTO or not getattr(layer.header.batch_norm_param, "scale_bias", False)
+
+
+def _fold(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
+    """The fork's layers of stock Caffe's."""
+    scale_of = _scales(layers)
+    folded = {id(scale) for scale in scale_of.values()}
+    for at, layer in enumerate(layers):
+        if id(layer) in folded:
+            continue
+        if layer.type == "BatchNorm" and len(layer.blobs) == 3:
+            _count(done, "batch norms and their scales made one")
+            yield _folded(source, layer, scale_of.get(layer.name))
+        elif shift := _shift_of(layer):
+            channels = _channels_of(layer.header.top[0], layers[at + 1 :])
+            if channels is None:
+                raise UserError(
+                    f"{source}: layer {layer.name}: the file does not tell how many channels it shifts"
+                )
+            _count(done, "input shifts made biases")
+            yield _as_bias(layer, shift, channels)
+        else:
+            yield _copied(layer, Dialect.CAFFE_JACINTO)
+
+
+def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
+    import numpy as np
+
+    mean, variance = _statistics(norm)
+    header = _translated(norm.header, Dialect.CAFFE_JACINTO)
+    one = np.ones(1, np.float32)
+    if scale is None:
+        return NewLayer(header, [mean, variance, one])
+    header.batch_norm_param.scale_bias = True
+    header.top[:] = scale.header.top
+    gain = scale.values(0).reshape(-1)
+    shift = scale.values(1).reshape(-1) if len(scale.blobs) > 1 else np.zeros_like(gain)
+    if gain.shape != mean.shape:
+        raise UserError(
+            f"{source}: layer {scale.name} scales {gain.size} channels, and {norm.name} has {mean.size}"
+        )
+    return NewLayer(header, [mean, variance, one, gain, shift])
+
+
+def _statistics(norm: NetLayer) -> tuple[Values, Values]:
+    """Mean and variance; stock Caffe takes a factor of 0 for statistics of 0."""
+    import numpy as np
+
+    factor = norm.values(2).reshape(-1)[0]
+    mean, variance = norm.values(0).reshape(-1), norm.values(1).reshape(-1)
+    if factor == 0:
+        return np.zeros_like(mean), np.zeros_like(variance)
+    return (mean, variance) if factor == 1 else (mean / factor, variance / factor)
+
+
+def _scales(layers: list[NetLayer]) -> dict[str, NetLayer]:
+    """The Scale layer that reads each BatchNorm's output first and alone changes it, by the norm's name."""
+    found = {}
+    for at, norm in enumerate(layers):
+        if norm.type != "BatchNorm" or not norm.header.top:
+            continue
+        readers = (layer for layer in layers[at + 1 :] if norm.header.top[0] in layer.header.bottom)
+        reader = next(readers, None)
+        if reader is not None and reader.type == "Scale" and reader.blobs and len(reader.header.bottom) == 1:
+            found[norm.name] = reader
+    return found
+
+
+def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
+    """Stock Caffe's layers of the fork's."""
+    import numpy as np
+
+    for layer in layers:
+        if layer.type == "BatchNorm" and len(layer.blobs) == 5:
+            _count(done, "batch norms split from their scales")
+            # The fork passes its factor over; old files hold the channels as 1xCx1x1.
+            mean, variance, gain, shift = (layer.values(index).reshape(-1) for index in (0, 1, 3, 4))
+            header = _translated(layer.header, Dialect.BVLC)
+            yield NewLayer(header, [mean, variance, np.ones(1, np.float32)])
+            scale = type(header)(name=scale_name(layer.name), type="Scale")
+            scale.bottom.append(header.top[0] if header.top else layer.name)
+            scale.top.append(scale.bottom[0])
+            scale.scale_param.bias_term = True
+            yield NewLayer(scale, [gain, shift])
+        elif layer.type == "BatchNorm" and layer.blobs:
+            mean, variance = (layer.values(index).reshape(-1) for index in (0, 1))
+            yield NewLayer(_translated(layer.header, Dialect.BVLC), [mean, variance, np.ones(1, np.float32)])
+        elif layer.type == "Bias" and layer.blobs and np.ptp(values := layer.values(0)) == 0:
+            _count(done, "input biases made shifts")
+            header = _translated(layer.header, Dialect.BVLC)
+            header.type = "Power"
+            header.ClearField("bias_param")
+            header.ClearField("param")
+            header.power_param.shift = float(values.flat[0])
+            yield NewLayer(header, [])
+        else:
+            yield _copied(layer, Dialect.BVLC)
+
+
+def _shift_of(layer: NetLayer) -> float:
+    """What a Power layer adds, if that is all that it does; else 0."""
+    parameters = layer.header.power_param
+    only_shifts = layer.type == "Power" and parameters.power == 1 and parameters.scale == 1
+    return float(parameters.shift) if only_shifts else 0.0
+
+
+def _as_bias(layer: NetLayer, shift: float, channels: int) -> NewLayer:
+    import numpy as np
+
+    header = _translated(layer.header, Dialect.CAFFE_JACINTO)
+    header.type = "Bias"
+    header.ClearField("power_param")
+    header.ClearField("param")
+    header.param.add(lr_mult=0, decay_mult=0)
+    header.bias_param.filler.type = "constant"
+    header.bias_param.filler.value = shift
+    return NewLayer(header, [np.full(channels, shift, np.float32)])
+
+
+def _channels_of(blob: str, layers: list[NetLayer]) -> int | None:
+    """The channels of a blob, by the first convolution that reads it."""
+    for layer in layers:
+        if blob in layer.header.bottom and layer.type == "Convolution" and layer.blobs:
+            return int(layer.blobs[0].shape[1] * layer.header.convolution_param.group)
+    return None
+
+
+def _copied(layer: NetLayer, to: Dialect) -> NewLayer:
+    return NewLayer(_translated(layer.header, to), [(layer.view, blob) for blob in layer.blobs])
+
+
+def _translated(header: Any, to: Dialect) -> Any:
+    """A layer's message in the other dialect; fields that it does not have are left out.
+
+    By their names: the numbers of fields collide between the dialects.
+    """
+    from google.protobuf import text_format
+
+    target = messages(to).NetParameter().layer.add()
+    text = text_format.MessageToString(header, as_utf8=True, print_unknown_fields=False)
+    parse: Callable[..., Any] = text_format.Parse
+    parse(text, target, allow_unknown_field=True)
+    return target
+
+
+def _count(done: dict[str, int], what: str) -> None:
+    done[what] = done.get(what, 0) + 1

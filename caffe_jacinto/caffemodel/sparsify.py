@@ -1,0 +1,55 @@
+"""The rule of sparsification applied once to a weight file: for trying, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
+from caffe_jacinto.caffemodel.thresholds import By, layer_fraction, small_weights, takes_part
+from caffe_jacinto.prototxt.dialects import Dialect
+
+MAXRATIO = VALUE_MAX = 0.2
+"""The published caps: no threshold above 0.2, nor above 0.2 of the largest weight."""
+
+
+def sparsify(
+    source: Path,
+    target: Path,
+    dialect: Dialect,
+    *,
+    fraction: float,
+    by: By = "channel",
+    maxratio: float = MAXRATIO,
+    value_max: float = VALUE_MAX,
+) -> list[str]:
+    """Write ``source`` to ``target`` with the small weights of its convolutions zero, as one threshold step
+    with the factor ``fraction`` takes them (see thresholds.py).
+
+    One layer's weights are in memory at a time. Returns the names of the layers that took part.
+
+    Raises:
+        UserError: the file is missing, cut off or no weight file.
+    """
+    thinned: list[str] = []
+
+    def new_layers(layers: list[NetLayer]) -> Iterator[NewLayer]:
+        scores = {
+            name for layer in layers if layer.type.startswith("Softmax") for name in layer.header.bottom
+        }
+        for layer in layers:
+            kept = [(layer.view, blob) for blob in layer.blobs]
+            group = layer.header.convolution_param.group
+            counts = layer.type == "Convolution" and layer.blobs and not scores.intersection(layer.header.top)
+            if not counts or not takes_part(layer.blobs[0].shape, group):
+                yield NewLayer(layer.header, kept)
+                continue
+            weights = layer.values(0)
+            share = layer_fraction(weights.shape, group, fraction)
+            weights[small_weights(weights, share, maxratio=maxratio, value_max=value_max, by=by)] = 0
+            thinned.append(layer.name)
+            yield NewLayer(layer.header, [weights, *kept[1:]])
+
+    with open_net(source, dialect) as (name, layers):
+        write_net(target, name, new_layers(layers), dialect)
+    return thinned

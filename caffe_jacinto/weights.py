@@ -1,0 +1,170 @@
+"""Look into weight files, compare, convert and thin them; Caffe is not needed.
+
+    python -m caffe_jacinto.weights show trained.caffemodel
+    python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
+    python -m caffe_jacinto.weights convert a.caffemodel --from bvlc --to caffe_jacinto --output b.caffemodel
+    python -m caffe_jacinto.weights sparsify dense.caffemodel --target 0.8 --output sparse.caffemodel
+
+Files of stock Caffe and of caffe-jacinto, with blobs in the old form or the new. A file is never changed in
+place: --output names a new one, which appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.prototxt.dialects import Dialect
+
+DIALECTS = [dialect.value for dialect in Dialect]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the arguments and do what the command says; `diff` returns 1 where the files differ."""
+    options = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _parser() -> Parser:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = Parser("python -m caffe_jacinto.weights", description, rest.strip("\n"))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="name")
+
+    def add(name: str, help_text: str, command: Callable[[argparse.Namespace], int]) -> Any:
+        sub = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        sub.set_defaults(command=command)
+        return sub
+
+    show = add("show", "layers, shapes, zeros, ranges, numbers that are not finite", _show)
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
+    _add_dialect(show)
+
+    diff = add("diff", "what differs between two files, by layer; exit code 1 where they do", _diff)
+    diff.add_argument("a", type=Path, metavar="A")
+    diff.add_argument("b", type=Path, metavar="B")
+
+    convert = add("convert", "from one Caffe's form of batch normalisation to the other's", _convert)
+    convert.add_argument("file", type=Path, metavar="FILE")
+    convert.add_argument("--from", dest="origin", choices=DIALECTS, required=True)
+    convert.add_argument("--to", choices=DIALECTS, required=True)
+    _add_output(convert)
+
+    sparsify = add("sparsify", "zero small weights by the training's rule, once, for trying", _sparsify)
+    sparsify.add_argument("file", type=Path, metavar="FILE")
+    sparsify.add_argument(
+        "--target", type=_fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
+    )
+    sparsify.add_argument(
+        "--by",
+        choices=["channel", "layer"],
+        default="channel",
+        help="what has a threshold (default: channel)",
+    )
+    sparsify.add_argument(
+        "--caps",
+        choices=["on", "off"],
+        default="on",
+        help="on: as published, no threshold above 0.2 or 0.2 of the largest weight (default: on)",
+    )
+    _add_output(sparsify)
+    _add_dialect(sparsify)
+    return parser
+
+
+def _add_output(parser: Any) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the new weight file")
+
+
+def _add_dialect(parser: Any) -> None:
+    parser.add_argument("--dialect", choices=DIALECTS, help="of the file (default: told from the file)")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no fraction between 0 and 1, like 0.8")
+    return value
+
+
+def _dialect(options: argparse.Namespace, path: Path) -> Dialect:
+    from caffe_jacinto.caffemodel.net_file import find_dialect
+
+    named = getattr(options, "dialect", None)
+    return Dialect(named) if named else find_dialect(path)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel import show
+
+    facts = show.blob_facts(options.file, _dialect(options, options.file))
+    if options.format == "json":
+        print(show.as_json(facts, str(options.file)))
+    elif options.format == "csv":
+        print(show.as_csv(facts), end="")
+    else:
+        show.show(facts, str(options.file), sys.stdout)
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel import diff
+
+    dialects = (_dialect(options, options.a), _dialect(options, options.b))
+    found, same = diff.differences(options.a, options.b, *dialects)
+    diff.show(found, same, sys.stdout)
+    return 1 if found else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel.convert import convert
+
+    if options.origin == options.to:
+        raise UserError(f"--from and --to are both {options.to}; there is nothing to convert")
+    _check_output(options.output, options.file)
+    done = convert(options.file, options.output, Dialect(options.to))
+    print(
+        f"{options.output}: {options.file} as {options.to} has it; {'; '.join(done) or 'nothing to change'}"
+    )
+    return 0
+
+
+def _sparsify(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel import show
+    from caffe_jacinto.caffemodel.sparsify import MAXRATIO, VALUE_MAX, sparsify
+
+    _check_output(options.output, options.file)
+    dialect = _dialect(options, options.file)
+    caps = (MAXRATIO, VALUE_MAX) if options.caps == "on" else (1.0, float("inf"))
+    thinned = sparsify(
+        options.file,
+        options.output,
+        dialect,
+        fraction=options.target,
+        by=options.by,
+        maxratio=caps[0],
+        value_max=caps[1],
+    )
+    facts = [fact for fact in show.blob_facts(options.output, dialect) if fact.type == "Convolution"]
+    show.show([fact for fact in facts if fact.blob == "weights"], str(options.output), sys.stdout)
+    print(f"thinned: {', '.join(thinned) or 'no layer takes part'}")
+    return 0
+
+
+def _check_output(output: Path, source: Path) -> None:
+    if output.exists() and source.exists() and output.samefile(source):
+        raise UserError(f"--output {output} is the file itself; name another")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: its folder is not there; make it first")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("caffe_jacinto.weights", main))
