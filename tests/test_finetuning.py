@@ -313,6 +313,22 @@ def test_mistakes_are_told_before_anything_is_written(
 
 
 @pytest.mark.caffe
+def test_weights_of_the_other_kind_of_caffe_are_to_be_converted_not_left_out(trainer: Trainer) -> None:
+    path = trainer.folder / RUN / "sparse" / f"{PREFIX}_iter_4.caffemodel"
+    net = messages(Dialect.BVLC).NetParameter.FromString(path.read_bytes())
+    for norm, scale in zip(net.layer, net.layer[1:], strict=False):
+        if norm.type == "BatchNorm":
+            norm.blobs.extend(scale.blobs)
+    (trainer.folder / "fork.caffemodel").write_bytes(net.SerializeToString())
+    given = {"stages__finetune__weights": "fork.caffemodel"}
+    code, said = trainer.run(*arguments(**given), "--output", "refused")
+    assert code == 2
+    assert "conv1a/bn: its batch normalisation is caffe-jacinto's, of five blobs" in said
+    assert "python -m caffe_jacinto.weights convert" in said
+    assert "reinit" not in said
+
+
+@pytest.mark.caffe
 def test_a_dry_run_shows_the_rest_where_the_start_weights_are_missing(trainer: Trainer) -> None:
     given = {"stages__finetune__weights": "nowhere.caffemodel", "stages__finetune__reinit": '["fc10"]'}
     code, said = trainer.run(*arguments(**given), "--output", "no weights", "--dry-run")

@@ -40,10 +40,9 @@ def check_start_weights(run: RunPlan, plan: StagePlan, train: str) -> list[str]:
     left_out = _left_out(run, plan)
     wrong = [found for found in mismatches.values() if found.fatal and found.layer not in left_out]
     if wrong:
-        differing = [found.layer for found in wrong if not found.missing]
         raise UserError(
             f"stage {plan.name}: the start weights {plan.start_weights} do not fit the network: "
-            f"{_listed(wrong)}{_remedy(run, plan, differing)}"
+            f"{_what_differs(run, plan, wrong)}"
         )
     network = network_of(run.recipe)
     frozen = with_batch_norms(network, run.recipe.network.frozen, "network.frozen")
@@ -97,14 +96,17 @@ def _why(layer: str, mismatches: dict[str, Mismatch], left_out: Collection[str])
     return mismatches[layer].reason + (" (reinit)" if layer in left_out else "")
 
 
-def _remedy(run: RunPlan, plan: StagePlan, differing: Sequence[str]) -> str:
-    """What to do about layers of another shape."""
-    names = layers_to_name(network_of(run.recipe), differing)
+def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> str:
+    """The layers that do not fit, and what to do about it."""
+    converted = next((found for found in wrong if found.cause == "other Caffe"), None)
+    if converted is not None:
+        return str(converted)  # true of every layer with batch norm; no layer is to be left out for it
+    names = layers_to_name(network_of(run.recipe), [found.layer for found in wrong if found.cause == "shape"])
     if not names:
-        return ""
+        return _listed(wrong)
     shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))
     return (
-        "; if num_classes, crop_size and strides are as meant, train these layers anew with "
+        f"{_listed(wrong)}; if num_classes, crop_size and strides are as meant, train these layers anew with "
         f"stages.{plan.name}.reinit=[{shown}]"
     )
 
