@@ -8,6 +8,7 @@ caffe-jacinto: one BatchNorm with ``scale_bias`` of five blobs, its statistics p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
+
+
+MOST_CHANNELS = 1 << 16
+"""More than any image has; what a damaged file says."""
 
 
 def convert(source: Path, target: Path, to: Dialect) -> list[str]:
@@ -69,11 +74,12 @@ def _fold(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterato
         if id(layer) in folded:
             continue
         if layer.type == "BatchNorm" and len(layer.blobs) == 3:
+            _check_norm(source, layer)
             _count(done, "batch norms and their scales made one")
             yield _folded(source, layer, scale_of.get(layer.name))
         elif shift := _shift_of(layer):
             channels = _channels_of(layer.header.top[0], layers[at + 1 :])
-            if channels is None:
+            if channels is None or channels > MOST_CHANNELS:
                 raise UserError(
                     f"{source}: layer {layer.name}: the file does not tell how many channels it shifts"
                 )
@@ -102,12 +108,23 @@ def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
     return NewLayer(header, [mean, variance, one, gain, shift])
 
 
+def _check_norm(source: Path, norm: NetLayer) -> None:
+    """Refuse a batch norm whose blobs are not a number for each channel, and one."""
+    counts = [prod(blob.shape) for blob in norm.blobs]
+    channels = counts[0]
+    if counts not in ([channels, channels, 1], [channels, channels, 1, channels, channels]) or not channels:
+        raise UserError(
+            f"{source}: layer {norm.name}: a batch norm with blobs of {', '.join(map(str, counts))} numbers; "
+            "the file is damaged or of another kind"
+        )
+
+
 def _statistics(norm: NetLayer) -> tuple[Values, Values]:
     """Mean and variance; stock Caffe takes a factor of 0 for statistics of 0."""
     import numpy as np
 
-    factor = norm.values(2).reshape(-1)[0]
-    mean, variance = norm.values(0).reshape(-1), norm.values(1).reshape(-1)
+    mean, variance, factors = (norm.values(index).reshape(-1) for index in range(3))
+    factor = factors[0]
     if factor == 0:
         return np.zeros_like(mean), np.zeros_like(variance)
     return (mean, variance) if factor == 1 else (mean / factor, variance / factor)
@@ -132,6 +149,7 @@ def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterat
 
     for layer in layers:
         if layer.type == "BatchNorm" and len(layer.blobs) == 5:
+            _check_norm(source, layer)
             _count(done, "batch norms split from their scales")
             # The fork passes its factor over; old files hold the channels as 1xCx1x1.
             mean, variance, gain, shift = (layer.values(index).reshape(-1) for index in (0, 1, 3, 4))
@@ -143,9 +161,10 @@ def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterat
             scale.scale_param.bias_term = True
             yield NewLayer(scale, [gain, shift])
         elif layer.type == "BatchNorm" and layer.blobs:
+            _check_norm(source, layer)
             mean, variance = (layer.values(index).reshape(-1) for index in (0, 1))
             yield NewLayer(_translated(layer.header, Dialect.BVLC), [mean, variance, np.ones(1, np.float32)])
-        elif layer.type == "Bias" and layer.blobs and np.ptp(values := layer.values(0)) == 0:
+        elif layer.type == "Bias" and layer.blobs and _is_uniform(values := layer.values(0)):
             _count(done, "input biases made shifts")
             header = _translated(layer.header, Dialect.BVLC)
             header.type = "Power"
@@ -157,11 +176,15 @@ def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterat
             yield _copied(layer, Dialect.BVLC)
 
 
+def _is_uniform(values: Values) -> bool:
+    return bool(values.size and (values == values.flat[0]).all())
+
+
 def _shift_of(layer: NetLayer) -> float:
     """What a Power layer adds, if that is all that it does; else 0."""
     parameters = layer.header.power_param
     only_shifts = layer.type == "Power" and parameters.power == 1 and parameters.scale == 1
-    return float(parameters.shift) if only_shifts else 0.0
+    return float(parameters.shift) if only_shifts and layer.header.top else 0.0
 
 
 def _as_bias(layer: NetLayer, shift: float, channels: int) -> NewLayer:
@@ -180,7 +203,8 @@ def _as_bias(layer: NetLayer, shift: float, channels: int) -> NewLayer:
 def _channels_of(blob: str, layers: list[NetLayer]) -> int | None:
     """The channels of a blob, by the first convolution that reads it."""
     for layer in layers:
-        if blob in layer.header.bottom and layer.type == "Convolution" and layer.blobs:
+        reads = blob in layer.header.bottom and layer.type == "Convolution" and layer.blobs
+        if reads and len(layer.blobs[0].shape) > 1:
             return int(layer.blobs[0].shape[1] * layer.header.convolution_param.group)
     return None
 

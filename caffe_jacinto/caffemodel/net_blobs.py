@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 Dims = tuple[int | None, ...]
@@ -91,7 +91,7 @@ def _pair(parameters: Any, name: str, default: int) -> tuple[int, int]:
 def _convolution_blobs(layer: Any, bottom: Dims) -> list[Dims]:
     parameters = layer.convolution_param
     channels = _channels(bottom)
-    inputs = None if channels is None else channels // parameters.group
+    inputs = None if channels is None or not parameters.group else channels // parameters.group
     outputs = parameters.num_output
     weights: Dims = (outputs, inputs, *_pair(parameters, "kernel_size", 1))
     return [weights, (outputs,)] if parameters.bias_term else [weights]
@@ -102,7 +102,7 @@ def _deconvolution_blobs(layer: Any, bottom: Dims) -> list[Dims]:
     outputs = parameters.num_output
     weights: Dims = (
         _channels(bottom),
-        outputs // parameters.group,
+        outputs // max(parameters.group, 1),
         *_pair(parameters, "kernel_size", 1),
     )
     return [weights, (outputs,)] if parameters.bias_term else [weights]
@@ -173,7 +173,7 @@ def _convolved(parameters: Any, bottom: Dims) -> Dims:
         (size - 1) * spread + 1 for size, spread in zip(kernel, (dilation[0], dilation[-1]), strict=True)
     ]
     return tuple(
-        None if size is None else (size + 2 * pad[axis] - reach[axis]) // stride[axis] + 1
+        None if size is None or not stride[axis] else (size + 2 * pad[axis] - reach[axis]) // stride[axis] + 1
         for axis, size in enumerate(bottom[2:4])
     )
 
@@ -183,14 +183,16 @@ def _pooled(parameters: Any, bottom: Dims) -> Dims:
         return (1, 1)
     kernel, stride = _pair(parameters, "kernel_size", 1), _pair(parameters, "stride", 1)
     pad = _pair(parameters, "pad", 0)
+    down = getattr(parameters, "round_mode", None) == 1  # FLOOR; the fork has no such field
     sizes: list[int | None] = []
     for axis, size in enumerate(bottom[2:4]):
-        if size is None:
+        if size is None or not stride[axis]:
             sizes.append(None)
             continue
-        pooled = ceil((size + 2 * pad[axis] - kernel[axis]) / stride[axis]) + 1
+        room = size + 2 * pad[axis] - kernel[axis]
+        pooled = (room // stride[axis] if down else -(-room // stride[axis])) + 1
         # Caffe drops a last window that would start in the padding.
-        if pad[axis] and (pooled - 1) * stride[axis] >= size + pad[axis]:
+        if any(pad) and (pooled - 1) * stride[axis] >= size + pad[axis]:
             pooled -= 1
         sizes.append(pooled)
     return tuple(sizes)

@@ -31,6 +31,8 @@ def sparsify(
     Raises:
         UserError: the file is missing, cut off or no weight file.
     """
+    import numpy as np
+
     thinned: list[str] = []
 
     def new_layers(layers: list[NetLayer]) -> Iterator[NewLayer]:
@@ -46,7 +48,9 @@ def sparsify(
                 continue
             weights = layer.values(0)
             share = layer_fraction(weights.shape, group, fraction)
-            weights[small_weights(weights, share, maxratio=maxratio, value_max=value_max, by=by)] = 0
+            with np.errstate(invalid="ignore"):  # A weight that is not a number stays what it is.
+                small = small_weights(weights, share, maxratio=maxratio, value_max=value_max, by=by)
+            weights[small] = 0
             thinned.append(layer.name)
             yield NewLayer(layer.header, [weights, *kept[1:]])
 

@@ -1,0 +1,239 @@
+"""Damaged weight files and prototxts, thousands of them: whatever reads them may say that they are damaged,
+and nothing else.
+
+    python tests/fuzzing.py [--files 100000] [--seconds 0] [--seed 0]
+
+No crash (only `UserError`), no file that takes more than a second, no memory beyond four times the file and
+100 MB. Exit code 1 and the damaged file's bytes in fuzz_failure.bin where one of these is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from caffe_jacinto.caffemodel.blobs import stored_state
+from caffe_jacinto.caffemodel.convert import convert
+from caffe_jacinto.caffemodel.diff import differences
+from caffe_jacinto.caffemodel.net_file import array_parts, field_parts, find_dialect
+from caffe_jacinto.caffemodel.show import blob_facts
+from caffe_jacinto.caffemodel.sparsify import sparsify
+from caffe_jacinto.caffemodel.summary import summarize
+from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt import tree
+from caffe_jacinto.prototxt.complexity import batch_size, gigamacs
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
+from caffe_jacinto.prototxt.stage_files import stage_files
+from caffe_jacinto.recipes.load import load_recipe
+
+SECONDS_A_FILE = 1.0
+FREE_BYTES = 100 << 20
+"""Memory that a reader may take beside four times its file's size."""
+
+MOST_FILE_BYTES = 1 << 20
+
+
+class TooSlowError(Exception):
+    """A file took more than `SECONDS_A_FILE`."""
+
+
+def seeds() -> tuple[list[bytes], list[bytes]]:
+    """Sound files to damage: binary ones, and texts."""
+    import numpy as np
+
+    binary, texts = [], []
+    for dialect in Dialect:
+        for stage in ("initial", "sparse"):
+            files = stage_files(
+                load_recipe("demo_digits"),
+                stage,
+                dialect,
+                folder="f",
+                gpus=(0,) if dialect is Dialect.CAFFE_JACINTO else (),
+                iter_size=1,
+                solver_mode_gpu=dialect is Dialect.CAFFE_JACINTO,
+            )
+            texts += [text.encode() for text in files.values()]
+        net = messages(dialect).NetParameter(name="net")
+        shift = net.layer.add(name="data/bias", type="Power", bottom=["data"], top=["a"])
+        shift.power_param.shift = -128
+        conv = net.layer.add(name="conv", type="Convolution", bottom=["a"], top=["b"])
+        conv.convolution_param.group = 2
+        norm = net.layer.add(name="conv/bn", type="BatchNorm", bottom=["b"], top=["b"])
+        scale = net.layer.add(name="conv/scale", type="Scale", bottom=["b"], top=["b"])
+        shapes = {conv.name: [(32, 4, 3, 3), (32,)], norm.name: [(32,), (32,), (1,)]}
+        shapes[scale.name] = [(32,), (32,)]
+        if dialect is Dialect.CAFFE_JACINTO:
+            norm.batch_norm_param.scale_bias = True
+            shapes[norm.name] += [(32,), (32,)]
+        for layer in net.layer:
+            for shape in shapes.get(layer.name, []):
+                layer.blobs.add(data=[1.0] * int(np.prod(shape))).shape.dim.extend(shape)
+        binary.append(net.SerializeToString())
+    state = messages(Dialect.BVLC).SolverState(iter=7, learned_net="x_iter_7.caffemodel")
+    history = b"".join(field_parts(3, array_parts(np.ones((4, 3), np.float32))))
+    binary.append(state.SerializeToString() + history)
+    return binary, texts
+
+
+def damaged(content: bytes, others: list[bytes], dice: random.Random) -> bytes:
+    """``content`` after a few of the things that go wrong with files."""
+    data = bytearray(content)
+    for _ in range(dice.choice((1, 1, 2, 5, 20))):
+        at = dice.randrange(len(data) + 1)
+        some = dice.choice((1, 2, 8, 100))
+        match dice.randrange(8):
+            case 0:
+                del data[at:]
+            case 1:
+                del data[at : at + some]
+            case 2:
+                data[at : at + some] = dice.randbytes(some)
+            case 3 if at < len(data):
+                data[at] ^= 1 << dice.randrange(8)
+            case 4:
+                data[at:at] = data[at : at + some] * dice.choice((1, 3, 50))
+            case 5:
+                other = dice.choice(others)
+                start = dice.randrange(len(other) + 1)
+                data[at:at] = other[start : start + some]
+            case 6:
+                data[at:at] = b"\xff" * dice.choice((4, 9, 10)) + b"\x7f"
+            case _:
+                data = _numbers_changed(data, dice)
+    return bytes(data[:MOST_FILE_BYTES])
+
+
+def _numbers_changed(data: bytearray, dice: random.Random) -> bytearray:
+    """A number of a text made another one, or its braces deepened."""
+    if dice.random() < 0.1:
+        return data + b"layer { " * dice.choice((3, 500, 20_000))
+    numbers = list(re.finditer(rb"(?<![\w.])\d+", data))
+    if not numbers:
+        return data
+    chosen = dice.choice(numbers)
+    strange = (
+        b"0",
+        b"-1",
+        b"4294967295",
+        b"1e400",
+        b"nan",
+        b"99999999999999999999",
+        b"1000000",
+        b"0x",
+        b"1:",
+    )
+    data[chosen.start() : chosen.end()] = dice.choice(strange)
+    return data
+
+
+def read_binary(path: Path, folder: Path) -> None:
+    """Everything that reads weight files and solver states."""
+    readers: list[Callable[[], object]] = [
+        lambda: read_weights(path),
+        lambda: stored_state(path),
+        lambda: find_dialect(path),
+        lambda: differences(path, path, Dialect.BVLC, Dialect.CAFFE_JACINTO),
+    ]
+    for dialect in Dialect:
+        readers += [
+            lambda dialect=dialect: blob_facts(path, dialect),
+            lambda dialect=dialect: convert(path, folder / "out", dialect),
+            lambda dialect=dialect: sparsify(path, folder / "out", dialect, fraction=0.8),
+        ]
+    for reader in readers:
+        with contextlib.suppress(UserError):
+            reader()
+
+
+def read_text(path: Path, folder: Path) -> None:
+    """Everything that reads prototxts."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for dialect in Dialect:
+        with contextlib.suppress(UserError):
+            parse_net(text, dialect, "x")
+        with contextlib.suppress(UserError):
+            parse_solver(text, dialect, "x")
+    with contextlib.suppress(UserError):
+        net = tree.parse(text)
+        gigamacs(net)
+        batch_size(net)
+    with contextlib.suppress(UserError):
+        summarize(text, "x")
+
+
+def fuzz(files: int, seconds: float, seed: int) -> tuple[int, str | None, bytes]:
+    """Damage and read until there were ``files`` of them, or ``seconds`` have gone (0: no limit).
+
+    Returns how many were read, what was broken if anything, and the file that broke it.
+    """
+    dice = random.Random(seed)
+    binary, texts = seeds()
+    signal.signal(signal.SIGALRM, _too_slow)
+    begun = time.monotonic()
+    done, slowest = 0, 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for content in binary + texts:  # what is imported on the way counts for nobody
+            (folder / "file").write_bytes(content)
+            (read_binary if content in binary else read_text)(folder / "file", folder)
+        _limit_memory(FREE_BYTES + 4 * MOST_FILE_BYTES)
+        while done < files and not (seconds and time.monotonic() - begun > seconds):
+            family, read = (binary, read_binary) if dice.random() < 0.5 else (texts, read_text)
+            content = damaged(dice.choice(family), family, dice)
+            (folder / "file").write_bytes(content)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_A_FILE)
+            start = time.monotonic()
+            try:
+                read(folder / "file", folder)
+            except BaseException as error:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                return done, f"{type(error).__name__}: {str(error)[:500]}", content
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            slowest = max(slowest, time.monotonic() - start)
+            done += 1
+    print(f"{done:,} files, the slowest {slowest:.2f} s, all in {time.monotonic() - begun:.0f} s", flush=True)
+    return done, None, b""
+
+
+def _too_slow(number: int, frame: FrameType | None) -> None:
+    raise TooSlowError(f"more than {SECONDS_A_FILE} s")
+
+
+def _limit_memory(more: int) -> None:
+    """Let no more memory be had than is used now and ``more`` bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    done, trouble, content = fuzz(arguments.files, arguments.seconds, arguments.seed)
+    if trouble is None:
+        return 0
+    Path("fuzz_failure.bin").write_bytes(content)
+    print(
+        f"file {done} of seed {arguments.seed}: {trouble}; its bytes are in fuzz_failure.bin", file=sys.stderr
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
