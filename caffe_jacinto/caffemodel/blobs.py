@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,12 +72,16 @@ def mapped(path: Path) -> Iterator[memoryview]:
         UserError: it cannot be read, or is empty.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
-            view = memoryview(pages)
-            try:
-                yield view
-            finally:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        view = memoryview(pages)
+        try:
+            yield view
+        finally:
+            # What an error on its way out still holds a part of is unmapped with that.
+            with suppress(BufferError):
                 view.release()
+                pages.close()
     except ValueError as error:
         if path.stat().st_size:
             raise

@@ -223,7 +223,12 @@ def _translated(header: Any, to: Dialect) -> Any:
     target = messages(to).NetParameter().layer.add()
     text = text_format.MessageToString(header, as_utf8=True, print_unknown_fields=False)
     parse: Callable[..., Any] = text_format.Parse
-    parse(text, target, allow_unknown_field=True)
+    try:
+        parse(text, target, allow_unknown_field=True)
+    except text_format.ParseError:
+        raise UserError(
+            f"layer {header.name!r}: its settings are damaged; take another weight file"
+        ) from None
     return target
 
 
