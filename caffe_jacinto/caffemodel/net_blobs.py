@@ -76,8 +76,8 @@ def _channels(shape: Dims) -> int | None:
     return shape[1] if len(shape) > 1 else None
 
 
-def _pair(parameters: Any, name: str, default: int) -> tuple[int, int]:
-    """Height and width of a convolution's kernel, stride or pad, which are written in several ways."""
+def height_width(parameters: Any, name: str, default: int) -> tuple[int, int]:
+    """Height and width of a convolution's or pooling's kernel_size, stride or pad, however written."""
     short = name.removesuffix("_size")
     if parameters.HasField(f"{short}_h"):
         return getattr(parameters, f"{short}_h"), getattr(parameters, f"{short}_w")
@@ -93,7 +93,7 @@ def _convolution_blobs(layer: Any, bottom: Dims) -> list[Dims]:
     channels = _channels(bottom)
     inputs = None if channels is None or not parameters.group else channels // parameters.group
     outputs = parameters.num_output
-    weights: Dims = (outputs, inputs, *_pair(parameters, "kernel_size", 1))
+    weights: Dims = (outputs, inputs, *height_width(parameters, "kernel_size", 1))
     return [weights, (outputs,)] if parameters.bias_term else [weights]
 
 
@@ -103,7 +103,7 @@ def _deconvolution_blobs(layer: Any, bottom: Dims) -> list[Dims]:
     weights: Dims = (
         _channels(bottom),
         outputs // max(parameters.group, 1),
-        *_pair(parameters, "kernel_size", 1),
+        *height_width(parameters, "kernel_size", 1),
     )
     return [weights, (outputs,)] if parameters.bias_term else [weights]
 
@@ -111,6 +111,8 @@ def _deconvolution_blobs(layer: Any, bottom: Dims) -> list[Dims]:
 def _inner_product_blobs(layer: Any, bottom: Dims) -> list[Dims]:
     parameters = layer.inner_product_param
     weights: Dims = (parameters.num_output, _count(bottom[1:]))
+    if parameters.transpose:
+        weights = weights[::-1]
     return [weights, (parameters.num_output,)] if parameters.bias_term else [weights]
 
 
@@ -166,8 +168,8 @@ def _top_shape(layer: Any, bottoms: list[Dims]) -> Dims:
 
 
 def _convolved(parameters: Any, bottom: Dims) -> Dims:
-    kernel, stride = _pair(parameters, "kernel_size", 1), _pair(parameters, "stride", 1)
-    pad = _pair(parameters, "pad", 0)
+    kernel, stride = height_width(parameters, "kernel_size", 1), height_width(parameters, "stride", 1)
+    pad = height_width(parameters, "pad", 0)
     dilation = list(parameters.dilation) or [1]
     reach = [
         (size - 1) * spread + 1 for size, spread in zip(kernel, (dilation[0], dilation[-1]), strict=True)
@@ -181,8 +183,8 @@ def _convolved(parameters: Any, bottom: Dims) -> Dims:
 def _pooled(parameters: Any, bottom: Dims) -> Dims:
     if parameters.global_pooling:
         return (1, 1)
-    kernel, stride = _pair(parameters, "kernel_size", 1), _pair(parameters, "stride", 1)
-    pad = _pair(parameters, "pad", 0)
+    kernel, stride = height_width(parameters, "kernel_size", 1), height_width(parameters, "stride", 1)
+    pad = height_width(parameters, "pad", 0)
     down = getattr(parameters, "round_mode", None) == 1  # FLOOR; the fork has no such field
     sizes: list[int | None] = []
     for axis, size in enumerate(bottom[2:4]):

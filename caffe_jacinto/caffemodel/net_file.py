@@ -135,10 +135,11 @@ def _header(view: memoryview, start: int, end: int, dialect: Dialect, *, v1: boo
 
 def write_net(path: Path, name: str, layers: Iterable[NewLayer], dialect: Dialect) -> None:
     """Write a weight file of ``dialect``, layer by layer, whole or not at all."""
-    write_whole(path, _net_parts(name, layers, dialect))
+    write_whole(path, net_parts(name, layers, dialect))
 
 
-def _net_parts(name: str, layers: Iterable[NewLayer], dialect: Dialect) -> Iterator[Part]:
+def net_parts(name: str, layers: Iterable[NewLayer], dialect: Dialect) -> Iterator[Part]:
+    """The bytes of a weight file of ``dialect``, in pieces."""
     yield messages(dialect).NetParameter(name=name).SerializeToString()
     for layer in layers:
         content: list[Part] = [layer.header.SerializeToString()]

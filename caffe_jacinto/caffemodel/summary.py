@@ -21,7 +21,7 @@ from caffe_jacinto.prototxt.complexity import (
     layer_shapes,
 )
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.schema import parse_any_net
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def summarize(text: str, where: str, dialect: Dialect | None = None, weights: Pa
     Raises:
         UserError: the text is no network, a layer's cost does not follow from it, or the weights do not fit.
     """
-    message = _parsed(text, where, dialect)
+    message = parse_any_net(text, where, dialect)
     net = tree.parse(text, where)
     if not net.messages("layer"):
         raise UserError(f"{where}: has no layers; give a network's prototxt, not a solver's")
@@ -101,19 +101,6 @@ def summarize(text: str, where: str, dialect: Dialect | None = None, weights: Pa
     blobs = expected_blobs(message, test=True)
     rows = tuple(_rows(layer_shapes(net), costs, blobs, zeros, where))
     return Summary(net.string("name") or Path(where).stem, rows)
-
-
-def _parsed(text: str, where: str, dialect: Dialect | None) -> Any:
-    """The message of the dialect, or of the first one that the text is of."""
-    if dialect is not None:
-        return parse_net(text, dialect, where)
-    try:
-        return parse_net(text, Dialect.BVLC, where)
-    except UserError as error:
-        try:
-            return parse_net(text, Dialect.CAFFE_JACINTO, where)
-        except UserError:
-            raise error from None
 
 
 def _rows(

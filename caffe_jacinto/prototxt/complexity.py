@@ -305,10 +305,13 @@ def _flatten(layer: Message, bottoms: list[Shape], tops: int) -> list[Shape | No
 def _reshape(layer: Message, bottoms: list[Shape], tops: int) -> list[Shape | None]:
     parameter = layer.message("reshape_param")
     shape = bottoms[0]
-    if parameter.has("axis") or parameter.has("num_axes"):
-        return [None]
+    start = parameter.integer("axis")
+    start += len(shape) + 1 if start < 0 else 0
+    count = parameter.integer("num_axes", -1)
+    end = len(shape) if count == -1 else start + count
     dims = parameter.message("shape").integers("dim")
-    out = [shape[axis] if dim == 0 else dim for axis, dim in enumerate(dims)]
+    inner = [shape[start + axis] if dim == 0 else dim for axis, dim in enumerate(dims)]
+    out = [*shape[:start], *inner, *shape[end:]]
     if out.count(-1) == 1:
         out[out.index(-1)] = math.prod(shape) // math.prod(dim for dim in out if dim != -1)
     return [tuple(out) if math.prod(out) == math.prod(shape) else None]

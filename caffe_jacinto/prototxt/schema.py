@@ -72,6 +72,19 @@ def parse_net(text: str, dialect: Dialect, where: str) -> Any:
     return _parse(text, "NetParameter", dialect, where)
 
 
+def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
+    """As `parse_net`; without ``dialect``, in stock Caffe's, or else in the fork's."""
+    if dialect is not None:
+        return parse_net(text, dialect, where)
+    try:
+        return parse_net(text, Dialect.BVLC, where)
+    except UserError as error:
+        try:
+            return parse_net(text, Dialect.CAFFE_JACINTO, where)
+        except UserError:
+            raise error from None
+
+
 def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
     """A solver's prototxt as the dialect's SolverParameter; as `parse_net`."""
     return _parse(text, "SolverParameter", dialect, where)
