@@ -150,12 +150,13 @@ GUIDE = Path(__file__).parents[1] / "docs" / "networks.md"
 @pytest.fixture
 def tinynet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guide's worked example, done: its file beside the networks' and its line in the registry."""
-    file, line = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (file,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (line,) = re.findall(r'^    ("tinynet",)$', GUIDE.read_text(), re.MULTILINE)
     (tmp_path / "tinynet.py").write_text(file)
     monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "caffe_jacinto.networks.tinynet", raising=False)
     for module in (registry, build_net):
-        monkeypatch.setattr(module, "NETWORKS", (*registry.NETWORKS, ast.literal_eval(line.strip())[0]))
+        monkeypatch.setattr(module, "NETWORKS", (*registry.NETWORKS, ast.literal_eval(line)[0]))
 
 
 def example_commands() -> list[list[str]]:
