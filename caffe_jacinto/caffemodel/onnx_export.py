@@ -178,18 +178,17 @@ class _Graph:
         bottoms = [self.current[blob] for blob in layer.message.bottom]
         for bottom in bottoms:
             self.unread.pop(bottom, None)
-        top = (scale or layer).message.top[0]
-        output = self._value_name(top, layer)
+        writer = scale or layer
+        top = writer.message.top[0]
+        output = self._value_name(top, writer)
         _LAYERS[layer.type](self, layer, shaped, bottoms, output, *([scale] if scale else []))
         self.current[top] = output
         self.unread[output] = shaped.tops[0] or ()
 
     def _value_name(self, top: str, layer: StockLayer) -> str:
         """The blob's own name for what it holds in the end, others after the layer that writes them."""
-        layers = self.net.layers
-        last = [other for other in layers if top in other.message.top][-1]
-        is_last = last is layer or (layer.type == "BatchNorm" and last.type == "Scale")
-        name = top if is_last and top not in self.taken else f"{top}:{layer.name}"
+        last = [other for other in self.net.layers if top in other.message.top][-1]
+        name = top if last is layer and top not in self.taken else f"{top}:{layer.name}"
         while name in self.taken:
             name += "'"
         self.taken.add(name)
