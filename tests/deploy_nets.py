@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+from caffe_jacinto.prototxt import tree
+from caffe_jacinto.prototxt.complexity import layer_costs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_any_net
 
@@ -41,19 +43,23 @@ def write_random(path: Path, text: str, dialect: Dialect, seed: int = 0, *, old:
     stored = messages(dialect).NetParameter(name=net.name)
     random = np.random.default_rng(seed)
     blobs = expected_blobs(net, test=True)
+    costs = {cost.name: cost for cost in layer_costs(tree.parse(text))}
     for described in net.layer:
         layer = stored.layer.add()
         layer.CopyFrom(described)
         shapes = blobs.get(layer.name, [])
         for index, dims in enumerate(shapes):
-            assert None not in dims, layer.name
-            shape = tuple(dim or 0 for dim in dims)
-            values = _values(layer.type, index, shape, len(shapes), random).astype(np.float32)
+            shape = tuple(
+                (costs[layer.name].weights or 0) // max(dim or 0 for dim in dims) if dim is None else dim
+                for dim in dims
+            )
+            values = np.asarray(_values(layer.type, index, shape, len(shapes), random))
             blob = layer.blobs.add(data=values.reshape(-1).tolist())
             if old:
                 axes = (1, shape[0], 1, 1) if len(shapes) == 5 else (1,) * (4 - len(shape)) + shape
                 blob.num, blob.channels, blob.height, blob.width = axes
             else:
+                blob.shape.SetInParent()  # of one number, Caffe writes a shape without axes
                 blob.shape.dim.extend(shape)
     path.write_bytes(stored.SerializeToString())
     return path
@@ -70,7 +76,7 @@ def _values(kind: str, index: int, shape: tuple[int, ...], count: int, random: A
         return random.uniform(-1.5, 1.5, shape)
     if kind == "Bias":
         return np.full(shape, -128)
-    if len(shape) == 1:
+    if len(shape) <= 1:
         return random.normal(0, 0.1, shape)
     values = random.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)
     values[random.random(shape) < 0.5] = 0

@@ -135,7 +135,7 @@ _BLOBS: dict[str, Callable[[Any, Dims], list[Dims]]] = {
     "BatchNorm": _batch_norm_blobs,
     "Scale": _scale_blobs,
     "Bias": lambda layer, bottom: [(_channels(bottom),)],
-    "PReLU": lambda layer, bottom: [(1,) if layer.prelu_param.channel_shared else (_channels(bottom),)],
+    "PReLU": lambda layer, bottom: [() if layer.prelu_param.channel_shared else (_channels(bottom),)],
 }
 
 
