@@ -1,4 +1,4 @@
-"""The log lines of the engines' own programs, through Caffe's logger where there is one.
+"""The stepper's log lines, through Caffe's own logger.
 
 The wording of each line is Caffe's, or the fork's where stock Caffe has none, so that one reader serves all
 logs.
@@ -11,20 +11,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-_without_caffe = False
-
-
-def use_no_caffe() -> None:
-    """From now on lines go to stderr from here, in the same form: there need be no Caffe."""
-    global _without_caffe
-    _without_caffe = True
-
 
 def info(message: str) -> None:
-    """An I line; Caffe has to be started, or `use_no_caffe` said."""
-    if _without_caffe:
-        _write("I", message)
-        return
+    """An I line; Caffe has to be started."""
     from caffe import log
 
     log(message)
@@ -32,13 +21,7 @@ def info(message: str) -> None:
 
 def fatal(message: str) -> None:
     """An F line; ending the program is the caller's (pycaffe's logger has no such lines)."""
-    _write("F", message)
-
-
-def _write(level: str, message: str) -> None:
-    """One line as glog 0.6 writes it."""
-    now = datetime.now()
-    line = f"{level}{now:%Y%m%d %H:%M:%S.%f} {threading.get_native_id():5d} solver.cpp:0] {message}\n"
+    line = f"F{datetime.now():%m%d %H:%M:%S.%f} {threading.get_native_id():5d} stepper.py:0] {message}\n"
     os.write(2, line.encode(errors="replace"))
 
 
