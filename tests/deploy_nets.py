@@ -59,7 +59,6 @@ def write_random(path: Path, text: str, dialect: Dialect, seed: int = 0, *, old:
                 axes = (1, shape[0], 1, 1) if len(shapes) == 5 else (1,) * (4 - len(shape)) + shape
                 blob.num, blob.channels, blob.height, blob.width = axes
             else:
-                blob.shape.SetInParent()  # of one number, Caffe writes a shape without axes
                 blob.shape.dim.extend(shape)
     path.write_bytes(stored.SerializeToString())
     return path

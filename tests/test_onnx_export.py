@@ -241,6 +241,13 @@ def test_what_cannot_be_exported_is_named(text: str, message: str, tmp_path: Pat
         exported(declared(3, 9, 9) + text, tmp_path)
 
 
+def test_an_image_larger_than_caffe_takes_is_refused(tmp_path: Path) -> None:
+    weights = write_random(tmp_path / "w", declared(3, 9, 9) + CONV, STOCK)
+    text = declared(3, 99999999, 99999999) + CONV + layer("flat", "Flatten", "c")
+    with pytest.raises(UserError, match="larger than a blob of Caffe's can be"):
+        export_onnx(text, "deploy.prototxt", None, weights)
+
+
 def test_without_onnx_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = write_random(tmp_path / "w", declared(3, 9, 9) + CONV, STOCK)
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -192,6 +192,8 @@ def _blob(view: memoryview, field: Field) -> Blob:
         if raw_type not in _RAW_FORMATS:
             raise NotWholeError
         number_format, size = _RAW_FORMATS[raw_type]
+    if shape is None and ranges and not any(old_shape):
+        shape = []  # one number, without axes: Caffe writes no shape then
     dims = tuple(old_shape if shape is None else shape)
     if sum(end - start for start, end in ranges) != prod(dims) * size:
         raise NotWholeError

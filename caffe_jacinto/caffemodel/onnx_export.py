@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ REQUIREMENT = "onnx>=1.15"
 """What pip has to install; the extra `onnx` in setup.py."""
 
 _BATCH = "batch"
+_MOST_NUMBERS = 2**31 - 1
+"""In one blob: Caffe counts them in an int."""
 
 
 def export_onnx(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> bytes:
@@ -175,6 +178,8 @@ class _Graph:
             self.refuse(layer, "bottom and top", "only one input and one output")
         if shaped.tops[0] is None:
             self.refuse(layer, "input", "its size does not fit")
+        if prod(shaped.tops[0] or ()) > _MOST_NUMBERS:
+            self.refuse(layer, "output", "it is larger than a blob of Caffe's can be")
         bottoms = [self.current[blob] for blob in layer.message.bottom]
         for bottom in bottoms:
             self.unread.pop(bottom, None)
