@@ -195,7 +195,8 @@ def _merge_bn(options: argparse.Namespace) -> int:
         print(f"{name} takes in {', '.join(layers)}")
     for line in merged.left:
         print(line)
-    print(f"{weights}: goes with {deploy}; {'merged' if merged.merged else 'nothing to merge'}")
+    count = sum(map(len, merged.merged.values()))
+    print(f"{weights}: {count} layers merged; its network is {deploy}")
     return 0
 
 
