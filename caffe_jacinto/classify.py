@@ -1,0 +1,255 @@
+"""Classify images with a trained network: python -m caffe_jacinto.classify RUN -- IMAGE..."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.errors import FAILED, Parser, UserError, run_command
+
+if TYPE_CHECKING:
+    import argparse
+
+    from caffe_jacinto.inference.preprocess import Sample, Transform
+    from caffe_jacinto.inference.scoring import Tally
+
+STAGES = ("finetune", "sparse", "l1reg", "initial")
+"""Of a run, the last first: the first with weights is taken."""
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+MOST_BEST = 5
+MOST_CONFUSED = 20
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0, or 1 where an image could not be read."""
+    options = _parser().parse_args(argv[: argv.index("--")] if "--" in argv else argv)
+    sources = [Path(item) for item in argv[argv.index("--") + 1 :]] if "--" in argv else []
+    if not sources:
+        raise UserError("no images: give files, a folder or an LMDB after --; --help shows how")
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: give 1 or more")
+    from caffe_jacinto.data.lmdb_writer import is_lmdb_folder
+    from caffe_jacinto.inference.backends import open_backend
+    from caffe_jacinto.inference.network import trained_network, validation_transform
+    from caffe_jacinto.inference.preprocess import file_samples, lmdb_image_size, lmdb_samples
+
+    deploy, weights, val, base = _network_files(options)
+    network = trained_network(deploy, weights)
+    transform, source = validation_transform(val, network.shape, base)
+    is_lmdb = is_lmdb_folder(sources[0])
+    if is_lmdb and len(sources) > 1:
+        raise UserError(f"{sources[0]} is an LMDB; give one LMDB alone, or images")
+    names = _names(options, deploy, base, source, sources[0])
+    backend, scores = open_backend(options.backend, network, options.caffe)
+    print(f"{weights} on {backend}", file=sys.stderr)
+    if is_lmdb:
+        total, samples = lmdb_samples(sources[0], transform)
+        return _score_lmdb(options, total, samples, scores, names)
+    paths = _image_files(sources)
+    size = _size(options, lmdb_image_size(base / source) if source else None, transform)
+    return _classify_files(options, len(paths), file_samples(paths, transform, size), scores, names)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "caffe_jacinto.classify",
+        "The best classes of images; of an LMDB, accuracy and the confusion matrix.",
+        "after --: image files, folders of images, or one LMDB; RUN is a run folder of train",
+    )
+    parser.add_argument("network", type=Path, metavar="RUN|DEPLOY", help="a run folder, or a deploy.prototxt")
+    parser.add_argument("weights", type=Path, nargs="?", help="with DEPLOY: the .caffemodel")
+    parser.add_argument("--val", type=Path, help="the val.prototxt to preprocess by (default: beside DEPLOY)")
+    parser.add_argument(
+        "--labels", type=Path, help="class names, one a line (default: labels.txt of RUN or LMDB)"
+    )
+    parser.add_argument("--backend", choices=("caffe", "opencv", "onnxruntime"), help="who computes")
+    parser.add_argument("--caffe", help="the caffe executable or its tree")
+    parser.add_argument(
+        "--resize", metavar="WIDTHxHEIGHT", help="size before the crop (default: the val LMDB's)"
+    )
+    parser.add_argument("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
+    parser.add_argument("--format", choices=("text", "json", "csv"), default="text")
+    parser.add_argument("--picture", type=Path, help="with an LMDB: the confusion matrix as a .png or .svg")
+    return parser
+
+
+def _network_files(options: argparse.Namespace) -> tuple[Path, Path, Path, Path]:
+    """Deploy, weights, val, and the folder where relative paths of val begin."""
+    place: Path = options.network
+    if not place.is_dir():
+        if options.weights is None:
+            raise UserError(f"{place}: no run folder; with a deploy.prototxt give its .caffemodel too")
+        return place, options.weights, options.val or place.parent / "val.prototxt", Path()
+    if options.weights is not None:
+        raise UserError(f"{place} is a run folder and has its own weights; leave {options.weights} out")
+    from caffe_jacinto.engines.snapshots import iteration_of
+    from caffe_jacinto.runs import folder
+
+    base = Path(folder.load(place).start_folder)
+    for stage in STAGES:
+        found = list((place / stage).glob("*_iter_*.caffemodel"))
+        if found:
+            weights = max(found, key=iteration_of)
+            return (
+                place / stage / "deploy.prototxt",
+                weights,
+                options.val or place / stage / "val.prototxt",
+                base,
+            )
+    raise UserError(f"{place}: no stage has weights yet; train it first (train --resume {place})")
+
+
+def _names(
+    options: argparse.Namespace, deploy: Path, base: Path, source: str, first: Path
+) -> tuple[str, ...]:
+    from caffe_jacinto.data.listing import read_labels
+
+    if options.labels:
+        return read_labels(options.labels)
+    places = (options.network, deploy.parent, first, base / source if source else first)
+    labels = next((place / "labels.txt" for place in places if (place / "labels.txt").is_file()), None)
+    return read_labels(labels) if labels else ()
+
+
+def _size(
+    options: argparse.Namespace, stored: tuple[int, int] | None, transform: Transform
+) -> tuple[int, int]:
+    if options.resize is None:
+        if stored is None:
+            stored = (transform.width, transform.height)
+            print(
+                f"no val LMDB to see the size of: images are resized to {stored[0]}x{stored[1]}",
+                file=sys.stderr,
+            )
+        return stored
+    width, _, height = options.resize.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) < 65536 and 0 < int(height) < 65536):
+        raise UserError(f"--resize {options.resize}: give WIDTHxHEIGHT in pixels, like 256x256")
+    return int(width), int(height)
+
+
+def _image_files(sources: list[Path]) -> list[Path]:
+    paths = []
+    for source in sources:
+        if not source.is_dir():
+            paths.append(source)
+            continue
+        inside = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+        if not inside:
+            raise UserError(f"{source}: no images in this folder ({', '.join(IMAGE_ENDINGS)})")
+        paths += inside
+    return paths
+
+
+def _batches(
+    options: argparse.Namespace, total: int, samples: Iterator[Sample], scores: Any
+) -> Iterator[tuple[list[Sample], Any]]:
+    """Readable samples and their scores, a batch at a time; a line on stderr for each of the others."""
+    import numpy as np
+
+    from caffe_jacinto.data.progress import image_progress
+
+    with image_progress("classify", total) as advance:
+        while batch := list(islice(samples, options.batch)):
+            for sample in batch:
+                advance()
+                if sample.image is None:
+                    print(UserError(f"{sample.name}: {sample.reason}"), file=sys.stderr)
+            good = [sample for sample in batch if sample.image is not None]
+            if good:
+                yield good, scores(np.stack([sample.image for sample in good if sample.image is not None]))
+
+
+def _name(names: tuple[str, ...], index: int) -> str:
+    from caffe_jacinto.text_table import printable
+
+    return printable(names[index]) if index < len(names) else str(index)
+
+
+def _classify_files(
+    options: argparse.Namespace, total: int, samples: Iterator[Sample], scores: Any, names: tuple[str, ...]
+) -> int:
+    from caffe_jacinto.inference.scoring import softmax
+    from caffe_jacinto.text_table import printable
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if options.format == "csv":
+        writer.writerow(("image", "place", "class", "name", "probability"))
+    done = 0
+    for batch, values in _batches(options, total, samples, scores):
+        for sample, row in zip(batch, softmax(values), strict=True):
+            best = row.argsort()[::-1][:MOST_BEST]
+            done += 1
+            found = [(int(i), _name(names, int(i)), float(row[i])) for i in best]
+            if options.format == "csv":
+                writer.writerows((sample.name, at, *item) for at, item in enumerate(found, 1))
+            elif options.format == "json":
+                classes = [{"class": i, "name": name, "probability": p} for i, name, p in found]
+                print(json.dumps({"image": sample.name, "best": classes}))
+            else:
+                print(printable(sample.name))
+                for _, name, p in found:
+                    print(f"  {100 * p:6.2f} %  {name}")
+    return 0 if done == total else FAILED
+
+
+def _score_lmdb(
+    options: argparse.Namespace, total: int, samples: Iterator[Sample], scores: Any, names: tuple[str, ...]
+) -> int:
+    from caffe_jacinto.inference.scoring import Tally
+
+    tally = None
+    for batch, values in _batches(options, total, samples, scores):
+        tally = tally or Tally(values.shape[1])
+        tally.add(values, [sample.label or 0 for sample in batch])
+    if tally is None:
+        raise UserError("no record of the LMDB can be classified; see the lines above")
+    _print_tally(options.format, tally, names)
+    if options.picture:
+        from caffe_jacinto.inference.picture import draw_confusion
+
+        draw_confusion(tally, [_name(names, i) for i in range(len(tally.matrix))], options.picture)
+    return 0 if tally.images == total else FAILED
+
+
+def _print_tally(form: str, tally: Tally, names: tuple[str, ...]) -> None:
+    from caffe_jacinto.text_table import Column, Line, show_table
+
+    classes = list(enumerate(tally.by_class()))
+    if form == "json":
+        facts = {
+            "images": tally.images,
+            "top1": tally.top1 / tally.images,
+            "top5": tally.top5 / tally.images,
+            "classes": [
+                {"class": i, "name": _name(names, i), "right": r, "images": n} for i, (r, n) in classes
+            ],
+            "confusion": tally.matrix.tolist(),
+        }
+        print(json.dumps(facts))
+        return
+    if form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("class", "name", "right", "images", *(f"found_{i}" for i, _ in classes)))
+        writer.writerows((i, _name(names, i), r, n, *tally.matrix[i].tolist()) for i, (r, n) in classes)
+        return
+    lines = [Line((_name(names, i), str(n), f"{100 * r / n:.2f} %" if n else "-")) for i, (r, n) in classes]
+    columns = (Column("Class", words=True), Column("Images"), Column("Top-1"))
+    show_table(sys.stdout, "Accuracy by class", columns, lines)
+    pairs = [Line((_name(names, a), _name(names, b), str(n))) for a, b, n in tally.confused(MOST_CONFUSED)]
+    columns = (Column("True class", words=True), Column("Taken for", words=True), Column("Images"))
+    totals = (
+        f"top-1 {100 * tally.top1 / tally.images:.2f} %, top-5 {100 * tally.top5 / tally.images:.2f} %"
+        f" of {tally.images:,} images"
+    )
+    show_table(sys.stdout, "Most confused", columns, pairs, totals)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("caffe_jacinto.classify", main))

@@ -1,0 +1,1 @@
+"""Trained networks put to use: images in, probabilities out."""
