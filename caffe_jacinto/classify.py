@@ -1,4 +1,11 @@
-"""Classify images with a trained network: python -m caffe_jacinto.classify RUN -- IMAGE..."""
+"""Classify images with a trained network; of an LMDB, its accuracy and the confusion matrix.
+
+    python -m caffe_jacinto.classify training/RUN -- photo.jpg folder/
+    python -m caffe_jacinto.classify deploy.prototxt weights.caffemodel -- photo.jpg
+    python -m caffe_jacinto.classify training/RUN --picture confusion.png -- data/val_lmdb
+
+After -- stand image files, folders of images, or one LMDB. RUN is a run folder of train.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +25,13 @@ if TYPE_CHECKING:
     from caffe_jacinto.inference.preprocess import Sample, Transform
     from caffe_jacinto.inference.scoring import Tally
 
-STAGES = ("finetune", "sparse", "l1reg", "initial")
-"""Of a run, the last first: the first with weights is taken."""
-
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MOST_BEST = 5
 MOST_CONFUSED = 20
+MOST_CLASSES = 50
+"""With more classes than this, the text shows those that do worst."""
+
+PICTURES = (".png", ".svg")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("no images: give files, a folder or an LMDB after --; --help shows how")
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give 1 or more")
+    if options.picture is not None and options.picture.suffix.lower() not in PICTURES:
+        raise UserError(f"--picture {options.picture}: the name must end in {' or '.join(PICTURES)}")
     from caffe_jacinto.data.lmdb_writer import is_lmdb_folder
     from caffe_jacinto.inference.backends import open_backend
     from caffe_jacinto.inference.network import trained_network, validation_transform
@@ -57,11 +67,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "caffe_jacinto.classify",
-        "The best classes of images; of an LMDB, accuracy and the confusion matrix.",
-        "after --: image files, folders of images, or one LMDB; RUN is a run folder of train",
-    )
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = Parser("python -m caffe_jacinto.classify", description, rest.strip("\n"))
     parser.add_argument("network", type=Path, metavar="RUN|DEPLOY", help="a run folder, or a deploy.prototxt")
     parser.add_argument("weights", type=Path, nargs="?", help="with DEPLOY: the .caffemodel")
     parser.add_argument("--val", type=Path, help="the val.prototxt to preprocess by (default: beside DEPLOY)")
@@ -88,20 +95,19 @@ def _network_files(options: argparse.Namespace) -> tuple[Path, Path, Path, Path]
         return place, options.weights, options.val or place.parent / "val.prototxt", Path()
     if options.weights is not None:
         raise UserError(f"{place} is a run folder and has its own weights; leave {options.weights} out")
-    from caffe_jacinto.engines.snapshots import iteration_of
+    from caffe_jacinto.engines.snapshots import complete_snapshots
+    from caffe_jacinto.prototxt.dialects import Dialect
     from caffe_jacinto.runs import folder
 
-    base = Path(folder.load(place).start_folder)
-    for stage in STAGES:
-        found = list((place / stage).glob("*_iter_*.caffemodel"))
+    record = folder.load(place)
+    prefix = f"{record.recipe.data.dataset}_{record.recipe.network.name}"
+    for stage in reversed(record.recipe.stages):
+        found = complete_snapshots(place / stage / prefix, Dialect(record.engine.dialect))
         if found:
-            weights = max(found, key=iteration_of)
-            return (
-                place / stage / "deploy.prototxt",
-                weights,
-                options.val or place / stage / "val.prototxt",
-                base,
-            )
+            if record.stages[stage].state != "finished":
+                print(f"stage {stage} is not finished: iteration {found[0].iteration:,}", file=sys.stderr)
+            val = options.val or place / stage / "val.prototxt"
+            return place / stage / "deploy.prototxt", found[0].caffemodel, val, Path(record.start_folder)
     raise UserError(f"{place}: no stage has weights yet; train it first (train --resume {place})")
 
 
@@ -210,7 +216,7 @@ def _score_lmdb(
         tally.add(values, [sample.label or 0 for sample in batch])
     if tally is None:
         raise UserError("no record of the LMDB can be classified; see the lines above")
-    _print_tally(options.format, tally, names)
+    print_tally(options.format, tally, names)
     if options.picture:
         from caffe_jacinto.inference.picture import draw_confusion
 
@@ -218,7 +224,8 @@ def _score_lmdb(
     return 0 if tally.images == total else FAILED
 
 
-def _print_tally(form: str, tally: Tally, names: tuple[str, ...]) -> None:
+def print_tally(form: str, tally: Tally, names: tuple[str, ...]) -> None:
+    """Print the scores of an LMDB as ``text``, ``json`` or ``csv``."""
     from caffe_jacinto.text_table import Column, Line, show_table
 
     classes = list(enumerate(tally.by_class()))
@@ -239,9 +246,13 @@ def _print_tally(form: str, tally: Tally, names: tuple[str, ...]) -> None:
         writer.writerow(("class", "name", "right", "images", *(f"found_{i}" for i, _ in classes)))
         writer.writerows((i, _name(names, i), r, n, *tally.matrix[i].tolist()) for i, (r, n) in classes)
         return
-    lines = [Line((_name(names, i), str(n), f"{100 * r / n:.2f} %" if n else "-")) for i, (r, n) in classes]
+    seen = [(i, (r, n)) for i, (r, n) in classes if n]
+    if len(seen) > MOST_CLASSES:
+        seen = sorted(seen, key=lambda item: item[1][0] / item[1][1])[:MOST_CLASSES]
+    lines = [Line((_name(names, i), str(n), f"{100 * r / n:.2f} %")) for i, (r, n) in seen]
     columns = (Column("Class", words=True), Column("Images"), Column("Top-1"))
-    show_table(sys.stdout, "Accuracy by class", columns, lines)
+    which = "" if len(seen) == len(classes) else f": {len(seen)} of {len(classes)} classes, see --format csv"
+    show_table(sys.stdout, f"Accuracy by class{which}", columns, lines)
     pairs = [Line((_name(names, a), _name(names, b), str(n))) for a, b, n in tally.confused(MOST_CONFUSED)]
     columns = (Column("True class", words=True), Column("Taken for", words=True), Column("Images"))
     totals = (

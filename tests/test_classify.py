@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from digits_run import recipe_of, tiny, write_lmdbs
 
-from caffe_jacinto.classify import main
+from caffe_jacinto.classify import main, print_tally
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.inference.preprocess import Transform
 from caffe_jacinto.inference.scoring import Tally
@@ -22,6 +22,8 @@ def test_no_images_and_no_run_are_one_line_errors(tmp_path: Path) -> None:
         main([str(tmp_path)])
     with pytest.raises(UserError, match="caffemodel"):
         main(["deploy.prototxt", "--", "a.png"])
+    with pytest.raises(UserError, match="holds no run"):
+        main([str(tmp_path), "--", "a.png"])
 
 
 def test_crop_is_central_and_the_mean_image_is_cropped_with_it() -> None:
@@ -60,3 +62,37 @@ def test_accuracy_is_that_of_caffe_test_on_every_backend(
         found[backend] = {item["class"]: item["probability"] for item in best}
     for backend in ("opencv", "onnxruntime"):
         assert found[backend] == pytest.approx(found["caffe"], rel=1e-4)
+    # A last snapshot that is cut off is passed over for the one before.
+    newest = max(
+        (tmp_path / "run/initial").glob("*.caffemodel"), key=lambda path: int(path.stem.split("_")[-1])
+    )
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(["run", "--backend", "opencv", "--format", "json", "--", str(image)]) == 0
+    assert newest.name not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--batch", "0", "--", "a.png"], "--batch 0"),
+        (["run", "--picture", "a.jpg", "--", "lmdb"], "must end in .png or .svg"),
+        (["run", "--backend", "abacus", "--", "a.png"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_computed(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    assert said in str(caught.value)
+
+
+def test_with_many_classes_the_text_shows_the_worst(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally(200)
+    labels = list(range(200))
+    scores = np.eye(200, dtype=np.float32)
+    scores[7] = scores[8]  # class 7 is taken for 8
+    tally.add(scores, labels)
+    print_tally("text", tally, ())
+    said = capsys.readouterr().out
+    assert "50 of 200 classes" in said
+    assert next(line.split() for line in said.splitlines() if "0.00 %" in line)[0] == "7"
+    assert "top-1 99.50 %" in said

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.merge_bn import merge_bn
 from caffe_jacinto.caffemodel.stock_net import stock_net
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.errors import RunFailed, UserError
 from caffe_jacinto.inference.network import TrainedNetwork
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -35,13 +35,30 @@ def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -
     """
     # Caffe ends the process at weights that do not fit; this says it in a line.
     stock_net(network.text, str(network.where), network.dialect, network.weights)
-    if name in (None, "caffe"):
+    label, scores = _open(name, network, caffe)
+
+    def guarded(images: Values) -> Values:
         try:
-            return _caffe(network, caffe)
-        except UserError:
-            if name or caffe:
-                raise
-    return _onnxruntime(network) if name == "onnxruntime" else _opencv(network)
+            return scores(images)
+        except Exception as error:  # Each backend has errors of its own.
+            reason = " ".join(str(error).split())[:300]
+            raise RunFailed(f"{network.where}: {label} cannot compute it: {reason}") from error
+
+    return label, guarded
+
+
+def _open(name: str | None, network: TrainedNetwork, caffe: str | None) -> tuple[str, Scores]:
+    if name == "onnxruntime":
+        return _onnxruntime(network)
+    if name == "opencv":
+        return _opencv(network)
+    try:
+        return _caffe(network, caffe)
+    except UserError as error:
+        if name or caffe:
+            raise
+        print(f"not by Caffe: {error}", file=sys.stderr)
+        return _opencv(network)
 
 
 def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
@@ -52,7 +69,10 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
         raise UserError("this Caffe has no pycaffe that this Python imports; use --backend opencv")
     os.environ["GLOG_minloglevel"] = "2"  # noqa: SIM112 - glog spells it so
     sys.path.insert(0, str(folder))
-    import caffe
+    try:
+        import caffe
+    except ImportError as error:
+        raise UserError(f"{folder}: pycaffe cannot be imported: {error}; use --backend opencv") from None
 
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights

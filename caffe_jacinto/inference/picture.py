@@ -13,13 +13,11 @@ _MOST_NAMES = 50
 
 
 def draw_confusion(tally: Tally, names: list[str], output: Path) -> None:
-    """Draw the share of each true class (rows) found as each class (columns) to a .png or .svg.
+    """Draw the share of each true class (rows) found as each class (columns) to a .png or .svg file.
 
     Raises:
-        UserError: another ending.
+        UserError: the file cannot be written.
     """
-    if output.suffix not in (".png", ".svg"):
-        raise UserError(f"--picture {output}: give a name that ends in .png or .svg")
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -33,5 +31,8 @@ def draw_confusion(tally: Tally, names: list[str], output: Path) -> None:
         axes.set_yticks(range(len(names)), names, parse_math=False)
     figure.colorbar(image, label="share of the true class")
     content = io.BytesIO()
-    figure.savefig(content, format=output.suffix[1:], dpi=200)
-    write_whole(output, content.getvalue())
+    figure.savefig(content, format=output.suffix.lower()[1:], dpi=200)
+    try:
+        write_whole(output, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--picture {output}: cannot be written: {error.strerror}") from None
