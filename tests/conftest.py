@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ import pytest
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal() -> None:
+    """What the tests start takes Ctrl-C and hang-ups, also where they themselves were started with nohup or &."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
