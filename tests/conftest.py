@@ -15,7 +15,7 @@ from caffe_jacinto.errors import UserError
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_in_a_terminal() -> None:
-    """What the tests start takes Ctrl-C and hang-ups, also where they themselves were started with nohup or &."""
+    """What the tests start takes Ctrl-C and hang-ups, also where they run under nohup or behind an &."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
