@@ -192,7 +192,7 @@ def _zeros(weights: Path, message: Any) -> dict[str, int]:
 
     wrong = check_fit(weights, message)
     if wrong:
-        raise UserError(f"{weights} does not fit the network: {wrong[0]}; give the weights of this network")
+        raise UserError(f"{weights} does not fit the network: {wrong[0]}; give the prototxt of these weights")
     with mapped(weights) as view:
         found = {}
         for layer in stored_layers(view, weights):
