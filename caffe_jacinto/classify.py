@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -42,26 +43,28 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("no images: give files, a folder or an LMDB after --; --help shows how")
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give 1 or more")
-    if options.picture is not None and options.picture.suffix.lower() not in PICTURES:
-        raise UserError(f"--picture {options.picture}: the name must end in {' or '.join(PICTURES)}")
+    if options.picture is not None:
+        _check_picture(options.picture)
     from caffe_jacinto.data.lmdb_writer import is_lmdb_folder
     from caffe_jacinto.inference.backends import open_backend
     from caffe_jacinto.inference.network import trained_network, validation_transform
     from caffe_jacinto.inference.preprocess import file_samples, lmdb_image_size, lmdb_samples
 
-    deploy, weights, val, base = _network_files(options)
-    network = trained_network(deploy, weights)
-    transform, source = validation_transform(val, network.shape, base)
     is_lmdb = is_lmdb_folder(sources[0])
     if is_lmdb and len(sources) > 1:
         raise UserError(f"{sources[0]} is an LMDB; give one LMDB alone, or images")
+    if options.picture is not None and not is_lmdb:
+        raise UserError("--picture draws the confusion matrix of an LMDB: give one after --, or leave it out")
+    paths = [] if is_lmdb else _image_files(sources)
+    deploy, weights, val, base = _network_files(options)
+    network = trained_network(deploy, weights)
+    transform, source = validation_transform(val, network.shape, base)
     names = _names(options, deploy, base, source, sources[0])
     backend, scores = open_backend(options.backend, network, options.caffe)
     print(f"{weights} on {backend}", file=sys.stderr)
     if is_lmdb:
         total, samples = lmdb_samples(sources[0], transform)
         return _score_lmdb(options, total, samples, scores, names)
-    paths = _image_files(sources)
     size = _size(options, lmdb_image_size(base / source) if source else None, transform)
     return _classify_files(options, len(paths), file_samples(paths, transform, size), scores, names)
 
@@ -78,12 +81,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=("caffe", "opencv", "onnxruntime"), help="who computes")
     parser.add_argument("--caffe", help="the caffe executable or its tree")
     parser.add_argument(
-        "--resize", metavar="WIDTHxHEIGHT", help="size before the crop (default: the val LMDB's)"
+        "--resize",
+        type=_resize,
+        metavar="WIDTHxHEIGHT",
+        help="size before the crop (default: the val LMDB's)",
     )
     parser.add_argument("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
     parser.add_argument("--format", choices=("text", "json", "csv"), default="text")
     parser.add_argument("--picture", type=Path, help="with an LMDB: the confusion matrix as a .png or .svg")
     return parser
+
+
+def _resize(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    sides = [int(side) if side.isdecimal() and len(side) < 6 else 0 for side in (width, height or width)]
+    if not all(0 < side < 65536 for side in sides):
+        raise ArgumentTypeError(f"{text[:40]!r} is no size in pixels: give 256, or 320x240 (width x height)")
+    return sides[0], sides[1]
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"--picture {path}: the name must end in {' or '.join(PICTURES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--picture {path}: its folder is not there; make it first")
 
 
 def _network_files(options: argparse.Namespace) -> tuple[Path, Path, Path, Path]:
@@ -134,10 +155,12 @@ def _size(
                 file=sys.stderr,
             )
         return stored
-    width, _, height = options.resize.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) < 65536 and 0 < int(height) < 65536):
-        raise UserError(f"--resize {options.resize}: give WIDTHxHEIGHT in pixels, like 256x256")
-    return int(width), int(height)
+    given: tuple[int, int] = options.resize
+    if given[0] < transform.width or given[1] < transform.height:
+        raise UserError(
+            f"--resize {given[0]}x{given[1]} is smaller than the crop of {transform.width}x{transform.height}"
+        )
+    return given
 
 
 def _image_files(sources: list[Path]) -> list[Path]:

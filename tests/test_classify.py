@@ -12,6 +12,7 @@ from digits_run import recipe_of, tiny, write_lmdbs
 
 from caffe_jacinto.classify import main, print_tally
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.inference.network import validation_transform
 from caffe_jacinto.inference.preprocess import Transform
 from caffe_jacinto.inference.scoring import Tally
 from caffe_jacinto.train import main as train
@@ -77,6 +78,9 @@ def test_accuracy_is_that_of_caffe_test_on_every_backend(
         (["run", "--batch", "0", "--", "a.png"], "--batch 0"),
         (["run", "--picture", "a.jpg", "--", "lmdb"], "must end in .png or .svg"),
         (["run", "--backend", "abacus", "--", "a.png"], "invalid choice"),
+        (["run", "--resize", "0", "--", "a.png"], "is no size in pixels"),
+        (["run", "--picture", "a.png", "--", "b.png"], "of an LMDB"),
+        (["run", "--picture", "nowhere/a.png", "--", "lmdb"], "its folder is not there"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_computed(arguments: list[str], said: str) -> None:
@@ -96,3 +100,16 @@ def test_with_many_classes_the_text_shows_the_worst(capsys: pytest.CaptureFixtur
     assert "50 of 200 classes" in said
     assert next(line.split() for line in said.splitlines() if "0.00 %" in line)[0] == "7"
     assert "top-1 99.50 %" in said
+
+
+def test_the_preprocessing_is_that_of_the_test_phase(tmp_path: Path) -> None:
+    layer = (
+        'layer {{ name: "d" type: "Data" top: "data" include {{ phase: {phase} }} '
+        'transform_param {{ scale: {scale} }} data_param {{ source: "x" batch_size: 1 backend: LMDB }} }}\n'
+    )
+    val = tmp_path / "train_val.prototxt"
+    val.write_text(layer.format(phase="TRAIN", scale=0.5) + layer.format(phase="TEST", scale=2))
+    assert validation_transform(val, (3, 8, 8), tmp_path)[0].scale == 2
+    val.write_text(layer.format(phase="TEST", scale=2).replace("scale: 2", "mean_value: 1 mean_file: 'm'"))
+    with pytest.raises(UserError, match="has mean_file and mean_value"):
+        validation_transform(val, (3, 8, 8), tmp_path)

@@ -60,7 +60,7 @@ def validation_transform(val: Path, shape: tuple[int, int, int], base: Path) -> 
     from caffe_jacinto.data.mean import read_mean
 
     net = parse_any_net(_text(val), str(val))
-    data = next((layer for layer in net.layer if layer.type == "Data"), None)
+    data = next((layer for layer in net.layer if layer.type == "Data" and _tests(layer)), None)
     if data is None:
         raise UserError(f"{val}: no Data layer to take the preprocessing from; name another with --val")
     settings = data.transform_param
@@ -68,11 +68,25 @@ def validation_transform(val: Path, shape: tuple[int, int, int], base: Path) -> 
         raise UserError(
             f"{val}: crop_size is {settings.crop_size}, but the deploy network takes {shape[1]}x{shape[2]}"
         )
+    if settings.force_color or settings.force_gray:
+        raise UserError(
+            f"{val}: force_color and force_gray are not supported; take them out of the Data layer"
+        )
     means = tuple(settings.mean_value)
+    if means and settings.mean_file:
+        raise UserError(f"{val}: has mean_file and mean_value; Caffe takes one of them: remove the other")
     if len(means) not in (0, 1, shape[0]):
         raise UserError(f"{val}: {len(means)} mean values for {shape[0]} channels; give one, or one for each")
     mean = read_mean(base / settings.mean_file) if settings.mean_file else None
     return Transform(*shape, settings.scale, means, mean), data.data_param.source
+
+
+def _tests(layer: Any) -> bool:
+    """Whether a layer takes part in the TEST phase (1)."""
+    wanted = [rule.phase for rule in layer.include if rule.HasField("phase")]
+    if wanted:
+        return 1 in wanted
+    return not any(rule.HasField("phase") and rule.phase == 1 for rule in layer.exclude)
 
 
 def _text(path: Path) -> str:
