@@ -67,13 +67,7 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
     folder = find_engine(path).info.pycaffe
     if folder is None:
         raise UserError("this Caffe has no pycaffe that this Python imports; use --backend opencv")
-    os.environ["GLOG_minloglevel"] = "2"  # noqa: SIM112 - glog spells it so
-    sys.path.insert(0, str(folder))
-    try:
-        import caffe
-    except ImportError as error:
-        raise UserError(f"{folder}: pycaffe cannot be imported: {error}; use --backend opencv") from None
-
+    caffe = _quiet_pycaffe(folder)
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
         if network.dialect is Dialect.BVLC:
@@ -92,6 +86,24 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
         return _flat(net.forward()[output].copy(), images)
 
     return f"stock Caffe {caffe.__version__}", scores
+
+
+def _quiet_pycaffe(folder: Path) -> Any:
+    """The ``caffe`` module from ``folder``, logging errors only; a Caffe started later logs as ever."""
+    spelled = "GLOG_minloglevel"  # read by glog once, when it is loaded
+    before = os.environ.get(spelled)
+    os.environ[spelled] = "2"
+    sys.path.insert(0, str(folder))
+    try:
+        import caffe
+    except ImportError as error:
+        raise UserError(f"{folder}: pycaffe cannot be imported: {error}; use --backend opencv") from None
+    finally:
+        if before is None:
+            del os.environ[spelled]
+        else:
+            os.environ[spelled] = before
+    return caffe
 
 
 def _opencv(network: TrainedNetwork) -> tuple[str, Scores]:
