@@ -13,9 +13,9 @@ from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def signals_as_in_a_terminal() -> None:
-    """What the tests start takes Ctrl-C and hang-ups, also where they run under nohup or behind an &."""
+    """What a test starts takes Ctrl-C and hang-ups: under nohup, behind an &, after a test that ran train."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
