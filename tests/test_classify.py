@@ -1,105 +1,199 @@
-"""Classifying with a network trained by real Caffe: accuracy as `caffe test` has it, on all backends."""
+"""Classifying with a network trained by real Caffe: what its validation network sees, on all backends."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
+import shutil
+import struct
+import sys
 from pathlib import Path
+from typing import Any
 
+import cv2
+import lmdb
 import numpy as np
+import onnxruntime  # noqa: F401 - what is tested with it must not be skipped
 import pytest
+from deploy_nets import built, by_onnx, write_random
 from digits_run import recipe_of, tiny, write_lmdbs
 
-from caffe_jacinto.classify import main, print_tally
+from caffe_jacinto.caffemodel.onnx_export import export_onnx
+from caffe_jacinto.classify import main
+from caffe_jacinto.create_lmdb import main as create_lmdb
+from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.inference.network import validation_transform
-from caffe_jacinto.inference.preprocess import Transform
+from caffe_jacinto.inference.backends import open_backend
+from caffe_jacinto.inference.network import trained_network, validation_preprocessing
+from caffe_jacinto.inference.picture import draw_confusion
+from caffe_jacinto.inference.preprocess import FileForm, Transform, file_samples, lmdb_file_form, lmdb_samples
 from caffe_jacinto.inference.scoring import Tally
+from caffe_jacinto.inference.sources import class_names, image_files, network_files
+from caffe_jacinto.inference.tables import BestClasses, write_tally
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.train import main as train
 
-
-def test_no_images_and_no_run_are_one_line_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no images"):
-        main([str(tmp_path)])
-    with pytest.raises(UserError, match="caffemodel"):
-        main(["deploy.prototxt", "--", "a.png"])
-    with pytest.raises(UserError, match="holds no run"):
-        main([str(tmp_path), "--", "a.png"])
+# --------------------------------------------------------------------------- what the validation network sees
 
 
-def test_crop_is_central_and_the_mean_image_is_cropped_with_it() -> None:
-    pixels = np.arange(75, dtype=np.uint8).reshape(3, 5, 5)
-    made = Transform(3, 2, 2, 0.5, (), np.ones((3, 5, 5), np.float32)).apply(pixels)
-    assert np.array_equal(made, (pixels[:, 1:3, 1:3].astype(np.float32) - 1) / 2)
+def write_lmdb(folder: Path, datums: list[Any]) -> Path:
+    with lmdb.open(str(folder), map_size=1 << 24) as environment, environment.begin(write=True) as writing:
+        for number, datum in enumerate(datums):
+            writing.put(b"%08d" % number, datum.SerializeToString())
+    return folder
 
 
-def test_equal_scores_count_as_better_ones() -> None:
-    tally = Tally(6)
-    tally.add(np.zeros((1, 6), np.float32), [0])
-    tally.add(np.eye(6, dtype=np.float32)[:1], [0])
-    assert (tally.top1, tally.top5, tally.images) == (1, 1, 2)
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray[Any, Any]:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    small = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return cv2.GaussianBlur(small, (5, 5), 2)
+
+
+def datum_of(content: bytes | np.ndarray[Any, Any], label: int = 0) -> Any:
+    """An encoded image, or raw pixels of height x width x channels."""
+    if isinstance(content, bytes):
+        return messages(Dialect.BVLC).Datum(data=content, label=label, encoded=True)
+    height, width, channels = content.shape
+    planes = content.transpose(2, 0, 1).tobytes()
+    return messages(Dialect.BVLC).Datum(
+        channels=channels, height=height, width=width, data=planes, label=label
+    )
+
+
+def encoded(image: np.ndarray[Any, Any], ending: str) -> bytes:
+    return bytes(cv2.imencode(ending, image)[1])
+
+
+def turned_by_exif(jpeg: bytes) -> bytes:
+    """The JPEG with an EXIF segment that asks for a quarter turn (orientation 6)."""
+    tiff = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    body = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def val_net(folder: Path, data: str, transform: str, kind: str = "Data") -> Path:
+    """A validation network of one data layer."""
+    path = folder / "val.prototxt"
+    path.write_text(
+        f'layer {{ name: "data" type: "{kind}" top: "data" top: "label" include {{ phase: TEST }} '
+        f"transform_param {{ {transform} }} {data} }}\n"
+    )
+    return path
+
+
+def seen_by_caffe(caffe_root: Path, val: Path) -> np.ndarray[Any, Any]:
+    """The first batch that the validation network's data layer gives."""
+    sys.path.insert(0, str(caffe_root / "python"))
+    import caffe
+
+    net = caffe.Net(str(val), caffe.TEST)
+    net.forward()
+    return np.array(net.blobs["data"].data)
+
+
+MEAN = "mean.binaryproto"
+SETTINGS = [
+    # stored as, crop, settings, the deploy network's channels
+    ("raw", 20, f'mean_file: "{MEAN}" scale: 0.0078125', 3),
+    (".jpg", 21, "mean_value: 104 mean_value: 117 mean_value: 123", 3),
+    (".png", 0, "mean_value: 128 scale: 0.5", 3),
+    ("turned", 20, "", 3),
+    ("grey", 20, "", 1),
+    ("grey", 20, "force_color: true mean_value: 3", 3),
+    (".jpg", 20, "force_gray: true", 1),
+]
 
 
 @pytest.mark.caffe
-def test_accuracy_is_that_of_caffe_test_on_every_backend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caffe_root: Path
+@pytest.mark.parametrize(("stored", "crop", "settings", "channels"), SETTINGS)
+def test_records_are_what_caffes_data_layer_gives(
+    stored: str,
+    crop: int,
+    settings: str,
+    channels: int,
+    caffe_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("onnxruntime")
+    """To the last bit, in every setting of the transform."""
     monkeypatch.chdir(tmp_path)
-    write_lmdbs(tmp_path)
-    assert train([*tiny(recipe_of(tmp_path, "initial"), ("initial",)), "--output", "run"]) == 0
-    log = (tmp_path / "run/test/run.log").read_text()
-    expected = float(re.findall(r"accuracy/top1 = ([\d.]+)", log)[-1])
-    image = next((tmp_path / "digits/val").glob("*.JPEG"))
-    found = {}
-    for backend in ("caffe", "opencv", "onnxruntime"):
-        capsys.readouterr()
-        assert main(["run", "--backend", backend, "--format", "json", "--", "val_lmdb"]) == 0
-        assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(expected, abs=1e-6)
-        assert main(["run", "--backend", backend, "--format", "json", "--", str(image), "none.png"]) == 1
-        output = capsys.readouterr()
-        assert "none.png: No such file" in output.err
-        best = json.loads(output.out)["best"]
-        found[backend] = {item["class"]: item["probability"] for item in best}
-    for backend in ("opencv", "onnxruntime"):
-        assert found[backend] == pytest.approx(found["caffe"], rel=1e-4)
-    # A last snapshot that is cut off is passed over for the one before.
-    newest = max(
-        (tmp_path / "run/initial").glob("*.caffemodel"), key=lambda path: int(path.stem.split("_")[-1])
-    )
-    newest.write_bytes(newest.read_bytes()[:1000])
-    assert main(["run", "--backend", "opencv", "--format", "json", "--", str(image)]) == 0
-    assert newest.name not in capsys.readouterr().err
+    height, width = 27, 32
+    pictures = [noise(height, width, 1 if stored == "grey" else 3, seed) for seed in range(3)]
+    forms = {
+        "raw": lambda image: image,
+        "turned": lambda image: turned_by_exif(encoded(image, ".jpg")),
+        "grey": lambda image: encoded(image, ".png"),
+    }
+    form = forms.get(stored, lambda image: encoded(image, stored))
+    write_lmdb(tmp_path / "lmdb", [datum_of(form(image)) for image in pictures])
+    write_mean(Mean(noise(height, width).transpose(2, 0, 1).astype(np.float32), 3), tmp_path / MEAN)
+    size = f"crop_size: {crop}" if crop else ""
+    data = 'data_param { source: "lmdb" batch_size: 3 backend: LMDB }'
+    val = val_net(tmp_path, data, f"{size} {settings}")
+    want = seen_by_caffe(caffe_root, val)
+    done = validation_preprocessing(val, (channels, *want.shape[2:]), tmp_path)
+    total, samples = lmdb_samples(tmp_path / "lmdb", done.transform)
+    got = [sample.image for sample in samples]
+    assert total == 3 and want.shape[1] == channels
+    np.testing.assert_array_equal(np.stack([image for image in got if image is not None]), want)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["run", "--batch", "0", "--", "a.png"], "--batch 0"),
-        (["run", "--picture", "a.jpg", "--", "lmdb"], "must end in .png or .svg"),
-        (["run", "--backend", "abacus", "--", "a.png"], "invalid choice"),
-        (["run", "--resize", "0", "--", "a.png"], "is no size in pixels"),
-        (["run", "--picture", "a.png", "--", "b.png"], "of an LMDB"),
-        (["run", "--picture", "nowhere/a.png", "--", "lmdb"], "its folder is not there"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_computed(arguments: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        main(arguments)
-    assert said in str(caught.value)
+@pytest.mark.caffe
+@pytest.mark.parametrize("resized", ["", "new_height: 40 new_width: 36"])
+def test_files_are_what_an_image_data_layer_gives(resized: str, caffe_root: Path, tmp_path: Path) -> None:
+    """As in the published validation network of ResNet10, which reads a list of files."""
+    paths = [tmp_path / f"{seed}.png" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(encoded(noise(50, 40, seed=seed), ".png"))
+    (tmp_path / "list.txt").write_text("".join(f"{path} 0\n" for path in paths))
+    data = f'image_data_param {{ source: "{tmp_path}/list.txt" batch_size: 2 {resized} }}'
+    val = val_net(tmp_path, data, "crop_size: 32 mean_value: 100", "ImageData")
+    done = validation_preprocessing(val, (3, 32, 32), tmp_path)
+    assert done.file_form == FileForm((36, 40) if resized else None, jpeg=False)
+    got = [sample.image for sample in file_samples(paths, done.transform, done.file_form)]
+    want = seen_by_caffe(caffe_root, val)
+    np.testing.assert_array_equal(np.stack([image for image in got if image is not None]), want)
 
 
-def test_with_many_classes_the_text_shows_the_worst(capsys: pytest.CaptureFixture[str]) -> None:
-    tally = Tally(200)
-    labels = list(range(200))
-    scores = np.eye(200, dtype=np.float32)
-    scores[7] = scores[8]  # class 7 is taken for 8
-    tally.add(scores, labels)
-    print_tally("text", tally, ())
-    said = capsys.readouterr().out
-    assert "50 of 200 classes" in said
-    assert next(line.split() for line in said.splitlines() if "0.00 %" in line)[0] == "7"
-    assert "top-1 99.50 %" in said
+def test_a_file_is_what_create_lmdb_makes_of_it(tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    path = tmp_path / "images/a/1.png"
+    path.write_bytes(encoded(noise(50, 40), ".png"))
+    arguments = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "lmdb"), "--size", "36x30"]
+    assert create_lmdb(arguments) == 0
+    form = lmdb_file_form(tmp_path / "lmdb")
+    assert form == FileForm((36, 30), jpeg=True)
+    transform = Transform(3, 28, 28)
+    (stored,) = lmdb_samples(tmp_path / "lmdb", transform)[1]
+    (made,) = file_samples([path], transform, form)
+    assert made.image is not None and stored.image is not None
+    np.testing.assert_array_equal(made.image, stored.image)
+
+
+def test_where_the_lmdb_has_pixels_no_jpeg_is_made(tmp_path: Path) -> None:
+    image = noise(20, 24)
+    form = lmdb_file_form(write_lmdb(tmp_path / "lmdb", [datum_of(image)]))
+    assert form == FileForm((24, 20), jpeg=False)
+    (tmp_path / "a.png").write_bytes(encoded(image, ".png"))
+    (made,) = file_samples([tmp_path / "a.png"], Transform(3, 20, 24, crop=False), form)
+    assert made.image is not None
+    np.testing.assert_array_equal(made.image, image.transpose(2, 0, 1))
+
+
+def test_an_image_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    folder = write_lmdb(tmp_path / "lmdb", [datum_of(noise(20, 24)), datum_of(b"no image")])
+    for transform, reason in (
+        (Transform(3, 18, 18, crop=False), "and the validation network crops nothing"),
+        (Transform(3, 22, 22), "it is 3x20x24, the network takes 3x22x22"),
+        (Transform(1, 18, 18), "the network takes 1x18x18"),
+        (Transform(3, 18, 18, mean_image=np.zeros((3, 18, 18), np.float32)), "the mean image 3x18x18"),
+    ):
+        first, second = lmdb_samples(folder, transform)[1]
+        assert first.image is None and reason in first.reason
+        assert "OpenCV can decode" in second.reason
 
 
 def test_the_preprocessing_is_that_of_the_test_phase(tmp_path: Path) -> None:
@@ -109,7 +203,319 @@ def test_the_preprocessing_is_that_of_the_test_phase(tmp_path: Path) -> None:
     )
     val = tmp_path / "train_val.prototxt"
     val.write_text(layer.format(phase="TRAIN", scale=0.5) + layer.format(phase="TEST", scale=2))
-    assert validation_transform(val, (3, 8, 8), tmp_path)[0].scale == 2
-    val.write_text(layer.format(phase="TEST", scale=2).replace("scale: 2", "mean_value: 1 mean_file: 'm'"))
-    with pytest.raises(UserError, match="has mean_file and mean_value"):
-        validation_transform(val, (3, 8, 8), tmp_path)
+    done = validation_preprocessing(val, (3, 8, 8), tmp_path)
+    assert done.transform.scale == 2 and not done.transform.crop and done.lmdb == tmp_path / "x"
+    for settings, said in (
+        ("mean_value: 1 mean_file: 'm'", "has mean_file and mean_value"),
+        ("crop_size: 7", "crop_size is 7, but the deploy network takes 8x8"),
+        ("mean_value: 1 mean_value: 2", "2 mean values for 3 channels"),
+        ("mean_file: 'm'", "m cannot be read"),
+        ("force_color: true force_gray: true", "has force_color and force_gray"),
+    ):
+        val.write_text(layer.format(phase="TEST", scale=f"2 {settings}"))
+        with pytest.raises(UserError, match=said):
+            validation_preprocessing(val, (3, 8, 8), tmp_path)
+    val.write_text(layer.format(phase="TRAIN", scale=1))
+    with pytest.raises(UserError, match="no Data or ImageData layer of the test phase"):
+        validation_preprocessing(val, (3, 8, 8), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- a trained run
+
+
+@pytest.mark.caffe
+def test_accuracy_is_that_of_caffe_test_on_every_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caffe_root: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    assert train([*tiny(recipe_of(tmp_path, "initial"), ("initial",)), "--output", "run"]) == 0
+    log = (tmp_path / "run/test/run.log").read_text()
+    expected = [float(re.findall(rf"accuracy/top{k} = ([\d.]+)", log)[-1]) for k in (1, 5)]
+    image = next((tmp_path / "digits/val").glob("*.JPEG"))
+    found = {}
+    for backend in ("caffe", "opencv", "onnxruntime"):
+        capsys.readouterr()
+        assert main(["run", "--backend", backend, "--format", "json", "--", "val_lmdb"]) == 0
+        output = capsys.readouterr()
+        assert {"caffe": "stock Caffe 1.0", "opencv": "OpenCV 4"}.get(backend, backend) in output.err
+        scores = json.loads(output.out)
+        assert [scores["top1"], scores["top5"]] == pytest.approx(expected, abs=1e-6)
+        assert sum(map(sum, scores["confusion"])) == scores["images"] == 50
+        assert main(["run", "--backend", backend, "--format", "json", str(image), "none.png"]) == 1
+        output = capsys.readouterr()
+        assert "none.png: No such file" in output.err
+        best = json.loads(output.out)["best"]
+        assert [item["name"] for item in best] == [f"digit_{item['class']}" for item in best]
+        found[backend] = {item["class"]: item["probability"] for item in best}
+    for backend in ("opencv", "onnxruntime"):
+        assert found[backend] == pytest.approx(found["caffe"], rel=1e-4)
+
+    # A stage's folder, and its files by name, are the same network.
+    for network in (["run/initial"], ["run/initial/deploy.prototxt", *newest("run/initial")]):
+        assert (
+            main([*network, "--picture", "matrix.svg", "--labels", "run/labels.txt", "--", "val_lmdb"]) == 0
+        )
+        said = capsys.readouterr().out
+        assert f"top-1 {100 * expected[0]:.2f} %, top-5 {100 * expected[1]:.2f} % of 50 images" in said
+        assert "Confusion matrix" in said and "digit_7" in (tmp_path / "matrix.svg").read_text()
+
+    # A last snapshot that is cut off is passed over for the one before.
+    weights = Path(*newest("run/initial"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["run", "--backend", "opencv", "--format", "json", str(image)]) == 0
+    said = capsys.readouterr().err
+    assert f"passed over: {weights}: cut off" in said and "iter_4.caffemodel on OpenCV" in said
+
+
+def newest(stage: str) -> list[str]:
+    weights = sorted(Path(stage).glob("*.caffemodel"), key=lambda path: int(path.stem.split("_")[-1]))
+    return [str(weights[-1])]
+
+
+# -------------------------------------------------------------------------------------- networks and backends
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a network with random weights: deploy.prototxt, val.prototxt and w.caffemodel."""
+    folder = tmp_path_factory.mktemp("network")
+    text = built("jacintonet11", Dialect.BVLC, folder)
+    write_random(folder / "w.caffemodel", text, Dialect.BVLC)
+    (folder / "a.png").write_bytes(encoded(noise(64, 64), ".png"))
+    return folder
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [str(folder / "deploy.prototxt"), str(folder / "w.caffemodel"), *more, "--", str(folder / "a.png")]
+
+
+def test_without_caffe_opencv_computes_and_the_line_says_so(
+    network: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAFFE_ROOT", "/no/caffe")
+    assert main(arguments(network)) == 0
+    output = capsys.readouterr()
+    assert "not by caffe: $CAFFE_ROOT: /no/caffe does not exist" in output.err
+    assert "on OpenCV 4" in output.err
+    assert "the size of images before the crop is not known" in output.err
+    assert len(output.out.splitlines()) == 6  # the image, and five classes by their numbers
+    # OpenCV 5 has no reader of Caffe's files.
+    monkeypatch.delattr(cv2.dnn, "readNetFromCaffe")
+    assert main(arguments(network)) == 0
+    assert "on onnxruntime 1" in capsys.readouterr().err
+
+
+@pytest.mark.caffe
+def test_what_caffe_would_die_of_is_a_line(network: Path, caffe_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "deploy.prototxt").write_text(
+        (network / "deploy.prototxt").read_text().replace('"ReLU"', '"Foo"')
+    )
+    foreign = trained_network(tmp_path / "deploy.prototxt", network / "w.caffemodel")
+    with pytest.raises(UserError, match=r"Caffe cannot read it: .* Unknown layer type: Foo$"):
+        open_backend("caffe", foreign, None)
+
+
+@pytest.mark.caffe
+def test_a_network_of_the_fork_is_computed_by_stock_caffe(
+    network: Path, caffe_root: Path, tmp_path: Path
+) -> None:
+    text = built("jacintonet11", Dialect.CAFFE_JACINTO, tmp_path)
+    weights = write_random(tmp_path / "w.caffemodel", text, Dialect.CAFFE_JACINTO)
+    trained = trained_network(tmp_path / "deploy.prototxt", weights)
+    data = np.random.default_rng(0).uniform(0, 255, (2, *trained.shape)).astype(np.float32)
+    (want,) = by_onnx(export_onnx(text, "deploy.prototxt", None, weights), data).values()
+    backend = open_backend("caffe", trained, None)
+    assert backend.classes == 7
+    np.testing.assert_allclose(backend.scores(data), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_weights_that_are_no_numbers_or_do_not_fit_are_told(network: Path, tmp_path: Path) -> None:
+    stored = messages(Dialect.BVLC).NetParameter.FromString((network / "w.caffemodel").read_bytes())
+    layer = next(layer for layer in stored.layer if layer.name == "fc7")
+    layer.blobs[0].data[5] = float("nan")
+    broken = tmp_path / "nan.caffemodel"
+    broken.write_bytes(stored.SerializeToString())
+    with pytest.raises(UserError, match="layer fc7 has weights that are not finite numbers"):
+        open_backend(None, trained_network(network / "deploy.prototxt", broken), None)
+    layer.name = "fc8"
+    broken.write_bytes(stored.SerializeToString())
+    with pytest.raises(UserError, match="fc7: not in the weight file"):
+        open_backend(None, trained_network(network / "deploy.prototxt", broken), None)
+
+
+def test_a_network_that_gives_no_scores_is_refused(network: Path, tmp_path: Path) -> None:
+    whole = (network / "deploy.prototxt").read_text()
+    deploy = tmp_path / "deploy.prototxt"
+    for text, said in (
+        (whole + 'layer { name: "x" type: "ReLU" bottom: "conv1a" top: "x" }', r"has 2 \(prob, x\)"),
+        (whole[: whole.index('layer {\n  name: "pool5"')], "its output is 512x2x2 for an image"),
+    ):
+        deploy.write_text(text)
+        with pytest.raises(UserError, match=said):
+            open_backend("opencv", trained_network(deploy, network / "w.caffemodel"), None)
+
+
+# ----------------------------------------------------------------------------------- files and their mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "no network: give a run folder"),
+        (["nowhere", "a.png"], "nowhere: there is no such file"),
+        (["empty", "--", "a.png"], "holds no run"),
+        (["empty"], "no images: give files"),
+        (["empty", "w.caffemodel", "--", "a.png"], "weights are found by themselves"),
+        (["deploy.prototxt", "--", "a.png"], "deploy.prototxt: no folder of a run"),
+        (["deploy.prototxt", "w.caffemodel"], "no images: give files"),
+        (["deploy.prototxt", "none.caffemodel", "a.png"], "there is no such weight file"),
+        (["w.caffemodel", "deploy.prototxt", "a.png"], "the deploy network comes first"),
+        (["deploy.prototxt", "a.png", "a.png"], "cut off or no weight file"),
+        (["deploy.prototxt", "w.caffemodel", "empty"], "no images in this folder"),
+        (["deploy.prototxt", "w.caffemodel", "lmdb", "a.png"], "give one LMDB alone"),
+        (["deploy.prototxt", "w.caffemodel", "lmdb", "--resize", "70"], "--resize is for image files"),
+        (["deploy.prototxt", "w.caffemodel", "a.png", "--resize", "60"], "smaller than the network's input"),
+        (["deploy.prototxt", "w.caffemodel", "a.png", "--labels", "labels.txt"], "has 2 names"),
+        (["deploy.prototxt", "w.caffemodel", "a.png", "--val", "none"], "none: No such file"),
+        (["moved/deploy.prototxt", "w.caffemodel", "a.png"], "name the validation network with --val"),
+        (["empty", "--batch", "0", "--", "a.png"], "--batch 0"),
+        (["empty", "--picture", "a.jpg", "--", "lmdb"], "must end in .png or .svg"),
+        (["empty", "--picture", "nowhere/a.png", "--", "lmdb"], "its folder is not there"),
+        (["empty", "--picture", "a.png", "--", "b.png"], "of an LMDB"),
+        (["empty", "--backend", "abacus", "--", "a.png"], "invalid choice"),
+        (["empty", "--resize", "0", "--", "a.png"], "is no size in pixels"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_computed(
+    given: list[str],
+    said: str,
+    network: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(network, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAFFE_ROOT", "/no/caffe")  # OpenCV starts faster
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/deploy.prototxt").write_text((tmp_path / "deploy.prototxt").read_text())
+    (tmp_path / "labels.txt").write_text("even\nodd\n")
+    write_lmdb(tmp_path / "lmdb", [datum_of(noise(64, 64))])
+    with pytest.raises(UserError) as caught:
+        main(given)
+    assert said in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_publishers_names_of_validation_networks_are_found(network: Path, tmp_path: Path) -> None:
+    deploy, weights = tmp_path / "deploy.prototxt", network / "w.caffemodel"
+    for name in ("train_val.prototxt", "test.prototxt", "val.prototxt"):
+        (tmp_path / name).touch()
+        assert network_files(deploy, weights, None).val == tmp_path / name
+    assert network_files(deploy, weights, Path("mine")).val == Path("mine")
+
+
+def test_names_that_are_too_few_are_left_out_unless_they_were_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    assert class_names(None, (tmp_path / "none", tmp_path), 2) == ("cat", "dog")
+    assert class_names(None, (tmp_path,), 3) == ()
+    assert "labels.txt has 2 names, and the network 3 classes" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has 2 names"):
+        class_names(tmp_path / "labels.txt", (), 3)
+
+
+def test_images_of_folders_are_found_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/2.JPEG", "1.png", "notes.txt"):
+        (tmp_path / name).touch()
+    found = image_files([tmp_path, Path("given.dat")])
+    assert found == [tmp_path / "1.png", tmp_path / "b/2.JPEG", Path("given.dat")]
+
+
+# ------------------------------------------------------------------------------------------ scores and tables
+
+
+def test_equal_scores_count_as_better_ones() -> None:
+    tally = Tally(6)
+    tally.add(np.zeros((1, 6), np.float32), [0])
+    tally.add(np.eye(6, dtype=np.float32)[:1], [0])
+    assert (tally.top1, tally.top5, tally.images) == (1, 1, 2)
+    with pytest.raises(UserError, match="the LMDB has the label 6, the network 6 classes"):
+        tally.add(np.zeros((1, 6), np.float32), [6])
+
+
+def tally_of(classes: int, *mistakes: tuple[int, int]) -> Tally:
+    """An image of each class, found as it is, and ``mistakes`` (true class, class found)."""
+    tally = Tally(classes)
+    true = [*range(classes), *(pair[0] for pair in mistakes)]
+    scores = np.eye(classes, dtype=np.float32)[[*range(classes), *(pair[1] for pair in mistakes)]]
+    tally.add(scores, true)
+    return tally
+
+
+def text_of(tally: Tally, form: str, names: tuple[str, ...] = ()) -> str:
+    out = io.StringIO()
+    write_tally(form, tally, names, out)
+    return out.getvalue()
+
+
+def test_few_classes_are_shown_with_their_confusion_matrix() -> None:
+    tally = tally_of(3, (0, 2), (0, 2), (1, 0))
+    said = text_of(tally, "text", ("cat", "dog", "owl"))
+    rows = {line.split()[1]: line.split()[2:] for line in said.splitlines() if re.match(r" +\d ", line)}
+    assert rows == {"cat": ["1", "-", "2"], "dog": ["1", "1", "-"], "owl": ["-", "-", "1"]}
+    assert re.search(r"cat +owl +2", said)
+    assert "top-1 50.00 % of 6 images" in said  # of three classes there is no top 5
+    assert json.loads(text_of(tally, "json"))["top5"] is None
+    table = list(csv.DictReader(io.StringIO(text_of(tally, "csv"))))
+    assert [row["found_0"] for row in table] == ["1", "1", "0"]
+
+
+def test_of_many_classes_the_text_shows_the_worst() -> None:
+    said = text_of(tally_of(200, (7, 8)), "text")
+    assert "the worst 50 of 200" in said and "Confusion matrix" not in said
+    assert next(line.split() for line in said.splitlines() if "50.00 %" in line)[0] == "7"
+    assert "top-1 99.50 %" in said
+
+
+def test_classes_without_images_are_told() -> None:
+    tally = Tally(6)
+    tally.add(np.eye(6, dtype=np.float32)[:2], [0, 1])
+    said = text_of(tally, "text")
+    assert "2 of 6 have images" in said and "Most confused" not in said
+
+
+@pytest.mark.parametrize("classes", [2, 30, 300])
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_the_picture_is_twice_the_same(classes: int, ending: str, tmp_path: Path) -> None:
+    names = tuple(f"$class_{i}^" for i in range(classes))  # no formula
+    files = [tmp_path / f"{number}{ending}" for number in range(2)]
+    for file in files:
+        draw_confusion(tally_of(classes, (0, 1)), names, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    if ending == ".svg":
+        assert ("$class_1^" in files[0].read_text()) == (classes <= 30)
+    else:
+        image = cv2.imread(str(files[0]))
+        assert image is not None and min(image.shape[:2]) > 500
+
+
+def test_the_best_classes_in_three_forms() -> None:
+    written = {}
+    for form in ("text", "json", "csv"):
+        out = io.StringIO()
+        BestClasses(form, ("cat", "dog", "owl"), out).write("a.png", np.array([0.2, 0.6, 0.2]))
+        written[form] = out.getvalue()
+    assert written["text"] == "a.png\n   60.00 %  dog\n   20.00 %  cat\n   20.00 %  owl\n"
+    best = json.loads(written["json"])["best"]
+    assert [(item["class"], item["name"], item["probability"]) for item in best] == [
+        (1, "dog", 0.6),
+        (0, "cat", 0.2),
+        (2, "owl", 0.2),
+    ]
+    rows = list(csv.DictReader(io.StringIO(written["csv"])))
+    assert [(row["place"], row["name"]) for row in rows] == [("1", "dog"), ("2", "cat"), ("3", "owl")]

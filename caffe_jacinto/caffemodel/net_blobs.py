@@ -9,7 +9,9 @@ from typing import Any
 Dims = tuple[int | None, ...]
 """A shape; None where the text does not tell (for one, the channels of the images in an LMDB)."""
 
-_TRAIN, _TEST = 0, 1
+TRAIN, TEST = 0, 1
+"""The phases, as both schemas number them."""
+
 _SAME_SHAPE = frozenset(
     [
         "AbsVal",
@@ -44,7 +46,7 @@ def expected_blobs(net: Any, *, test: bool = False) -> dict[str, list[Dims]]:
     shapes = _declared_inputs(net)
     blobs: dict[str, list[Dims]] = {}
     for layer in net.layer:
-        if not _in_phase(layer, _TEST if test else _TRAIN):
+        if not in_phase(layer, TEST if test else TRAIN):
             continue
         bottoms = [shapes.get(name, ()) for name in layer.bottom]
         first = bottoms[0] if bottoms else ()
@@ -65,7 +67,8 @@ def _declared_inputs(net: Any) -> dict[str, Dims]:
     return dict(zip(net.input, dims, strict=False))
 
 
-def _in_phase(layer: Any, phase: int) -> bool:
+def in_phase(layer: Any, phase: int) -> bool:
+    """Whether a layer (a LayerParameter message) takes part in ``phase``, by its own rules."""
     rules = [rule for rule in layer.include if rule.HasField("phase")]
     if rules:
         return any(rule.phase == phase for rule in rules)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.convert import scale_name
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.net_blobs import Dims, expected_blobs
+from caffe_jacinto.caffemodel.net_blobs import TEST, Dims, expected_blobs, in_phase
 from caffe_jacinto.caffemodel.weights import read_weights
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.complexity import DATA_LAYERS
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
-_TEST = 1
 _FORK_MIN_EPS = 1e-5
 """The fork takes no smaller ``eps`` (CUDNN_BN_MIN_EPSILON)."""
 
@@ -101,7 +100,7 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
         result.message.input_shape.add(dim=shape.dim)
     result.message.input_dim.extend(net.input_dim)
     for layer in net.layer:
-        if _takes_part(layer):
+        if in_phase(layer, TEST):
             blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
             result.layers += _stock_layers(layer, blobs, where)
     return result
@@ -112,16 +111,8 @@ def _check_deploy(net: Any, where: str) -> None:
         old = "; it is in the old form, with `layers`: upgrade it with Caffe's upgrade_net_proto_text"
         raise UserError(f"{where}: has no layers{old if net.layers else ''}; give a deploy network")
     for layer in net.layer:
-        if _takes_part(layer) and layer.type in DATA_LAYERS and layer.type != "Input":
+        if in_phase(layer, TEST) and layer.type in DATA_LAYERS and layer.type != "Input":
             raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")
-
-
-def _takes_part(layer: Any) -> bool:
-    """Whether the layer is in the test phase."""
-    included = [rule for rule in layer.include if rule.HasField("phase")]
-    if included:
-        return any(rule.phase == _TEST for rule in included)
-    return not any(rule.HasField("phase") and rule.phase == _TEST for rule in layer.exclude)
 
 
 def _shaped(stored: list[Values], shapes: list[Dims]) -> list[Values]:

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _JPEG_START = b"\xff\xd8"
 _JPEG_SCAN = b"\xff\xda"
@@ -38,6 +43,21 @@ def encode_image(path: Path, form: ImageForm) -> bytes:
     Raises UnreadableImageError for a file that is missing, empty, cut off, or no image OpenCV knows.
     """
     import cv2
+
+    image = read_image(path, colour=form.colour)
+    try:
+        _, encoded = cv2.imencode(".jpg", cv2.resize(image, (form.width, form.height)))
+    except cv2.error as error:
+        raise UnreadableImageError(f"OpenCV: {' '.join(str(error).split())}") from None
+    return encoded.tobytes()
+
+
+def read_image(path: Path, *, colour: bool) -> NDArray[np.uint8]:
+    """The pixels of an image file: height x width x 3 (blue, green, red), or height x width where grey.
+
+    Raises UnreadableImageError as `encode_image`.
+    """
+    import cv2
     import numpy as np
 
     try:
@@ -51,14 +71,14 @@ def encode_image(path: Path, form: ImageForm) -> bytes:
     if _is_cut_off(content):
         raise UnreadableImageError("the JPEG file is cut off: it has no end marker")
     try:
-        flag = cv2.IMREAD_COLOR if form.colour else cv2.IMREAD_GRAYSCALE
-        image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
-        if image is None:
-            raise UnreadableImageError("not an image that OpenCV can decode")
-        _, encoded = cv2.imencode(".jpg", cv2.resize(image, (form.width, form.height)))
+        flag = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
+        image: Any = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
     except cv2.error as error:
         raise UnreadableImageError(f"OpenCV: {' '.join(str(error).split())}") from None
-    return encoded.tobytes()
+    if image is None:
+        raise UnreadableImageError("not an image that OpenCV can decode")
+    pixels: NDArray[np.uint8] = image
+    return pixels
 
 
 def datum_record(jpeg: bytes, label: int) -> bytes:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,44 +25,78 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
-BACKENDS = ("caffe", "opencv", "onnxruntime")
-
 Scores = Callable[["Values"], "Values"]
-"""Images x channels x height x width to images x classes."""
+"""Images x channels x height x width to images x classes, or x classes x 1 x 1."""
 
 
-def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -> tuple[str, Scores]:
-    """The backend ``name``, or the first there is, in words, and its function from images to scores.
+@dataclass(frozen=True)
+class Backend:
+    """A network that is ready to compute."""
+
+    label: str
+    """What computes, and its version."""
+
+    classes: int
+    scores: Scores
+    """Images x channels x height x width to images x classes.
 
     Raises:
-        UserError: it is not installed, or cannot read the network.
+        RunFailed: the backend fails, or the scores are no numbers.
     """
-    # Caffe ends the process at weights that do not fit; this says it in a line.
-    stock_net(network.text, str(network.where), network.dialect, network.weights)
-    label, scores = _open(name, network, caffe)
 
-    def guarded(images: Values) -> Values:
+
+def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -> Backend:
+    """The backend ``name`` with the network, or the first of `BACKENDS` that can; an image of zeros has gone
+    through it. ``caffe``: the executable of a Caffe, or its tree.
+
+    Raises:
+        UserError: it is not installed, cannot compute the network, or the weights do not fit.
+    """
+    _check_weights(network)
+    *others, last = [name or "caffe"] if name or caffe else BACKENDS
+    for other in others:
         try:
-            return scores(images)
+            return _opened(other, network, caffe)
+        except UserError as error:
+            print(f"not by {other}: {error}", file=sys.stderr)
+    return _opened(last, network, caffe)
+
+
+def _check_weights(network: TrainedNetwork) -> None:
+    """Raises UserError where weights do not fit, at which Caffe would end the process, or are no numbers."""
+    import numpy as np
+
+    net = stock_net(network.text, str(network.where), network.dialect, network.weights)
+    for layer in net.layers:
+        if not all(np.isfinite(blob).all() for blob in layer.blobs):
+            raise UserError(
+                f"{network.weights}: layer {layer.name} has weights that are not finite numbers: the "
+                "training went wrong; take an earlier snapshot"
+            )
+
+
+def _opened(name: str, network: TrainedNetwork, caffe: str | None) -> Backend:
+    """The backend ``name``, whose scores are checked."""
+    import numpy as np
+
+    label, compute = BACKENDS[name](network, caffe)
+
+    def scores(images: Values) -> Values:
+        try:
+            values = compute(images)
         except Exception as error:  # Each backend has errors of its own.
             reason = " ".join(str(error).split())[:300]
             raise RunFailed(f"{network.where}: {label} cannot compute it: {reason}") from error
+        if values.ndim < 2 or values.size != len(images) * values.shape[1]:
+            shape = "x".join(map(str, values.shape[1:]))
+            raise UserError(f"{network.where}: its output is {shape} for an image, no scores of classes")
+        if not np.isfinite(values).all():
+            raise RunFailed(
+                f"{network.weights}: the scores grow beyond all numbers; take an earlier snapshot"
+            )
+        return values.reshape(len(images), -1)
 
-    return label, guarded
-
-
-def _open(name: str | None, network: TrainedNetwork, caffe: str | None) -> tuple[str, Scores]:
-    if name == "onnxruntime":
-        return _onnxruntime(network)
-    if name == "opencv":
-        return _opencv(network)
-    try:
-        return _caffe(network, caffe)
-    except UserError as error:
-        if name or caffe:
-            raise
-        print(f"not by Caffe: {error}", file=sys.stderr)
-        return _opencv(network)
+    return Backend(label, scores(np.zeros((1, *network.shape), np.float32)).shape[1], scores)
 
 
 def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
@@ -71,19 +109,23 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
         if network.dialect is Dialect.BVLC:
-            deploy.write_text(network.text)
+            deploy.write_text(network.text, encoding="utf-8")
         else:
             weights = Path(scratch) / "merged.caffemodel"
             merge_bn(network.text, str(network.where), network.dialect, network.weights).write(
                 deploy, weights
             )
-        net = caffe.Net(str(deploy), str(weights), caffe.TEST)
+        last_words = _last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
+        if last_words:
+            raise UserError(f"{network.where}: Caffe cannot read it: {last_words}")
+        net = caffe.Net(str(deploy), caffe.TEST, weights=str(weights))
     source, output = net.inputs[0], net.outputs[-1]
 
     def scores(images: Values) -> Values:
         net.blobs[source].reshape(*images.shape)
         net.blobs[source].data[...] = images
-        return _flat(net.forward()[output].copy(), images)
+        values: Values = net.forward()[output].copy()
+        return values
 
     return f"stock Caffe {caffe.__version__}", scores
 
@@ -99,6 +141,7 @@ def _quiet_pycaffe(folder: Path) -> Any:
     except ImportError as error:
         raise UserError(f"{folder}: pycaffe cannot be imported: {error}; use --backend opencv") from None
     finally:
+        sys.path.remove(str(folder))
         if before is None:
             del os.environ[spelled]
         else:
@@ -106,7 +149,31 @@ def _quiet_pycaffe(folder: Path) -> Any:
     return caffe
 
 
-def _opencv(network: TrainedNetwork) -> tuple[str, Scores]:
+def _last_words(action: Callable[[], object]) -> str:
+    """Caffe's error where ``action`` makes it end the process, tried in a child; empty where it does not."""
+    with tempfile.TemporaryFile() as said:
+        with warnings.catch_warnings():
+            # The child calls Caffe alone, whose threads (OpenBLAS) are begun anew after a fork.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
+            faulthandler.disable()  # who has it on (pytest) wants to hear of his own end
+            try:
+                action()
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return ""  # An exception of Python's comes again where there is no child.
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()
+    fatal = next((line for line in lines if re.match(r"F\d", line)), "")
+    reason = fatal.partition("] ")[2].partition(" (known types: ")[0]  # of layers, all of them
+    return reason[:300] or f"it ended with signal {os.WTERMSIG(status)}"
+
+
+def _opencv(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
     import cv2
     import numpy as np
 
@@ -116,17 +183,17 @@ def _opencv(network: TrainedNetwork) -> tuple[str, Scores]:
             np.frombuffer(merged.deploy().encode(), np.uint8), np.frombuffer(merged.weight_bytes(), np.uint8)
         )
     except (cv2.error, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{network.where}: OpenCV {cv2.__version__} cannot read it: {reason}") from error
 
     def scores(images: Values) -> Values:
         net.setInput(images)
-        return _flat(net.forward(), images)
+        return np.asarray(net.forward(), np.float32)
 
     return f"OpenCV {cv2.__version__}", scores
 
 
-def _onnxruntime(network: TrainedNetwork) -> tuple[str, Scores]:
+def _onnxruntime(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
     from caffe_jacinto.caffemodel.onnx_export import export_onnx
 
     try:
@@ -138,11 +205,15 @@ def _onnxruntime(network: TrainedNetwork) -> tuple[str, Scores]:
     source = session.get_inputs()[0].name
 
     def scores(images: Values) -> Values:
-        return _flat(session.run(None, {source: images})[-1], images)
+        values: Values = session.run(None, {source: images})[-1]
+        return values
 
     return f"onnxruntime {onnxruntime.__version__}", scores
 
 
-def _flat(values: Any, images: Values) -> Values:
-    flat: Values = values.reshape(len(images), -1)
-    return flat
+BACKENDS: dict[str, Callable[[TrainedNetwork, str | None], tuple[str, Scores]]] = {
+    "caffe": _caffe,
+    "opencv": _opencv,
+    "onnxruntime": _onnxruntime,
+}
+"""By name, in the order in which they are tried."""

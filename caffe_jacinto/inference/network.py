@@ -1,4 +1,4 @@
-"""What is classified with: a deploy network, its weights, and the transform of its validation network."""
+"""What is classified with: a deploy network, its weights, and the preprocessing of its validation network."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.net_blobs import TEST, in_phase
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.inference.preprocess import Transform
+from caffe_jacinto.inference.preprocess import FileForm, Forced, Transform
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
 
@@ -24,11 +25,23 @@ class TrainedNetwork:
     """Of one input: channels, height, width."""
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the validation network does to images, and what it reads them from."""
+
+    transform: Transform
+    lmdb: Path | None
+    """Of a Data layer."""
+
+    file_form: FileForm | None
+    """Of an ImageData layer, which reads image files itself."""
+
+
 def trained_network(deploy: Path, weights: Path) -> TrainedNetwork:
     """Read a deploy prototxt; a softmax at its end is left out, since accuracy compares scores.
 
     Raises:
-        UserError: a file is missing, or the network has no single image input.
+        UserError: a file is missing, or the network has not one image input and one output.
     """
     from google.protobuf import text_format
 
@@ -37,8 +50,23 @@ def trained_network(deploy: Path, weights: Path) -> TrainedNetwork:
     net = parse_any_net(_text(deploy), str(deploy))
     if net.layer and net.layer[-1].type == "Softmax":
         del net.layer[-1]
+    _check_one_output(net, deploy)
     dialect = next(d for d in Dialect if net.DESCRIPTOR.full_name.startswith(f"{PACKAGES[d]}."))
     return TrainedNetwork(text_format.MessageToString(net), deploy, dialect, weights, _shape(net, deploy))
+
+
+def _check_one_output(net: Any, deploy: Path) -> None:
+    outputs: dict[str, None] = {}
+    for layer in net.layer:
+        if in_phase(layer, TEST):
+            for blob in layer.bottom:
+                outputs.pop(blob, None)
+            outputs.update(dict.fromkeys(layer.top))
+    if len(outputs) != 1:
+        raise UserError(
+            f"{deploy}: one output is needed, the scores of the classes; "
+            f"the network has {len(outputs)} ({', '.join(outputs) or 'none'})"
+        )
 
 
 def _shape(net: Any, deploy: Path) -> tuple[int, int, int]:
@@ -51,42 +79,64 @@ def _shape(net: Any, deploy: Path) -> tuple[int, int, int]:
     return shapes[0][1], shapes[0][2], shapes[0][3]
 
 
-def validation_transform(val: Path, shape: tuple[int, int, int], base: Path) -> tuple[Transform, str]:
-    """The transform of a val.prototxt's data layer, and its LMDB; ``base``: where relative paths begin.
+def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path) -> Preprocessing:
+    """What the data layer of a val.prototxt does in the test phase.
+
+    ``shape`` is that of the deploy network's input; relative paths in the file begin at ``base``.
 
     Raises:
-        UserError: no data layer with an LMDB, a crop that is not the deploy network's, or a bad mean.
+        UserError: no such data layer, a crop that is not the deploy network's, or a bad mean.
     """
+    net = parse_any_net(_text(val), str(val))
+    kinds = ("Data", "ImageData")
+    layer = next((layer for layer in net.layer if layer.type in kinds and in_phase(layer, TEST)), None)
+    if layer is None:
+        raise UserError(
+            f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from; "
+            "name another file with --val"
+        )
+    images = layer.type == "ImageData"
+    transform = _transform(layer.transform_param, shape, val, base, images=images)
+    if images:
+        return Preprocessing(transform, None, FileForm(_image_data_size(layer.image_data_param, val), False))
+    source = layer.data_param.source
+    return Preprocessing(transform, base / source if source else None, None)
+
+
+def _transform(
+    settings: Any, shape: tuple[int, int, int], val: Path, base: Path, *, images: bool
+) -> Transform:
     from caffe_jacinto.data.mean import read_mean
 
-    net = parse_any_net(_text(val), str(val))
-    data = next((layer for layer in net.layer if layer.type == "Data" and _tests(layer)), None)
-    if data is None:
-        raise UserError(f"{val}: no Data layer to take the preprocessing from; name another with --val")
-    settings = data.transform_param
     if settings.crop_size and (settings.crop_size, settings.crop_size) != shape[1:]:
         raise UserError(
-            f"{val}: crop_size is {settings.crop_size}, but the deploy network takes {shape[1]}x{shape[2]}"
+            f"{val}: crop_size is {settings.crop_size}, but the deploy network takes {shape[1]}x{shape[2]}; "
+            "give the two files of one network"
         )
-    if settings.force_color or settings.force_gray:
-        raise UserError(
-            f"{val}: force_color and force_gray are not supported; take them out of the Data layer"
-        )
+    if settings.force_color and settings.force_gray:
+        raise UserError(f"{val}: has force_color and force_gray; Caffe takes one of them: remove the other")
     means = tuple(settings.mean_value)
     if means and settings.mean_file:
         raise UserError(f"{val}: has mean_file and mean_value; Caffe takes one of them: remove the other")
     if len(means) not in (0, 1, shape[0]):
         raise UserError(f"{val}: {len(means)} mean values for {shape[0]} channels; give one, or one for each")
-    mean = read_mean(base / settings.mean_file) if settings.mean_file else None
-    return Transform(*shape, settings.scale, means, mean), data.data_param.source
+    forced: Forced | None = "colour" if settings.force_color else "grey" if settings.force_gray else None
+    return Transform(
+        *shape,
+        crop=bool(settings.crop_size),
+        scale=settings.scale,
+        mean_values=means,
+        mean_image=read_mean(base / settings.mean_file) if settings.mean_file else None,
+        forced=None if images else forced,
+    )
 
 
-def _tests(layer: Any) -> bool:
-    """Whether a layer takes part in the TEST phase (1)."""
-    wanted = [rule.phase for rule in layer.include if rule.HasField("phase")]
-    if wanted:
-        return 1 in wanted
-    return not any(rule.HasField("phase") and rule.phase == 1 for rule in layer.exclude)
+def _image_data_size(settings: Any, val: Path) -> tuple[int, int] | None:
+    """Width and height that an ImageData layer resizes to; None where it does not."""
+    size = (settings.new_width, settings.new_height)
+    if bool(size[0]) != bool(size[1]):
+        raise UserError(f"{val}: new_height and new_width go together in Caffe; give both or none")
+    return size if all(size) else None
 
 
 def _text(path: Path) -> str:

@@ -1,14 +1,18 @@
-"""Images as the validation network sees them: resized as by create_lmdb, cropped, mean taken off, scaled."""
+"""Images as the validation network sees them: decoded, resized and cropped, the mean taken off, scaled.
+
+What Caffe's data layers do in the test phase (src/caffe/data_transformer.cpp and layers/data_layer.cpp,
+layers/image_data_layer.cpp of Caffe 1.0).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum, record_place
-from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, encode_image
+from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, encode_image, read_image
 from caffe_jacinto.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Image = NDArray[np.float32]
+
+_JPEG_START = b"\xff\xd8"
+
+Forced = Literal["colour", "grey"]
 
 
 class Sample(NamedTuple):
@@ -31,32 +39,40 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Transform:
-    """What a test-phase data layer does to an image (Caffe's DataTransformer)."""
+    """What a data layer makes of an image's pixels in the test phase."""
 
     channels: int
     height: int
     width: int
-    """Of the network's input, which is the crop."""
+    """Of the network's input."""
+
+    crop: bool = True
+    """Whether a larger image is cropped to that, in its middle."""
 
     scale: float = 1.0
     mean_values: tuple[float, ...] = ()
-    mean_image: Any = None
-    """Channels x height x width of the uncropped image, or None."""
+    mean_image: NDArray[np.float32] | None = None
+    """Channels x height x width of the uncropped image."""
+
+    forced: Forced | None = None
+    """What an encoded image of an LMDB is made; None: it stays what it is."""
 
     def apply(self, pixels: NDArray[Any]) -> Image:
         """The input made of ``pixels`` (channels x height x width).
 
         Raises:
-            UnreadableImageError: the image is smaller than the crop, or of other channels or another size
-                than the mean image.
+            UnreadableImageError: the image does not fit the network's input or the mean image.
         """
         import numpy as np
 
         channels, height, width = pixels.shape
-        if channels != self.channels or height < self.height or width < self.width:
+        fits = height >= self.height and width >= self.width
+        same = (height, width) == (self.height, self.width)
+        if channels != self.channels or not (fits if self.crop else same):
+            why = "" if self.crop or not fits else ", and the validation network crops nothing"
             raise UnreadableImageError(
-                f"it is {channels}x{height}x{width}; "
-                f"the network takes {self.channels}x{self.height}x{self.width}"
+                f"it is {channels}x{height}x{width}, the network takes "
+                f"{self.channels}x{self.height}x{self.width} (channels x height x width){why}"
             )
         top, left = (height - self.height) // 2, (width - self.width) // 2
         window = (slice(None), slice(top, top + self.height), slice(left, left + self.width))
@@ -64,30 +80,47 @@ class Transform:
         if self.mean_image is not None:
             if self.mean_image.shape != pixels.shape:
                 size = "x".join(map(str, self.mean_image.shape))
-                raise UnreadableImageError(
-                    f"it is {channels}x{height}x{width}, the mean image {size}; give --resize"
-                )
+                raise UnreadableImageError(f"it is {channels}x{height}x{width}, the mean image {size}")
             cropped -= self.mean_image[window]
         elif self.mean_values:
             cropped -= np.asarray(self.mean_values, np.float32).reshape(-1, 1, 1)
         return cropped * np.float32(self.scale) if self.scale != 1 else cropped
 
 
-def file_samples(paths: list[Path], transform: Transform, size: tuple[int, int]) -> Iterator[Sample]:
-    """Image files, stored as create_lmdb stores them (a JPEG of ``size``: width, height) and read again."""
-    form = ImageForm(*size, colour=transform.channels == 3)
+class FileForm(NamedTuple):
+    """What an image file becomes before the transform: resized, and a JPEG where the LMDB holds those."""
+
+    size: tuple[int, int] | None
+    """Width and height in pixels; None: as it is."""
+
+    jpeg: bool
+
+
+def file_samples(paths: list[Path], transform: Transform, form: FileForm) -> Iterator[Sample]:
+    """Image files, one at a time."""
     for path in paths:
         try:
-            yield Sample(str(path), None, transform.apply(_decoded(encode_image(path, form), form.colour)))
+            yield Sample(str(path), None, transform.apply(_file_pixels(path, transform, form)))
         except UnreadableImageError as error:
             yield Sample(str(path), None, None, str(error))
+
+
+def _file_pixels(path: Path, transform: Transform, form: FileForm) -> NDArray[Any]:
+    """Channels x height x width of an image file, through the form in which it would be stored."""
+    import cv2
+
+    colour = transform.channels == 3
+    if form.jpeg and form.size is not None:
+        return _decoded(encode_image(path, ImageForm(*form.size, colour)), None)
+    image = read_image(path, colour=colour)
+    return _channels_first(image if form.size is None else cv2.resize(image, form.size))
 
 
 def lmdb_samples(folder: Path, transform: Transform) -> tuple[int, Iterator[Sample]]:
     """The number of records of the LMDB at ``folder``, and the records in key order, one at a time.
 
     Raises:
-        UserError: it is no LMDB, or cut off.
+        UserError: it is no LMDB, empty or cut off.
     """
     import lmdb
 
@@ -97,57 +130,77 @@ def lmdb_samples(folder: Path, transform: Transform) -> tuple[int, Iterator[Samp
         check_not_cut_off(folder, environment)
     except lmdb.Error as error:
         raise UserError(f"{folder}: not an LMDB that can be read: {error}; make it anew") from error
-    return environment.stat()["entries"], _records(folder, environment, transform)
+    entries: int = environment.stat()["entries"]
+    if not entries:
+        raise UserError(f"LMDB {folder} is empty: make it again")
+    return entries, _records(folder, environment, transform)
 
 
 def _records(folder: Path, environment: Any, transform: Transform) -> Iterator[Sample]:
-    with environment, environment.begin(buffers=True) as transaction:
-        for key, value in transaction.cursor():
-            name = bytes(key).decode(errors="replace")
-            datum = parse_datum(record_place(folder, bytes(key)), value)
-            try:
-                yield Sample(name, datum.label, transform.apply(datum_pixels(datum, transform.channels)))
-            except UnreadableImageError as error:
-                yield Sample(name, datum.label, None, str(error))
+    import lmdb
+
+    try:
+        with environment, environment.begin(buffers=True) as transaction:
+            for key, value in transaction.cursor():
+                name = bytes(key).decode(errors="replace")
+                datum = parse_datum(record_place(folder, bytes(key)), value)
+                try:
+                    yield Sample(name, datum.label, transform.apply(datum_pixels(datum, transform.forced)))
+                except UnreadableImageError as error:
+                    yield Sample(name, datum.label, None, str(error))
+    except lmdb.Error as error:
+        raise UserError(f"{folder} cannot be read as an LMDB ({error}): make it again") from error
 
 
-def lmdb_image_size(folder: Path) -> tuple[int, int] | None:
-    """Width and height of the first image of an LMDB; None where there is none to read."""
+def lmdb_file_form(folder: Path) -> FileForm | None:
+    """The form of an LMDB's images, by its first one; None where there is none to read."""
     import lmdb
 
     try:
         with lmdb.open(str(folder), readonly=True, lock=False) as environment, environment.begin() as records:
-            for _, value in records.cursor():
-                datum = parse_datum(str(folder), value)
-                height, width = datum_pixels(datum, datum.channels or 3).shape[1:]
-                return width, height
-    except (lmdb.Error, OSError, UnreadableImageError):
+            for key, value in records.cursor():
+                datum = parse_datum(record_place(folder, key), value)
+                height, width = datum_pixels(datum, None).shape[1:]
+                return FileForm((width, height), datum.encoded and datum.data.startswith(_JPEG_START))
+    except (lmdb.Error, OSError, UserError, UnreadableImageError):
         pass
     return None
 
 
-def datum_pixels(datum: Any, channels: int) -> NDArray[Any]:
-    """A Datum's image: channels x height x width."""
+def datum_pixels(datum: Any, forced: Forced | None) -> NDArray[Any]:
+    """A Datum's image: channels x height x width.
+
+    Raises:
+        UnreadableImageError: it holds none.
+    """
     import numpy as np
 
     if datum.encoded:
-        return _decoded(datum.data, channels == 3)
+        return _decoded(datum.data, forced)
     shape = (datum.channels, datum.height, datum.width)
     numbers = np.frombuffer(datum.data, np.uint8) if datum.data else np.asarray(datum.float_data, np.float32)
-    if numbers.size != np.prod(shape):
+    if min(shape) < 1 or numbers.size != shape[0] * shape[1] * shape[2]:
         raise UnreadableImageError(f"{numbers.size} numbers for an image of {'x'.join(map(str, shape))}")
     return numbers.reshape(shape)
 
 
-def _decoded(content: bytes, colour: bool) -> NDArray[Any]:
+def _decoded(content: bytes, forced: Forced | None) -> NDArray[Any]:
+    """An encoded image as Caffe's data layer decodes it: in its own channels, not turned by its EXIF."""
     import cv2
     import numpy as np
 
+    flags = {None: cv2.IMREAD_UNCHANGED, "colour": cv2.IMREAD_COLOR, "grey": cv2.IMREAD_GRAYSCALE}
     try:
-        flag = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags[forced]) if content else None
     except cv2.error:
         image = None
-    if image is None:
-        raise UnreadableImageError("not an image that OpenCV can decode")
-    return image.transpose(2, 0, 1) if colour else image[None]
+    if image is None or image.dtype != np.uint8:
+        raise UnreadableImageError("not an image that OpenCV can decode to 8-bit pixels")
+    return _channels_first(image)
+
+
+def _channels_first(image: NDArray[Any]) -> NDArray[Any]:
+    import numpy as np
+
+    planes: NDArray[Any] = np.atleast_3d(image).transpose(2, 0, 1)
+    return planes

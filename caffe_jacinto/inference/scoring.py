@@ -33,6 +33,11 @@ class Tally:
 
         self.images = self.top1 = self.top5 = 0
 
+    @property
+    def has_top5(self) -> bool:
+        """Whether a top 5 says anything: Caffe's Accuracy layer takes none of fewer classes."""
+        return len(self.matrix) >= 5
+
     def add(self, scores: Values, labels: list[int]) -> None:
         """Count a batch. An equal score counts as a better one, as in Caffe's Accuracy layer."""
         import numpy as np
