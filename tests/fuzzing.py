@@ -3,8 +3,8 @@ and nothing else.
 
     python tests/fuzzing.py [--files 100000] [--seconds 0] [--seed 0]
 
-No crash (only `UserError`), no file that takes more than a second, no memory beyond four times the file and
-100 MB. Exit code 1 and the damaged file's bytes in fuzz_failure.bin where one of these is broken.
+No crash (only `UserError`), no warning, no file that takes more than a second, no memory beyond four times
+the file and 100 MB. Exit code 1 and the damaged file's bytes in fuzz_failure.bin where one of these is broken.
 """
 
 from __future__ import annotations
@@ -18,19 +18,29 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from google.protobuf import text_format
 
 from caffe_jacinto.caffemodel.blobs import stored_state
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.diff import differences
+from caffe_jacinto.caffemodel.draw import boxes_of
+from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.merge_bn import merge_bn
 from caffe_jacinto.caffemodel.net_file import array_parts, field_parts, find_dialect
+from caffe_jacinto.caffemodel.onnx_export import export_onnx
 from caffe_jacinto.caffemodel.show import blob_facts
 from caffe_jacinto.caffemodel.sparsify import sparsify
 from caffe_jacinto.caffemodel.summary import summarize
 from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.data.mean import read_mean
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.inference.network import trained_network, validation_preprocessing
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.complexity import batch_size, gigamacs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -47,6 +57,56 @@ MOST_FILE_BYTES = 1 << 20
 
 class TooSlowError(Exception):
     """A file took more than `SECONDS_A_FILE`."""
+
+
+DEPLOY, WEIGHTS = "{}_deploy.prototxt", "{}.caffemodel"
+"""A sound network of each dialect, to read damaged files with."""
+
+
+def small_net(dialect: Dialect) -> Any:
+    """A network with its weights: an input shift, a convolution, its batch norm, and an inner product."""
+    import numpy as np
+
+    net = messages(dialect).NetParameter(name="net", input=["data"])
+    net.input_shape.add(dim=[1, 8, 9, 9])
+    shift = net.layer.add(name="data/bias", type="Power", bottom=["data"], top=["a"])
+    shift.power_param.shift = -128
+    conv = net.layer.add(name="conv", type="Convolution", bottom=["a"], top=["b"])
+    conv.convolution_param.num_output, conv.convolution_param.group = 32, 2
+    conv.convolution_param.kernel_size.append(3)
+    norm = net.layer.add(name="conv/bn", type="BatchNorm", bottom=["b"], top=["b"])
+    shapes = {conv.name: [(32, 4, 3, 3), (32,)], norm.name: [(32,), (32,), (1,)]}
+    if dialect is Dialect.CAFFE_JACINTO:
+        norm.batch_norm_param.scale_bias = True
+        shapes[norm.name] += [(32,), (32,)]
+    else:
+        scale = net.layer.add(name="conv/scale", type="Scale", bottom=["b"], top=["b"])
+        scale.scale_param.bias_term = True
+        shapes[scale.name] = [(32,), (32,)]
+    pool = net.layer.add(name="pool", type="Pooling", bottom=["b"], top=["c"])
+    pool.pooling_param.kernel_size, pool.pooling_param.stride = 3, 2
+    score = net.layer.add(name="score", type="InnerProduct", bottom=["c"], top=["d"])
+    score.inner_product_param.num_output = 3
+    shapes[score.name] = [(3, 32 * 3 * 3), (3,)]
+    for layer in net.layer:
+        for shape in shapes.get(layer.name, []):
+            layer.blobs.add(data=[1.0] * int(np.prod(shape))).shape.dim.extend(shape)
+    return net
+
+
+def write_sound_networks(folder: Path) -> None:
+    for dialect in Dialect:
+        net = small_net(dialect)
+        (folder / WEIGHTS.format(dialect.value)).write_bytes(net.SerializeToString())
+        (folder / DEPLOY.format(dialect.value)).write_text(_deploy(net))
+
+
+def _deploy(net: Any) -> str:
+    bare = type(net)()
+    bare.CopyFrom(net)
+    for layer in bare.layer:
+        layer.ClearField("blobs")
+    return str(text_format.MessageToString(bare))
 
 
 def seeds() -> tuple[list[bytes], list[bytes]]:
@@ -66,25 +126,14 @@ def seeds() -> tuple[list[bytes], list[bytes]]:
                 solver_mode_gpu=dialect is Dialect.CAFFE_JACINTO,
             )
             texts += [text.encode() for text in files.values()]
-        net = messages(dialect).NetParameter(name="net")
-        shift = net.layer.add(name="data/bias", type="Power", bottom=["data"], top=["a"])
-        shift.power_param.shift = -128
-        conv = net.layer.add(name="conv", type="Convolution", bottom=["a"], top=["b"])
-        conv.convolution_param.group = 2
-        norm = net.layer.add(name="conv/bn", type="BatchNorm", bottom=["b"], top=["b"])
-        scale = net.layer.add(name="conv/scale", type="Scale", bottom=["b"], top=["b"])
-        shapes = {conv.name: [(32, 4, 3, 3), (32,)], norm.name: [(32,), (32,), (1,)]}
-        shapes[scale.name] = [(32,), (32,)]
-        if dialect is Dialect.CAFFE_JACINTO:
-            norm.batch_norm_param.scale_bias = True
-            shapes[norm.name] += [(32,), (32,)]
-        for layer in net.layer:
-            for shape in shapes.get(layer.name, []):
-                layer.blobs.add(data=[1.0] * int(np.prod(shape))).shape.dim.extend(shape)
+        net = small_net(dialect)
+        texts.append(_deploy(net).encode())
         binary.append(net.SerializeToString())
     state = messages(Dialect.BVLC).SolverState(iter=7, learned_net="x_iter_7.caffemodel")
     history = b"".join(field_parts(3, array_parts(np.ones((4, 3), np.float32))))
     binary.append(state.SerializeToString() + history)
+    mean = messages(Dialect.BVLC).BlobProto(num=1, channels=3, height=4, width=5, data=[1.0] * 60)
+    binary.append(mean.SerializeToString())
     return binary, texts
 
 
@@ -144,11 +193,16 @@ def read_binary(path: Path, folder: Path) -> None:
     readers: list[Callable[[], object]] = [
         lambda: read_weights(path),
         lambda: stored_state(path),
+        lambda: read_mean(path),
         lambda: find_dialect(path),
         lambda: differences(path, path, Dialect.BVLC, Dialect.CAFFE_JACINTO),
     ]
     for dialect in Dialect:
+        deploy = (folder / DEPLOY.format(dialect.value)).read_text()
         readers += [
+            lambda dialect=dialect, deploy=deploy: check_fit(path, parse_net(deploy, dialect, "x")),
+            lambda dialect=dialect, deploy=deploy: merge_bn(deploy, "x", dialect, path).weight_bytes(),
+            lambda dialect=dialect, deploy=deploy: export_onnx(deploy, "x", dialect, path),
             lambda dialect=dialect: blob_facts(path, dialect),
             lambda dialect=dialect: convert(path, folder / "out", dialect),
             lambda dialect=dialect: sparsify(path, folder / "out", dialect, fraction=0.8),
@@ -171,7 +225,16 @@ def read_text(path: Path, folder: Path) -> None:
         gigamacs(net)
         batch_size(net)
     with contextlib.suppress(UserError):
-        summarize(text, "x")
+        boxes_of(summarize(text, "x"))
+    for dialect in Dialect:
+        weights = folder / WEIGHTS.format(dialect.value)
+        for use in (merge_bn, export_onnx):
+            with contextlib.suppress(UserError):
+                use(text, "x", None, weights)
+        with contextlib.suppress(UserError):
+            trained_network(path, weights)
+    with contextlib.suppress(UserError):
+        validation_preprocessing(path, (3, 32, 32), folder)
 
 
 def fuzz(files: int, seconds: float, seed: int) -> tuple[int, str | None, bytes]:
@@ -186,14 +249,17 @@ def fuzz(files: int, seconds: float, seed: int) -> tuple[int, str | None, bytes]
     done, slowest = 0, 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        write_sound_networks(folder)
         for content in binary + texts:  # what is imported on the way counts for nobody
             (folder / "file").write_bytes(content)
             (read_binary if content in binary else read_text)(folder / "file", folder)
-        _limit_memory(FREE_BYTES + 4 * MOST_FILE_BYTES)
+        warnings.simplefilter("error")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         while done < files and not (seconds and time.monotonic() - begun > seconds):
             family, read = (binary, read_binary) if dice.random() < 0.5 else (texts, read_text)
             content = damaged(dice.choice(family), family, dice)
             (folder / "file").write_bytes(content)
+            _limit_memory(used + FREE_BYTES + 4 * len(content))
             signal.setitimer(signal.ITIMER_REAL, SECONDS_A_FILE)
             start = time.monotonic()
             try:
@@ -212,11 +278,10 @@ def _too_slow(number: int, frame: FrameType | None) -> None:
     raise TooSlowError(f"more than {SECONDS_A_FILE} s")
 
 
-def _limit_memory(more: int) -> None:
-    """Let no more memory be had than is used now and ``more`` bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def _limit_memory(most: int) -> None:
+    """Let the process have no more than ``most`` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def main() -> int:

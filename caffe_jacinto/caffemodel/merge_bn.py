@@ -61,7 +61,7 @@ def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Pat
     ``where`` names the text in messages; ``dialect`` None: whichever the text is of.
 
     Raises:
-        UserError: as `stock_net`; or a batch norm or scale holds numbers that are not finite.
+        UserError: as `stock_net`; or the merged weights are not finite.
     """
     net = stock_net(deploy_text, where, dialect, weights)
     result = Merged(net)
@@ -70,7 +70,7 @@ def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Pat
             _fold_backward(result, layer, weights)
     for layer in list(net.layers):
         if layer.type in ("Bias", "Power"):
-            _fold_forward(result, layer)
+            _fold_forward(result, layer, weights)
     for layer in net.layers:
         if layer.type == "Bias":
             _say_otherwise(result, layer)
@@ -87,19 +87,24 @@ def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
         if layer.type == "BatchNorm":
             result.left.append(f"{layer.name} (BatchNorm) stays: {reason}")
         return
-    with np.errstate(all="ignore"):
-        gain, shift = _gain_and_shift(layer)
-        narrow = [values.astype(np.float32) for values in (gain, shift)]
-    if not all(np.isfinite(values).all() for values in narrow):
-        raise UserError(
-            f"{weights}: layer {layer.name} ({layer.type}) scales by numbers that are not finite; "
-            "the training went wrong, take an earlier snapshot"
-        )
     producer = layers[_producer(layers, layer)]
-    _scale_outputs(producer, gain, shift)
+    with np.errstate(all="ignore"):
+        _scale_outputs(producer, *_gain_and_shift(layer))
+    _check_finite(producer, layer, weights)
     producer.message.top[:] = layer.message.top
     layers.remove(layer)
     result.merged.setdefault(producer.name, []).append(layer.name)
+
+
+def _check_finite(layer: StockLayer, taken: StockLayer, weights: Path) -> None:
+    """Raises UserError where the weights of ``layer`` are no numbers, after it took in ``taken``."""
+    import numpy as np
+
+    if not all(np.isfinite(blob).all() for blob in layer.blobs):
+        raise UserError(
+            f"{weights}: {layer.name} with {taken.name} ({taken.type}) has weights that are not finite; the "
+            "training went wrong, take an earlier snapshot"
+        )
 
 
 def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
@@ -174,7 +179,7 @@ def _set_bias(layer: StockLayer, bias: Doubles) -> None:
     layer.blobs[1:] = [bias.astype(np.float32)]
 
 
-def _fold_forward(result: Merged, layer: StockLayer) -> None:
+def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
     """Fold what ``layer`` adds to its input into the bias of the one layer that reads it, where exact.
 
     It is not where the reader pads: the zeros of the padding come after the shift.
@@ -197,9 +202,11 @@ def _fold_forward(result: Merged, layer: StockLayer) -> None:
         or _written_by(layers, at, bottom) != _original_writer(layers, layer, layers.index(reader), bottom)
     ):
         return
-    added = _through_weights(reader, shift)
-    bias = reader.blobs[1].reshape(-1).astype(np.float64) if len(reader.blobs) > 1 else 0
-    _set_bias(reader, bias + added)
+    with np.errstate(all="ignore"):
+        added = _through_weights(reader, shift)
+        bias = reader.blobs[1].reshape(-1).astype(np.float64) if len(reader.blobs) > 1 else 0
+        _set_bias(reader, bias + added)
+    _check_finite(reader, layer, weights)
     reader.message.bottom[:] = [bottom]
     layers.remove(layer)
     result.merged.setdefault(reader.name, []).append(layer.name)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets the project up (tools/utils/setup.sh) and reads 100,000 damaged weight files and prototxts: no crash, no file that
-# takes more than a second, no memory beyond four times the file and 100 MB. About 15 minutes.
+# takes more than a second, no memory beyond four times the file and 100 MB. About 30 minutes.
 #
 #   tools/utils/fuzz.sh [--files N] [--seed N]     another seed damages other files
 set -euo pipefail
