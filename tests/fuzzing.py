@@ -4,7 +4,7 @@ and nothing else.
     python tests/fuzzing.py [--files 100000] [--seconds 0] [--seed 0]
 
 No crash (only `UserError`), no warning, no file that takes more than a second, no memory beyond four times
-the file and 100 MB. Exit code 1 and the damaged file's bytes in fuzz_failure.bin where one of these is broken.
+the file and 100 MB. Exit code 1, and the damaged file's bytes in fuzz_failure.bin, where one is broken.
 """
 
 from __future__ import annotations
