@@ -195,6 +195,7 @@ def read_binary(path: Path, folder: Path) -> None:
         lambda: stored_state(path),
         lambda: read_mean(path),
         lambda: find_dialect(path),
+        lambda: differences(path, path, Dialect.BVLC, Dialect.BVLC),
         lambda: differences(path, path, Dialect.BVLC, Dialect.CAFFE_JACINTO),
     ]
     for dialect in Dialect:

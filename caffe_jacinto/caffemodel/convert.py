@@ -40,7 +40,7 @@ def convert(source: Path, target: Path, to: Dialect) -> list[str]:
     with open_net(source, origin) as (name, layers):
         _check_origin(source, layers, to)
         done: dict[str, int] = {}
-        translate = _fold if to is Dialect.CAFFE_JACINTO else _split
+        translate = as_fork if to is Dialect.CAFFE_JACINTO else _split
         write_net(target, name, translate(source, layers, done), to)
     return [f"{what}: {count}" for what, count in done.items()]
 
@@ -66,8 +66,12 @@ def _is_of(layer: NetLayer, to: Dialect) -> bool:
     return to is Dialect.CAFFE_JACINTO or not getattr(layer.header.batch_norm_param, "scale_bias", False)
 
 
-def _fold(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
-    """The fork's layers of stock Caffe's."""
+def as_fork(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
+    """The fork's layers of stock Caffe's; ``done`` counts what was changed, in words.
+
+    Raises:
+        UserError: blobs of a batch norm and its scale do not fit, or a shift's channels are not known.
+    """
     scale_of = _scales(layers)
     folded = {id(scale) for scale in scale_of.values()}
     for at, layer in enumerate(layers):
@@ -92,7 +96,7 @@ def _fold(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterato
 def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
     import numpy as np
 
-    mean, variance = _statistics(norm)
+    mean, variance = averages(norm)
     header = _translated(norm.header, Dialect.CAFFE_JACINTO)
     one = np.ones(1, np.float32)
     if scale is None:
@@ -119,8 +123,8 @@ def _check_norm(source: Path, norm: NetLayer) -> None:
         )
 
 
-def _statistics(norm: NetLayer) -> tuple[Values, Values]:
-    """Mean and variance; stock Caffe takes a factor of 0 for statistics of 0."""
+def averages(norm: NetLayer) -> tuple[Values, Values]:
+    """Mean and variance of a BatchNorm of stock Caffe's, which takes a factor of 0 for statistics of 0."""
     import numpy as np
 
     mean, variance, factors = (norm.values(index).reshape(-1) for index in range(3))

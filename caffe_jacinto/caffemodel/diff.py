@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from caffe_jacinto.caffemodel.net_file import NetLayer, open_net, squeezed
+from caffe_jacinto.caffemodel.convert import as_fork, averages
+from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, squeezed
 from caffe_jacinto.caffemodel.show import blob_name
+from caffe_jacinto.caffemodel.weights import blob_values
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.text_table import Column, Line, show_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -38,40 +49,97 @@ class Difference:
     """Numbers that are zero in the first file only."""
 
 
+class _Blob(NamedTuple):
+    """A blob to be compared."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Callable[[], Values]
+
+
 def differences(a: Path, b: Path, dialect_a: Dialect, dialect_b: Dialect) -> tuple[list[Difference], int]:
     """The differences in the order of ``a``'s layers, then those only in ``b``; and how many blobs agree.
 
+    Statistics of batch norms are compared as averages, without the factor that stock Caffe stores them with.
+    Of two dialects, stock Caffe's file is compared as `convert` makes it the fork's.
+
     Raises:
-        UserError: a file is missing, cut off or no weight file.
+        UserError: a file is missing, cut off or no weight file, or cannot be said in the other's dialect.
     """
     found: list[Difference] = []
     same = 0
     with open_net(a, dialect_a) as (_, layers_a), open_net(b, dialect_b) as (_, layers_b):
-        ours = {layer.name: layer for layer in layers_a if layer.blobs}
-        theirs = {layer.name: layer for layer in layers_b if layer.blobs}
-        for name, layer in ours.items():
+        ours = _comparable(a, layers_a, dialect_a, dialect_b)
+        theirs = _comparable(b, layers_b, dialect_b, dialect_a)
+        for name, blobs in ours.items():
             if name not in theirs:
-                found.append(Difference(name, "", f"only in {a}"))
-            elif len(layer.blobs) != len(theirs[name].blobs):
-                counts = f"{len(layer.blobs)} blobs, and {len(theirs[name].blobs)} in {b}"
+                found.append(Difference(name, "", "only in the first"))
+            elif len(blobs) != len(theirs[name]):
+                counts = f"{len(blobs)} blobs, and {len(theirs[name])} in the second"
                 found.append(Difference(name, "", counts))
             else:
-                compared = [_compare(layer, theirs[name], index) for index in range(len(layer.blobs))]
+                compared = [_compare(name, *pair) for pair in zip(blobs, theirs[name], strict=True)]
                 found += [difference for difference in compared if difference is not None]
                 same += sum(difference is None for difference in compared)
-        found += [Difference(name, "", f"only in {b}") for name in theirs if name not in ours]
+        found += [Difference(name, "", "only in the second") for name in theirs if name not in ours]
     return found, same
 
 
-def _compare(ours: NetLayer, theirs: NetLayer, index: int) -> Difference | None:
+def _comparable(
+    path: Path, layers: list[NetLayer], dialect: Dialect, other: Dialect
+) -> dict[str, list[_Blob]]:
+    """The blobs of each layer that has any, by its name, as they are compared with a file of ``other``."""
+    if dialect is Dialect.BVLC and other is Dialect.CAFFE_JACINTO:
+        return {
+            layer.header.name: _converted_blobs(layer) for layer in as_fork(path, layers, {}) if layer.blobs
+        }
+    return {layer.name: _own_blobs(layer, dialect) for layer in layers if layer.blobs}
+
+
+def _converted_blobs(layer: NewLayer) -> list[_Blob]:
+    kind = str(layer.header.type)
+    blobs = []
+    for index, blob in enumerate(layer.blobs):
+        if isinstance(blob, tuple):
+            blobs.append(_Blob(blob_name(kind, index), blob[1].shape, partial(blob_values, *blob)))
+        elif not _is_factor(kind, index):
+            blobs.append(_Blob(blob_name(kind, index), blob.shape, partial(_given, blob)))
+    return blobs
+
+
+def _own_blobs(layer: NetLayer, dialect: Dialect) -> list[_Blob]:
+    sizes = [prod(blob.shape) for blob in layer.blobs]
+    averaged = layer.type == "BatchNorm" and dialect is Dialect.BVLC and sizes[2:] == [1]
+    return [
+        _Blob(
+            blob_name(layer.type, index),
+            blob.shape,
+            partial(_average, layer, index) if averaged and index < 2 else partial(layer.values, index),
+        )
+        for index, blob in enumerate(layer.blobs)
+        if not _is_factor(layer.type, index)
+    ]
+
+
+def _is_factor(kind: str, index: int) -> bool:
+    return kind == "BatchNorm" and index == 2
+
+
+def _average(layer: NetLayer, index: int) -> Values:
+    return averages(layer)[index]
+
+
+def _given(values: Values) -> Values:
+    return values
+
+
+def _compare(layer: str, ours: _Blob, theirs: _Blob) -> Difference | None:
     import numpy as np
 
-    name = blob_name(ours.type, index)
-    shapes = [layer.blobs[index].shape for layer in (ours, theirs)]
-    if squeezed(shapes[0]) != squeezed(shapes[1]):
-        first, second = ("x".join(map(str, shape)) for shape in shapes)
-        return Difference(ours.name, name, f"{first}, and {second} in the other")
-    a, b = ours.values(index).reshape(-1), theirs.values(index).reshape(-1)
+    if squeezed(ours.shape) != squeezed(theirs.shape):
+        first, second = ("x".join(map(str, blob.shape)) for blob in (ours, theirs))
+        return Difference(layer, ours.name, f"{first}, and {second} in the second")
+    a, b = ours.values().reshape(-1), theirs.values().reshape(-1)
     if a.tobytes() == b.tobytes():
         return None
     with np.errstate(invalid="ignore", over="ignore"):
@@ -83,8 +151,8 @@ def _compare(ours: NetLayer, theirs: NetLayer, index: int) -> Difference | None:
         largest = float(np.nanmax(steps)) if not np.isnan(steps).all() else float("nan")
         magnitude = float(np.nanmax(np.abs(a)))
     return Difference(
+        layer,
         ours.name,
-        name,
         "",
         changed=changed,
         count=a.size,
