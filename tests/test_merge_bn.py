@@ -251,6 +251,12 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
         merge_bn(batch, "deploy.prototxt", STOCK, weights)
     with pytest.raises(UserError, match=r"c: blob 0 is 6 x 3 x 3 x 3 in the weight file"):
         merge_bn(text.replace("num_output: 6", "num_output: 8"), "deploy.prototxt", STOCK, weights)
+    for group in (0, 4):
+        with pytest.raises(
+            UserError, match=f"c .Convolution.: its 6 outputs do not divide into {group} groups"
+        ):
+            grouped = text.replace("num_output: 6", f"num_output: 6 group: {group}")
+            merge_bn(grouped, "deploy.prototxt", STOCK, weights)
     with pytest.raises(UserError, match="has no layers"):
         merge_bn(INPUT, "deploy.prototxt", None, weights)
     data = 'layer { name: "d" type: "Data" top: "data" data_param { source: "x" } }'

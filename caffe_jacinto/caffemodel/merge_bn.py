@@ -199,6 +199,7 @@ def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
         or len(reader.message.bottom) != 1
         or not _along_channels(reader)
         or _pads(reader)
+        or not _reads_channels(reader, len(shift))
         or _written_by(layers, at, bottom) != _original_writer(layers, layer, layers.index(reader), bottom)
     ):
         return
@@ -227,6 +228,15 @@ def _shift_of(layer: StockLayer) -> Doubles | None:
 def _pads(layer: StockLayer) -> bool:
     parameters = layer.message.convolution_param
     return layer.type == "Convolution" and bool(any(parameters.pad) or parameters.pad_h or parameters.pad_w)
+
+
+def _reads_channels(layer: StockLayer, channels: int) -> bool:
+    """Whether the weights of ``layer`` are for an input of so many channels, or for any (1)."""
+    weights = layer.blobs[0]
+    if layer.type == "Convolution":
+        return channels in (1, weights.shape[1] * layer.message.convolution_param.group)
+    inputs: int = weights.shape[0 if layer.message.inner_product_param.transpose else 1]
+    return channels > 0 and inputs % channels == 0
 
 
 def _through_weights(layer: StockLayer, shift: Doubles) -> Doubles:

@@ -16,7 +16,7 @@ from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.net_blobs import TEST, Dims, expected_blobs, in_phase
 from caffe_jacinto.caffemodel.weights import read_weights
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.prototxt.complexity import DATA_LAYERS
+from caffe_jacinto.prototxt.complexity import CONVOLUTIONS, DATA_LAYERS
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, messages, parse_any_net
 
@@ -111,8 +111,16 @@ def _check_deploy(net: Any, where: str) -> None:
         old = "; it is in the old form, with `layers`: upgrade it with Caffe's upgrade_net_proto_text"
         raise UserError(f"{where}: has no layers{old if net.layers else ''}; give a deploy network")
     for layer in net.layer:
-        if in_phase(layer, TEST) and layer.type in DATA_LAYERS and layer.type != "Input":
+        if not in_phase(layer, TEST):
+            continue
+        if layer.type in DATA_LAYERS and layer.type != "Input":
             raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")
+        outputs, group = layer.convolution_param.num_output, layer.convolution_param.group
+        if layer.type in CONVOLUTIONS and (group < 1 or outputs % group):
+            raise UserError(
+                f"{where}: layer {layer.name} ({layer.type}): its {outputs} outputs do not divide into "
+                f"{group} groups; mend num_output or group"
+            )
 
 
 def _shaped(stored: list[Values], shapes: list[Dims]) -> list[Values]:
