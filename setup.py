@@ -48,6 +48,7 @@ setup(
         "pycaffe": ["six", "scikit-image"],
         "demo": ["mlxtend"],
         "onnx": ["onnx>=1.15"],
+        "torch": ["torch>=2.13"],
         "dev": [
             "hypothesis",
             "mypy",

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -257,10 +258,13 @@ def test_a_second_run_returns_within_a_second(installed: Path) -> None:
 
 
 @pytest.mark.caffe
-def test_a_second_set_up_takes_seconds(caffe_engine: Engine) -> None:
+@pytest.mark.parametrize("arguments", [(), ("--torch",)], ids=["plain", "torch"])
+def test_a_second_set_up_takes_seconds(caffe_engine: Engine, arguments: tuple[str, ...]) -> None:
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("these tests run in a Python that setup.sh did not make")
+    if arguments and not find_spec("torch"):
+        pytest.skip("setup.sh was not told to install PyTorch here")
     started = time.monotonic()
-    done = run(UTILS / "setup.sh")
+    done = run(UTILS / "setup.sh", *arguments)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 10

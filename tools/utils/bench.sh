@@ -16,7 +16,7 @@ for name in "$@"; do
 done
 [ ${#benches[@]} -gt 0 ] || benches=("$root"/bench/*.py)
 
-"$root/tools/utils/setup.sh"
+"$root/tools/utils/setup.sh" --torch
 cd "$root"
 failed=()
 for bench in "${benches[@]}"; do

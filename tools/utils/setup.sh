@@ -2,7 +2,7 @@
 # Installs what the project needs and is not there yet: system packages, the virtual environment .venv of the
 # distribution's Python with this checkout in it, and Caffe. What is there is skipped, so that a second run takes a second.
 #
-#   tools/utils/setup.sh
+#   tools/utils/setup.sh [--torch]     --torch: PyTorch, too, for the engine that needs no Caffe and for the tests
 #
 # Runs as root or as a user with sudo (Debian 12, Ubuntu 22.04 and 24.04). Where it may not install system packages it
 # lists all that is missing, with the command for it, and ends with an exit code that is not zero.
@@ -17,6 +17,7 @@ python=/usr/bin/python3
 venv=$root/.venv
 stamp=$venv/installed.txt # what .venv was installed from; written last, so without it .venv is not whole
 extras=pycaffe,demo,dev
+torch_version=2.13.0
 
 # own_caffe: prints the Caffe that the user brought along; fails where he brought none
 own_caffe() {
@@ -115,14 +116,36 @@ install_venv() {
     "$python" -m venv "$venv" >"$log" 2>&1 || venv_failure "making $venv" "$log"
   fi
   rm -f "$stamp"
+  pip_install "$log" -e "${root}[$extras]"
+  sync -f "$venv"
+  printf '%s\n' "$state" >"$stamp.new"
+  mv "$stamp.new" "$stamp"
+  say "  done in $(duration $((EPOCHSECONDS - started)))"
+}
+
+# Any PyTorch that is there already is used. pip writes a package's RECORD last, and PyTorch after what it needs.
+install_torch() {
+  local started=$EPOCHSECONDS
+  if compgen -G "$venv/lib/python3*/site-packages/torch-*.dist-info/RECORD" >/dev/null; then return; fi
+  say "PyTorch $torch_version: into $venv (a build for the CPU is 200 MB and takes about 1 min; where pip finds the one for"
+  say "  NVIDIA GPUs, that is several GB, as long as they take to load. To choose, see docs/torch.md.)"
+  pip_install "$venv/install-torch.log" "torch==$torch_version"
+  sync -f "$venv"
+  say "  done in $(duration $((EPOCHSECONDS - started)))"
+}
+
+# pip_install LOG ARGUMENT...: pip install with these arguments, telling how far it is
+pip_install() {
+  local log=$1 count=0 line
+  shift
   : >"$log"
-  local count=0 line
   set +e
-  "$venv/bin/python" -m pip install --progress-bar off -e "${root}[$extras]" 2>&1 </dev/null |
+  "$venv/bin/python" -m pip install --progress-bar off "$@" 2>&1 </dev/null |
     while IFS= read -r line; do
       printf '%s\n' "$line" >>"$log"
       case $line in
         Collecting*) count=$((count + 1)); tell_package "$count" "$line" ;;
+        *Downloading*\ [MG]B\)) end_progress; say "  loading ${line##*Downloading }" ;;
         Installing\ collected*) end_progress; say "  unpacking $count packages" ;;
       esac
     done
@@ -130,10 +153,6 @@ install_venv() {
   set -e
   end_progress
   [ "$status" = 0 ] || venv_failure "pip install" "$log"
-  sync -f "$venv"
-  printf '%s\n' "$state" >"$stamp.new"
-  mv "$stamp.new" "$stamp"
-  say "  done in $(duration $((EPOCHSECONDS - started)))"
 }
 tell_package() {
   local name=${2#Collecting }
@@ -148,10 +167,12 @@ venv_failure() {
   fail "$1 failed; all that it printed is in $2"
 }
 
+with_torch=no
 case ${1:-} in
   '') ;;
+  --torch) with_torch=yes ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  *) fail "takes no arguments; --help tells more" ;;
+  *) fail "unknown argument '$1'; --help tells more" ;;
 esac
 began=$EPOCHSECONDS
 caffe=$(own_caffe) || { [ -z "${CAFFE_ROOT:-}" ] || exit 1; caffe=$(built_caffe) || caffe=''; }
@@ -166,6 +187,7 @@ if ! flock -n 9; then
   flock 9
 fi
 install_venv
+[ "$with_torch" = no ] || install_torch
 if [ -z "$caffe" ]; then
   "$here/install_caffe.sh" --python "$venv/bin/python" 9<&-
   caffe=$(built_caffe)

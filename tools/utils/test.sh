@@ -15,7 +15,7 @@ case ${1:-} in
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) fail "unknown argument '$1'; --help tells more" ;;
 esac
-"$root/tools/utils/setup.sh"
+"$root/tools/utils/setup.sh" --torch
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
