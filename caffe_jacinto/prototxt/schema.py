@@ -104,13 +104,25 @@ def _parse(text: str, kind: str, dialect: Dialect, where: str) -> Any:
 def _hint(text: str, kind: str, dialect: Dialect, what: str) -> str:
     """What to do about a parse error."""
     other = next(d for d in Dialect if d is not dialect)
+    if _parses(text, kind, other):
+        return f"the whole file is good in the dialect {other.value}: is it written for that Caffe?"
+    swapped = next(name for name in _OWNERS if name != kind)
+    if any(_parses(text, swapped, each) for each in Dialect):
+        return f"it is {_OWNERS[swapped]} prototxt: give {_OWNERS[kind]}"
+    unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
+    if unknown is None:
+        return "mend this line"
+    descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{unknown[1]}")
+    nearest = difflib.get_close_matches(unknown[2], [f.name for f in descriptor.fields], n=1)
+    return f"did you mean {nearest[0]}?" if nearest else "remove or rename it"
+
+
+_OWNERS = {"NetParameter": "a network's", "SolverParameter": "a solver's"}
+
+
+def _parses(text: str, kind: str, dialect: Dialect) -> bool:
     try:
-        text_format.Parse(text, getattr(messages(other), kind)())
+        text_format.Parse(text, getattr(messages(dialect), kind)())
     except text_format.ParseError:
-        unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
-        if unknown is None:
-            return "mend this line"
-        descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{unknown[1]}")
-        nearest = difflib.get_close_matches(unknown[2], [f.name for f in descriptor.fields], n=1)
-        return f"did you mean {nearest[0]}?" if nearest else "remove or rename it"
-    return f"the whole file is good in the dialect {other.value}: is it written for that Caffe?"
+        return False
+    return True
