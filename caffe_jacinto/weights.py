@@ -176,8 +176,15 @@ def _sparsify(options: argparse.Namespace) -> int:
         value_max=caps[1],
     )
     facts = [fact for fact in show.blob_facts(options.output, dialect) if fact.type == "Convolution"]
-    show.show([fact for fact in facts if fact.blob == "weights"], str(options.output), sys.stdout)
+    facts = [fact for fact in facts if fact.blob == "weights"]
+    show.show(facts, str(options.output), sys.stdout)
     print(f"thinned: {', '.join(thinned) or 'no layer takes part'}")
+    sparsity = sum(fact.zeros for fact in facts) / max(sum(fact.count for fact in facts), 1)
+    if thinned and options.caps == "on" and sparsity < options.target - 0.01:
+        print(
+            f"below {options.target:.0%}: the published caps keep larger weights (--caps off lifts them), and "
+            "of layers with fewer than 32 inputs or outputs half as many are taken"
+        )
     return 0
 
 
@@ -187,6 +194,8 @@ def _merge_bn(options: argparse.Namespace) -> int:
     merged = merge_bn(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
     deploy = options.output / "deploy_merged.prototxt"
     weights = options.output / f"{options.file.stem}_merged.caffemodel"
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output {options.output} is a file; name a folder")
     options.output.mkdir(parents=True, exist_ok=True)
     for output, source in ((deploy, options.deploy), (weights, options.file)):
         _check_output(output, source)
@@ -228,6 +237,8 @@ def _named_dialect(options: argparse.Namespace) -> Dialect | None:
 def _check_output(output: Path, source: Path, argument: str = "--output") -> None:
     if output.exists() and source.exists() and output.samefile(source):
         raise UserError(f"{argument} {output} is the file itself; name another")
+    if output.is_dir():
+        raise UserError(f"{argument} {output} is a folder; name a file in it")
     if not output.absolute().parent.is_dir():
         raise UserError(f"{argument} {output}: its folder is not there; make it first")
 

@@ -271,12 +271,13 @@ def test_sparsify_zeroes_the_smallest_and_nothing_else(tmp_path: Path, by: str) 
             np.testing.assert_array_equal(one, other)
 
 
-def test_the_caps_hold_by_default(tmp_path: Path) -> None:
+def test_the_caps_hold_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = write(tmp_path / "a", stock_net()), tmp_path / "b"
     main(["sparsify", str(source), "--target", "0.9", "--output", str(target)])
     before, after = blobs_of(source, STOCK)["conv"][0], blobs_of(target, STOCK)["conv"][0]
     taken = np.abs(before[(after == 0) & (before != 0)])
     assert 0 < taken.max() <= 0.2
+    assert "below 90%: the published caps keep larger weights" in capsys.readouterr().out
 
 
 def test_the_old_form_of_layers_is_read(tmp_path: Path) -> None:
@@ -313,6 +314,7 @@ def test_the_old_form_of_layers_is_read(tmp_path: Path) -> None:
             "folder is not there",
         ),
         (["sparsify", "stock", "--target", "1.5", "--output", "x"], "no fraction between 0 and 1"),
+        (["sparsify", "stock", "--target", "0.5", "--output", "."], ". is a folder; name a file in it"),
         (["frobnicate"], "invalid choice"),
     ],
 )

@@ -8,14 +8,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from caffe_jacinto.caffemodel.net_file import NetLayer, open_net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.text_table import Column, Line, show_table
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK = 1 << 16
 """Numbers that are looked at together: they stay in the processor's cache from one look to the next."""
@@ -109,7 +106,7 @@ def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
     """Write a table; blobs with numbers that are not finite in red."""
     total = sum(fact.count for fact in facts)
     columns = [
-        Column("Layer", words=True),
+        Column("Layer", words=True, total="total"),
         Column("Type", words=True),
         Column("Blob", words=True),
         Column("Shape", words=True),
