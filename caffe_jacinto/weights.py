@@ -182,8 +182,8 @@ def _sparsify(options: argparse.Namespace) -> int:
     sparsity = sum(fact.zeros for fact in facts) / max(sum(fact.count for fact in facts), 1)
     if thinned and options.caps == "on" and sparsity < options.target - 0.01:
         print(
-            f"below {options.target:.0%}: the published caps keep larger weights (--caps off lifts them), and "
-            "of layers with fewer than 32 inputs or outputs half as many are taken"
+            f"below {options.target:.0%}: the published caps keep larger weights (--caps off lifts them), "
+            "and of layers with fewer than 32 inputs or outputs half as many are taken"
         )
     return 0
 
