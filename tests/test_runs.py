@@ -22,12 +22,13 @@ from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.failure import last_words
 from caffe_jacinto.runs.folder import RunRecord, StageState
 from caffe_jacinto.runs.keep import Keeper, kept_iterations, remove_others
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.process import Child, describe_exit
-from caffe_jacinto.runs.progress import Place, duration, progress_fields
-from caffe_jacinto.runs.screen import LastingStream, Screen, live_line
+from caffe_jacinto.runs.progress import Place, Progress, duration, progress, time_left
+from caffe_jacinto.runs.screen import LastingStream, Screen, live_lines
 from caffe_jacinto.runs.script import shell_script
 from caffe_jacinto.runs.tail import Tail
 from caffe_jacinto.runs.watch import StageView
@@ -54,9 +55,25 @@ def test_progress_is_read_from_the_log() -> None:
     assert (view.iteration, view.loss, view.learning_rate) == (10, 1.5, 0.05)
     assert view.seconds_per_iteration() == pytest.approx(0.2)
     place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=60"]), "initial")
-    fields = progress_fields(view, place)
-    assert fields[:4] == ["stage 1/4 initial", "iteration 10/60", "loss 1.5", "10 s left"]
-    assert "320 images/s" in fields  # 64 images an iteration of 0.2 s
+    shown = progress(view, place)
+    assert shown.fields() == [
+        *("stage 1/4 initial", "iteration 10/60", "loss 1.5", "lr 0.05"),
+        "320 images/s",  # 64 images an iteration of 0.2 s
+        *("10 s left", "2 min for the run"),
+    ]
+    assert progress(view, place, running=False).fields() == shown.fields()[:4]
+
+
+def test_a_log_that_says_nothing_for_a_while() -> None:
+    view = StageView()
+    view.feed(displays(2.3, 1.5))
+    place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=610"]), "initial")
+    assert time_left(view, place) == ["2 min left", "4 min for the run"]
+    assert progress(view, place, silent=29).figures == ["loss 1.5", "320 images/s"]
+    shown = progress(view, place, silent=60)
+    assert shown.figures[-1] == "last line 60 s ago"
+    assert shown.left == ["60 s left", "3 min for the run"]
+    assert progress(view, place, silent=1000).left[0] == "0 s left"
 
 
 def test_tests_are_kept_by_iteration() -> None:
@@ -330,6 +347,32 @@ def test_a_folder_without_a_good_record(tmp_path: Path, content: str | None, mes
         run_folder.load(tmp_path)
 
 
+def test_a_folder_that_a_killed_train_left_with_its_lock_alone_is_free(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    assert run_folder.is_free(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    assert not run_folder.is_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "solver.cpp:3] Iteration 5\n*** SIGTERM received by PID 7 ***\n    @     0x560466b3d241 _start\n",
+            "Iter",
+        ),
+        ("an older part\n# caffe_jacinto.train: 2026 'caffe train'\n\n", ""),
+        ("", ""),
+        ("caffe: error while loading shared libraries: libcaffe.so\n", "libcaffe.so"),
+    ],
+)
+def test_last_words_are_those_of_the_command_that_died(tmp_path: Path, log: str, words: str) -> None:
+    (tmp_path / "run.log").write_text(log)
+    said = last_words(tmp_path / "run.log")
+    assert said.startswith(", its last line: ") if words else not said
+    assert words in said
+
+
 def test_a_part_of_the_log_begins_on_its_own_line(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     assert run_folder.start_log(log, "first") == log.stat().st_size
@@ -365,10 +408,30 @@ def test_plain_lines_come_now_and_then() -> None:
     out = io.StringIO()
     screen = Screen(out)
     for _ in range(3):
-        screen.show(["stage 1/4 initial", "iteration 10/60"], 0.1, news=True)
+        screen.show(
+            Progress(["stage 1/4 initial", "iteration 10/60"], ["loss 1"], ["9 s left"]), 0.1, news=True
+        )
     screen.clear()
-    screen.show(["stage 2/4 l1reg"], 0.1, news=False)
-    assert out.getvalue() == "stage 1/4 initial, iteration 10/60\n"
+    screen.show(Progress(["stage 2/4 l1reg"]), 0.1, news=False)
+    assert out.getvalue() == "stage 1/4 initial, iteration 10/60, loss 1, 9 s left\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "live"), [("dumb", False), ("xterm", True)])
+def test_a_terminal_that_cannot_go_up_a_line_gets_plain_lines(
+    kind: str, live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    out = Terminal()
+    screen = Screen(out)
+    screen.show(Progress(["stage 1/4 initial"], ["loss 1"]), 0.1, news=True)
+    screen.clear()
+    assert ("\x1b[" in out.getvalue()) == live
+    assert ("stage 1/4 initial, loss 1\n" in out.getvalue()) == (not live)
 
 
 def test_a_closed_reader_does_not_end_the_program() -> None:
@@ -381,15 +444,29 @@ def test_a_closed_reader_does_not_end_the_program() -> None:
     LastingStream(None).write("nor this")
 
 
-@given(
-    st.lists(st.text("abc ", min_size=1, max_size=20), min_size=1, max_size=8),
-    st.floats(-1, 2),
-    st.integers(20, 200),
-)
-def test_the_live_line_fits(fields: list[str], fraction: float, width: int) -> None:
-    text = live_line(fields, fraction, width)
-    assert fields[0] in text
-    assert len(text) < max(width, width // 8 + 3 + len(fields[0]))
+FIELDS = st.lists(st.text("abc ", min_size=1, max_size=20), max_size=5)
+
+
+@given(FIELDS.filter(bool), FIELDS, FIELDS, st.floats(-1, 2), st.integers(30, 200))
+def test_the_live_lines_fit(
+    place: list[str], figures: list[str], left: list[str], fraction: float, width: int
+) -> None:
+    lines = live_lines(Progress(place, figures, left), fraction, width)
+    assert place[0] in lines[0]
+    assert len(lines) <= 2
+    assert all(len(line) < width for line in lines)
+
+
+@pytest.mark.parametrize(("width", "count"), [(80, 2), (100, 2), (160, 1)])
+def test_all_of_an_imagenet_runs_progress_is_seen(width: int, count: int) -> None:
+    shown = Progress(
+        ["stage 3/4 sparse", "iteration 123,450/160,000"],
+        ["loss 1.4321", "lr 0.00228", "sparsity 0.661", "1.25e+03 images/s"],
+        ["3 h 05 min left"],
+    )
+    lines = live_lines(shown, 0.77, width)
+    assert len(lines) == count
+    assert all(field in "".join(lines) for field in shown.fields())
 
 
 def test_durations() -> None:

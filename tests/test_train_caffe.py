@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -29,6 +30,7 @@ from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.runs.lock import is_held
 
 pytestmark = pytest.mark.caffe
 
@@ -97,9 +99,7 @@ def test_a_finished_run_is_not_run_again(trainer: Trainer, whole: tuple[int, str
     assert [trainer.log(RUN, stage) for stage in STAGES] == logs
     code, said = trainer.run(*tiny(), "--output", RUN)
     assert code == 2
-    assert (
-        f"--resume '{RUN}'" in said.replace('"\'"', "").replace("run'\"'\"'s", "run's") or "--resume" in said
-    )
+    assert f"python -m caffe_jacinto.train --resume {shlex.quote(RUN)}" in said
 
 
 def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None:
@@ -108,6 +108,8 @@ def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None
     assert code == 0
     assert said.splitlines()[0].endswith(": finished")
     assert "initial: finished, test: top-1" in said
+    assert re.search(r"sparse: finished, test: .*, sparsity 0\.\d+", said)
+    assert said.splitlines()[-1].startswith("tables: python -m caffe_jacinto.report ")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,36 @@ def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> Non
     assert "Optimization Done." in trainer.log("interrupted caffe", "initial")
     assert process.returncode == 1
     assert "Caffe ended early" in said
+
+
+def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:
+    with trainer.running(
+        *tiny(recipe_of(trainer.folder, "initial"), ("initial",)), "--output", "hand over"
+    ) as process:
+        wait_for(lambda: "Re-estimating" in trainer.log("hand over", "initial"), "hand-over")
+        os.kill(trainer.pid("hand over", "initial"), signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "before its weights were handed over" in said
+    assert "to go on: python -m caffe_jacinto.train --resume 'hand over'" in said
+    assert trainer.run("--resume", "hand over")[0] == 0
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_and_its_caffe(trainer: Trainer) -> None:
+    with trainer.running(*tiny(), "--output", "no record") as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log("no record", "initial"), "iteration 3")
+        record = trainer.folder / "no record/run.json"
+        kept = record.rename(trainer.folder / "no record/kept")
+        record.mkdir()
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(
+        r"run\.json.*: Is a directory; once that is mended, go on: python -m .*--resume", said
+    ), said
+    assert not is_held(trainer.folder / "no record")
+    record.rmdir()
+    kept.rename(record)
+    assert trainer.run("--resume", "no record")[0] == 0
 
 
 def test_a_loss_that_is_not_a_number_stops_the_stage(trainer: Trainer) -> None:

@@ -17,7 +17,8 @@ from caffe_jacinto.files import write_whole
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.driver import Driver, resume_command
+from caffe_jacinto.runs.commands import report_command, resume_command
+from caffe_jacinto.runs.driver import Driver
 from caffe_jacinto.runs.folder import LABELS_NAME, TEST, EngineRecord, RunRecord, StageState
 from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.plan import (
@@ -115,7 +116,7 @@ def resume(
     recipe = _changed(record.recipe, gpus, keep)
     screen = Screen()
     if all(state.state == "finished" for state in record.stages.values()):
-        screen.say(f"{folder}: this run has finished; nothing is left to do")
+        screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
     engine = _same_engine(record, caffe, engine_kind, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
@@ -281,9 +282,8 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     if sys.stdout is not None:
         with suppress(OSError):
             show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
-    report = ["python", "-m", "caffe_jacinto.report", str(run.folder)]
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")
-    screen.say(f"tables:  {shlex.join(report)}")
-    screen.say(f"curves:  {shlex.join([*report, '--plot', str(run.folder / 'curves.png')])}")
+    screen.say(f"tables:  {report_command(run.folder)}")
+    screen.say(f"curves:  {report_command(run.folder)} --plot {shlex.quote(str(run.folder / 'curves.png'))}")

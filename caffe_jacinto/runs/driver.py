@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.errors import RunFailed
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.commands import resume_command
+from caffe_jacinto.runs.failure import why_failed
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State
 from caffe_jacinto.runs.keep import Keeper
 from caffe_jacinto.runs.lock import RunLock
@@ -24,7 +26,7 @@ from caffe_jacinto.runs.plan import (
     write_test,
 )
 from caffe_jacinto.runs.process import Child, describe_exit
-from caffe_jacinto.runs.progress import Place, progress_fields, stage_summary, test_line
+from caffe_jacinto.runs.progress import Place, Progress, last_heard, progress, stage_summary, test_line
 from caffe_jacinto.runs.resume import StartPoint, start_point, weights_are_finite
 from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.signals import StopSignals
@@ -50,6 +52,8 @@ class Watched:
     plan: StagePlan | None = None
     told_tests: int = 0
     told_displays: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    """When the log's last line came."""
 
     def has_final_snapshot(self, run: RunPlan) -> bool:
         return self.plan is None or final_is_complete(self.plan.final_weights, run.engine.info.dialect)
@@ -75,6 +79,15 @@ class Driver:
         Raises:
             RunFailed: a stage failed; the next ones were not started.
         """
+        try:
+            return self._drive()
+        except OSError as error:
+            raise RunFailed(
+                f"{error.filename or self.run.folder}: {error.strerror or error}; once that is mended, "
+                f"go on: {resume_command(self.run.folder)}"
+            ) from None
+
+    def _drive(self) -> int:
         for plan in self.run.stages:
             if not self._stage(plan, self.record.stages[plan.name]):
                 return self._stopped(plan.name)
@@ -214,6 +227,7 @@ class Driver:
             except BaseException:
                 # We cannot go on (a full disk, for one): nothing may train unwatched.
                 child.stop(1)
+                child.wait()
                 raise
             self.signals.pass_on_to(None)
             if code != 0 or self.signals.asked or watched.view.trouble is not None:
@@ -232,6 +246,7 @@ class Driver:
             ended = child.ended()
             while data := tail.read():
                 watched.view.feed(data)
+                watched.heard = time.monotonic()
             if watched.view.trouble is not None:
                 # Without a snapshot: it would be the newest, and hold weights that are not numbers.
                 child.kill()
@@ -247,17 +262,19 @@ class Driver:
 
     def _show(self, watched: Watched) -> None:
         view, place = watched.view, watched.place
+        silent = time.monotonic() - watched.heard
         if place is None:
             done, batches = view.batches_done, view.batches
-            fields = ["test", f"batch {done:,}/{batches:,}"]
-            self.screen.show(fields, done / max(batches, 1), news=0 < done < batches)
+            shown = Progress(["test", f"batch {done:,}/{batches:,}"], last_heard(silent))
+            self.screen.show(shown, done / max(batches, 1), news=0 < done < batches)
             return
         for iteration in list(view.tests)[watched.told_tests : self._whole_tests(view)]:
             self.screen.say(f"  iteration {iteration:,}, {test_line(view.tests[iteration])}")
             watched.told_tests += 1
         news = view.displays > watched.told_displays
         watched.told_displays = view.displays
-        self.screen.show(progress_fields(view, place), view.iteration / place.max_iter, news=news)
+        shown = progress(view, place, silent=silent)
+        self.screen.show(shown, view.iteration / place.max_iter, news=news)
 
     def _tell_stopping(self, count: int) -> None:
         harder = HARDER[min(count, len(HARDER)) - 1]
@@ -269,33 +286,9 @@ class Driver:
         return self.signals.exit_code
 
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:
-        if view.trouble is not None:
-            reason = self._trouble(plan, view)
-        elif view.fatal is not None:
-            reason = view.fatal
-        elif code != 0:
-            reason = (
-                f"{describe_exit(code)}{_last_words(plan.log)}; to go on: {resume_command(self.run.folder)}"
-            )
-        elif view.iteration >= plan.stage.solver.max_iter:
-            found = start_point(plan, self.run.engine.info.dialect).passed_over
-            reason = f"its last snapshot is not good{''.join(f': {line}' for line in found[:1])}"
-        else:
-            reason = (
-                f"Caffe ended early, at iteration {view.iteration:,}, as it does when it is interrupted; "
-                f"to go on: {resume_command(self.run.folder)}"
-            )
+        reason = why_failed(self.run, plan, view, code)
         self._note(state, "failed", reason)
         return RunFailed(f"stage {plan.name} failed: {reason}; log: {plan.log}")
-
-    def _trouble(self, plan: StagePlan, view: StageView) -> str:
-        good = start_point(plan, self.run.engine.info.dialect, until=view.sound).snapshot
-        rate = plan.stage.solver.base_lr
-        named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
-        return (
-            f"{view.trouble}, so it was stopped; {named}; a new run with a lower learning rate, such as "
-            f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g}), may hold"
-        )
 
     def _note(self, state: StageState, now: State, message: str | None = None) -> None:
         """Record a stage's new state."""
@@ -312,16 +305,3 @@ class Driver:
     def _whole_tests(self, view: StageView) -> int:
         """How many tests have all their outputs: the last one only when training has gone on after it."""
         return len(view.tests) - (1 if view.in_test else 0)
-
-
-def resume_command(folder: Path) -> str:
-    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
-
-
-def _last_words(log: Path) -> str:
-    """The last line of a log, for a command that died without a fatal line of Caffe's."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").splitlines()
-    words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f", its last line: {words[:300]}" if words else ""

@@ -23,9 +23,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
 from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.runs.lock import LOCK_NAME
 
 RUN_FILE = "run.json"
 LOG_NAME = "run.log"
+LOG_HEADER = "# caffe_jacinto.train:"
+"""Begins the line above the output of each command in a stage's log."""
+
 LABELS_NAME = "labels.txt"
 TEST = "test"
 """The folder of the last step, which scores the final weights."""
@@ -130,8 +134,13 @@ def load(folder: Path) -> RunRecord:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new run can be made at ``folder``: it is not there, or an empty folder."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """Whether a new run can be made at ``folder``: it is not there, or an empty folder.
+
+    A lock file alone is what is left of a train that was killed as it began.
+    """
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
+    )
 
 
 def start_log(path: Path, header: str) -> int:
@@ -145,5 +154,5 @@ def start_log(path: Path, header: str) -> int:
             log.seek(size - 1)
             if log.read(1) != b"\n":
                 log.write(b"\n")
-        log.write(f"# caffe_jacinto.train: {header}\n".encode())
+        log.write(f"{LOG_HEADER} {header}\n".encode())
         return log.seek(0, 2)

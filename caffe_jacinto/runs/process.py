@@ -57,6 +57,10 @@ class Child:
         """Its exit code; the negative number of the signal that ended it."""
         return self._process.wait()
 
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
+
     def stop(self, wish: int) -> None:
         """Ask it to stop, harder with each further ``wish``: the first, 1, lets it write a snapshot.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.watch import StageView, top1_of
@@ -14,6 +14,9 @@ TEST_OUTPUTS = {
     "top5": "top-5",
 }
 """What the networks' accuracies are called on the screen."""
+
+SILENT_SECONDS = 30.0
+"""A log that has had no line for so long is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,42 @@ class Place:
         return sum(stage.solver.max_iter for stage in following)
 
 
-def progress_fields(view: StageView, place: Place, *, running: bool = True) -> list[str]:
-    """What a progress line says, the most important first; of a stage that stands still, no speed."""
-    fields = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}{_doing(view, place, running)}"]
+@dataclass(frozen=True)
+class Progress:
+    """What is said of something that runs, of each kind the most important first."""
+
+    place: list[str]
+    """Which stage, which iteration."""
+
+    figures: list[str] = field(default_factory=list)
+    """Loss, learning rate, sparsity, speed."""
+
+    left: list[str] = field(default_factory=list)
+    """The time left."""
+
+    def fields(self) -> list[str]:
+        return [*self.place, *self.figures, *self.left]
+
+
+def progress(view: StageView, place: Place, *, running: bool = True, silent: float = 0.0) -> Progress:
+    """How far a stage is; of one that stands still, no speed.
+
+    ``silent`` is how many seconds ago its log's last line came.
+    """
+    where = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}{_doing(view, place, running)}"]
+    figures = []
     if view.loss is not None:
-        fields.append(f"loss {view.loss:.4g}")
-    left = time_left(view, place) if running else []
-    fields += left
-    if view.sparsity is not None:
-        fields.append(f"sparsity {view.sparsity:.3f}")
+        figures.append(f"loss {view.loss:.4g}")
     if view.learning_rate is not None:
-        fields.append(f"lr {view.learning_rate:.3g}")
+        figures.append(f"lr {view.learning_rate:.3g}")
+    if view.sparsity is not None:
+        figures.append(f"sparsity {view.sparsity:.3f}")
     pace = view.seconds_per_iteration()
-    if pace and running:
-        fields.append(f"{place.recipe.training.batch_size / pace:.3g} images/s")
-    return fields
+    if not running:
+        return Progress(where, figures)
+    if pace:
+        figures.append(f"{place.recipe.training.batch_size / pace:.3g} images/s")
+    return Progress(where, figures + last_heard(silent), time_left(view, place, silent))
 
 
 def _doing(view: StageView, place: Place, running: bool) -> str:
@@ -64,15 +88,21 @@ def _doing(view: StageView, place: Place, running: bool) -> str:
     return " (finishing)" if running and view.iteration >= place.max_iter else ""
 
 
-def time_left(view: StageView, place: Place) -> list[str]:
+def last_heard(silent: float) -> list[str]:
+    """That the log has not grown for a while: slow iterations, a long test, or a Caffe that hangs."""
+    return [f"last line {duration(silent)} ago"] if silent >= SILENT_SECONDS else []
+
+
+def time_left(view: StageView, place: Place, silent: float = 0.0) -> list[str]:
     """Of the stage, and of the run where other stages follow, at this stage's pace. Empty: not known yet."""
     pace = view.seconds_per_iteration()
     if pace is None:
         return []
-    here = max(place.max_iter - view.iteration, 0)
-    after = place.iterations_after()
-    left = [f"{duration(here * pace)} left"] if here else []
-    return [*left, f"{duration((here + after) * pace)} for the run"] if after else left
+    here = max(place.max_iter - view.iteration, 0) * pace
+    after = place.iterations_after() * pace
+    here_now = max(here - silent, 0.0)
+    left = [f"{duration(here_now)} left"] if here else []
+    return [*left, f"{duration(here_now + after)} for the run"] if after else left
 
 
 def test_line(outputs: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run is shown: one live line below what scrolls on a terminal, plain lines anywhere else."""
+"""Where a run is shown: a live line or two below what scrolls on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from caffe_jacinto.runs.progress import Progress
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
@@ -18,6 +20,9 @@ PLAIN_SECONDS = 20.0
 
 LIVE_SECONDS = 0.25
 """The least time between two redraws of the live line."""
+
+LEAST_BAR = 4
+GAP = "  "
 
 
 class LastingStream:
@@ -73,7 +78,9 @@ class Screen:
         if self._stream.isatty():
             from rich.console import Console
 
-            self._console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
+            console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
+            # A terminal that cannot go back up a line (TERM=dumb, as in an editor) gets plain lines.
+            self._console = None if console.is_dumb_terminal else console
 
     def say(self, line: str, *, style: str | None = None) -> None:
         """Print a line that stays; on a terminal in ``style`` (rich's words, e.g. ``bold``)."""
@@ -82,8 +89,8 @@ class Screen:
         else:
             self._console.print(line, style=style, markup=False, soft_wrap=True)
 
-    def show(self, fields: list[str], fraction: float, *, news: bool) -> None:
-        """Show the progress: ``fields``, the most important first, and how much of the stage is done.
+    def show(self, progress: Progress, fraction: float, *, news: bool) -> None:
+        """Show the progress, and how much of the stage is done.
 
         Without a terminal a line is printed only when there is ``news``, and not more often than every 20 s.
         """
@@ -91,10 +98,10 @@ class Screen:
         if self._console is None:
             if news and time_now - self._shown >= PLAIN_SECONDS:
                 self._shown = time_now
-                self._stream.write(", ".join(fields) + "\n")
+                self._stream.write(", ".join(progress.fields()) + "\n")
         elif time_now - self._shown >= LIVE_SECONDS:
             self._shown = time_now
-            self._draw(fields, fraction)
+            self._draw(progress, fraction)
 
     def clear(self) -> None:
         """Take the live line away, and let the next progress line come at once."""
@@ -103,25 +110,45 @@ class Screen:
             self._live.stop()
             self._live = None
 
-    def _draw(self, fields: list[str], fraction: float) -> None:
+    def _draw(self, progress: Progress, fraction: float) -> None:
         from rich.live import Live
         from rich.text import Text
 
         assert self._console is not None
-        line = Text(live_line(fields, fraction, self._console.width), no_wrap=True, overflow="ellipsis")
+        lines = "\n".join(live_lines(progress, fraction, self._console.width))
+        shown = Text(lines, no_wrap=True, overflow="ellipsis")
         if self._live is None:
             self._live = Live(
-                line, console=self._console, auto_refresh=False, transient=True, redirect_stderr=False
+                shown, console=self._console, auto_refresh=False, transient=True, redirect_stderr=False
             )
             self._live.start()
-        self._live.update(line, refresh=True)
+        self._live.update(shown, refresh=True)
 
 
-def live_line(fields: list[str], fraction: float, width: int) -> str:
-    """A bar of an eighth of the width, and as many of the fields as fit beside it."""
-    bar = min(width // 8, 24)
-    done = round(min(max(fraction, 0.0), 1.0) * bar)
-    shown = ["━" * done + "╌" * (bar - done), *fields]
-    while len(shown) > 2 and len("  ".join(shown)) >= width:
-        shown.pop()
-    return "  ".join(shown)
+def live_lines(progress: Progress, fraction: float, width: int) -> list[str]:
+    """A bar and all of the progress in one line where that fits, else the figures in a second one."""
+    room = width - LEAST_BAR - len(GAP) - 1
+    whole = GAP.join(progress.fields())
+    if len(whole) <= room:
+        return [_bar(whole, fraction, width) + whole]
+    first = _fitting([*progress.place, *progress.left], room)
+    bar = _bar(first, fraction, width)
+    second = _fitting(progress.figures, width - len(bar) - 1)
+    return [bar + first, " " * len(bar) + second] if second else [bar + first]
+
+
+def _fitting(fields: list[str], room: int) -> str:
+    """As many of the fields as fit, the first in any case."""
+    shown = fields[:1]
+    for field in fields[1:]:
+        if len(GAP.join([*shown, field])) > room:
+            break
+        shown.append(field)
+    return GAP.join(shown)
+
+
+def _bar(text: str, fraction: float, width: int) -> str:
+    """A bar of up to an eighth of the width, and the gap between it and ``text``."""
+    cells = max(min(width // 8, 24, width - len(text) - len(GAP) - 1), LEAST_BAR)
+    done = round(min(max(fraction, 0.0), 1.0) * cells)
+    return "━" * done + "╌" * (cells - done) + GAP

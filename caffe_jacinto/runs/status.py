@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.driver import resume_command
+from caffe_jacinto.runs.commands import report_command, resume_command
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState
 from caffe_jacinto.runs.lock import holders, is_held
-from caffe_jacinto.runs.progress import Place, progress_fields, test_line
+from caffe_jacinto.runs.progress import Place, last_heard, progress, test_line
 from caffe_jacinto.runs.watch import StageView
 
 
@@ -25,7 +26,9 @@ def status_lines(folder: Path) -> list[str]:
         lines.append(f"  {_stage(folder, record, name, state, held)}")
         if state.message and state.state in ("failed", "stopped"):
             lines.append(f"    {state.message}")
-    if not held and not _finished(record):
+    if _finished(record):
+        lines.append(f"tables: {report_command(folder)}")
+    elif not held:
         lines.append(f"to go on: {resume_command(folder)}")
     return lines
 
@@ -59,13 +62,35 @@ def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: 
     shown = "cut off" if state.state == "running" and not held else state.state
     if state.state == "waiting":
         return f"{name}: {shown}"
+    log = folder / name / LOG_NAME
     view = StageView()
-    view.feed_file(folder / name / LOG_NAME)
+    view.feed_file(log)
+    running = shown == "running"
+    silent = _silent(log) if running else 0.0
     if name == TEST:
-        results = f", {test_line(view.final_outputs)}" if view.final_outputs else ""
-        return f"{name}: {shown}{results}"
+        return ", ".join([f"{name}: {shown}", *_test(view, silent)])
     place = Place(record.recipe, name)
     if state.state == "finished":
         outputs = view.tests.get(place.max_iter)
-        return f"{name}: {shown}{f', {test_line(outputs)}' if outputs else ''}"
-    return f"{name}: {shown}, {', '.join(progress_fields(view, place, running=shown == 'running')[1:])}"
+        return ", ".join([f"{name}: {shown}", *([test_line(outputs)] if outputs else []), *_sparsity(view)])
+    said = progress(view, place, running=running, silent=silent).fields()[1:]
+    return ", ".join([f"{name}: {shown}", *said])
+
+
+def _test(view: StageView, silent: float) -> list[str]:
+    if view.final_outputs:
+        return [test_line(view.final_outputs)]
+    batches = [f"batch {view.batches_done:,}/{view.batches:,}"] if view.batches else []
+    return [*batches, *last_heard(silent)]
+
+
+def _sparsity(view: StageView) -> list[str]:
+    return [] if view.sparsity is None else [f"sparsity {view.sparsity:.3f}"]
+
+
+def _silent(log: Path) -> float:
+    """Seconds since the log has grown."""
+    try:
+        return max(time.time() - log.stat().st_mtime, 0.0)
+    except OSError:
+        return 0.0
