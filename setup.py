@@ -39,9 +39,11 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "opencv-python-headless>=4.10,<5",
+        "pillow>=10",
         "protobuf>=4.25",
         "pydantic>=2.6",
         "rich>=13.7",
+        "scipy>=1.11",
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={

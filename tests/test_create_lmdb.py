@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from caffe_jacinto.create_lmdb import main
 from caffe_jacinto.data import lmdb_writer
 from caffe_jacinto.data.digits import write_digits
+from caffe_jacinto.data.index import Folder
 from caffe_jacinto.data.listing import list_from_file
 from caffe_jacinto.data.lmdb_writer import new_lmdb
 from caffe_jacinto.data.progress import time_text
@@ -199,12 +200,14 @@ def test_missing_and_unfit_image_folders(tmp_path: Path) -> None:
         f"image folder {tmp_path}/none does not exist: give the folder that holds the images"
     )
     (tmp_path / "file").touch()
-    assert "is not a folder" in of(tmp_path / "file")
+    assert "it is not a folder and no tar archive, or damaged (empty file)" in of(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty holds no class folders" in of(tmp_path / "empty")
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "n01440764.tar").touch()
-    assert "holds archives (n01440764.tar) and no class folders: extract each" in of(tmp_path / "tars")
+    assert "holds archives (n01440764.tar) and no class folders: give one archive itself, or extract" in of(
+        tmp_path / "tars"
+    )
     write_image(tmp_path / "flat" / "1.JPEG")
     assert "holds 1 image directly and no class folders: give a list file" in of(tmp_path / "flat")
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
@@ -460,7 +463,7 @@ def test_any_path_comes_through_a_list(
 ) -> None:
     folder = tmp_path_factory.mktemp("list")
     (folder / "l").write_text("".join(f"{path} {label}\n" for path, label in lines), newline="")
-    assert [tuple(entry) for entry in list_from_file(folder / "l", folder).entries] == lines
+    assert [tuple(entry) for entry in list_from_file(folder / "l", Folder(folder)).entries] == lines
 
 
 @pytest.mark.parametrize(

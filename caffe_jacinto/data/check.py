@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caffe_jacinto.data.lmdb_writer import is_lmdb_folder
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -118,6 +117,11 @@ def check_lmdb(
         sampled=len(shapes),
         notes=(_order_notes(folder, first_labels, labels) if training else ()) + _lock_notes(folder),
     )
+
+
+def is_lmdb_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder with an LMDB's data file in it (and nothing is said of its content)."""
+    return (path / "data.mdb").is_file()
 
 
 def check_folder(folder: Path) -> None:

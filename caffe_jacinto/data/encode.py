@@ -1,17 +1,23 @@
-"""One image file -> the bytes of one Datum, as Caffe's convert_imageset makes them.
+"""One image file's content -> the bytes of one Datum, as Caffe's convert_imageset makes them.
 
 What convert_imageset does with --encoded --encode_type jpg --resize_height H --resize_width W (read in
 tools/convert_imageset.cpp and src/caffe/util/io.cpp of Caffe 1.0): decode with OpenCV to 8-bit BGR (or
 grey), cv::resize with its default (bilinear), cv::imencode(".jpg") with its default quality (95), and a
-Datum in which `data`, `label` and `encoded` are set, and channels, height and width are not.
+Datum in which `data`, `label` and `encoded` are set, and channels, height and width are not. Without
+--encoded, `data` is channels x height x width values, and all fields are set. Without a size, a file whose
+name ends in .jpg or .jpeg is stored as it is.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.data.header import GIF_STARTS, JPEG_START, image_size
+from caffe_jacinto.data.index import Folder, UnreadableImageError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -19,22 +25,70 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_JPEG_START = b"\xff\xd8"
+__all__ = ["ImageForm", "UnreadableImageError", "datum_record", "encode_image", "image_record"]
+
+MAX_PIXELS = 100_000_000
+"""An image with more pixels, by its header, is never decoded: 300 MB, and no photograph."""
+
+LARGE_PIXELS = 25_000_000
+"""Images of more pixels are decoded one at a time, to bound the memory."""
+
+REDUCTIONS = (8, 4, 2)
+"""By what libjpeg can divide an image's sides while it decodes, as OpenCV offers it."""
+
 _JPEG_SCAN = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
-
-
-class UnreadableImageError(Exception):
-    """An image file that cannot be used; the text is the reason."""
+_one_large = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ImageForm:
-    """The form in which images are stored: size in pixels, and colour (3 channels) or grey (1)."""
+    """The form in which images are stored.
+
+    Attributes:
+        width, height: pixels; 0 for each image's own, or where ``shorter`` is set.
+        colour: 3 channels, blue, green, red; else 1.
+        shorter: the length of the shorter side in pixels, the other following the image's aspect; 0 for none.
+        raw: values as they are, not a JPEG file.
+        quality: of the JPEG file, 1 to 100.
+        fast: JPEG files are scaled down while they are decoded, by a power of two, to no less than the size.
+    """
 
     width: int
     height: int
     colour: bool = True
+    shorter: int = 0
+    raw: bool = False
+    quality: int = 95
+    fast: bool = False
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height at which an image of ``width`` x ``height`` is stored."""
+        if self.shorter:
+            scale = self.shorter / min(width, height)
+            return max(self.shorter, round(width * scale)), max(self.shorter, round(height * scale))
+        return self.width or width, self.height or height
+
+    @property
+    def text(self) -> str:
+        """In words: '256x256 colour'."""
+        size = f"{self.width}x{self.height}" if self.width else "original size"
+        words = [
+            f"shorter side {self.shorter}" if self.shorter else size,
+            "colour" if self.colour else "gray",
+            *(["raw"] if self.raw else []),
+            *([f"JPEG quality {self.quality}"] if self.quality != 95 and not self.raw else []),
+            *(["fast"] if self.fast else []),
+        ]
+        return " ".join(words)
+
+
+def limit_decoder() -> None:
+    """Have OpenCV itself refuse more pixels, also of kinds whose header is not read here.
+
+    Counts only before OpenCV is imported.
+    """
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 
 def encode_image(path: Path, form: ImageForm) -> bytes:
@@ -42,14 +96,8 @@ def encode_image(path: Path, form: ImageForm) -> bytes:
 
     Raises UnreadableImageError for a file that is missing, empty, cut off, or no image OpenCV knows.
     """
-    import cv2
-
-    image = read_image(path, colour=form.colour)
-    try:
-        _, encoded = cv2.imencode(".jpg", cv2.resize(image, (form.width, form.height)))
-    except cv2.error as error:
-        raise UnreadableImageError(f"OpenCV: {' '.join(str(error).split())}") from None
-    return encoded.tobytes()
+    jpeg: bytes = _jpeg(_decoded(_content(path), form), form)
+    return jpeg
 
 
 def read_image(path: Path, *, colour: bool) -> NDArray[np.uint8]:
@@ -57,34 +105,121 @@ def read_image(path: Path, *, colour: bool) -> NDArray[np.uint8]:
 
     Raises UnreadableImageError as `encode_image`.
     """
-    import cv2
-    import numpy as np
+    return _decoded(_content(path), ImageForm(0, 0, colour=colour))
 
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(error.strerror or str(error)) from None
-    except ValueError as error:  # A path that no file can have: it holds a null character.
-        raise UnreadableImageError(str(error)) from None
-    if not content:
-        raise UnreadableImageError("the file is empty")
-    if _is_cut_off(content):
-        raise UnreadableImageError("the JPEG file is cut off: it has no end marker")
-    try:
-        flag = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
-        image: Any = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
-    except cv2.error as error:
-        raise UnreadableImageError(f"OpenCV: {' '.join(str(error).split())}") from None
-    if image is None:
-        raise UnreadableImageError("not an image that OpenCV can decode")
-    pixels: NDArray[np.uint8] = image
-    return pixels
+
+def _content(path: Path) -> bytes:
+    return Folder(Path("/")).read(os.fsencode(path.absolute()), 0, 0)
+
+
+def image_record(path: bytes, content: bytes, label: int, form: ImageForm) -> bytes:
+    """The serialized Datum of an image file, from its name and ``content``.
+
+    Raises UnreadableImageError for one that is cut off, too large, or no image that Caffe's OpenCV knows.
+    """
+    pixels = _decoded(content, form)
+    if form.raw:
+        return _raw_record(pixels, label)
+    if not form.width and not form.shorter and form.colour and path.lower().endswith((b".jpg", b".jpeg")):
+        return datum_record(content, label)
+    return datum_record(_jpeg(pixels, form), label)
 
 
 def datum_record(jpeg: bytes, label: int) -> bytes:
     """The serialized Datum that holds an encoded image, field for field as convert_imageset sets it."""
     record: bytes = messages(Dialect.BVLC).Datum(data=jpeg, label=label, encoded=True).SerializeToString()
     return record
+
+
+def _raw_record(pixels: NDArray[np.uint8], label: int) -> bytes:
+    import numpy as np
+
+    values = np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+    channels, height, width = values.shape
+    datum = messages(Dialect.BVLC).Datum(
+        channels=channels, height=height, width=width, data=values.tobytes(), label=label, encoded=False
+    )
+    record: bytes = datum.SerializeToString()
+    return record
+
+
+def _jpeg(pixels: NDArray[np.uint8], form: ImageForm) -> bytes:
+    import cv2
+
+    quality = () if form.quality == 95 else (cv2.IMWRITE_JPEG_QUALITY, form.quality)
+    try:
+        _, encoded = cv2.imencode(".jpg", pixels, quality)
+    except cv2.error as error:
+        raise _opencv_error(error) from None
+    content: bytes = encoded.tobytes()
+    return content
+
+
+def _decoded(content: bytes, form: ImageForm) -> Any:
+    """The pixels, resized: height x width (x 3, blue first)."""
+    import cv2
+
+    if _is_cut_off(content):
+        raise UnreadableImageError("the JPEG file is cut off: it has no end marker")
+    if content.startswith(GIF_STARTS):
+        raise UnreadableImageError("a GIF file, which Caffe does not read: convert it")
+    size = image_size(content)
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise UnreadableImageError(f"its header says {size[0]} x {size[1]} pixels: more than 100 megapixels")
+    try:
+        if size is not None and size[0] * size[1] > LARGE_PIXELS:
+            with _one_large:
+                return _resized(_pixels(content, size, form), form)
+        return _resized(_pixels(content, size, form), form)
+    except cv2.error as error:
+        raise _opencv_error(error) from None
+
+
+def _pixels(content: bytes, size: tuple[int, int] | None, form: ImageForm) -> Any:
+    import cv2
+    import numpy as np
+
+    flag = cv2.IMREAD_COLOR if form.colour else cv2.IMREAD_GRAYSCALE
+    if form.fast and size is not None and content.startswith(JPEG_START):
+        flag = _reduced_flag(*size, form)
+    elif content.startswith(b"RIFF"):
+        # Caffe's OpenCV does not look for the orientation in WebP files.
+        flag |= cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
+    if pixels is None:
+        raise UnreadableImageError("not an image that OpenCV can decode")
+    return pixels
+
+
+def _reduced_flag(width: int, height: int, form: ImageForm) -> int:
+    """How to decode a JPEG file so that it is as small as can be, and no smaller than it is stored."""
+    import cv2
+
+    for factor in REDUCTIONS:
+        across, down = -(-width // factor), -(-height // factor)
+        # Either way round: an orientation in the file may exchange the sides.
+        if _holds((across, down), form.size_of(width, height)) and _holds(
+            (down, across), form.size_of(height, width)
+        ):
+            kind = "COLOR" if form.colour else "GRAYSCALE"
+            return int(getattr(cv2, f"IMREAD_REDUCED_{kind}_{factor}"))
+    return int(cv2.IMREAD_COLOR if form.colour else cv2.IMREAD_GRAYSCALE)
+
+
+def _holds(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    return size[0] >= wanted[0] and size[1] >= wanted[1]
+
+
+def _resized(pixels: Any, form: ImageForm) -> Any:
+    import cv2
+
+    height, width = pixels.shape[:2]
+    size = form.size_of(width, height)
+    return pixels if size == (width, height) and not form.width else cv2.resize(pixels, size)
+
+
+def _opencv_error(error: Exception) -> UnreadableImageError:
+    return UnreadableImageError(f"OpenCV: {' '.join(str(error).split())}")
 
 
 def _is_cut_off(content: bytes) -> bool:
@@ -94,4 +229,6 @@ def _is_cut_off(content: bytes) -> bool:
     network on half-grey images. Within the pixels a marker cannot occur, so the end marker must come after
     the last scan's beginning; an embedded thumbnail comes before it.
     """
-    return content.startswith(_JPEG_START) and content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN)
+    if not content.startswith(JPEG_START) or content.endswith(_JPEG_END):
+        return False
+    return content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN)

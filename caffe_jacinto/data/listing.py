@@ -1,60 +1,20 @@
-"""Which images there are and what label each one has: class folders, or a list file."""
+"""Images as files, and the label of each one: class folders, a list file, or one flat folder."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from caffe_jacinto.data.index import Archive, Folder, ImageIndex, IndexBuilder
 from caffe_jacinto.data.progress import count_text
 from caffe_jacinto.errors import UserError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """What counts as an image in a class folder; a list file may name any file."""
 
-MAX_KEY_BYTES = 511
-"""LMDB's limit for a key as it is compiled everywhere (MDB_MAXKEYSIZE)."""
-
-KEY_NUMBER_BYTES = 9
-"""A key begins with eight digits and an underscore."""
-
-_LIST_LINE = re.compile(r"(?P<path>.*\S)[ \t]+(?P<label>\S+)", re.DOTALL)
-
-
-class Entry(NamedTuple):
-    """One image: its path below the image folder, as it stands in the LMDB's key, and its label."""
-
-    path: str
-    label: int
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images to store, in the order in which they are stored.
-
-    Attributes:
-        folder: what the entries' paths are relative to.
-        entries: at least one.
-        names: class names, line N for label N; None where only a list of numbers is known.
-        source: how the labels were found, for messages ("10 class folders", "list val.txt").
-        ignored: files in the class folders that are no images by their suffix, and folders in them.
-    """
-
-    folder: Path
-    entries: Sequence[Entry]
-    names: tuple[str, ...] | None
-    source: str
-    ignored: int = 0
-
-    def shuffled(self, seed: int) -> Listing:
-        """The same images in an order that depends on ``seed`` and the paths alone."""
-        entries = list(self.entries)
-        random.Random(seed).shuffle(entries)
-        return replace(self, entries=entries)
+_LIST_LINE = re.compile(rb"(?P<path>.*\S)[ \t]+(?P<label>\S+)", re.DOTALL)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -77,7 +37,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Listing:
+def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> ImageIndex:
     """The images of ``folder/<class>/*``, sorted by path.
 
     A class's label is the rank of its folder's name in sorted order, or its place in ``names`` if given.
@@ -90,74 +50,126 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Li
     files, folders = _look_into(folder)
     if not folders:
         raise UserError(_why_no_classes(folder, files))
-    if names is None:
-        _check_names(folder, folders)
-        labels = {name: label for label, name in enumerate(folders)}
-    else:
-        labels = {name: label for label, name in enumerate(names)}
-        unknown = [name for name in folders if name not in labels]
-        if unknown:
-            raise UserError(
-                f"class folder {folder / unknown[0]} is not among the {len(names)} class names given"
-                f"{_and_others(unknown)}: labels must agree with the training set's"
-            )
-    entries: list[Entry] = []
+    labels = class_labels(folders, names, f"class folder {folder}/")
+    build = IndexBuilder(Folder(folder))
     empty: list[str] = []
     ignored = 0
     for name in folders:
         inside, nested = _look_into(folder / name)
-        images = [file for file in inside if file.lower().endswith(IMAGE_SUFFIXES)]
+        images = [file for file in inside if is_image_name(file)]
         ignored += len(inside) - len(images) + len(nested)
-        entries += [Entry(f"{name}/{file}", labels[name]) for file in images]
+        for file in images:
+            build.add(os.fsencode(f"{name}/{file}"), labels[name])
         if not images:
             empty.append(name)
-    if not entries:
+    if not len(build):
         raise UserError(
             f"no images in the {count_text(len(folders), 'class folder')} of {folder}: they are expected as"
             f" {folder}/<class>/*.JPEG"
         )
     if empty and names is None:
         raise UserError(
-            f"class folder {folder / empty[0]} holds no images{_and_others(empty)}: fill it, or remove it"
+            f"class folder {folder / empty[0]} holds no images{and_others(empty)}: fill it, or remove it"
             " so that the labels close up"
         )
-    _check_keys(entries)
-    return Listing(
-        folder, entries, names or tuple(folders), count_text(len(folders), "class folder"), ignored
-    )
+    return build.index(names or tuple(folders), count_text(len(folders), "class folder"), ignored)
 
 
-def list_from_file(list_file: Path, folder: Path, names: tuple[str, ...] | None = None) -> Listing:
+def class_labels(classes: Sequence[str], names: tuple[str, ...] | None, what: str) -> dict[str, int]:
+    """The label of each class: its rank in sorted order, or its place in ``names`` where they are given.
+
+    Args:
+        classes: sorted.
+        what: what a class's name follows in messages.
+
+    Raises UserError when a class is not among ``names``, or cannot be a line of labels.txt.
+    """
+    if names is None:
+        _check_names(classes, what)
+        return {name: label for label, name in enumerate(classes)}
+    labels = {name: label for label, name in enumerate(names)}
+    unknown = [name for name in classes if name not in labels]
+    if unknown:
+        raise UserError(
+            f"{what}{unknown[0]} is not among the {len(names)} class names given"
+            f"{and_others(unknown)}: labels must agree with the training set's"
+        )
+    return labels
+
+
+def list_from_file(
+    list_file: Path, place: Folder | Archive, names: tuple[str, ...] | None = None
+) -> ImageIndex:
     """The images that ``list_file`` names, in its order: lines ``path label`` as convert_imageset takes them.
 
-    Paths are relative to ``folder`` and may hold spaces: the label is what follows the last space.
+    Paths are relative to ``place`` and may hold spaces: the label is what follows the last space.
     Blank lines are passed over.
 
     Raises UserError, with file and line, for a line without a label, a label that is not a whole number
     from 0, or one beyond ``names``.
     """
+    build = IndexBuilder(place)
+    for _, (path, label) in list_lines(list_file, names):
+        build.add(path, label)
+    return build.index(names, f"list {list_file}")
+
+
+def list_lines(list_file: Path, names: tuple[str, ...] | None) -> Iterator[tuple[int, tuple[bytes, int]]]:
+    """The number of each line that is not blank, with its path and label; see `list_from_file`."""
+    found = False
+    try:
+        with list_file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    found = True
+                    yield number, _list_line(list_file, number, text.rstrip(), names)
+    except OSError as error:
+        raise UserError(f"cannot read list file {list_file}: {error.strerror}") from None
+    if not found:
+        raise UserError(f"list file {list_file} names no images: it holds lines of the form 'path label'")
+
+
+def list_flat_folder(folder: Path) -> ImageIndex:
+    """The images that lie beside each other in ``folder``, sorted by name, without labels.
+
+    Raises UserError when the folder is missing or holds none.
+    """
+    files, folders = _look_into(folder)
+    images = [file for file in files if is_image_name(file)]
+    if not images:
+        raise UserError(f"{folder} holds no images")
+    build = IndexBuilder(Folder(folder))
+    for file in images:
+        build.add(os.fsencode(file), 0)
+    return build.index(None, "a flat folder", len(files) - len(images) + len(folders))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def check_folder_exists(folder: Path) -> None:
+    """Raises UserError unless ``folder`` is a folder."""
     if not folder.is_dir():
         raise UserError(_missing_folder(folder))
-    entries: list[Entry] = []
-    for number, line in enumerate(_read_lines(list_file, "list file"), start=1):
-        if not line.strip():
-            continue
-        match = _LIST_LINE.fullmatch(line.rstrip())
-        if match is None:
-            raise UserError(f"{list_file}:{number}: {line!r} is not of the form 'path label'")
-        label = match["label"]
-        if not re.fullmatch(r"[0-9]{1,9}", label):
-            raise UserError(f"{list_file}:{number}: label {label!r} is not a whole number from 0")
-        if names is not None and int(label) >= len(names):
-            raise UserError(
-                f"{list_file}:{number}: label {int(label)} is beyond the {len(names)} class names given"
-                f" (labels 0 to {len(names) - 1})"
-            )
-        entries.append(Entry(match["path"], int(label)))
-    if not entries:
-        raise UserError(f"list file {list_file} names no images: it holds lines of the form 'path label'")
-    _check_keys(entries)
-    return Listing(folder, entries, names, f"list {list_file}")
+
+
+def _list_line(list_file: Path, number: int, line: bytes, names: tuple[str, ...] | None) -> tuple[bytes, int]:
+    match = _LIST_LINE.fullmatch(line)
+    if match is None:
+        raise UserError(f"{list_file}:{number}: {os.fsdecode(line)!r} is not of the form 'path label'")
+    text = os.fsdecode(match["label"])
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"{list_file}:{number}: label {text!r} is not a whole number from 0")
+    label = int(text)
+    if names is not None and label >= len(names):
+        raise UserError(
+            f"{list_file}:{number}: label {label} is beyond the {len(names)} class names given"
+            f" (labels 0 to {len(names) - 1})"
+        )
+    return match["path"], label
 
 
 def _look_into(folder: Path) -> tuple[list[str], list[str]]:
@@ -204,8 +216,8 @@ def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if archives:
         return (
-            f"{folder} holds archives ({archives[0]}{_and_others(archives)}) and no class folders:"
-            f" extract each into a folder of its own, {folder}/<class>/"
+            f"{folder} holds archives ({archives[0]}{and_others(archives)}) and no class folders:"
+            f" give one archive itself, or extract each into a folder of its own, {folder}/<class>/"
         )
     if images:
         return (
@@ -215,27 +227,16 @@ def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
     return f"{folder} holds no class folders: images are expected as {folder}/<class>/*.JPEG"
 
 
-def _check_names(folder: Path, names: Sequence[str]) -> None:
+def _check_names(names: Sequence[str], what: str) -> None:
     """Refuse class names that `read_labels` would not read back from labels.txt."""
     for name in names:
         if name != name.strip() or "\n" in name:
             raise UserError(
-                f"class folder {folder}/{name!r}: a class name becomes a line of labels.txt, so it cannot"
+                f"{what}{name!r}: a class name becomes a line of labels.txt, so it cannot"
                 " hold a newline, nor spaces at its ends: rename the folder"
             )
 
 
-def _and_others(names: Sequence[str]) -> str:
+def and_others(names: Sequence[str]) -> str:
+    """' (and 2 others)', of names of which a message shows the first."""
     return f" (and {count_text(len(names) - 1, 'other')})" if len(names) > 1 else ""
-
-
-def _check_keys(entries: Sequence[Entry]) -> None:
-    for entry in entries:
-        # Measured only where it can matter: a character has at most four bytes.
-        if len(entry.path) * 4 + KEY_NUMBER_BYTES > MAX_KEY_BYTES:
-            size = len(os.fsencode(entry.path)) + KEY_NUMBER_BYTES
-            if size > MAX_KEY_BYTES:
-                raise UserError(
-                    f"path {entry.path[:60]!r}… is too long for an LMDB key: {size} bytes with its number,"
-                    f" {MAX_KEY_BYTES} at most"
-                )

@@ -1,4 +1,8 @@
-"""An LMDB that appears under its name only when it is complete and on the disk."""
+"""An LMDB that appears under its name only when it is complete and on the disk.
+
+While it is made it stands in the folder ``.<name>.partial`` beside its place, in transactions that are on
+the disk one after the other, with a journal. Whatever ends the making, a later one goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +11,89 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.data.check import is_lmdb_folder
+from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
 from caffe_jacinto.errors import RunFailed, UserError
 from caffe_jacinto.files import sync_folder, write_whole
 
 FIRST_MAP_BYTES = 1 << 30
 """Size of the address range that LMDB may use at first; doubled as often as needed."""
 
-BATCH_BYTES = 32 << 20
-"""Records are handed to LMDB in transactions of this many bytes."""
+BATCH_BYTES = 16 << 20
+"""Records are handed to LMDB in transactions of this many bytes; up to three batches are in memory."""
 
-OWN_FILES = frozenset({"data.mdb", "lock.mdb", "labels.txt", "skipped.txt"})
+MADE_FROM = "made_from.json"
+"""The file beside data.mdb that says what the LMDB is made from."""
+
+OWN_FILES = frozenset({"data.mdb", "lock.mdb", "labels.txt", "skipped.txt", MADE_FROM})
 """All that an LMDB folder of ours or of convert_imageset holds: what --force may delete."""
+
+SKIPPED = "skipped.txt"
 
 
 class LmdbWriter:
-    """Takes records in ascending key order; made by `new_lmdb`."""
+    """Takes records in ascending key order; made by `new_lmdb`.
 
-    def __init__(self, folder: Path) -> None:
+    Transactions are written by a thread of their own: the disk's time is not the caller's.
+
+    Attributes:
+        position: images dealt with, stored and left out; not 0 where an earlier, interrupted run is gone on
+            with.
+        images: records stored.
+        record_bytes: of their values.
+        skipped: the images left out.
+        resumed: ``position`` at the beginning.
+        committed: records that are on the disk.
+    """
+
+    def __init__(self, partial: Path, journal: Journal, name: str) -> None:
         import lmdb
 
         self._lmdb = lmdb
-        self._folder = folder
-        # Not synced while it grows: nobody sees this folder before finish() has synced it.
-        # No lock file: it is private until then, and Caffe makes its own.
+        self.partial = partial
+        self._folder = partial / "lmdb"
+        self._folder.mkdir(exist_ok=True)
+        self._journal = journal
+        # No lock file: it is private until it is complete, and Caffe makes its own.
         self._environment: Any = lmdb.open(
-            os.fspath(folder), map_size=FIRST_MAP_BYTES, lock=False, sync=False, mode=0o666
+            os.fspath(self._folder), map_size=FIRST_MAP_BYTES, lock=False, mode=0o666
         )
+        sync_folder(self._folder)
+        sync_folder(partial)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        stored = Stored()
+        if journal.going_on:
+            stored = journal.check(name, self._environment)
+        self.position = self.resumed = stored.end
+        self.images = self.committed = stored.records
+        self.record_bytes = stored.record_bytes
+        self.skipped = stored.skipped
+        self._skipped_written = len(stored.skipped)
         self._batch: list[tuple[bytes, bytes]] = []
         self._batch_bytes = 0
-        self.images = 0
+        self._position_written = self.position
 
     def put(self, key: bytes, record: bytes) -> None:
         """Store one record; ``key`` must be greater than the one before."""
         self._batch.append((key, record))
         self._batch_bytes += len(key) + len(record)
+        self.position += 1
         self.images += 1
+        self.record_bytes += len(record)
         if self._batch_bytes >= BATCH_BYTES:
             self._write_batch()
+
+    def skip(self, path: str, reason: str) -> None:
+        """Leave out the image that would be next."""
+        self.skipped.append(Skipped(self.position, path, reason))
+        self.position += 1
 
     def add_file(self, name: str, text: str) -> None:
         """Put a text file beside data.mdb (Caffe looks at no other file of the folder)."""
@@ -55,42 +101,80 @@ class LmdbWriter:
 
     def finish(self) -> None:
         """Write what is left and wait until all of it is on the disk."""
-        self._write_batch()
-        self._environment.sync(True)
+        if self.position != self._position_written:
+            self._write_batch()
+        self._wait()
+        if self.skipped:
+            self.add_file(SKIPPED, self.skipped_text())
         self.close()
         sync_folder(self._folder)
 
+    def skipped_text(self) -> str:
+        """The lines of skipped.txt."""
+        return "".join(f"{image.path}\t{image.reason}\n" for image in self.skipped)
+
     def close(self) -> None:
-        """Let go of the file; may be called twice."""
+        """Let go of the files; may be called twice."""
+        self._thread.shutdown()
         self._environment.close()
+        self._journal.close()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _write_batch(self) -> None:
+        self._wait()
+        skipped = self.skipped[self._skipped_written :]
+        self._writing = self._thread.submit(self._commit, self._batch, skipped, self.position, self.images)
+        self._batch = []
+        self._batch_bytes = 0
+        self._skipped_written = len(self.skipped)
+        self._position_written = self.position
+
+    def _commit(
+        self, batch: list[tuple[bytes, bytes]], skipped: list[Skipped], end: int, records: int
+    ) -> None:
+        crc = 0
+        for key, record in batch:
+            crc = zlib.crc32(record, zlib.crc32(key, crc))
+        self._journal.add(skipped, Commit(end, records, crc))
         while True:
             try:
-                with self._environment.begin(write=True) as transaction:
-                    for key, record in self._batch:
-                        transaction.put(key, record, append=True)
-                break
+                with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                    _, added = cursor.putmulti(batch, append=True)
+                    assert added == len(batch), "keys must ascend"
+                self.committed = records
+                return
             except self._lmdb.MapFullError:
                 # The transaction was rolled back whole: double the map, as Caffe does, and again.
                 self._environment.set_mapsize(self._environment.info()["map_size"] * 2)
-        self._batch.clear()
-        self._batch_bytes = 0
 
 
 @contextlib.contextmanager
-def new_lmdb(output: Path, *, replace: bool = False) -> Iterator[LmdbWriter]:
+def new_lmdb(
+    output: Path,
+    made_from: Mapping[str, str] | None = None,
+    *,
+    replace: bool = False,
+    restart: bool = False,
+) -> Iterator[LmdbWriter]:
     """Write an LMDB beside ``output``, and rename it to ``output`` when the block ends without an error.
 
-    What an earlier, killed writer left beside it is removed. On an error nothing is left.
+    What an earlier, interrupted writer stored is checked and gone on with: the block begins at
+    ``writer.position``. After an error it stays where something of it is stored already.
 
     Args:
         output: the LMDB's folder. Its parent must exist.
+        made_from: what decides the records: sources, order, form. An unfinished LMDB is gone on with only
+            where it is the same.
         replace: whether an LMDB that is there already may be replaced, once the new one is complete.
+        restart: whether an unfinished LMDB is thrown away.
 
     Raises:
-        UserError: something stands under that name, the parent is missing or not writable, or another
-            process is writing the same LMDB.
+        UserError: something stands under that name, the parent is missing or not writable, another
+            process is writing the same LMDB, or the unfinished one is of another making or damaged.
         RunFailed: the disk is full or refuses to write.
     """
     import lmdb
@@ -98,36 +182,40 @@ def new_lmdb(output: Path, *, replace: bool = False) -> Iterator[LmdbWriter]:
     output = output.resolve()  # A link to another disk stays, and what it leads to is made or replaced.
     check_free(output, replace)
     partial = output.with_name(f".{output.name}.partial")
-    replaced = output.with_name(f".{output.name}.replaced")
     lock = _claim(partial, output)
+    writer: LmdbWriter | None = None
     try:
-        shutil.rmtree(replaced, ignore_errors=True)
-        writer = LmdbWriter(partial)
+        if restart or not (partial / "lmdb").is_dir():
+            _empty(partial)  # It was moved to its place, and only this was left to do.
         try:
+            journal = Journal(partial / "journal", made_from or {})
+            if not journal.going_on:
+                shutil.rmtree(partial / "lmdb", ignore_errors=True)
+            writer = LmdbWriter(partial, journal, output.name)
             yield writer
             writer.finish()
         finally:
-            writer.close()
-        check_free(output, replace)
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-        sync_folder(output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+            if writer is not None:
+                writer.close()
+        _publish(partial, output, replace)
     except (lmdb.Error, OSError) as error:
-        reason = _why_not_written(output, error)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(reason) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise RunFailed(_why_not_written(output, error)) from error
     finally:
+        if writer is not None and not writer.committed:  # Nothing worth going on with.
+            shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
 
-def is_lmdb_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder with an LMDB's data file in it (and nothing is said of its content)."""
-    return (path / "data.mdb").is_file()
+def _publish(partial: Path, output: Path, replace: bool) -> None:
+    replaced = output.with_name(f".{output.name}.replaced")
+    check_free(output, replace)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    (partial / "lmdb").rename(output)
+    sync_folder(output.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_free(output: Path, replace: bool) -> None:
@@ -151,7 +239,7 @@ def check_free(output: Path, replace: bool) -> None:
 
 
 def _claim(partial: Path, output: Path) -> int:
-    """Make ``partial`` an empty folder that only this process writes to; returns the open lock.
+    """Make the folder ``partial``, if it is not there, this process's alone; returns the open lock.
 
     The lock is the kernel's (flock): it ends with the process that holds it, however that dies.
     """
@@ -168,23 +256,24 @@ def _claim(partial: Path, output: Path) -> int:
             raise UserError(f"another process is writing LMDB {output} at this moment") from None
         try:
             if os.path.samestat(os.fstat(lock), partial.stat()):
-                break
+                return lock
         except FileNotFoundError:
             pass
-        os.close(lock)  # Its owner finished and renamed it between our open and our lock.
-    for leftover in partial.iterdir():
-        leftover.unlink()
-    return lock
+        os.close(lock)  # Its owner finished and removed it between our open and our lock.
+
+
+def _empty(folder: Path) -> None:
+    for item in folder.iterdir():
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _why_not_written(output: Path, error: Exception) -> str:
-    """The message for a write that failed; to be asked before the part is removed."""
     # LMDB reports a write that was cut short by a full disk as an input/output error: look at the disk.
     free = shutil.disk_usage(output.parent).free
     no_room = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
     if no_room or free < BATCH_BYTES:
         return (
-            f"the disk of {output.parent} is full ({free / 1e6:,.0f} MB left): LMDB {output} was not made and"
-            " its part is removed; make room and start again"
+            f"the disk of {output.parent} is full ({free / 1e6:,.0f} MB left): LMDB {output} is not complete;"
+            " make room and start the same command again, it goes on"
         )
     return f"LMDB {output} could not be written: {error}"

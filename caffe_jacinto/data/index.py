@@ -1,0 +1,251 @@
+"""Which images there are, where each one lies and its label: tens of bytes an image, held once.
+
+A training set has a million images and more; as Python objects their names alone would take hundreds of
+megabytes. Here they are one block of bytes and a few numbers an image, which all threads share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import stat
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from caffe_jacinto.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_KEY_BYTES = 511
+"""LMDB's limit for a key as it is compiled everywhere (MDB_MAXKEYSIZE)."""
+
+KEY_NUMBER_BYTES = 9
+"""A key begins with eight digits and an underscore."""
+
+MAX_IMAGES = 10**8
+"""The eight digits of a key count so many."""
+
+MAX_FILE_BYTES = 1 << 29
+"""A larger file is no image of at most 100 megapixels."""
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be used; the text is the reason."""
+
+
+class Entry(NamedTuple):
+    """One image: its path as it stands in the LMDB's key, and its label."""
+
+    path: str
+    label: int
+
+
+class Folder:
+    """Images as files below a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = os.path.join(os.fsencode(path), b"")  # noqa: PTH118 - bytes: names need not be Unicode
+
+    def read(self, path: bytes, _offset: int, _size: int) -> bytes:
+        """The content of the image ``path``; raises UnreadableImageError."""
+        try:
+            # An absolute path stands for itself. Not waiting for a writer, should it be a pipe.
+            name = path if path.startswith(b"/") else self._start + path
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from None
+        except ValueError as error:  # A path that no file can have: it holds a null character.
+            raise UnreadableImageError(str(error)) from None
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableImageError("not a file but a folder, a pipe or a device")
+            _check_size(facts.st_size)
+            return os.read(descriptor, facts.st_size)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from None
+        finally:
+            os.close(descriptor)
+
+
+class Archive:
+    """Images inside an uncompressed tar archive, read where they stand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot read archive {path}: {error.strerror}") from None
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, _path: bytes, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``; raises UnreadableImageError."""
+        _check_size(size)
+        try:
+            content = self.bytes_at(offset, size)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from None
+        if len(content) != size:
+            raise UnreadableImageError("the archive ends inside it")
+        return content
+
+    def bytes_at(self, offset: int, size: int) -> bytes:
+        """At most ``size`` bytes from ``offset``; fewer at the end."""
+        return os.pread(self._descriptor, size, offset)
+
+
+def _check_size(size: int) -> None:
+    if not size:
+        raise UnreadableImageError("the file is empty")
+    if size > MAX_FILE_BYTES:
+        raise UnreadableImageError(f"{size / 1e6:,.0f} MB: no image of at most 100 megapixels")
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The images to store, by number from 0; never empty.
+
+    Attributes:
+        place: where their content is read.
+        names: class names, line N for label N; None where only a list of numbers is known.
+        source: how the labels were found, for messages ("10 class folders", "list val.txt").
+        ignored: files beside the images that are none by their suffix, and folders in class folders.
+        order: the numbers in the order in which the images are stored; None for 0, 1, 2, ...
+    """
+
+    place: Folder | Archive
+    names: tuple[str, ...] | None
+    source: str
+    ignored: int
+    _paths: bytes
+    _ends: NDArray[np.int64]
+    _labels: NDArray[np.int32]
+    _offsets: NDArray[np.int64] | None = None
+    _sizes: NDArray[np.int64] | None = None
+    order: NDArray[np.uint32] | None = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, number: int) -> bytes:
+        """An image's path, as it stands in the LMDB's key."""
+        return self._paths[self._ends[number - 1] if number else 0 : self._ends[number]]
+
+    def label(self, number: int) -> int:
+        return int(self._labels[number])
+
+    def at(self, position: int) -> int:
+        """The number of the image that is stored at ``position``."""
+        return position if self.order is None else int(self.order[position])
+
+    def read(self, number: int) -> bytes:
+        """An image's content; raises UnreadableImageError."""
+        if self._offsets is None or self._sizes is None:
+            return self.place.read(self.path(number), 0, 0)
+        return self.place.read(b"", int(self._offsets[number]), int(self._sizes[number]))
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """All images in the order in which they are stored."""
+        for position in range(len(self)):
+            number = self.at(position)
+            yield Entry(os.fsdecode(self.path(number)), self.label(number))
+
+    def shuffled(self, seed: int) -> ImageIndex:
+        """The same images in an order that depends on ``seed`` and their number alone."""
+        import numpy as np
+
+        order = array("I", range(len(self)))
+        random.Random(seed).shuffle(order)
+        return replace(self, order=np.frombuffer(order, np.uint32))
+
+    def digest(self) -> str:
+        """What tells this index from another: its images' paths, labels, places and order."""
+        total = hashlib.blake2b(self._paths, digest_size=16)
+        for part in (self._ends, self._labels, self._offsets, self._sizes, self.order):
+            total.update(b"-" if part is None else part.tobytes())
+        return total.hexdigest()
+
+    def relabelled(
+        self,
+        numbers: Iterable[int],
+        labels: Iterable[int],
+        names: tuple[str, ...] | None,
+        source: str,
+        *,
+        cut: int = 0,
+        ignored: int | None = None,
+    ) -> ImageIndex:
+        """The images ``numbers`` of this index, in that order, with ``labels`` in place of their own.
+
+        ``cut`` bytes are taken off the beginning of each path.
+        """
+        build = IndexBuilder(self.place)
+        for number, label in zip(numbers, labels, strict=True):
+            path = self.path(number)[cut:]
+            if self._offsets is None or self._sizes is None:
+                build.add(path, label)
+            else:
+                build.add(path, label, int(self._offsets[number]), int(self._sizes[number]))
+        return build.index(names, source, self.ignored if ignored is None else ignored)
+
+
+class IndexBuilder:
+    """Collects the images of an `ImageIndex` that are read from ``place``."""
+
+    def __init__(self, place: Folder | Archive) -> None:
+        self._place = place
+        self._archived = isinstance(place, Archive)
+        self._paths = bytearray()
+        self._ends = array("q")
+        self._labels = array("i")
+        self._offsets = array("q")
+        self._sizes = array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, path: bytes, label: int, offset: int = 0, size: int = 0) -> None:
+        """Put an image at the end; ``offset`` and ``size`` are those of its content in an archive.
+
+        Raises:
+            UserError: the path is too long for a key, or there are more images than keys.
+        """
+        size_of_key = len(path) + KEY_NUMBER_BYTES
+        if size_of_key > MAX_KEY_BYTES:
+            raise UserError(
+                f"path {os.fsdecode(path)[:60]!r}… is too long for an LMDB key: {size_of_key} bytes with its"
+                f" number, {MAX_KEY_BYTES} at most"
+            )
+        if len(self._ends) == MAX_IMAGES:
+            raise UserError(f"more than {MAX_IMAGES:,} images: Caffe's keys do not count further")
+        self._paths += path
+        self._ends.append(len(self._paths))
+        self._labels.append(label)
+        if self._archived:
+            self._offsets.append(offset)
+            self._sizes.append(size)
+
+    def index(self, names: tuple[str, ...] | None, source: str, ignored: int = 0) -> ImageIndex:
+        """What has been collected."""
+        import numpy as np
+
+        return ImageIndex(
+            self._place,
+            names,
+            source,
+            ignored,
+            bytes(self._paths),
+            np.frombuffer(self._ends, np.int64),
+            np.frombuffer(self._labels, np.int32),
+            np.frombuffer(self._offsets, np.int64) if self._archived else None,
+            np.frombuffer(self._sizes, np.int64) if self._archived else None,
+        )

@@ -1,0 +1,135 @@
+"""Parts of one LMDB, made by several machines, and their joining.
+
+Shard ``i`` of ``n`` holds the images of the i-th of n equal stretches of the whole order, under the keys that
+they have in the whole. Caffe's data layer reads one LMDB, so a last step copies the shards, one after the
+other, into one; it decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caffe_jacinto.data.check import check_folder, check_not_cut_off
+from caffe_jacinto.data.lmdb_writer import MADE_FROM, SKIPPED, LmdbWriter
+from caffe_jacinto.data.progress import image_progress
+from caffe_jacinto.errors import UserError
+
+_NAME = re.compile(r"\.shard-(\d{1,4})-of-(\d{1,4})")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of an LMDB: ``number`` of ``count``, from 1."""
+
+    number: int
+    count: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.number} of {self.count}"
+
+    def places(self, images: int) -> range:
+        """The places in the order of ``images`` images that are this shard's."""
+        return range(images * (self.number - 1) // self.count, images * self.number // self.count)
+
+    def path(self, output: Path) -> Path:
+        """Where the shard of the LMDB ``output`` stands: beside it."""
+        return output.with_name(f"{output.name}.shard-{self.number}-of-{self.count}")
+
+
+def find_shards(output: Path) -> list[Path]:
+    """The shards that stand beside ``output``, in order.
+
+    Raises UserError where there are none, one is missing, or they are not of one making.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"folder {output.parent} does not exist: give the LMDB whose shards are to be joined")
+    found: dict[int, set[int]] = {}
+    for item in output.parent.iterdir():
+        match = _NAME.fullmatch(item.name.removeprefix(output.name))
+        if match and item.name.startswith(output.name):
+            found.setdefault(int(match[2]), set()).add(int(match[1]))
+    if not found:
+        raise UserError(
+            f"there are no shards {output.name}.shard-1-of-N in {output.parent}: make them with --shard 1/N"
+            " and so on"
+        )
+    if len(found) > 1:
+        counts = " and ".join(f"of {count}" for count in sorted(found))
+        raise UserError(f"the shards of {output} are {counts}: remove those that do not belong to it")
+    count, numbers = found.popitem()
+    missing = sorted({*range(1, count + 1)} - numbers)
+    if missing:
+        lacking = Shard(missing[0], count)
+        raise UserError(f"{lacking.path(output)} is missing: make it with --shard {lacking.number}/{count}")
+    shards = [Shard(number, count).path(output) for number in range(1, count + 1)]
+    _check_same(shards)
+    return shards
+
+
+def _check_same(shards: Sequence[Path]) -> None:
+    first: dict[str, Any] | None = None
+    for shard in shards:
+        check_folder(shard)
+        try:
+            facts = json.loads((shard / MADE_FROM).read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{shard} holds no readable {MADE_FROM}: make it again with --shard") from None
+        facts.pop("shard", None)
+        first = first or facts
+        if facts != first:
+            differing = next(name for name in {**first, **facts} if first.get(name) != facts.get(name))
+            raise UserError(
+                f"{shard} is of another making than {shards[0]} ({differing}: {facts.get(differing)} and"
+                f" {first.get(differing)}): make one of them again"
+            )
+
+
+def made_from(shards: Sequence[Path]) -> dict[str, str]:
+    """What the LMDB of all ``shards`` is made from: what each of them is, without its number."""
+    facts: dict[str, str] = json.loads((shards[0] / MADE_FROM).read_text())
+    facts.pop("shard", None)
+    return facts
+
+
+def join(shards: Sequence[Path], writer: LmdbWriter, name: str) -> int:
+    """Copy the records of ``shards`` into one LMDB, from where ``writer`` is; returns their number."""
+    import lmdb
+
+    environments = [lmdb.open(str(shard), readonly=True, lock=False) for shard in shards]
+    try:
+        for shard, environment in zip(shards, environments, strict=True):
+            check_not_cut_off(shard, environment)
+        total = sum(environment.stat()["entries"] for environment in environments)
+        there = writer.images
+        with image_progress(name, total, done=there) as advance:
+            for environment in environments:
+                entries: int = environment.stat()["entries"]
+                if there >= entries:
+                    there -= entries
+                    continue
+                with environment.begin() as transaction, transaction.cursor() as cursor:
+                    for number, (key, record) in enumerate(cursor):
+                        if number >= there:
+                            writer.put(key, record)
+                            advance()
+                there = 0
+    finally:
+        for environment in environments:
+            environment.close()
+    labels = shards[0] / "labels.txt"
+    if labels.is_file():
+        writer.add_file("labels.txt", labels.read_bytes().decode("utf-8", "surrogateescape"))
+    skipped = [
+        (shard / SKIPPED).read_bytes().decode("utf-8", "surrogateescape")
+        for shard in shards
+        if (shard / SKIPPED).is_file()
+    ]
+    if skipped:
+        writer.add_file(SKIPPED, "".join(skipped))
+    return total
