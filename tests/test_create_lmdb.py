@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from caffe_jacinto.data.listing import list_from_file
 from caffe_jacinto.data.lmdb_writer import new_lmdb
 from caffe_jacinto.data.progress import time_text
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import RunFailed, UserError
+from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -346,62 +343,6 @@ def test_two_writers_of_one_lmdb(tmp_path: Path) -> None:
             pass
         writer.put(b"1", b"1")
     assert records(tmp_path / "o") == {b"1": b"1"}
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real thing: a limit on the size of files makes LMDB's write fail as a full disk does."""
-    program = (
-        "import resource, sys; from pathlib import Path\n"
-        "from caffe_jacinto.data.lmdb_writer import new_lmdb\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "with new_lmdb(Path(sys.argv[1])) as writer:\n"
-        "    for n in range(1000): writer.put(b'%08d' % n, bytes(10000))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "o"], capture_output=True, text=True)
-    assert "RunFailed: LMDB" in done.stderr and "could not be written: mdb_" in done.stderr
-    assert names_in(tmp_path) == []
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(RunFailed, match=r"the disk of .* is full \(0 MB left\)"), new_lmdb(tmp_path / "o"):
-        raise OSError("mdb_txn_commit: Input/output error")
-    assert names_in(tmp_path) == []
-
-
-# ---------------------------------------------------------------------------------- stopped in the middle
-
-
-@pytest.fixture
-def many_images(tmp_path: Path) -> Path:
-    """3,000 links to one large image: work of some seconds."""
-    write_image(tmp_path / "one.JPEG", height=768, width=1024)
-    for name in ("cat", "dog"):
-        (tmp_path / "many" / name).mkdir(parents=True)
-        for number in range(1500):
-            (tmp_path / "many" / name / f"{number}.JPEG").symlink_to(tmp_path / "one.JPEG")
-    return tmp_path / "many"
-
-
-@pytest.mark.caffe  # Needs no Caffe, but seconds.
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_in_the_middle(many_images: Path, tmp_path: Path, kind: signal.Signals) -> None:
-    command = [*CREATE, "--images", f"{many_images}", "--output", f"{tmp_path}/o", "--size", "256"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    partial = tmp_path / ".o.partial" / "data.mdb"
-    deadline = time.monotonic() + 20
-    while not partial.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(kind)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
-    assert "Traceback" not in errors
-    assert not (tmp_path / "o").exists()
-    assert partial.exists() == (kind == signal.SIGKILL)
-    (tmp_path / "few").mkdir()
-    write_image(tmp_path / "few" / "cat" / "1.JPEG")
-    create("--images", tmp_path / "few", "--output", tmp_path / "o", "--size", 16)
-    assert len(records(tmp_path / "o")) == 1
-    assert not [name for name in names_in(tmp_path) if name.startswith(".")]
 
 
 # ---------------------------------------------------------------------------------- against real Caffe

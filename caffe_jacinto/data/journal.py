@@ -116,7 +116,10 @@ class Journal:
     def _check_records(self, what: str, environment: Any, commits: Sequence[Commit]) -> int:
         total = 0
         entries = commits[-1].records if commits else 0
-        check_not_cut_off(self._path.parent, environment)
+        try:
+            check_not_cut_off(Path(environment.path()), environment)
+        except UserError:
+            raise _damaged(self._path.parent, "it is cut off") from None
         with (
             environment.begin(buffers=True) as transaction,
             transaction.cursor() as cursor,

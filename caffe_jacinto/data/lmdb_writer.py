@@ -68,9 +68,11 @@ class LmdbWriter:
         sync_folder(partial)
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
-        stored = Stored()
-        if journal.going_on:
-            stored = journal.check(name, self._environment)
+        try:
+            stored = journal.check(name, self._environment) if journal.going_on else Stored()
+        except BaseException:
+            self.close()
+            raise
         self.position = self.resumed = stored.end
         self.images = self.committed = stored.records
         self.record_bytes = stored.record_bytes
