@@ -105,7 +105,8 @@ def read_image(path: Path, *, colour: bool) -> NDArray[np.uint8]:
 
     Raises UnreadableImageError as `encode_image`.
     """
-    return _decoded(_content(path), ImageForm(0, 0, colour=colour))
+    pixels: NDArray[np.uint8] = _decoded(_content(path), ImageForm(0, 0, colour=colour))
+    return pixels
 
 
 def _content(path: Path) -> bytes:
