@@ -32,7 +32,7 @@ PICTURES = (".png", ".svg")
 def main(argv: Sequence[str]) -> int:
     """Returns 0, or 1 where an image could not be read."""
     options = _read_arguments(argv)
-    from caffe_jacinto.data.lmdb_writer import is_lmdb_folder
+    from caffe_jacinto.data.check import is_lmdb_folder
     from caffe_jacinto.inference.backends import open_backend
     from caffe_jacinto.inference.network import trained_network, validation_preprocessing
     from caffe_jacinto.inference.preprocess import file_samples, lmdb_samples
@@ -85,32 +85,7 @@ def _read_arguments(argv: Sequence[str]) -> Namespace:
         raise UserError(f"--batch {options.batch}: give 1 or more")
     if options.picture is not None:
         _check_picture(options.picture)
-<<<<<<< HEAD
     return options
-=======
-    from caffe_jacinto.data.check import is_lmdb_folder
-    from caffe_jacinto.inference.backends import open_backend
-    from caffe_jacinto.inference.network import trained_network, validation_transform
-    from caffe_jacinto.inference.preprocess import file_samples, lmdb_image_size, lmdb_samples
-
-    is_lmdb = is_lmdb_folder(sources[0])
-    if is_lmdb and len(sources) > 1:
-        raise UserError(f"{sources[0]} is an LMDB; give one LMDB alone, or images")
-    if options.picture is not None and not is_lmdb:
-        raise UserError("--picture draws the confusion matrix of an LMDB: give one after --, or leave it out")
-    paths = [] if is_lmdb else _image_files(sources)
-    deploy, weights, val, base = _network_files(options)
-    network = trained_network(deploy, weights)
-    transform, source = validation_transform(val, network.shape, base)
-    names = _names(options, deploy, base, source, sources[0])
-    backend, scores = open_backend(options.backend, network, options.caffe)
-    print(f"{weights} on {backend}", file=sys.stderr)
-    if is_lmdb:
-        total, samples = lmdb_samples(sources[0], transform)
-        return _score_lmdb(options, total, samples, scores, names)
-    size = _size(options, lmdb_image_size(base / source) if source else None, transform)
-    return _classify_files(options, len(paths), file_samples(paths, transform, size), scores, names)
->>>>>>> 8242ff3 (create_lmdb: images in unopened archives, going on after interruptions, shards, more forms)
 
 
 def _parser() -> Parser:
