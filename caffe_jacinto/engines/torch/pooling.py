@@ -1,0 +1,86 @@
+"""Caffe's pooling, whose output sizes are rounded up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor
+
+from caffe_jacinto.caffemodel.net_blobs import height_width
+from caffe_jacinto.engines.torch.setup import Forward, LayerSetup
+
+Pair = tuple[int, int]
+
+
+def pooling(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters(
+        "pooling_param",
+        *("pool", "pad", "pad_h", "pad_w", "kernel_size", "kernel_h", "kernel_w"),
+        *("stride", "stride_h", "stride_w", "global_pooling", "round_mode"),
+    )
+    (shape,) = layer.bottoms
+    if len(shape) != 4:
+        layer.refuse("pools batch x channels x height x width only")
+    kinds = type(fields)
+    if fields.pool not in (kinds.MAX, kinds.AVE):
+        layer.refuse("pooling_param.pool: only MAX and AVE are supported")
+    largest = fields.pool == kinds.MAX
+    if fields.global_pooling:
+        layer.tops = [(*shape[:2], 1, 1)]
+        size = shape[2:]
+        if largest:
+            return lambda images: F.max_pool2d(images, size)
+        return lambda images: images.mean((2, 3), keepdim=True)
+    kernel, stride = height_width(fields, "kernel_size", 0), height_width(fields, "stride", 1)
+    pad = height_width(fields, "pad", 0)
+    if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
+        layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
+    up = getattr(fields, "round_mode", 0) == 0
+    sizes = tuple(_pooled(shape[i + 2], kernel[i], stride[i], pad[i], up=up) for i in (0, 1))
+    if any((sizes[i] - 1) * stride[i] >= shape[i + 2] + pad[i] for i in (0, 1)) or min(sizes) < 1:
+        layer.refuse(
+            f"a window of {kernel[0]}x{kernel[1]} lies outside of the {shape[2]}x{shape[3]} pixels; "
+            "use a smaller stride or kernel"
+        )
+    layer.tops = [(*shape[:2], *sizes)]
+    if up and 2 * pad[0] <= kernel[0] and 2 * pad[1] <= kernel[1]:
+        if largest:
+            return lambda images: F.max_pool2d(images, kernel, stride, pad, ceil_mode=True)
+        return lambda images: F.avg_pool2d(images, kernel, stride, pad, ceil_mode=True)
+    edges = tuple(
+        _edges(shape[i + 2], kernel[i], stride[i], pad[i], sizes[i]) for i in (1, 0)
+    )  # width first, as F.pad has it
+    margins = [*edges[0], *edges[1]]
+    if largest:
+        return lambda images: F.max_pool2d(F.pad(images, margins, value=float("-inf")), kernel, stride)
+    areas = _areas(shape[2:], kernel, stride, pad, sizes).to(layer.device)
+
+    def average(images: Tensor) -> Tensor:
+        sums = F.avg_pool2d(F.pad(images, margins), kernel, stride, divisor_override=1)
+        return sums / areas.to(sums.dtype)
+
+    return average
+
+
+def _pooled(size: int, kernel: int, stride: int, pad: int, *, up: bool) -> int:
+    """The number of windows along an axis; one that would begin in the padding is dropped."""
+    room = size + 2 * pad - kernel
+    pooled = (-(-room // stride) if up else room // stride) + 1
+    if pad and (pooled - 1) * stride >= size + pad:
+        pooled -= 1
+    return pooled
+
+
+def _edges(size: int, kernel: int, stride: int, pad: int, pooled: int) -> tuple[int, int]:
+    """The padding before and behind that makes the windows fill an axis exactly; negative: cut off."""
+    return pad, (pooled - 1) * stride + kernel - size - pad
+
+
+def _areas(size: tuple[int, ...], kernel: Pair, stride: Pair, pad: Pair, pooled: tuple[int, ...]) -> Tensor:
+    """What each window's sum is divided by: its pixels, those of the padding too, but none beyond it."""
+    spans = []
+    for i in (0, 1):
+        starts = torch.arange(pooled[i]) * stride[i] - pad[i]
+        spans.append((starts + kernel[i]).clamp(max=size[i] + pad[i]) - starts)
+    return spans[0][:, None] * spans[1][None, :]
