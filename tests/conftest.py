@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,15 @@ def caffe_engine() -> Engine:
     if engine.info.pycaffe is None:
         return _missing("; ".join(engine.info.notes))
     return engine
+
+
+@pytest.fixture(scope="session")
+def pycaffe(caffe_engine: Engine) -> Any:
+    """The module ``caffe`` in this process, which logs errors only."""
+    from caffe_jacinto.inference.backends import quiet_pycaffe
+
+    assert caffe_engine.info.pycaffe is not None
+    return quiet_pycaffe(caffe_engine.info.pycaffe)
 
 
 @pytest.fixture(scope="session")

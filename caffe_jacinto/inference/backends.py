@@ -105,7 +105,7 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
     folder = find_engine(path).info.pycaffe
     if folder is None:
         raise UserError("this Caffe has no pycaffe that this Python imports; use --backend opencv")
-    caffe = _quiet_pycaffe(folder)
+    caffe = quiet_pycaffe(folder)
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
         if network.dialect is Dialect.BVLC:
@@ -130,7 +130,7 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
     return f"stock Caffe {caffe.__version__}", scores
 
 
-def _quiet_pycaffe(folder: Path) -> Any:
+def quiet_pycaffe(folder: Path) -> Any:
     """The ``caffe`` module from ``folder``, logging errors only; a Caffe started later logs as ever."""
     spelled = "GLOG_minloglevel"  # read by glog once, when it is loaded
     before = os.environ.get(spelled)

@@ -1,0 +1,510 @@
+"""Each layer of the engine on PyTorch, alone, forward and backward, against pycaffe's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from caffe_jacinto.engines.torch.net import TEST, TRAIN, Net
+from caffe_jacinto.engines.torch.weight_file import array, put
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
+
+pytestmark = pytest.mark.caffe
+
+TOLERANCE = 1e-5
+"""Of the largest number of a blob."""
+
+Shape = tuple[int, ...]
+Case = tuple[str, list[Shape]]
+"""A layer's type and parameters as prototxt, and the shapes of its bottoms."""
+
+
+def shapes(least: int = 4, most: int = 4, size: int = 6) -> st.SearchStrategy[Shape]:
+    return st.lists(st.integers(1, size), min_size=least, max_size=most).map(tuple)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Case:
+    group = draw(st.integers(1, 3))
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    pad = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    sizes = [
+        draw(st.integers(max((k - 1) * d + 1 - 2 * p, 1), 9))
+        for k, d, p in zip(kernel, dilation, pad, strict=True)
+    ]
+    fields = f"""num_output: {group * draw(st.integers(1, 3))} group: {group}
+        kernel_h: {kernel[0]} kernel_w: {kernel[1]} stride_h: {stride[0]} stride_w: {stride[1]}
+        pad_h: {pad[0]} pad_w: {pad[1]} dilation: {dilation[0]} dilation: {dilation[1]}
+        bias_term: {str(draw(st.booleans())).lower()} weight_filler {{ type: "msra" }}
+        bias_filler {{ type: "gaussian" }}"""
+    shape = (draw(st.integers(1, 3)), group * draw(st.integers(1, 3)), *sizes)
+    return f'type: "Convolution" convolution_param {{ {fields} }}', [shape]
+
+
+@st.composite
+def poolings(draw: st.DrawFn) -> Case:
+    batch, channels, height, width = draw(shapes(size=9))
+    kind = draw(st.sampled_from(["MAX", "AVE"]))
+    if draw(st.booleans()):
+        return f'type: "Pooling" pooling_param {{ pool: {kind} global_pooling: true }}', [
+            (batch, channels, height, width)
+        ]
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    pad = tuple(draw(st.integers(0, k - 1)) for k in kernel)
+    stride = tuple(draw(st.integers(1, k)) for k in kernel)
+    size = tuple(max(s, k - 2 * p) for s, k, p in zip((height, width), kernel, pad, strict=True))
+    rounding = draw(st.sampled_from(["", "round_mode: FLOOR", "round_mode: CEIL"]))
+    fields = f"""pool: {kind} kernel_h: {kernel[0]} kernel_w: {kernel[1]} stride_h: {stride[0]}
+        stride_w: {stride[1]} pad_h: {pad[0]} pad_w: {pad[1]} {rounding}"""
+    return f'type: "Pooling" pooling_param {{ {fields} }}', [(batch, channels, *size)]
+
+
+@st.composite
+def inner_products(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(2, 4))
+    fields = f"""num_output: {draw(st.integers(1, 5))} axis: {draw(st.integers(1, len(shape) - 1))}
+        bias_term: {str(draw(st.booleans())).lower()} transpose: {str(draw(st.booleans())).lower()}
+        weight_filler {{ type: "xavier" }} bias_filler {{ type: "uniform" min: -1 max: 1 }}"""
+    return f'type: "InnerProduct" inner_product_param {{ {fields} }}', [shape]
+
+
+@st.composite
+def scales_and_biases(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(2, 4))
+    kind = draw(st.sampled_from(["Scale", "Bias"]))
+    axis = draw(st.integers(0, len(shape) - 1))
+    axes = draw(st.integers(1, len(shape) - axis))
+    fields = f'axis: {axis} filler {{ type: "gaussian" }}'
+    bottoms = [shape]
+    if draw(st.booleans()):
+        bottoms.append(shape[axis : axis + axes])
+    else:
+        fields += f" num_axes: {draw(st.sampled_from([axes, -1, 0]))}"
+    if kind == "Scale" and draw(st.booleans()):
+        fields += ' bias_term: true bias_filler { type: "gaussian" }'
+    return f'type: "{kind}" {kind.lower()}_param {{ {fields} }}', bottoms
+
+
+@st.composite
+def local_response_norms(draw: st.DrawFn) -> Case:
+    region = draw(st.sampled_from(["ACROSS_CHANNELS", "WITHIN_CHANNEL"]))
+    fields = f"""local_size: {draw(st.sampled_from([1, 3, 5]))} alpha: {draw(st.floats(0.01, 2))}
+        beta: {draw(st.floats(0.1, 2))} norm_region: {region}"""
+    if region == "ACROSS_CHANNELS":
+        fields += f" k: {draw(st.floats(1, 3))}"
+    return f'type: "LRN" lrn_param {{ {fields} }}', [draw(shapes(size=7))]
+
+
+@st.composite
+def eltwises(draw: st.DrawFn) -> Case:
+    shape, count = draw(shapes(1, 4)), draw(st.integers(2, 4))
+    operation = draw(st.sampled_from(["SUM", "PROD", "MAX"]))
+    fields = f"operation: {operation}"
+    if operation == "SUM" and draw(st.booleans()):
+        fields += "".join(f" coeff: {draw(st.floats(-2, 2)):g}" for _ in range(count))
+    return f'type: "Eltwise" eltwise_param {{ {fields} }}', [shape] * count
+
+
+@st.composite
+def concats(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(2, 4))
+    axis = draw(st.integers(0, len(shape) - 1))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    bottoms = [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
+    return f'type: "Concat" concat_param {{ axis: {axis - draw(st.sampled_from([0, len(shape)]))} }}', bottoms
+
+
+@st.composite
+def flattens_and_reshapes(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(2, 4))
+    axis = draw(st.integers(0, len(shape) - 1))
+    end = draw(st.integers(axis, len(shape) - 1))
+    if draw(st.booleans()):
+        return f'type: "Flatten" flatten_param {{ axis: {axis} end_axis: {end} }}', [shape]
+    middle = math.prod(shape[axis : end + 1])
+    dims = draw(st.sampled_from(["dim: -1", f"dim: {middle} dim: 1", "dim: 1 dim: -1", f"dim: {middle}"]))
+    return (
+        f'type: "Reshape" reshape_param {{ axis: {axis} num_axes: {end - axis + 1} shape {{ {dims} }} }}',
+        [shape],
+    )
+
+
+@st.composite
+def activations(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(2, 4))
+    choices = {
+        "ReLU": f"relu_param {{ negative_slope: {draw(st.sampled_from([0, 0.1, -0.5]))} }}",
+        "PReLU": f"prelu_param {{ channel_shared: {str(draw(st.booleans())).lower()} }}",
+        "Power": f"power_param {{ scale: {draw(st.floats(0.5, 2)):g} shift: {draw(st.floats(-3, 3)):g} }}",
+        "Softmax": f"softmax_param {{ axis: {draw(st.integers(-1, len(shape) - 1))} }}",
+        "Dropout": "dropout_param { dropout_ratio: 0 }",
+    }
+    kind = draw(st.sampled_from(sorted(choices)))
+    return f'type: "{kind}" {choices[kind]}', [shape]
+
+
+ANY = {
+    "convolution": convolutions(),
+    "pooling": poolings(),
+    "inner product": inner_products(),
+    "scale, bias": scales_and_biases(),
+    "LRN": local_response_norms(),
+    "eltwise": eltwises(),
+    "concat": concats(),
+    "flatten, reshape": flattens_and_reshapes(),
+    "activation": activations(),
+}
+
+thorough = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class Pair:
+    """The same network in Caffe and on PyTorch, with the same weights."""
+
+    def __init__(self, caffe: Any, folder: Path, text: str, phase: int = TRAIN) -> None:
+        definition = parse_net(text, Dialect.BVLC, "layer.prototxt")
+        self.ours = Net(definition, phase, Dialect.BVLC, where="layer.prototxt", seed=1)
+        file = folder / "layer.prototxt"
+        file.write_text(text)
+        self.theirs = caffe.Net(str(file), phase)
+        for name, blobs in self.ours.layer_blobs.items():
+            for blob, other in zip(blobs, self.theirs.params[name], strict=True):
+                other.data[...] = array(blob.tensor)
+
+    def compare(self, inputs: dict[str, Any], *, backward: bool = True, least: float = 1e-2) -> None:
+        """One pass through both: outputs, gradients of inputs and blobs, and the blobs themselves.
+
+        ``least`` is what a blob's numbers come from: what is left of them may be far smaller.
+        """
+        given = {}
+        for name, values in inputs.items():
+            self.theirs.blobs[name].data[...] = values
+            tensor = torch.from_numpy(values)
+            if values.ndim == 4:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            given[name] = tensor.requires_grad_(backward and name != "label")
+        for blobs in self.theirs.params.values():
+            for blob in blobs:
+                blob.diff[...] = 0
+        expected = self.theirs.forward()
+        result = self.ours(given)
+        assert list(result.outputs) == list(expected) or set(result.outputs) == set(expected)
+        for name, values in expected.items():
+            close(values, result.outputs[name].numpy(), f"output {name}", least)
+        if not backward:
+            return
+        self.theirs.backward()
+        result.loss.backward()
+        for name, tensor in given.items():
+            if name != "label":
+                gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                close(self.theirs.blobs[name].diff, gradient.numpy(), f"gradient of {name}", least)
+        for layer, blobs in self.ours.layer_blobs.items():
+            for index, (blob, other) in enumerate(zip(blobs, self.theirs.params[layer], strict=True)):
+                close(other.data, array(blob.tensor), f"{layer}[{index}]", least)
+                if blob.tensor.grad is not None:
+                    close(other.diff, array(blob.tensor.grad), f"gradient of {layer}[{index}]", least)
+                    blob.tensor.grad = None
+
+
+def close(expected: Any, found: Any, what: str, least: float) -> None:
+    expected = np.asarray(expected)
+    assert expected.size == found.size, what
+    error = np.abs(expected.reshape(-1) - found.reshape(-1)).max(initial=0)
+    assert error <= TOLERANCE * max(np.abs(expected).max(initial=0), least), f"{what}: {error}"
+
+
+def inputs_text(shapes_by_name: dict[str, Shape]) -> str:
+    return "\n".join(
+        f'layer {{ name: "{name}" type: "Input" top: "{name}" input_param {{ shape {{'
+        f"{''.join(f' dim: {dim}' for dim in shape)} }} }} }}"
+        for name, shape in shapes_by_name.items()
+    )
+
+
+def weighted(layer: str, bottoms: list[Shape]) -> tuple[str, dict[str, Shape]]:
+    """A network of one layer whose loss is the sum of its top, each value by a weight from outside."""
+    names = {f"data{i}": shape for i, shape in enumerate(bottoms)}
+    head = "force_backward: true\n" + inputs_text(names)
+    reads = " ".join(f'bottom: "{name}"' for name in names)
+    tested = f'\nlayer {{ name: "tested" {layer} {reads} top: "top" }}\n'
+    definition = parse_net(head + tested, Dialect.BVLC, "layer.prototxt")
+    top = Net(definition, TRAIN, Dialect.BVLC, where="layer.prototxt").shapes["top"]
+    loss = 'layer { name: "loss" type: "Eltwise" bottom: "top" bottom: "weights" top: "loss" loss_weight: 1'
+    text = head + inputs_text({"weights": top}) + tested + loss + " eltwise_param { operation: PROD } }"
+    return text, {**names, "weights": top}
+
+
+def numbers(names: dict[str, Shape], seed: int) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in names.items()}
+
+
+@pytest.mark.parametrize("kind", ANY)
+def test_forward_and_backward_are_caffes(kind: str, pycaffe: Any, tmp_path: Path) -> None:
+    @thorough
+    @given(ANY[kind], st.integers(0, 2**32 - 1))
+    def compare(case: Case, seed: int) -> None:
+        text, names = weighted(*case)
+        Pair(pycaffe, tmp_path, text).compare(numbers(names, seed))
+
+    compare()
+
+
+def loss_text(names: dict[str, Shape], layer: str, label: str = "label") -> str:
+    reads = " ".join(f'bottom: "{name}"' for name in ("data", label))
+    return (
+        f"force_backward: true\n{inputs_text(names)}\nlayer {{ name: 'tested' {layer} {reads} top: 'top' }}"
+    )
+
+
+@st.composite
+def scores_and_labels(draw: st.DrawFn) -> tuple[dict[str, Shape], int, int]:
+    """Shapes of scores and labels, the axis of the classes, and how many classes."""
+    shape = draw(shapes(2, 4))
+    axis = draw(st.integers(1, len(shape) - 1))
+    labels = (*shape[:axis], 1, *shape[axis + 1 :])
+    return {"data": shape, "label": labels}, axis, shape[axis]
+
+
+def drawn_labels(shape: Shape, classes: int, ignored: int | None, random: Any) -> Any:
+    labels = random.integers(0, classes, shape).astype(np.float32)
+    if ignored is not None:
+        labels[random.random(shape) < 0.3] = ignored
+    return labels
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["", "normalization: FULL", "normalization: BATCH_SIZE", "normalization: NONE", "normalize: false"],
+)
+@pytest.mark.parametrize("ignored", [None, 255, 0])
+def test_softmax_loss_is_caffes(mode: str, ignored: int | None, pycaffe: Any, tmp_path: Path) -> None:
+    @settings(thorough, max_examples=15)
+    @given(scores_and_labels(), st.integers(0, 2**32 - 1), st.floats(0.1, 30))
+    def compare(case: tuple[dict[str, Shape], int, int], seed: int, spread: float) -> None:
+        names, axis, classes = case
+        ignore = "" if ignored is None else f"ignore_label: {ignored}"
+        layer = f'type: "SoftmaxWithLoss" softmax_param {{ axis: {axis} }} loss_param {{ {ignore} {mode} }}'
+        random = np.random.default_rng(seed)
+        given_inputs = {
+            "data": (spread * random.standard_normal(names["data"])).astype(np.float32),
+            "label": drawn_labels(names["label"], classes, ignored, random),
+        }
+        Pair(pycaffe, tmp_path, loss_text(names, layer)).compare(given_inputs)
+
+    compare()
+
+
+def test_the_largest_loss_is_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    """A loss that is stuck shows 87.3365 in either, and learns on by the same gradient."""
+    names = {"data": (2, 3), "label": (2,)}
+    values = {"data": np.float32([[0, 200, 0], [0, 0, 1]]), "label": np.float32([0, 0])}
+    Pair(pycaffe, tmp_path, loss_text(names, 'type: "SoftmaxWithLoss"')).compare(values)
+    values["label"] = np.float32([0, 1])
+    pair = Pair(pycaffe, tmp_path, loss_text({"data": (2, 3), "label": (2,)}, 'type: "SoftmaxWithLoss"'))
+    pair.compare(values)
+
+
+@pytest.mark.parametrize("ignored", [None, 1])
+def test_accuracy_is_caffes(ignored: int | None, pycaffe: Any, tmp_path: Path) -> None:
+    """Also where scores are equal: few different numbers make many ties."""
+
+    @thorough
+    @given(scores_and_labels(), st.integers(0, 2**32 - 1), st.data())
+    def compare(case: tuple[dict[str, Shape], int, int], seed: int, data: st.DataObject) -> None:
+        names, axis, classes = case
+        top_k = data.draw(st.integers(1, classes))
+        ignore = "" if ignored is None else f"ignore_label: {ignored}"
+        layer = f'type: "Accuracy" accuracy_param {{ axis: {axis} top_k: {top_k} {ignore} }}'
+        random = np.random.default_rng(seed)
+        labels = drawn_labels(names["label"], classes, ignored, random)
+        if ignored is not None:
+            labels.reshape(-1)[0] = 0  # Caffe divides by the labels that count
+        scores = random.integers(0, 3, names["data"]).astype(np.float32)
+        Pair(pycaffe, tmp_path, loss_text(names, layer), TEST).compare(
+            {"data": scores, "label": labels}, backward=False
+        )
+
+    compare()
+
+
+@pytest.mark.parametrize("behind", ["", "in place", "of its own", "apart"])
+def test_batch_norm_is_caffes_over_iterations(behind: str, pycaffe: Any, tmp_path: Path) -> None:
+    """Alone and with a Scale layer behind it, in training and then in testing: statistics and gradients."""
+
+    @settings(thorough, max_examples=25)
+    @given(shapes(2, 4), st.floats(0.5, 0.999), st.floats(1e-5, 1e-2), st.integers(0, 2**32 - 1))
+    def compare(shape: Shape, fraction: float, eps: float, seed: int) -> None:
+        shape = (shape[0] + 3, *shape[1:])
+        norm = f"moving_average_fraction: {fraction:g} eps: {eps:g}"
+        text = "force_backward: true\n" + inputs_text({"data": shape, "weights": shape})
+        text += (
+            '\nlayer { name: "bn" type: "BatchNorm" bottom: "data" top: "bn" batch_norm_param {'
+            + norm
+            + "} }\n"
+        )
+        top = "bn"
+        if behind:
+            top = "bn" if behind == "in place" else "scaled"
+            text += (
+                f'layer {{ name: "scale" type: "Scale" bottom: "bn" top: "{top}" '
+                'scale_param { bias_term: true filler { type: "gaussian" mean: 1 std: 0.3 } '
+                'bias_filler { type: "gaussian" } } }\n'
+            )
+        if behind == "apart":
+            text += 'layer { name: "both" type: "Eltwise" bottom: "bn" bottom: "scaled" top: "both" }\n'
+            top = "both"
+        text += (
+            f'layer {{ name: "loss" type: "Eltwise" bottom: "{top}" bottom: "weights" top: "loss" '
+            "loss_weight: 1 eltwise_param { operation: PROD } }"
+        )
+        pair = Pair(pycaffe, tmp_path, text)
+        names = {"data": shape, "weights": shape}
+        for step in range(3):
+            values = numbers(names, seed + step)
+            values["data"] = values["data"] * 3 + 5
+            pair.compare(values, least=1)
+        tested = Pair(pycaffe, tmp_path, text, TEST)
+        for name, blobs in pair.ours.layer_blobs.items():
+            for index, blob in enumerate(blobs):
+                put(array(blob.tensor), tested.ours.layer_blobs[name][index].tensor)
+                tested.theirs.params[name][index].data[...] = pair.theirs.params[name][index].data
+        tested.compare(numbers(names, seed), backward=False)
+
+    compare()
+
+
+def test_dropout_scales_what_it_keeps() -> None:
+    text = inputs_text({"data": (1000, 10)}) + (
+        '\nlayer { name: "drop" type: "Dropout" bottom: "data" top: "data" '
+        "dropout_param { dropout_ratio: 0.25 } }"
+    )
+    definition = parse_net(text, Dialect.BVLC, "drop")
+    ones = torch.ones(1000, 10)
+    trained = Net(definition, TRAIN, Dialect.BVLC, where="drop")({"data": ones}).outputs["data"]
+    assert trained.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert 0.72 < float((trained != 0).float().mean()) < 0.78
+    tested = Net(definition, TEST, Dialect.BVLC, where="drop")({"data": ones}).outputs["data"]
+    assert torch.equal(tested, ones)
+
+
+FORK_NORM = """
+layer { name: "bn" type: "BatchNorm" bottom: "data" top: "bn"
+        batch_norm_param { scale_bias: true moving_average_fraction: 0.9 eps: 1e-7 } }
+"""
+
+
+def test_the_forks_batch_norm_by_its_definition() -> None:
+    """Plain averages, a factor that nothing reads, eps of at least 1e-5, scale and shift in five blobs."""
+    text = inputs_text({"data": (4, 3, 5, 5)}) + FORK_NORM
+    definition = parse_net(text, Dialect.CAFFE_JACINTO, "bn")
+    net = Net(definition, TRAIN, Dialect.CAFFE_JACINTO, where="bn")
+    mean, variance, factor, scale, shift = (blob.tensor for blob in net.layer_blobs["bn"])
+    put(np.float32([1, 2, 3]), scale)
+    put(np.float32([-1, 0, 1]), shift)
+    data = torch.from_numpy(numbers({"data": (4, 3, 5, 5)}, 0)["data"]) * 0.01
+    found = net({"data": data}).outputs["bn"]
+    values = data.numpy()
+    means, spreads = values.mean((0, 2, 3)), values.var((0, 2, 3))
+    view = (1, 3, 1, 1)
+    normal = (values - means.reshape(view)) / np.sqrt(spreads.reshape(view) + 1e-5)
+    expected = normal * np.float32([1, 2, 3]).reshape(view) + np.float32([-1, 0, 1]).reshape(view)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(mean.numpy(), 0.1 * means, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(variance.numpy(), 0.1 * spreads * 100 / 99, rtol=1e-4)
+    assert factor.tolist() == [1]
+    tested = Net(definition, TEST, Dialect.CAFFE_JACINTO, where="bn")
+    tested.share_with(net)
+    found = tested({"data": data}).outputs["bn"]
+    normal = (values - mean.numpy().reshape(view)) / np.sqrt(variance.numpy().reshape(view) + 1e-5)
+    expected = normal * np.float32([1, 2, 3]).reshape(view) + np.float32([-1, 0, 1]).reshape(view)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("filler", ["constant", "uniform", "gaussian", "xavier", "msra", "positive_unitball"])
+@pytest.mark.parametrize("norm", ["FAN_IN", "FAN_OUT", "AVERAGE"])
+def test_fillers_draw_from_caffes_distribution(filler: str, norm: str, pycaffe: Any, tmp_path: Path) -> None:
+    """Mean, deviation and reach of 40,000 numbers."""
+    fields = {"constant": "value: 0.5", "uniform": "min: -2 max: 1", "gaussian": "mean: 1 std: 2"}.get(
+        filler, ""
+    )
+    if filler in ("xavier", "msra"):
+        fields = f"variance_norm: {norm}"
+    text = inputs_text({"data": (1, 100, 3, 3)}) + (
+        '\nlayer { name: "tested" type: "InnerProduct" bottom: "data" top: "top" inner_product_param { '
+        f'num_output: 45 weight_filler {{ type: "{filler}" {fields} }} }} }}'
+    )
+    pair = Pair(pycaffe, tmp_path, text)
+    theirs = pycaffe.Net(str(tmp_path / "layer.prototxt"), TRAIN).params["tested"][0].data
+    ours = array(pair.ours.layer_blobs["tested"][0].tensor)
+    spread = float(theirs.std())
+    assert abs(float(ours.mean() - theirs.mean())) < 0.03 * spread + 1e-7
+    assert abs(float(ours.std()) - spread) < 0.03 * spread + 1e-7
+    if filler in ("uniform", "xavier"):
+        np.testing.assert_allclose([ours.min(), ours.max()], [theirs.min(), theirs.max()], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; supported: Accuracy"),
+        ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 }', "only MAX and AVE"),
+        ('type: "ReLU" power_param { power: 2 }', "field power_param is not supported"),
+        ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 9 }', "than the 5x5 pixels"),
+        ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 3 group: 2 }', "of group"),
+        ('type: "InnerProduct" inner_product_param { num_output: 4 axis: 7 }', "axis 7 is none of the 4"),
+        ('type: "LRN" lrn_param { local_size: 4 }', "has to be odd"),
+        ('type: "Dropout" dropout_param { dropout_ratio: 1 }', "from 0 to below 1"),
+        ('type: "Reshape" reshape_param { shape { dim: 7 } }', "does not hold the 150 values"),
+        ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 3 '
+         'weight_filler { type: "magic" } }', "filler type 'magic' is unknown"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(layer: str, says: str) -> None:
+    text = (
+        inputs_text({"data": (2, 3, 5, 5)}) + f'\nlayer {{ name: "tested" {layer} bottom: "data" top: "t" }}'
+    )
+    with pytest.raises(UserError, match=r"net\.prototxt: layer tested") as error:
+        Net(parse_net(text, Dialect.BVLC, "net.prototxt"), TRAIN, Dialect.BVLC, where="net.prototxt")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("", ["both", "train"]),
+        ("stage: 'deep'", ["both", "train", "deep"]),
+        ("level: 2", ["both", "train", "high"]),
+    ],
+)
+def test_layers_of_a_phase_are_caffes(state: str, expected: list[str], pycaffe: Any, tmp_path: Path) -> None:
+    rules = {
+        "both": "",
+        "train": "include { phase: TRAIN }",
+        "test": "exclude { phase: TRAIN }",
+        "deep": "include { phase: TRAIN stage: 'deep' } include { phase: TEST stage: 'deep' }",
+        "high": "include { min_level: 1 }",
+    }
+    text = f"state {{ {state} }}\n" + inputs_text({"data": (2, 3)})
+    for name, rule in rules.items():
+        text += f"\nlayer {{ name: '{name}' type: 'ReLU' bottom: 'data' top: '{name}' {rule} }}"
+    (tmp_path / "phases.prototxt").write_text(text)
+    net = Net(parse_net(text, Dialect.BVLC, "p"), TRAIN, Dialect.BVLC, where="p")
+    assert [layer.name for layer in net.layers if layer.type == "ReLU"] == expected
+    stages = ["deep"] if "deep" in expected else []
+    theirs = pycaffe.Net(str(tmp_path / "phases.prototxt"), TRAIN, 2 if "high" in expected else 0, stages)
+    assert [name for name in theirs._layer_names if name in rules] == expected
