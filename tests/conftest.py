@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ import pytest
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
+
+collect_ignore_glob = [] if find_spec("torch") or os.environ.get("CI") else ["test_torch_*.py"]
+"""Tests of the engine on PyTorch are left out where it is not installed; where CI is set, they fail."""
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"left out: {pattern}, which need PyTorch (pip install -e .[torch])"
+        for pattern in collect_ignore_glob
+    ]
 
 
 @pytest.fixture(autouse=True)

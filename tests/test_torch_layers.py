@@ -187,7 +187,8 @@ class Pair:
     def compare(self, inputs: dict[str, Any], *, backward: bool = True, least: float = 1e-2) -> None:
         """One pass through both: outputs, gradients of inputs and blobs, and the blobs themselves.
 
-        ``least`` is what a blob's numbers come from: what is left of them may be far smaller.
+        ``least`` is the size of what a blob's numbers come from, 1 for the gradients of weights, which are
+        sums: what is left of them may be far smaller.
         """
         given = {}
         for name, values in inputs.items():
@@ -216,7 +217,7 @@ class Pair:
             for index, (blob, other) in enumerate(zip(blobs, self.theirs.params[layer], strict=True)):
                 close(other.data, array(blob.tensor), f"{layer}[{index}]", least)
                 if blob.tensor.grad is not None:
-                    close(other.diff, array(blob.tensor.grad), f"gradient of {layer}[{index}]", least)
+                    close(other.diff, array(blob.tensor.grad), f"gradient of {layer}[{index}]", 1)
                     blob.tensor.grad = None
 
 

@@ -20,7 +20,9 @@ from caffe_jacinto.prototxt.dialects import Dialect
 FED = ("Data", "Input")
 """The types of the layers whose tops come from outside."""
 
-_KNOWN_FIELDS = frozenset({"name", "force_backward", "input", "input_shape", "input_dim", "state", "layer", "debug_info"})
+_KNOWN_FIELDS = frozenset(
+    {"name", "force_backward", "input", "input_shape", "input_dim", "state", "layer", "debug_info"}
+)
 _FORK_NO_EFFECT = frozenset(
     {
         *("default_conv_algos_override", "default_cudnn_math_override", "reduce_buckets"),
