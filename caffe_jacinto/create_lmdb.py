@@ -6,6 +6,7 @@
     python -m caffe_jacinto.create_lmdb --images data/train --output data/train_lmdb
     python -m caffe_jacinto.create_lmdb --images data/val --list data/val.txt --output data/val_lmdb
     python -m caffe_jacinto.create_lmdb --mean data/train_lmdb data/mean.binaryproto
+    python -m caffe_jacinto.create_lmdb --verify data/train_lmdb
 
 Records are what Caffe's own convert_imageset stores with --encoded --encode_type jpg and the same size; the
 mean image is what its compute_image_mean makes of an LMDB. The same command goes on after any interruption.
@@ -46,6 +47,9 @@ LARGEST_SIDE = 65_500
 MOST_WORKERS = 1024
 """More threads than any machine has a use for."""
 
+SAMPLES, MOST_SAMPLES = 100, 10_000
+"""Images on the page of --verify, if not said, and at most."""
+
 MAX_BAD_SHARE, MAX_BAD_LEAST = 0.01, 10
 """Images that may be left out, if not said: this share of all, or this number if that is more."""
 
@@ -56,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     if options.mean:
         return _make_mean(options)
+    if options.verify:
+        return _verify(options)
     output: Path = options.shard.path(options.output) if options.shard else options.output
     if options.keep and output.exists():
         return _keep(output, options)
@@ -150,6 +156,13 @@ def _read(arguments: Sequence[str]) -> argparse.Namespace:
     if options.mean:
         _refuse(parser, options, "making an LMDB, and --mean reads one", ("output", "join", *_MAKING))
         return options
+    if options.verify:
+        making = ("join", "force", "keep", "restart", *(name for name in _MAKING if name != "labels"))
+        _refuse(parser, options, "making an LMDB, and --verify reads one", making)
+        if options.sample and not options.output:
+            parser.error("--sample makes a page: name it with --output page.html")
+        return options
+    _refuse(parser, options, "--verify", ("sample", "format"))
     if options.join:
         _refuse(parser, options, "making an LMDB from images, and --join takes its shards", _MAKING)
     missing = [
@@ -245,6 +258,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LMDB", "OUT"),
         help="make the mean image of an LMDB, as the file OUT (like mean.binaryproto)",
     )
+    other.add_argument(
+        "--verify",
+        type=Path,
+        metavar="LMDB",
+        help="read all of an LMDB, made by anyone, and say what is in it and what is wrong",
+    )
+    other.add_argument(
+        "--sample",
+        type=_samples,
+        metavar="N",
+        help=f"with --verify: show N images on the page --output (default with --output: {SAMPLES})",
+    )
+    other.add_argument(
+        "--format", choices=["table", "json"], default="table", help="of what --verify says (default: table)"
+    )
     return parser
 
 
@@ -318,6 +346,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _side(text: str) -> int:
     return _number(text, LARGEST_SIDE)
+
+
+def _samples(text: str) -> int:
+    return _number(text, MOST_SAMPLES)
 
 
 def _workers(text: str) -> int:
@@ -433,6 +465,27 @@ def _keep(output: Path, options: argparse.Namespace) -> int:
         " (--force makes it again)"
     )
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Say what is in an LMDB; the exit code is 1 where it is not fit for training."""
+    from caffe_jacinto.data import verify_report
+    from caffe_jacinto.data.verify import verify_lmdb
+
+    page: Path | None = options.output
+    if page is not None and page.is_dir():
+        raise UserError(f"--output {page} is a folder: name the page, like page.html")
+    sample = (options.sample or SAMPLES) if page is not None else 0
+    found = verify_lmdb(options.verify, workers=options.workers, labels=options.labels, sample=sample)
+    if page is not None:
+        verify_report.write_page(found, page)
+    if options.format == "json":
+        print(verify_report.as_json(found))
+    else:
+        verify_report.show(found, sys.stdout)
+        if page is not None:
+            print(f"{page}: {count_text(len(found.samples), 'image')} with their labels")
+    return 1 if found.errors else 0
 
 
 def _make_mean(options: argparse.Namespace) -> int:

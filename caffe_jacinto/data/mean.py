@@ -6,13 +6,12 @@ That program adds the images up in the LMDB's order and in 32-bit numbers, and d
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.data.ahead import ahead
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum, record_place
 from caffe_jacinto.data.progress import image_progress
 from caffe_jacinto.errors import RunFailed, UserError
@@ -23,9 +22,6 @@ from caffe_jacinto.prototxt.schema import messages
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-IN_FLIGHT_PER_WORKER = 8
-"""Images that are being decoded or wait to be added, for each thread: bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -140,24 +136,13 @@ def _check_size(where: str, shape: tuple[int, ...], first: tuple[int, ...]) -> N
 
 def _images(folder: Path, transaction: Any, workers: int) -> Iterator[tuple[str, NDArray[Any]]]:
     """Each record and its pixels, channels x height x width, in the LMDB's order."""
-    import cv2
 
-    cv2.setNumThreads(1)  # One thread an image: the images are what is worked on in parallel.
-    waiting: deque[tuple[str, Future[NDArray[Any]]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
+    def records() -> Iterator[tuple[str, bytes]]:
         with transaction.cursor() as cursor:
             for key, value in cursor:
-                where = record_place(folder, bytes(key))
-                waiting.append((where, pool.submit(_pixels, where, bytes(value))))
-                if len(waiting) >= workers * IN_FLIGHT_PER_WORKER:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+                yield record_place(folder, bytes(key)), bytes(value)
+
+    return ahead(lambda record: (record[0], _pixels(*record)), records(), workers)
 
 
 def _pixels(where: str, record: bytes) -> NDArray[Any]:

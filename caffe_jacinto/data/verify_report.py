@@ -1,0 +1,216 @@
+"""What was found in an LMDB, as a table, as JSON, and as a page of its images."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from caffe_jacinto.data.check import parse_datum
+from caffe_jacinto.data.header import JPEG_START, PNG_START
+from caffe_jacinto.data.progress import count_text
+from caffe_jacinto.data.verify import Findings, Sample, Trouble
+from caffe_jacinto.files import write_whole
+from caffe_jacinto.resources import template_folder
+from caffe_jacinto.text_table import Column, Line, printable, show_table
+
+MOST_CLASSES = 30
+"""A histogram of more classes shows the smallest and the largest only."""
+
+ENDS = 5
+"""How many of each."""
+
+MOST_FORMS = 5
+BAR = 30
+"""Characters of the longest bar of the histogram."""
+
+
+def show(found: Findings, out: TextIO) -> None:
+    """Write what was found, for people."""
+    out.write(f"{found.folder}: {count_text(found.records, 'record')}, {found.record_bytes / 1e6:,.1f} MB\n")
+    facts = [("images", text) for text in _forms(found)]
+    facts += [("labels", _labels(found)), ("order", _order(found))]
+    facts.append(("duplicates", f"{found.duplicates:,}" if found.duplicates else "none"))
+    for name, text in facts:
+        out.write(printable(f"  {name:<10}  {text}") + "\n")
+    out.write("\n")
+    show_table(
+        out,
+        _histogram_title(found),
+        [
+            Column("Label"),
+            Column("Class", words=True),
+            Column("Images"),
+            Column("Share"),
+            Column("", words=True),
+        ],
+        _histogram(found),
+    )
+    for kind, troubles in (("error", found.errors), ("warning", found.warnings)):
+        for trouble in troubles.values():
+            out.write(f"\n{kind}: {_told(trouble)}\n")
+            out.writelines(f"  {printable(example)}\n" for example in trouble.examples if example)
+            if trouble.count > len(trouble.examples):
+                out.write(f"  and {trouble.count - len(trouble.examples):,} more\n")
+    out.write(f"\n{verdict(found)}\n")
+
+
+def verdict(found: Findings) -> str:
+    """In a line: whether Caffe can train with it."""
+    if found.errors:
+        return f"{found.folder} is not fit for training: {count_text(len(found.errors), 'kind')} of error"
+    warned = f", with {count_text(len(found.warnings), 'warning')}" if found.warnings else ""
+    return f"{found.folder} is whole{warned}"
+
+
+def as_json(found: Findings) -> str:
+    """Everything that was found, for scripts."""
+    content = {
+        "lmdb": str(found.folder),
+        "fit": not found.errors,
+        "records": found.records,
+        "record_bytes": found.record_bytes,
+        "labels": {str(label): found.labels[label] for label in sorted(found.labels)},
+        "class_names": found.names,
+        "images": [
+            {**form._asdict(), "images": count}
+            for form, count in sorted(found.forms.items(), key=lambda item: -item[1])
+        ],
+        "order": found.order,
+        "label_changes": found.changes,
+        "label_changes_expected": round(found.expected_changes, 1),
+        "duplicates": found.duplicates,
+        "errors": [_as_dict(trouble) for trouble in found.errors.values()],
+        "warnings": [_as_dict(trouble) for trouble in found.warnings.values()],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=True)
+
+
+def write_page(found: Findings, output: Path) -> None:
+    """Write an HTML page of the samples with their labels, whole in itself.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("html/samples.html.j2").render(
+        title=os.fspath(found.folder),
+        summary=[*_forms(found), _labels(found), _order(found), verdict(found)],
+        samples=[_shown(found, sample) for sample in found.samples],
+        records=found.records,
+    )
+    write_whole(output, page.encode("utf-8", "backslashreplace"))
+
+
+def _shown(found: Findings, sample: Sample) -> dict[str, Any]:
+    """What the page says of a sample."""
+    name = "" if sample.label is None else found.name(sample.label)
+    return {
+        "key": sample.key,
+        "label": "no label" if sample.label is None else f"{sample.label} {name}".strip(),
+        "form": sample.form.text if sample.form else "",
+        "error": sample.error,
+        "source": _data_uri(sample),
+    }
+
+
+def _data_uri(sample: Sample) -> str:
+    """The image as a data: URI, empty where there is none that can be shown."""
+    if sample.form is None:
+        return ""
+    datum = parse_datum("", sample.content)
+    image: bytes = datum.data
+    if datum.encoded and image.startswith(JPEG_START):
+        return _uri("image/jpeg", image)
+    if datum.encoded and image.startswith(PNG_START):
+        return _uri("image/png", image)
+    import cv2
+    import numpy as np
+
+    if datum.encoded:
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
+    else:
+        values = np.frombuffer(image, np.uint8) if image else np.asarray(datum.float_data, np.float32)
+        pixels = values.reshape(datum.channels, datum.height, datum.width).transpose(1, 2, 0)
+        pixels = np.clip(np.nan_to_num(pixels), 0, 255).astype(np.uint8)
+        if pixels.shape[2] not in (1, 3, 4):
+            pixels = pixels[:, :, :1]
+    encoded = cv2.imencode(".png", np.ascontiguousarray(pixels))[1]
+    return _uri("image/png", encoded.tobytes())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _forms(found: Findings) -> list[str]:
+    common = found.forms.most_common()
+    shown = [f"{count:,} {form.text}" for form, count in common[:MOST_FORMS]]
+    rest = common[MOST_FORMS:]
+    if rest:
+        images = count_text(sum(count for _, count in rest), "image")
+        shown.append(f"{images} of {len(rest):,} other sizes and kinds")
+    return shown or ["none that can be decoded"]
+
+
+def _labels(found: Findings) -> str:
+    if not found.labels:
+        return "none"
+    counts = sorted(found.labels.values())
+    classes = "1 class" if len(counts) == 1 else f"{len(counts):,} classes"
+    names = "" if found.names is None else f", {len(found.names):,} names in labels.txt"
+    each = f"{counts[0]:,} to {counts[-1]:,} images each (median {counts[len(counts) // 2]:,})"
+    if counts[0] == counts[-1]:
+        each = f"{count_text(counts[0], 'image')} each"
+    return f"{classes}, {min(found.labels)} to {max(found.labels)}{names}; {each}"
+
+
+def _order(found: Findings) -> str:
+    words = {
+        "shuffled": "shuffled",
+        "by class": "sorted by class",
+        "grouped": "in groups of one class",
+        "one class": "one class only",
+        "too few": "too few records to tell",
+    }[found.order]
+    if found.order in ("one class", "too few"):
+        return words
+    return (
+        f"{words}: the label changes {found.changes:,} times, "
+        f"in a random order about {found.expected_changes:,.0f} times"
+    )
+
+
+def _histogram_title(found: Findings) -> str:
+    if len(found.labels) <= MOST_CLASSES:
+        return "Images of each class"
+    return f"Images of the {ENDS} smallest and {ENDS} largest of {len(found.labels):,} classes"
+
+
+def _histogram(found: Findings) -> Sequence[Line]:
+    labels = sorted(found.labels)
+    if len(labels) > MOST_CLASSES:
+        by_size = sorted(labels, key=lambda label: (found.labels[label], label))
+        labels = [*by_size[:ENDS], *by_size[-ENDS:]]
+    most, total = max(found.labels.values(), default=1), max(sum(found.labels.values()), 1)
+    lines = []
+    for label in labels:
+        count = found.labels[label]
+        bar = "█" * max(round(BAR * count / most), 1)
+        lines.append(Line((str(label), found.name(label), f"{count:,}", f"{count / total:.2%}", bar)))
+    return lines
+
+
+def _told(trouble: Trouble) -> str:
+    return f"{trouble.what} ({trouble.count:,})" if trouble.count > 1 else trouble.what
+
+
+def _as_dict(trouble: Trouble) -> dict[str, Any]:
+    return {"what": trouble.what, "count": trouble.count, "examples": [e for e in trouble.examples if e]}
