@@ -261,6 +261,9 @@ def fuzz(files: int, seconds: float, seed: int) -> tuple[int, str | None, bytes]
             (folder / "file").write_bytes(content)
             (read_binary if content in binary else read_text)(folder / "file", folder)
         warnings.simplefilter("error")
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # protobuf's, of strings with escapes that are none
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         while done < files and not (seconds and time.monotonic() - begun > seconds):
             family, read = (binary, read_binary) if dice.random() < 0.5 else (texts, read_text)
