@@ -224,7 +224,7 @@ def _opencv_error(error: Exception) -> UnreadableImageError:
 
 
 def _is_cut_off(content: bytes) -> bool:
-    """Whether a JPEG file ends inside its pixels.
+    """Whether a JPEG file ends inside its pixels, or before them.
 
     OpenCV (and so convert_imageset) fills the missing part with grey and goes on, which would train the
     network on half-grey images. Within the pixels a marker cannot occur, so the end marker must come after
@@ -232,4 +232,5 @@ def _is_cut_off(content: bytes) -> bool:
     """
     if not content.startswith(JPEG_START) or content.endswith(_JPEG_END):
         return False
-    return content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN)
+    # Neither of them, both -1: it ends before its pixels.
+    return content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN)
