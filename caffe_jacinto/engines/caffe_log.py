@@ -1,4 +1,4 @@
-"""The stepper's log lines, through Caffe's own logger.
+"""Log lines of the trainings that are written here: through Caffe's own logger, or as it would write them.
 
 The wording of each line is Caffe's, or the fork's where stock Caffe has none, so that one reader serves all
 logs.
@@ -8,21 +8,42 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 
-def info(message: str) -> None:
-    """An I line; Caffe has to be started."""
+def write_line(severity: str, message: str, source: str = "solver.py:0") -> None:
+    """A line on stderr in the form of Caffe's logger, glog; ``severity`` is I, W, E or F."""
+    line = (
+        f"{severity}{datetime.now():%Y%m%d %H:%M:%S.%f} {threading.get_native_id():5d} {source}] {message}\n"
+    )
+    os.write(2, line.encode(errors="replace"))
+
+
+def _through_caffe(message: str) -> None:
+    """Caffe has to be started."""
     from caffe import log
 
     log(message)
 
 
+_write_info: Callable[[str], None] = _through_caffe
+
+
+def log_with(write: Callable[[str], None]) -> None:
+    """Write I lines with ``write`` from now on, and not through Caffe."""
+    global _write_info
+    _write_info = write
+
+
+def info(message: str) -> None:
+    """An I line."""
+    _write_info(message)
+
+
 def fatal(message: str) -> None:
     """An F line; ending the program is the caller's (pycaffe's logger has no such lines)."""
-    line = f"F{datetime.now():%m%d %H:%M:%S.%f} {threading.get_native_id():5d} stepper.py:0] {message}\n"
-    os.write(2, line.encode(errors="replace"))
+    write_line("F", message)
 
 
 def number(value: float) -> str:

@@ -167,6 +167,11 @@ class Net:
         """The names of the batch-norm layers."""
         return [layer.name for layer in self.layers if layer.type == "BatchNorm"]
 
+    def reseed(self, seed: int) -> None:
+        """What the next pass draws (dropout, random data) follows from ``seed``."""
+        torch.manual_seed(seed)
+        self._generator.manual_seed(seed)
+
     def share_with(self, other: Net) -> None:
         """Take the blobs of ``other``, by the layers' names, for this net's own: a test net in training.
 

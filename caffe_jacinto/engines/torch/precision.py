@@ -1,0 +1,14 @@
+"""The numbers that a net computes with; weights, statistics and losses are float32 in any case."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which convolutions and inner products compute in bfloat16, if ``precision`` is bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
