@@ -29,7 +29,7 @@ def softmax_with_loss(layer: LayerSetup) -> Forward:
 
     def forward(scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
         rows = _rows(scores.float(), axis)
-        loss: Tensor = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
+        loss: Tensor = _SoftmaxLoss.apply(
             rows, labels.reshape(-1).long(), ignore, normalizer, prod(scores.shape[:axis])
         )
         return (loss, torch.softmax(scores.detach().float(), axis)) if both else loss

@@ -6,7 +6,6 @@ after a stop with the images that it would have had.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,11 @@ def data_layer(layer: Any, phase: int, where: str) -> DataLayer:
 
 
 class Records:
-    """The records of an LMDB by their number in key order; opened anew in each process that reads it."""
+    """The records of an LMDB by their number in key order.
+
+    Open from the first read to `close`. A process that forks others has to close it before: LMDB must not be
+    taken along.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read all keys, which takes tens of bytes a record.
@@ -112,7 +115,7 @@ class Records:
             UserError: the LMDB is missing, none, damaged or empty.
         """
         self.folder = folder
-        self._process: int | None = None
+        self._environment: Any = None
         check_folder(folder)
         keys = bytearray()
         ends = []
@@ -146,9 +149,16 @@ class Records:
             raise UserError(f"{where}: the record is no longer there")
         return parse_datum(where, value)
 
+    def close(self) -> None:
+        """Let go of the LMDB; the next read opens it again."""
+        if self._environment is not None:
+            self._open.abort()
+            self._environment.close()
+            self._environment = None
+
     def _transaction(self) -> Any:
-        """A read transaction of this process: LMDB's must not be taken along into a forked one."""
-        if self._process != os.getpid():
+        """A read transaction."""
+        if self._environment is None:
             import lmdb
 
             try:
@@ -156,7 +166,7 @@ class Records:
                 check_not_cut_off(self.folder, environment)
             except lmdb.Error as error:
                 raise UserError(f"{self.folder} cannot be read as an LMDB ({error}): make it again") from None
-            self._open, self._process = environment.begin(buffers=True), os.getpid()
+            self._environment, self._open = environment, environment.begin(buffers=True)
         return self._open
 
 
@@ -197,6 +207,7 @@ class Images:
         self.records = Records(layer.source)
         self._order = Order(len(self.records), seed, shuffle=layer.shuffle or shuffle)
         first = self._pixels(0)
+        self.records.close()
         self.stored_shape: tuple[int, int, int] = first.shape
         """Height, width, channels of the first record's image."""
 

@@ -289,7 +289,7 @@ class Trainer:
         for _ in range(passes):
             result = self._pass()
             if result.loss.requires_grad:
-                result.loss.backward()  # type: ignore[no-untyped-call]
+                result.loss.backward()
             part = result.loss.detach()
             loss = part if loss is None else loss + part
         assert loss is not None and result is not None
@@ -407,7 +407,7 @@ class Trainer:
         return not self._stopped
 
     def _hand_over(self, batches: int) -> bool:
-        """Estimate the statistics, put them into the final weights, test these, and record that they're ready.
+        """Estimate the statistics, put them into the final weights, test these, and record that.
 
         Killed at any moment, it can be done again.
         """

@@ -47,7 +47,7 @@ class Updater:
         self._weights = [learnables[i].tensor for i in self._moving]
         self._groups = _groups([learnables[i] for i in self._moving])
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def apply(self, iteration: int, rate: float, passes: int) -> None:
         """One update by the gradients that ``passes`` passes have summed up, which are used up by it."""
         gradients = [
@@ -64,8 +64,8 @@ class Updater:
             grouped = [gradients[i] for i in members]
             self._regularize(weights, grouped, decay_mult)
             rule(weights, grouped, [self._moving[i] for i in members], rate * lr_mult, iteration)
-        for weights in self._weights:
-            weights.grad = None
+        for updated in self._weights:
+            updated.grad = None
 
     def gradients(self) -> list[Tensor]:
         """Those that the passes left, of what is learnt, in order."""
