@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from caffe_jacinto.engines.commands import caffe_test, caffe_train, gpu_arguments
+from caffe_jacinto.engines.commands import caffe_test, caffe_train, gpu_arguments, sparse_arguments
 from caffe_jacinto.engines.contract import DevicePlan, EngineInfo, TestJob, TrainJob
 from caffe_jacinto.engines.handover import is_handed_over
 from caffe_jacinto.engines.snapshots import final_is_complete
@@ -94,19 +94,3 @@ class BvlcEngine:
                 "training.reestimate_batches=0 leaves the statistics as they are"
             )
         return self.info.pycaffe
-
-
-def sparse_arguments(sparse: SparseSettings) -> list[str]:
-    """The stepper's arguments, named as the fork's solver fields; of ``by`` it has none."""
-    values = {
-        "sparsity_target": sparse.target,
-        "sparsity_start_iter": sparse.start_iter,
-        "sparsity_step_iter": sparse.step_iter,
-        "sparsity_step_factor": sparse.step_factor,
-        "sparsity_start_factor": sparse.start_factor,
-        "sparsity_by": sparse.by,
-        "sparsity_threshold_maxratio": sparse.threshold_maxratio,
-        "sparsity_threshold_value_max": sparse.threshold_value_max,
-        "display_sparsity": sparse.display,
-    }
-    return [part for name, value in values.items() for part in (f"-{name}", str(value))]

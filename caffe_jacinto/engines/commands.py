@@ -1,4 +1,4 @@
-"""The argument lists of the ``caffe`` executable, the same for stock Caffe and the fork."""
+"""The argument lists of the ``caffe`` executable, the same for all engines, and of what it lacks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from caffe_jacinto.engines.contract import TestJob, TrainJob
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.recipes.model import SparseSettings
 
 
 def caffe_train(executable: Path, job: TrainJob) -> list[str]:
@@ -35,3 +36,19 @@ def caffe_test(executable: Path, job: TestJob) -> list[str]:
 def gpu_arguments(gpus: tuple[int, ...]) -> list[str]:
     """``-gpu 0,1``, or nothing for the CPU."""
     return ["-gpu", ",".join(map(str, gpus))] if gpus else []
+
+
+def sparse_arguments(sparse: SparseSettings) -> list[str]:
+    """What stock Caffe's solver has no fields for, named as the fork's; of ``by`` it has none."""
+    values = {
+        "sparsity_target": sparse.target,
+        "sparsity_start_iter": sparse.start_iter,
+        "sparsity_step_iter": sparse.step_iter,
+        "sparsity_step_factor": sparse.step_factor,
+        "sparsity_start_factor": sparse.start_factor,
+        "sparsity_by": sparse.by,
+        "sparsity_threshold_maxratio": sparse.threshold_maxratio,
+        "sparsity_threshold_value_max": sparse.threshold_value_max,
+        "display_sparsity": sparse.display,
+    }
+    return [part for name, value in values.items() for part in (f"-{name}", str(value))]

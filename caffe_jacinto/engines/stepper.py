@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from caffe_jacinto.caffemodel.thresholds import layer_fraction, small_weights, takes_part
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.learning_rate import learning_rate
@@ -33,6 +31,7 @@ from caffe_jacinto.engines.ramp import is_step, next_factor
 from caffe_jacinto.engines.reestimate import hand_over
 from caffe_jacinto.engines.signals import Requests
 from caffe_jacinto.engines.solver_file import SolverFile, read_solver, stepped_solver
+from caffe_jacinto.engines.sparse_options import add_sparse_options, sparse_settings
 from caffe_jacinto.engines.testing import TestNets
 from caffe_jacinto.errors import UserError, run_command
 from caffe_jacinto.recipes.model import SparseSettings
@@ -253,45 +252,15 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("-snapshot", type=Path)
     parser.add_argument("-gpu", type=int, action="append", default=[])
     parser.add_argument("-reestimate_batches", type=int, default=30)
-    parser.add_argument("-freeze_zeros", action="store_true", help="hold the zeros of the weights at zero")
-    parser.add_argument("-sparsity_target", type=float)
-    for name, kind in _SPARSE_FIELDS.items():
-        parser.add_argument(f"-{name}", type=kind)
+    add_sparse_options(parser)
     return parser
-
-
-_SPARSE_FIELDS: dict[str, type] = {
-    "sparsity_start_iter": int,
-    "sparsity_step_iter": int,
-    "sparsity_step_factor": float,
-    "sparsity_start_factor": float,
-    "sparsity_by": str,
-    "sparsity_threshold_maxratio": float,
-    "sparsity_threshold_value_max": float,
-    "display_sparsity": int,
-}
-
-
-def _sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
-    if arguments.sparsity_target is None:
-        return None
-    given = {"target": arguments.sparsity_target}
-    for name in _SPARSE_FIELDS:
-        value = getattr(arguments, name)
-        if value is not None:
-            given["display" if name == "display_sparsity" else name.removeprefix("sparsity_")] = value
-    try:
-        return SparseSettings(**given)
-    except ValidationError as error:
-        wrong = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
-        raise UserError(f"sparsity settings: {wrong}") from error
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if (arguments.sparsity_target is None) != arguments.freeze_zeros:
         raise UserError("give either -sparsity_target with its settings, or -freeze_zeros")
-    sparse = _sparse_settings(arguments)
+    sparse = sparse_settings(arguments)
     if sparse is None and not (arguments.weights or arguments.snapshot):
         raise UserError("-freeze_zeros needs -weights or -snapshot: random weights have no zeros to hold")
     requests = Requests()

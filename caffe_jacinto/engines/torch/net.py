@@ -121,7 +121,7 @@ class Net:
         else:
             self._generator.manual_seed(seed)
         self._shared: dict[str, Blob] = {}
-        self._steps: list[_Step] = []
+        self.steps: list[_Step] = []
         _check_fields(definition, where)
         self._declare_inputs(definition)
         self.layers = [layer for layer in definition.layer if is_in(layer, phase, definition.state)]
@@ -192,7 +192,7 @@ class Net:
         values = dict(inputs)
         loss: Tensor | None = None
         outputs = {}
-        for step in self._steps:
+        for step in self.steps:
             given = [
                 values[name].detach() if cut else values[name]
                 for name, cut in zip(step.bottoms, step.detached, strict=True)
@@ -287,7 +287,7 @@ class Net:
         cuts = [not down for down in layer.propagate_down] or [False] * len(layer.bottom)
         if len(cuts) != len(layer.bottom):
             setup.refuse(f"{len(cuts)} of propagate_down for {len(layer.bottom)} bottoms; give one for each")
-        self._steps.append(
+        self.steps.append(
             _Step(layer.name, tuple(layer.bottom), tuple(last.top), forward, tuple(cuts), weights)
         )
 
@@ -337,7 +337,7 @@ class Net:
     def _outputs(self) -> list[str]:
         """The blobs that nothing reads, in Caffe's order: by name."""
         available: set[str] = set(self.inputs)
-        for step in self._steps:
+        for step in self.steps:
             available.difference_update(step.bottoms)
             available.update(step.tops)
         self._kept = frozenset(available)
@@ -346,7 +346,7 @@ class Net:
     def _find_last_uses(self) -> None:
         """Say after which step a blob can be let go."""
         seen = set(self._kept)
-        for step in reversed(self._steps):
+        for step in reversed(self.steps):
             touched = {*step.bottoms, *step.tops}
             step.last_uses = tuple(touched - seen)
             seen |= touched

@@ -1,0 +1,129 @@
+"""The devices that ``-gpu`` names, and a rank for each of several, by PyTorch's own launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from caffe_jacinto.errors import FAILED, UserError
+
+PROGRAM = "caffe_jacinto.engines.torch"
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks the ranks to stop, or for a snapshot."""
+
+
+def devices(text: str) -> tuple[int, ...]:
+    """``0,1`` or ``all`` as GPU numbers; nothing is the CPU.
+
+    Raises:
+        UserError: it is no such list, or there is no GPU for ``all``.
+    """
+    if not text.strip():
+        return ()
+    if text == "all":
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UserError(
+                "-gpu all: this machine has no GPU that PyTorch can use; leave -gpu out for the CPU"
+            )
+        return tuple(range(count))
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts):
+        raise UserError(f"-gpu {text!r} is no list of GPU numbers like 0,1, nor 'all'")
+    gpus = tuple(map(int, parts))
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"-gpu {text} names a GPU twice")
+    return gpus
+
+
+def is_rank() -> bool:
+    """Whether a launcher started this process as one of several ranks."""
+    return "RANK" in os.environ
+
+
+def is_another_rank() -> bool:
+    """Whether this is a rank that does not speak for all."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def launch_ranks(argv: Sequence[str], ranks: int) -> int:
+    """Run this program with ``argv`` once for each rank on this machine; returns the exit code.
+
+    Signals are passed on to the ranks, which decide together. When one fails, all are ended.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        # Only this one ends the ranks at once; those that ask them to stop are passed on below.
+        signals_to_handle="SIGQUIT",
+    )
+    for number in _PASSED_ON:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _pass_on)
+    try:
+        elastic_launch(config, sys.executable)("-m", PROGRAM, *argv)
+    except ChildFailedError as error:
+        first = error.get_first_failure()[1]
+        return first.exitcode if first.exitcode > 0 else FAILED  # it has said why
+    return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    for child in _children():
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+
+def _children() -> list[int]:
+    """The processes that this one has started."""
+    own, found = os.getpid(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, ValueError, IndexError):
+                # pid (name) state parent ...; the name may hold anything.
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == own:
+                    found.append(int(entry.name))
+    return found
+
+
+def describe_devices(gpus: tuple[int, ...]) -> int:
+    """Print what the GPUs are, as Caffe's device_query; returns the exit code.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for gpu in gpus:
+        if gpu >= count:
+            has = f"{count} GPU(s), numbered from 0" if count else "no GPU that PyTorch can use"
+            raise UserError(f"-gpu {gpu}: this machine has {has}")
+        properties = torch.cuda.get_device_properties(gpu)
+        facts = {
+            "Device id": gpu,
+            "Name": properties.name,
+            "Compute capability": f"{properties.major}.{properties.minor}",
+            "Total global memory": properties.total_memory,
+            "Number of multiprocessors": properties.multi_processor_count,
+        }
+        for name, value in facts.items():
+            print(f"{name + ':':<32}{value}")
+    return 0

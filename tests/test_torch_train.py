@@ -1,0 +1,276 @@
+"""Training on PyTorch as users start it: resumed to the bit, stopped by signals, on two ranks, sparse."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
+
+from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.engines.commands import sparse_arguments
+from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
+from caffe_jacinto.logs.discover import find_runs
+from caffe_jacinto.prototxt.dialects import Dialect
+
+pytestmark = pytest.mark.caffe
+
+PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.torch", "train", "-solver", "solver.prototxt"]
+ENOUGH = 60
+SPARSE = sparse_arguments(sparse_settings())
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits") / "lmdb")
+
+
+@pytest.fixture(scope="module")
+def initial(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallStage:
+    """A stage that was trained to its end without a stop."""
+    stage = SmallStage(tmp_path_factory.mktemp("initial"), digits)
+    stage.solver()
+    stage.run([PROGRAM])
+    return stage
+
+
+def weights_of(stage: SmallStage, iteration: int) -> dict[str, list[np.ndarray]]:
+    return read_weights(stage.folder / f"small_iter_{iteration}.caffemodel")
+
+
+def assert_same_bits(found: SmallStage, expected: SmallStage, iteration: int) -> None:
+    ours, theirs = weights_of(found, iteration), weights_of(expected, iteration)
+    assert list(ours) == list(theirs)
+    for name, blobs in theirs.items():
+        for index, (blob, other) in enumerate(zip(ours[name], blobs, strict=True)):
+            np.testing.assert_array_equal(blob, other, err_msg=f"{name}[{index}]")
+    states = [
+        (stage.folder / f"small_iter_{iteration}.solverstate").read_bytes() for stage in (found, expected)
+    ]
+    assert states[0] == states[1]
+
+
+def losses(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"Iteration \d+ \(.*\), loss = (\S+)", log)]
+
+
+def test_it_learns_and_its_log_is_read_as_caffes(initial: SmallStage) -> None:
+    (found,) = find_runs([initial.folder / "run.log"], curves=False)[0][0].stages
+    stage = found.figures
+    assert stage.finished
+    assert stage.iterations == 20
+    assert stage.top1 is not None and stage.loss is not None
+    assert stage.gigamacs is not None and stage.gigamacs > 0
+    assert stage.caffe_version is not None and stage.caffe_version.startswith("caffe-torch ")
+    assert stage.images_per_second is not None
+    said = losses((initial.folder / "run.log").read_text())
+    assert said[-1] < 0.8 * said[0]
+    assert final_is_complete(initial.folder / "small_iter_20.caffemodel", Dialect.BVLC)
+
+
+def test_twice_the_same(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
+    again = SmallStage(tmp_path, digits)
+    again.solver()
+    again.run([PROGRAM])
+    assert_same_bits(again, initial, 20)
+
+
+def start(stage: SmallStage, *arguments: str) -> subprocess.Popen[bytes]:
+    with (stage.folder / "killed.log").open("wb") as file:
+        return subprocess.Popen([*PROGRAM, *arguments], cwd=stage.folder, stdout=file, stderr=file)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + ENOUGH
+    while not condition():
+        assert time.monotonic() < until, "it did not come about"
+        assert process.poll() is None, "the process ended"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments"),
+    [
+        ({}, []),
+        ({"iter_size": 2, "type": '"Adam"', "base_lr": 0.002}, ["-shuffle"]),
+        ({"regularization_type": '"L1"'}, SPARSE),
+    ],
+    ids=["plain", "Adam, shuffled", "sparse"],
+)
+def test_killed_and_resumed_to_the_bit(
+    changes: dict[str, object], arguments: list[str], digits: Path, tmp_path: Path
+) -> None:
+    """Killed at any moment: whichever the newest complete snapshot is, the end is the same to the bit."""
+    whole, killed = SmallStage(tmp_path / "whole", digits), SmallStage(tmp_path / "killed", digits)
+    for stage in (whole, killed):
+        stage.solver(**{"snapshot": 1, "display": 1, "test_interval": 7, **changes})
+    whole.run([[*PROGRAM, *arguments]])
+    done = 0
+    for kill_at in (3, 9, 16):
+        resume = newest(killed)
+        process = start(killed, *arguments, *resume)
+        wait_for(lambda at=kill_at: iterations_there(killed) >= at, process)
+        process.kill()
+        process.wait()
+        done = iterations_there(killed)
+    assert done >= 16
+    killed.run([[*PROGRAM, *arguments, *newest(killed)]])
+    assert_same_bits(killed, whole, 20)
+
+
+def newest(stage: SmallStage) -> list[str]:
+    found = complete_snapshots(stage.folder / "small", Dialect.BVLC)
+    return ["-snapshot", found[0].solverstate.name] if found else []
+
+
+def iterations_there(stage: SmallStage) -> int:
+    found = complete_snapshots(stage.folder / "small", Dialect.BVLC)
+    return found[0].iteration if found else 0
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_taken_as_caffe_takes_them(ending: signal.Signals, digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=100000, snapshot=100000, display=1, test_interval=100000)
+    process = start(stage)
+    log = tmp_path / "killed.log"
+    wait_for(lambda: len(losses(log.read_text())) > 3, process)
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: iterations_there(stage), process)
+    process.send_signal(ending)
+    assert process.wait(ENOUGH) == 0
+    text = log.read_text()
+    assert "Optimization stopped early." in text
+    assert len(complete_snapshots(tmp_path / "small", Dialect.BVLC)) == 2
+    assert not orphans(stage)
+
+
+def orphans(stage: SmallStage) -> list[str]:
+    """Processes of the stage that still live, a moment after its end."""
+    time.sleep(0.5)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "cwd").resolve() == stage.folder.resolve():
+                    found.append((entry / "cmdline").read_text())
+            except OSError:
+                continue
+    return found
+
+
+def test_a_killed_trainer_leaves_no_processes(digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=100000, snapshot=100000, display=1)
+    process = start(stage)
+    wait_for(lambda: len(losses((tmp_path / "killed.log").read_text())) > 2, process)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 20
+    while orphans(stage):
+        assert time.monotonic() < until, "a process that decodes lives on"
+
+
+def test_frozen_zeros_never_move(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
+    """Thresholds while momentum is large, then more training: what was zeroed stays zero."""
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=30, snapshot=1, test_interval=30)
+    start_weights = str(initial.folder / "small_iter_20.caffemodel")
+    log = stage.run([[*PROGRAM, "-weights", start_weights, *SPARSE, "-reestimate_batches", "5"]])
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    assert "Re-estimating the statistics of 2 batch-norm layers over 5 batches" in log
+    zeros = {name: weights_of(stage, 9)[name][0] == 0 for name in LAYERS}
+    assert all(mask.any() for mask in zeros.values())
+    for iteration in (10, 20, 30):
+        for name, mask in zeros.items():
+            assert (weights_of(stage, iteration)[name][0][mask] == 0).all()
+    assert (tmp_path / "small_iter_30.handover.json").exists()
+
+    finetune = SmallStage(tmp_path / "finetune", digits)
+    finetune.solver(max_iter=10)
+    final = str(tmp_path / "small_iter_30.caffemodel")
+    finetune.run([[*PROGRAM, "-weights", final, "-freeze_zeros", "-reestimate_batches", "5"]])
+    for name in LAYERS:
+        before, after = weights_of(stage, 30)[name][0], weights_of(finetune, 10)[name][0]
+        assert (after[before == 0] == 0).all()
+        assert (after[before != 0] != before[before != 0]).any()
+
+
+def torchrun(stage: SmallStage, *arguments: str) -> str:
+    """Two ranks on the CPU by PyTorch's own launcher."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launch, *PROGRAM[1:], *arguments],
+        cwd=stage.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    return ran.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], SPARSE], ids=["plain", "sparse"])
+def test_two_ranks_are_one_with_twice_the_passes(arguments: list[str], digits: Path, tmp_path: Path) -> None:
+    """The same half batches: the same losses and weights within float tolerance, and the same zeros."""
+    two, one = SmallStage(tmp_path / "two", digits), SmallStage(tmp_path / "one", digits)
+    two.solver(display=1, max_iter=10, snapshot=10, test_interval=10, base_lr=0.01)
+    one.solver(display=1, max_iter=10, snapshot=10, test_interval=10, base_lr=0.01, iter_size=2)
+    together, alone = torchrun(two, *arguments), one.run([[*PROGRAM, *arguments]])
+    assert len(losses(together)) == len(losses(alone)) == 10
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-3)
+    ours, theirs = weights_of(two, 10), weights_of(one, 10)
+    for name in (*LAYERS, "fc"):
+        scale = np.abs(theirs[name][0]).max()
+        np.testing.assert_allclose(ours[name][0], theirs[name][0], atol=1e-3 * scale)
+    if arguments:
+        for name in LAYERS:
+            different = (ours[name][0] == 0) != (theirs[name][0] == 0)
+            assert different.mean() < 0.01  # at the threshold, a rounding may choose another weight
+        assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda text: text.replace('"poly"', '"magic"'), "lr_policy 'magic' is unknown"),
+        (lambda text: text + 'type: "RMSProp"\n', "solver.prototxt"),
+        (lambda text: text.replace('"SGD"', '"RMSProp"'), "solver type 'RMSProp' is not supported"),
+        (lambda text: text + "debug_info: true\n", "debug_info: only its default is supported"),
+        (lambda text: text.replace('"train.prototxt"', '"missing.prototxt"'), "missing.prototxt: No such"),
+        (lambda text: text.replace('"small"', '"nowhere/small"'), "snapshot_prefix: its folder is missing"),
+    ],
+)  # fmt: skip
+def test_bad_solvers_are_one_line(
+    break_it: Callable[[str], str], says: str, digits: Path, tmp_path: Path
+) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver()
+    solver = tmp_path / "solver.prototxt"
+    solver.write_text(break_it(solver.read_text()))
+    ran = subprocess.run(PROGRAM, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_training(digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(base_lr=1e30, display=1, snapshot=100000)
+    ran = subprocess.run(PROGRAM, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert re.search(r"Iteration \d+: the loss is not a number", ran.stderr)
+    assert "Traceback" not in ran.stderr
+    assert not complete_snapshots(tmp_path / "small", Dialect.BVLC)
