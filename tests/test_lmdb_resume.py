@@ -199,7 +199,7 @@ def test_a_full_disk_is_said_and_gone_on_from(
     command = ["--images", str(images), "--size", "32", "--output"]
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))\n"
     done = subprocess.run(
-        [sys.executable, "-c", program, *command, tmp_path / "o"],
+        [sys.executable, "-c", limit + SMALL_BATCHES, *command, tmp_path / "o"],
         capture_output=True,
         text=True,
     )
