@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0, or 1 where an image could not be read."""
     options = _read_arguments(argv)
     from caffe_jacinto.data.check import is_lmdb_folder
+    from caffe_jacinto.data.progress import image_progress
     from caffe_jacinto.inference.backends import open_backend
     from caffe_jacinto.inference.network import trained_network, validation_preprocessing
     from caffe_jacinto.inference.preprocess import file_samples, lmdb_samples
@@ -53,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
     known = [folder for folder in (*files.folders, lmdb, done.lmdb) if folder]
     names = class_names(options.labels, tuple(known), backend.classes)
     print(f"{files.weights} on {backend.label}", file=sys.stderr)
-    batches = _batches(options.batch, total, samples, backend.scores)
+    # On a terminal the classes of image after image show how far it is; a bar would be drawn over them.
+    quiet = lmdb is None and sys.stdout.isatty()
+    progress = nullcontext(lambda: None) if quiet else image_progress("classify", total)
+    batches = _batches(options.batch, samples, backend.scores, progress)
     return _score(options, total, batches, names) if lmdb else _classify(options, total, batches, names)
 
 
@@ -169,14 +174,15 @@ def _file_form(options: Namespace, done: Preprocessing) -> FileForm:
 
 
 def _batches(
-    size: int, total: int, samples: Iterator[Sample], scores: Scores
+    size: int,
+    samples: Iterator[Sample],
+    scores: Scores,
+    progress: AbstractContextManager[Callable[[], None]],
 ) -> Iterator[tuple[list[Sample], NDArray[np.float32]]]:
     """Readable samples and their scores, a batch at a time; a line on stderr for each of the others."""
     import numpy as np
 
-    from caffe_jacinto.data.progress import image_progress
-
-    with image_progress("classify", total) as advance:
+    with progress as advance:
         while batch := list(islice(samples, size)):
             good = []
             for sample in batch:

@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         metavar="N|P%",
         help="images that cannot be read and are left out, listed in skipped.txt: more of them are an error"
-        f" (default: {MAX_BAD_SHARE:.0%}, but at least {MAX_BAD_LEAST})",
+        f" (default: {100 * MAX_BAD_SHARE:.0f} %%, but at least {MAX_BAD_LEAST})",
     )
     parser.add_argument(
         "--workers",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
+import pty
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -304,6 +308,28 @@ def test_without_caffe_opencv_computes_and_the_line_says_so(
     monkeypatch.delattr(cv2.dnn, "readNetFromCaffe")
     assert main(arguments(network)) == 0
     assert "on onnxruntime 1" in capsys.readouterr().err
+
+
+@pytest.mark.caffe  # for its time
+@pytest.mark.parametrize("source", ["a.png", "lmdb"])
+def test_on_a_terminal_no_bar_is_drawn_over_the_classes(source: str, network: Path, tmp_path: Path) -> None:
+    """As a terminal shows it, both streams together."""
+    write_lmdb(tmp_path / "lmdb", [datum_of(noise(64, 64))])
+    shutil.copy(network / "a.png", tmp_path)
+    command = [sys.executable, "-m", "caffe_jacinto.classify", "--backend", "opencv"]
+    command += [str(network / "deploy.prototxt"), str(network / "w.caffemodel"), "--", source]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 1 << 16):
+                said += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert (b"1/1" in said) == (source == "lmdb")
+    assert (b"top-1" in said) == (source == "lmdb")
+    assert (b"a.png\r\n" in said) == (source == "a.png")
 
 
 @pytest.mark.caffe

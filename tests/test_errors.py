@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,12 @@ def test_a_closed_stdout_is_no_error(tmp_path: Path) -> None:
     arguments = [*BUILD_NET, str(tmp_path)]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["build_net", "train", "report", "classify", "weights", "create_lmdb"])
+def test_every_command_says_how_it_is_used(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stray % in a help text is an error only when it is shown."""
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"caffe_jacinto.{command}").main(["--help"])
+    assert ended.value.code == 0
+    assert f"python -m caffe_jacinto.{command}" in capsys.readouterr().out
