@@ -15,13 +15,14 @@ from caffe_jacinto.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.clock import elapsed
 from caffe_jacinto.logs.curves import MOST_POINTS, Curve
+from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
 WHOLE = whole_stage().sparsity(0.5, 0.25).text.encode()
 
 
 def read(data: bytes, sizes: list[int] | None = None, *, skim: bool = False) -> list[events.Event]:
-    reader, found, position = events.LogReader(skim=skim), [], 0
+    reader, found, position = LogReader(skim=skim), [], 0
     for size in sizes or []:
         found += reader.feed(data[position : position + size])
         position += size
@@ -234,7 +235,7 @@ def test_pieces_of_any_size_give_the_same_events(sizes: list[int]) -> None:
 def test_the_events_of_a_cut_log_are_the_first_of_the_whole(cut: int) -> None:
     found, whole = plain(read(WHOLE[:cut])), plain(read(WHOLE))
     assert found == whole[: len(found)]
-    reader = events.LogReader()
+    reader = LogReader()
     closed = plain(reader.feed(WHOLE[:cut]) + reader.close())
     assert closed == whole[: len(closed)]
 
@@ -298,7 +299,7 @@ def test_skimming_leaves_the_figures_as_they_are(sizes: list[int], cut: int) -> 
 
 
 def test_memory_for_a_line_without_end_is_bounded() -> None:
-    reader = events.LogReader()
+    reader = LogReader()
     for _ in range(20):
         reader.feed(b"x" * 300_000)
     assert len(reader._tail) < 1_500_000

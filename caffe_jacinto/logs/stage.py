@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.clock import elapsed
 from caffe_jacinto.logs.curves import StageCurves
-from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.logs.net_tests import NetTests, by_name
+from caffe_jacinto.logs.printed_net import PrintedNets, conv_sparsity
+from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.timing import Spent, Timing
 
 _CHUNK = 1 << 20
 _SNAPSHOT_ITERATION = re.compile(r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?$")
-_PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
-_MOST_SHAPES = 8
-_MOST_NETS = 16
 
 
 @dataclass(frozen=True)
@@ -62,105 +60,18 @@ class StageFigures:
     """Why a figure is missing, where that can be said."""
 
 
-@dataclass
-class _Process:
-    """The process whose lines are being read."""
-
-    first_stamp: str | None = None
-    logged_seconds: int | None = None
-    first_progress: events.TrainProgress | None = None
-    last_progress: events.TrainProgress | None = None
-    trains: bool = False
-
-
-@dataclass
-class _Net:
-    """A printed network and the shapes its data layers gave."""
-
-    printed: events.NetPrinted
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-
-    @property
-    def phase(self) -> str | None:
-        match = _PHASE.search(self.printed.text)
-        return match.group(1) if match else None
-
-    @cached_property
-    def message(self) -> tree.Message | None:
-        """The network; None where the log holds only a part of it."""
-        if not self.printed.complete:
-            return None
-        try:
-            return tree.parse(self.printed.text, "network in the log")
-        except UserError:
-            return None
-
-    @cached_property
-    def costs(self) -> list[complexity.LayerCost]:
-        return complexity.layer_costs(self.message, self.shapes) if self.message else []
-
-    @property
-    def gigamacs(self) -> float | None:
-        return complexity.gigamacs(self.message, self.shapes) if self.message else None
-
-    @property
-    def batch(self) -> int | None:
-        return complexity.batch_size(self.message) if self.message else None
-
-    def accuracies(self) -> dict[int, str]:
-        """top_k -> the output that holds it; of several (auxiliary classifiers), the last."""
-        found = {}
-        for layer in complexity.phase_layers(self.message) if self.message else ():
-            if layer.string("type") == "Accuracy" and layer.strings("top"):
-                found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
-        return found
-
-    def outputs(self) -> int | None:
-        """How many blobs the network produces and does not use."""
-        if self.message is None:
-            return None
-        unused: set[str] = set()
-        for layer in complexity.phase_layers(self.message):
-            unused.difference_update(layer.strings("bottom"))
-            unused.update(layer.strings("top"))
-        return len(unused)
-
-
-@dataclass
-class _Tests:
-    """The outputs of one test net: the test being printed and the whole one before it."""
-
-    current: dict[int, events.TestOutput] = field(default_factory=dict)
-    ended: bool = False
-    """Whether a later line of the solver shows that all outputs of ``current`` are there."""
-    whole: dict[int, events.TestOutput] = field(default_factory=dict)
-    expected: int | None = None
-
-    def start(self, expected: int | None) -> None:
-        if self.current:
-            self.whole = self.last(None)
-        self.current, self.ended, self.expected = {}, False, expected
-
-    def last(self, net_outputs: int | None) -> dict[int, events.TestOutput]:
-        """The last test whose outputs are all there."""
-        # A blob can print several numbers, so that a test before tells more surely than the network.
-        needed = self.expected or len(self.whole) or net_outputs or 1
-        return self.current if self.current and (self.ended or len(self.current) >= needed) else self.whole
-
-
 class StageLog:
     """Folds the events of one stage's log, in order, into its figures."""
 
     def __init__(self, *, curves: bool = False) -> None:
         self.curves = StageCurves() if curves else None
-        self._reader = events.LogReader(skim=not curves)
-        self._process = _Process()
+        self._reader = LogReader(skim=not curves)
+        self._timing = Timing()
         self._version: events.Version | None = None
         self._gpus: tuple[int, ...] = ()
         self._solver: events.SolverStarted | None = None
-        self._nets: list[_Net] = []
-        self._new_nets = True
-        self._tests: dict[int, _Tests] = {}
+        self._nets = PrintedNets()
+        self._tests: dict[int, NetTests] = {}
         self._iteration: int | None = None
         self._sparsity: events.Sparsity | None = None
         self._unplotted_sparsity: float | None = None
@@ -171,9 +82,10 @@ class StageLog:
         self._finished = False
         self._stopped = False
         self._fatal: str | None = None
-        self._seconds = 0.0
+        self._trains = False
+        """Whether the last process has begun to train."""
         self._trained = 0
-        self._spans: list[float] = [0.0, 0.0]
+        """How many processes have."""
 
     @property
     def is_caffe(self) -> bool:
@@ -199,10 +111,7 @@ class StageLog:
     # --- events -----------------------------------------------------------------------------------------
 
     def _progress(self, event: events.TrainProgress) -> None:
-        process = self._process
-        if process.first_progress is None:
-            process.first_progress = event
-        process.last_progress = event
+        self._timing.progress(event)
         self._iteration = event.iteration
         self._plot_sparsity()
         self._end_tests()
@@ -216,31 +125,10 @@ class StageLog:
     def _process_started(self, event: events.ProcessStarted) -> None:
         self._plot_sparsity()
         self._end_tests()
-        self._end_process(event.previous)
-        self._process = _Process(first_stamp=event.stamp)
-        self._new_nets = True
+        self._timing.start_process(event, self._reader.first_stamp, self._year())
+        self._nets.start_process()
+        self._trains = False
         self._fatal = None
-
-    def _end_process(self, last_stamp: str | None) -> None:
-        """Add up what the process that ends here took and did."""
-        seconds, iterations, training = self._spent(last_stamp)
-        self._seconds += seconds
-        self._spans[0] += iterations
-        self._spans[1] += training
-
-    def _spent(self, last_stamp: str | None) -> tuple[float, float, float]:
-        """(seconds, iterations between the first and last line of training, seconds between those)."""
-        process, year = self._process, self._year()
-        first = process.first_stamp or self._reader.first_stamp
-        seconds = 0.0
-        if process.logged_seconds is not None:
-            seconds = float(process.logged_seconds)
-        elif first is not None and last_stamp is not None:
-            seconds = elapsed(first, last_stamp, year)
-        begin, end = process.first_progress, process.last_progress
-        if begin is None or end is None or end.iteration <= begin.iteration:
-            return seconds, 0.0, 0.0
-        return seconds, end.iteration - begin.iteration, elapsed(begin.stamp, end.stamp, year)
 
     def _year(self) -> int | None:
         return self._version.year if self._version else self._reader.header_year
@@ -255,22 +143,15 @@ class StageLog:
         self._solver = event
 
     def _net_printed(self, event: events.NetPrinted) -> None:
-        if self._new_nets:
-            self._nets.clear()
-            self._new_nets = False
-        if len(self._nets) < _MOST_NETS:
-            self._nets.append(_Net(event))
+        self._nets.add(event)
 
     def _data_shape(self, event: events.DataShape) -> None:
-        if self._nets and self._nets[-1].printed.thread == event.thread:
-            shapes = self._nets[-1].shapes
-            if len(shapes) < _MOST_SHAPES:
-                shapes.append(event.shape)
+        self._nets.add_shape(event)
 
     def _training_began(self, event: events.TrainingBegan) -> None:
-        if not self._process.trains:
+        if not self._trains:
             self._trained += 1
-        self._process.trains = True
+        self._trains = True
         self._finished = self._stopped = False
         self._planned = None
 
@@ -283,10 +164,10 @@ class StageLog:
         self._end_tests()
         self._iteration = event.iteration
         self._plot_sparsity()
-        self._tests.setdefault(event.net, _Tests()).start(None)
+        self._tests.setdefault(event.net, NetTests()).start(None)
 
     def _test_output(self, event: events.TestOutput) -> None:
-        tests = self._tests.setdefault(event.net, _Tests())
+        tests = self._tests.setdefault(event.net, NetTests())
         tests.current[event.number] = event
         if self._planned is not None and event.iteration is None:
             self._finished = len(tests.current) >= (tests.expected or 1)
@@ -297,10 +178,10 @@ class StageLog:
                 tests.ended = tests.expected is None
                 self._plot_test(tests)
 
-    def _plot_test(self, tests: _Tests) -> None:
+    def _plot_test(self, tests: NetTests) -> None:
         if self.curves is None:
             return
-        accuracies = self._accuracies(0)
+        accuracies = self._nets.accuracies(0)
         nvcaffe = self._version is not None and self._version.text.startswith("NVCaffe")
         for output in tests.current.values():
             # NVCaffe's test at iteration 0 is of one batch only.
@@ -320,7 +201,7 @@ class StageLog:
         self._iteration = event.batch + 1
 
     def _test_loss(self, event: events.TestLoss) -> None:
-        self._tests.setdefault(0, _Tests()).start(event.outputs or None)
+        self._tests.setdefault(0, NetTests()).start(event.outputs or None)
 
     def _sparsity_listed(self, event: events.Sparsity) -> None:
         self._sparsity = event
@@ -353,11 +234,11 @@ class StageLog:
         self._end_tests()
         self._finished = not self._stopped
         if event.seconds is not None:
-            self._process.logged_seconds = event.seconds
+            self._timing.logged(event.seconds)
 
     def _failed(self, event: events.Fatal) -> None:
         self._fatal = self._fatal or event.text
-        if self._process.trains or self._planned is not None:
+        if self._trains or self._planned is not None:
             self._finished = False
 
     # --- figures ----------------------------------------------------------------------------------------
@@ -365,10 +246,10 @@ class StageLog:
     def figures(self) -> StageFigures:
         """The figures as of the last whole line."""
         outputs = self._last_test(0)
-        accuracies = self._accuracies(0)
-        named = _by_name(outputs)
+        accuracies = self._nets.accuracies(0)
+        named = by_name(outputs)
         losses = [output.loss for output in outputs.values() if output.loss is not None]
-        seconds = None if self._reader.last_stamp is None else self._total_seconds()
+        seconds = None if self._reader.last_stamp is None else round(self._spent().seconds, 3)
         return StageFigures(
             caffe_version=self._version.text if self._version else None,
             finished=self._finished,
@@ -391,8 +272,8 @@ class StageLog:
             notes=self._notes(),
         )
 
-    def _total_seconds(self) -> float:
-        return round(self._seconds + self._spent(self._reader.last_stamp)[0], 3)
+    def _spent(self) -> Spent:
+        return self._timing.spent(self._reader.first_stamp, self._reader.last_stamp, self._year())
 
     def _iterations(self) -> int | None:
         if self._finished and self._planned is not None:
@@ -401,35 +282,21 @@ class StageLog:
             return self._solver.max_iter
         return self._iteration
 
-    def _net(self, phase: str, number: int = 0) -> _Net | None:
-        """The printed network number ``number`` of a phase."""
-        found = [net for net in self._nets if net.phase == phase]
-        return found[number] if number < len(found) else None
-
-    def _main_net(self) -> _Net | None:
-        """The network whose layers count: the test net, or where the log has none whole, the train net."""
-        nets = [self._net("TEST"), self._net("TRAIN"), *self._nets]
-        return next((net for net in nets if net is not None and net.message is not None), None)
-
-    def _accuracies(self, number: int) -> dict[int, str]:
-        net = self._net("TEST", number)
-        return net.accuracies() if net else {}
-
     def _last_test(self, number: int) -> dict[int, events.TestOutput]:
         tests = self._tests.get(number)
-        net = self._net("TEST", number)
+        net = self._nets.of("TEST", number)
         return tests.last(net.outputs() if net else None) if tests else {}
 
     def _all_outputs(self) -> dict[str, float]:
         found = {}
         for number in sorted(self._tests):
             ending = f" (#{number})" if number else ""
-            for name, value in _by_name(self._last_test(number)).items():
+            for name, value in by_name(self._last_test(number)).items():
                 found[name + ending] = value
         return found
 
     def _gigamacs(self) -> float | None:
-        net = self._main_net()
+        net = self._nets.main()
         total = net.gigamacs if net else None
         if total is None:
             return None
@@ -442,52 +309,17 @@ class StageLog:
         passes = self._solver.iter_size
         if self._speed is not None and self._trained <= 1 and (self._speed_is_overall or len(self._gpus) < 2):
             return _speed_digits(self._speed * passes)
-        net = self._net("TRAIN")
+        net = self._nets.of("TRAIN")
         batch = net.batch if net else None
-        _, iterations, seconds = self._spent(self._reader.last_stamp)
-        iterations, seconds = iterations + self._spans[0], seconds + self._spans[1]
-        if batch is None or seconds <= 0:
+        spent = self._spent()
+        if batch is None or spent.training <= 0:
             return None
         # Both kinds of Caffe print the batch of one GPU: NVCaffe has divided it before it prints.
-        return _speed_digits(iterations / seconds * batch * max(1, len(self._gpus)) * passes)
+        return _speed_digits(spent.iterations / spent.training * batch * max(1, len(self._gpus)) * passes)
 
     def _conv_sparsity(self) -> float | None:
-        """Zeros over weights of the convolutions, from the last listing and the printed network.
-
-        The listing's total may count inner products too; its fractions by layer have three digits. So the
-        zeros of the other layers are taken from the total, or where those outweigh the convolutions, the
-        convolutions' own fractions are added up: whichever loses fewer digits.
-        """
-        listed = self._sparsity
-        net = self._main_net()
-        if listed is None or net is None or not listed.blobs:
-            return None
-        costs = {cost.name: cost for cost in net.costs}
-        counted = {
-            name
-            for name, cost in costs.items()
-            if cost.type in complexity.CONVOLUTIONS and not cost.before_softmax
-        }
-        if any((name, 0) not in listed.blobs for name in counted):
-            return None
-        conv_weights = conv_zeros = other_weights = other_zeros = 0.0
-        for (name, blob), fraction in listed.blobs.items():
-            cost = costs.get(name)
-            if cost is None or cost.weights is None:
-                return None
-            size = cost.weights if blob == 0 else cost.outputs
-            if name in counted and blob == 0:
-                conv_weights += size
-                conv_zeros += fraction * size
-            else:
-                other_weights += size
-                other_zeros += fraction * size
-        # The listing must be of this network, or its weights are not the ones counted here.
-        if not conv_weights or abs(conv_weights + other_weights - listed.weights) > 1e-5 * listed.weights:
-            return None
-        if other_weights <= conv_weights:
-            conv_zeros = listed.zeros - other_zeros
-        return float(f"{min(1.0, max(0.0, conv_zeros / conv_weights)):.3g}")
+        net = self._nets.main()
+        return conv_sparsity(self._sparsity, net) if self._sparsity is not None and net is not None else None
 
     def _solver_paths(self) -> tuple[str, ...]:
         if self._solver is None:
@@ -496,56 +328,40 @@ class StageLog:
         return tuple(path for name in names if (path := self._solver.settings.string(name)))
 
     def _notes(self) -> tuple[str, ...]:
-        cut = [net for net in self._nets if not net.printed.complete]
-        if cut:
+        if self._nets.any_is_cut():
             return (
                 "the log's printed network is cut off (glog's limit): what is counted from it is missing",
             )
         return ()
 
 
-def _by_name(outputs: dict[int, events.TestOutput]) -> dict[str, float]:
-    """Values by name; further numbers of one blob as ``name[1]``, ``name[2]``."""
-    found: dict[str, float] = {}
-    seen: dict[str, int] = {}
-    for _, output in sorted(outputs.items()):
-        times = seen.get(output.name, 0)
-        found[f"{output.name}[{times}]" if times else output.name] = output.value
-        seen[output.name] = times + 1
-    return found
-
-
 def _speed_digits(speed: float) -> float:
     return round(speed, 1) if speed >= 10 else float(f"{speed:.3g}")
 
 
-def _folders() -> dict[type, Any]:
-    return {
-        events.TrainProgress: StageLog._progress,
-        events.LearningRate: StageLog._learning_rate,
-        events.ProcessStarted: StageLog._process_started,
-        events.Version: StageLog._version_said,
-        events.GpusUsed: StageLog._gpus_used,
-        events.SolverStarted: StageLog._solver_started,
-        events.NetPrinted: StageLog._net_printed,
-        events.DataShape: StageLog._data_shape,
-        events.TrainingBegan: StageLog._training_began,
-        events.Restored: StageLog._restored,
-        events.TestStarted: StageLog._test_started,
-        events.TestOutput: StageLog._test_output,
-        events.TestPlanned: StageLog._test_planned,
-        events.BatchTested: StageLog._batch_tested,
-        events.TestLoss: StageLog._test_loss,
-        events.Sparsity: StageLog._sparsity_listed,
-        events.SnapshotWritten: StageLog._snapshot_written,
-        events.SpeedReported: StageLog._speed_reported,
-        events.StoppedEarly: StageLog._stopped_early,
-        events.Finished: StageLog._done,
-        events.Fatal: StageLog._failed,
-    }
-
-
-_FOLDERS = _folders()
+_FOLDERS: dict[type, Any] = {
+    events.TrainProgress: StageLog._progress,
+    events.LearningRate: StageLog._learning_rate,
+    events.ProcessStarted: StageLog._process_started,
+    events.Version: StageLog._version_said,
+    events.GpusUsed: StageLog._gpus_used,
+    events.SolverStarted: StageLog._solver_started,
+    events.NetPrinted: StageLog._net_printed,
+    events.DataShape: StageLog._data_shape,
+    events.TrainingBegan: StageLog._training_began,
+    events.Restored: StageLog._restored,
+    events.TestStarted: StageLog._test_started,
+    events.TestOutput: StageLog._test_output,
+    events.TestPlanned: StageLog._test_planned,
+    events.BatchTested: StageLog._batch_tested,
+    events.TestLoss: StageLog._test_loss,
+    events.Sparsity: StageLog._sparsity_listed,
+    events.SnapshotWritten: StageLog._snapshot_written,
+    events.SpeedReported: StageLog._speed_reported,
+    events.StoppedEarly: StageLog._stopped_early,
+    events.Finished: StageLog._done,
+    events.Fatal: StageLog._failed,
+}
 
 
 def read_stage(path: Path, *, curves: bool = False) -> StageLog:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.clock import elapsed
-from caffe_jacinto.logs.events import LogReader
+from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.runs.tail import Tail
 
 STUCK_LOSS = 87.3365

@@ -1,0 +1,150 @@
+"""The networks that a log prints: phase, outputs, accuracies, costs; sparsity over the convolutions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from caffe_jacinto.errors import UserError
+from caffe_jacinto.logs import events
+from caffe_jacinto.prototxt import complexity, tree
+
+_PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
+_MOST_SHAPES = 8
+_MOST_NETS = 16
+
+
+@dataclass
+class PrintedNet:
+    """A printed network and the shapes its data layers gave."""
+
+    printed: events.NetPrinted
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def phase(self) -> str | None:
+        match = _PHASE.search(self.printed.text)
+        return match.group(1) if match else None
+
+    @cached_property
+    def message(self) -> tree.Message | None:
+        """The network; None where the log holds only a part of it."""
+        if not self.printed.complete:
+            return None
+        try:
+            return tree.parse(self.printed.text, "network in the log")
+        except UserError:
+            return None
+
+    @cached_property
+    def costs(self) -> list[complexity.LayerCost]:
+        return complexity.layer_costs(self.message, self.shapes) if self.message else []
+
+    @property
+    def gigamacs(self) -> float | None:
+        return complexity.gigamacs(self.message, self.shapes) if self.message else None
+
+    @property
+    def batch(self) -> int | None:
+        return complexity.batch_size(self.message) if self.message else None
+
+    def accuracies(self) -> dict[int, str]:
+        """top_k -> the output that holds it; of several (auxiliary classifiers), the last."""
+        found = {}
+        for layer in complexity.phase_layers(self.message) if self.message else ():
+            if layer.string("type") == "Accuracy" and layer.strings("top"):
+                found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
+        return found
+
+    def outputs(self) -> int | None:
+        """How many blobs the network produces and does not use."""
+        if self.message is None:
+            return None
+        unused: set[str] = set()
+        for layer in complexity.phase_layers(self.message):
+            unused.difference_update(layer.strings("bottom"))
+            unused.update(layer.strings("top"))
+        return len(unused)
+
+
+class PrintedNets:
+    """The networks of the process that printed them last."""
+
+    def __init__(self) -> None:
+        self._nets: list[PrintedNet] = []
+        self._all_are_old = False
+
+    def start_process(self) -> None:
+        """A new process: its first network takes the place of those that were printed before."""
+        self._all_are_old = True
+
+    def add(self, printed: events.NetPrinted) -> None:
+        if self._all_are_old:
+            self._nets.clear()
+            self._all_are_old = False
+        if len(self._nets) < _MOST_NETS:
+            self._nets.append(PrintedNet(printed))
+
+    def add_shape(self, event: events.DataShape) -> None:
+        """A data layer of the network that was printed last says its shape."""
+        if self._nets and self._nets[-1].printed.thread == event.thread:
+            shapes = self._nets[-1].shapes
+            if len(shapes) < _MOST_SHAPES:
+                shapes.append(event.shape)
+
+    def of(self, phase: str, number: int = 0) -> PrintedNet | None:
+        """The network number ``number`` of a phase, ``TRAIN`` or ``TEST``."""
+        found = [net for net in self._nets if net.phase == phase]
+        return found[number] if number < len(found) else None
+
+    def main(self) -> PrintedNet | None:
+        """The network whose layers count: the test net, or where the log has none whole, the train net."""
+        nets = [self.of("TEST"), self.of("TRAIN"), *self._nets]
+        return next((net for net in nets if net is not None and net.message is not None), None)
+
+    def accuracies(self, number: int) -> dict[int, str]:
+        """top_k -> the output that holds it, of test net number ``number``."""
+        net = self.of("TEST", number)
+        return net.accuracies() if net else {}
+
+    def any_is_cut(self) -> bool:
+        """Whether glog has cut a network off."""
+        return any(not net.printed.complete for net in self._nets)
+
+
+def conv_sparsity(listed: events.Sparsity, net: PrintedNet) -> float | None:
+    """Zeros over weights of the convolutions, from a listing and the printed network; None if they differ.
+
+    The listing's total may count inner products too; its fractions by layer have three digits. So the
+    zeros of the other layers are taken from the total, or where those outweigh the convolutions, the
+    convolutions' own fractions are added up: whichever loses fewer digits.
+    """
+    if not listed.blobs:
+        return None
+    costs = {cost.name: cost for cost in net.costs}
+    counted = {
+        name
+        for name, cost in costs.items()
+        if cost.type in complexity.CONVOLUTIONS and not cost.before_softmax
+    }
+    if any((name, 0) not in listed.blobs for name in counted):
+        return None
+    conv_weights = conv_zeros = other_weights = other_zeros = 0.0
+    for (name, blob), fraction in listed.blobs.items():
+        cost = costs.get(name)
+        if cost is None or cost.weights is None:
+            return None
+        size = cost.weights if blob == 0 else cost.outputs
+        if name in counted and blob == 0:
+            conv_weights += size
+            conv_zeros += fraction * size
+        else:
+            other_weights += size
+            other_zeros += fraction * size
+    # The listing must be of this network, or its weights are not the ones counted here.
+    if not conv_weights or abs(conv_weights + other_weights - listed.weights) > 1e-5 * listed.weights:
+        return None
+    if other_weights <= conv_weights:
+        conv_zeros = listed.zeros - other_zeros
+    return float(f"{min(1.0, max(0.0, conv_zeros / conv_weights)):.3g}")
