@@ -107,7 +107,11 @@ def time_left(view: StageView, place: Place, silent: float = 0.0) -> list[str]:
 
 def test_line(outputs: dict[str, float]) -> str:
     """A test's results."""
-    return "test: " + ", ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(outputs.items()))
+    return f"test: {outputs_line(outputs)}"
+
+
+def outputs_line(outputs: dict[str, float]) -> str:
+    return ", ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(outputs.items()))
 
 
 def stage_summary(view: StageView, place: Place, seconds: float, *, reestimated: bool) -> str:

@@ -9,7 +9,7 @@ from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.commands import report_command, resume_command
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState
 from caffe_jacinto.runs.lock import holders, is_held
-from caffe_jacinto.runs.progress import Place, last_heard, progress, test_line
+from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, test_line
 from caffe_jacinto.runs.watch import StageView
 
 
@@ -24,7 +24,7 @@ def status_lines(folder: Path) -> list[str]:
     lines = [f"{folder}: {_whole(folder, record, held)}"]
     for name, state in record.stages.items():
         lines.append(f"  {_stage(folder, record, name, state, held)}")
-        if state.message and state.state in ("failed", "stopped"):
+        if state.message and state.state == "failed":
             lines.append(f"    {state.message}")
     if _finished(record):
         lines.append(f"tables: {report_command(folder)}")
@@ -79,7 +79,7 @@ def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: 
 
 def _test(view: StageView, silent: float) -> list[str]:
     if view.final_outputs:
-        return [test_line(view.final_outputs)]
+        return [outputs_line(view.final_outputs)]
     batches = [f"batch {view.batches_done:,}/{view.batches:,}"] if view.batches else []
     return [*batches, *last_heard(silent)]
 
