@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -208,6 +209,36 @@ def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> Non
     assert "Optimization Done." in trainer.log("interrupted caffe", "initial")
     assert process.returncode == 1
     assert "Caffe ended early" in said
+
+
+@pytest.mark.parametrize("damage", ["cut off", "deleted"])
+def test_a_finished_stage_whose_weights_are_damaged_goes_on_from_its_snapshot(
+    trainer: Trainer, damage: str
+) -> None:
+    run = f"{damage} weights"
+    only = ("initial", "l1reg")
+    with trainer.running(
+        *tiny(recipe_of(trainer.folder, *only), only, l1reg=2000), "--output", run
+    ) as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log(run, "l1reg"), "iteration 3 of l1reg")
+        child = trainer.pid(run, "l1reg")
+        process.kill()
+        end(child)
+    shutil.rmtree(trainer.folder / run / "l1reg")
+    weights = trainer.folder / run / "initial" / f"{PREFIX}_iter_{ITERATIONS}.caffemodel"
+    content = weights.read_bytes()
+    if damage == "deleted":
+        weights.unlink()
+    else:
+        weights.write_bytes(content[: len(content) // 2])
+    with trainer.running("--resume", run) as process:
+        wait_for(lambda: "Iteration 3 (" in trainer.log(run, "l1reg"), "iteration 3 of l1reg")
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert "stage initial had finished, but its weights" in said
+    assert "initial: 6 iterations, goes on at iteration 4" in said
+    assert trainer.states(run)["initial"] == "finished"
+    assert read_weights(weights).keys()
 
 
 def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:

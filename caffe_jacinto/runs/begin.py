@@ -31,6 +31,7 @@ from caffe_jacinto.runs.plan import (
     write_test,
 )
 from caffe_jacinto.runs.preflight import Findings, preflight
+from caffe_jacinto.runs.resume import weights_are_finite
 from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.signals import StopSignals
 from caffe_jacinto.runs.start_weights import write_start_weights
@@ -120,6 +121,7 @@ def resume(
         return 0
     engine = _same_engine(record, caffe, engine_kind, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
+    _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
     findings = preflight(run, waiting, recipe.training.keep)
     _tell(findings, screen)
@@ -189,6 +191,23 @@ def _engine_record(engine: Engine) -> EngineRecord:
     return EngineRecord(
         kind=info.kind, executable=str(info.executable), version=info.version, dialect=info.dialect.value
     )
+
+
+def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
+    """Train on a finished stage whose final weights are needed and are no longer there whole."""
+    wanted = {run.final_weights} if record.stages[TEST].state != "finished" else set()
+    for plan in reversed(run.stages):
+        state = record.stages[plan.name]
+        finished = state.state == "finished"
+        if finished and plan.final_weights in wanted and not weights_are_finite(plan.final_weights):
+            screen.say(
+                f"stage {plan.name} had finished, but its weights {plan.final_weights} are gone or damaged: "
+                "it goes on from its newest good snapshot",
+                style="yellow",
+            )
+            state.state = "stopped"
+        if state.state != "finished" and plan.start_weights is not None:
+            wanted.add(plan.start_weights)
 
 
 def _changed(recipe: Recipe, gpus: tuple[int, ...] | None, keep: int | None) -> Recipe:
