@@ -13,6 +13,7 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from caffe_jacinto.data.encode import ImageForm
     from caffe_jacinto.inference.backends import Scores
     from caffe_jacinto.inference.network import Preprocessing
-    from caffe_jacinto.inference.preprocess import FileForm, Sample
+    from caffe_jacinto.inference.preprocess import Sample
 
 PICTURES = (".png", ".svg")
 
@@ -149,18 +151,20 @@ def _check_images(options: Namespace, lmdb: Path | None) -> None:
         raise UserError("--picture draws the confusion matrix of an LMDB: give one, or leave it out")
 
 
-def _file_form(options: Namespace, done: Preprocessing) -> FileForm:
+def _file_form(options: Namespace, done: Preprocessing) -> ImageForm:
     """What image files are made: as in the validation LMDB, or as --resize says."""
-    from caffe_jacinto.inference.preprocess import FileForm, lmdb_file_form
+    from caffe_jacinto.data.encode import ImageForm
+    from caffe_jacinto.inference.preprocess import lmdb_file_form
 
     transform = done.transform
+    colour = transform.channels == 3
     form = done.file_form or (lmdb_file_form(done.lmdb) if done.lmdb else None)
     if options.resize:
         width, height = options.resize
         if width < transform.width or height < transform.height:
             crop = f"{transform.width}x{transform.height}"
             raise UserError(f"--resize {width}x{height} is smaller than the network's input of {crop}")
-        return form._replace(size=options.resize) if form else FileForm(options.resize, jpeg=True)
+        return replace(form or ImageForm(0, 0, colour), width=width, height=height, shorter=0)
     if form is None:
         mean = transform.mean_image
         size = (transform.width, transform.height) if mean is None else (mean.shape[2], mean.shape[1])
@@ -169,7 +173,7 @@ def _file_form(options: Namespace, done: Preprocessing) -> FileForm:
             f"they are resized to {size[0]}x{size[1]}; --resize WIDTHxHEIGHT says another",
             file=sys.stderr,
         )
-        return FileForm(size, jpeg=True)
+        return ImageForm(size[0], size[1], colour)
     return form
 
 

@@ -27,12 +27,13 @@ from digits_run import recipe_of, tiny, write_lmdbs
 from caffe_jacinto.caffemodel.onnx_export import export_onnx
 from caffe_jacinto.classify import main
 from caffe_jacinto.create_lmdb import main as create_lmdb
+from caffe_jacinto.data.encode import ImageForm, form_of
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.inference.backends import open_backend
 from caffe_jacinto.inference.network import trained_network, validation_preprocessing
 from caffe_jacinto.inference.picture import draw_confusion
-from caffe_jacinto.inference.preprocess import FileForm, Transform, file_samples, lmdb_file_form, lmdb_samples
+from caffe_jacinto.inference.preprocess import Transform, file_samples, lmdb_file_form, lmdb_samples
 from caffe_jacinto.inference.scoring import Tally
 from caffe_jacinto.inference.sources import class_names, image_files, network_files
 from caffe_jacinto.inference.tables import BestClasses, write_tally
@@ -156,21 +157,38 @@ def test_files_are_what_an_image_data_layer_gives(resized: str, caffe_root: Path
     data = f'image_data_param {{ source: "{tmp_path}/list.txt" batch_size: 2 {resized} }}'
     val = val_net(tmp_path, data, "crop_size: 32 mean_value: 100", "ImageData")
     done = validation_preprocessing(val, (3, 32, 32), tmp_path)
-    assert done.file_form == FileForm((36, 40) if resized else None, jpeg=False)
+    assert done.file_form == ImageForm(*((36, 40) if resized else (0, 0)), raw=True)
     got = [sample.image for sample in file_samples(paths, done.transform, done.file_form)]
     want = seen_by_caffe(caffe_root, val)
     np.testing.assert_array_equal(np.stack([image for image in got if image is not None]), want)
 
 
-def test_a_file_is_what_create_lmdb_makes_of_it(tmp_path: Path) -> None:
+FORMS = [
+    ("--size 36x30", ImageForm(36, 30)),
+    ("--shorter-side 32 --quality 80", ImageForm(0, 0, shorter=32, quality=80)),
+    ("--size 30 --gray --raw", ImageForm(30, 30, colour=False, raw=True)),
+    ("--size 28 --fast", ImageForm(28, 28, fast=True)),
+]
+
+
+@pytest.mark.parametrize(("options", "made"), FORMS)
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_file_is_what_create_lmdb_makes_of_it(
+    options: str, made: ImageForm, noted: bool, tmp_path: Path
+) -> None:
+    """In every form that it notes; of LMDBs without a note, the form is told from the first image."""
     (tmp_path / "images/a").mkdir(parents=True)
     path = tmp_path / "images/a/1.png"
     path.write_bytes(encoded(noise(50, 40), ".png"))
-    arguments = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "lmdb"), "--size", "36x30"]
-    assert create_lmdb(arguments) == 0
+    arguments = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "lmdb")]
+    assert create_lmdb([*arguments, *options.split()]) == 0
+    if not noted:
+        (tmp_path / "lmdb/made_from.json").unlink()
+        if made.shorter or made.fast:
+            return  # the first image does not tell
     form = lmdb_file_form(tmp_path / "lmdb")
-    assert form == FileForm((36, 30), jpeg=True)
-    transform = Transform(3, 28, 28)
+    assert form == made and form_of(made.text) == made
+    transform = Transform(3 if made.colour else 1, 28, 28)
     (stored,) = lmdb_samples(tmp_path / "lmdb", transform)[1]
     (made,) = file_samples([path], transform, form)
     assert made.image is not None and stored.image is not None
@@ -180,7 +198,7 @@ def test_a_file_is_what_create_lmdb_makes_of_it(tmp_path: Path) -> None:
 def test_where_the_lmdb_has_pixels_no_jpeg_is_made(tmp_path: Path) -> None:
     image = noise(20, 24)
     form = lmdb_file_form(write_lmdb(tmp_path / "lmdb", [datum_of(image)]))
-    assert form == FileForm((24, 20), jpeg=False)
+    assert form == ImageForm(24, 20, raw=True)
     (tmp_path / "a.png").write_bytes(encoded(image, ".png"))
     (made,) = file_samples([tmp_path / "a.png"], Transform(3, 20, 24, crop=False), form)
     assert made.image is not None

@@ -11,6 +11,7 @@ name ends in .jpg or .jpeg is stored as it is.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ImageForm", "UnreadableImageError", "datum_record", "encode_image", "image_record"]
+__all__ = ["ImageForm", "UnreadableImageError", "datum_record", "form_of", "image_record", "read_content"]
 
 MAX_PIXELS = 100_000_000
 """An image with more pixels, by its header, is never decoded: 300 MB, and no photograph."""
@@ -83,6 +84,27 @@ class ImageForm:
         return " ".join(words)
 
 
+def form_of(text: str) -> ImageForm | None:
+    """The form that `ImageForm.text` says in words; None where it says none."""
+    found = re.fullmatch(
+        r"(?:shorter side (?P<shorter>\d+)|(?P<width>\d+)x(?P<height>\d+)|original size)"
+        r" (?P<colour>colour|gray)"
+        r"(?P<raw> raw)?(?: JPEG quality (?P<quality>\d+))?(?P<fast> fast)?",
+        text,
+    )
+    if found is None:
+        return None
+    return ImageForm(
+        int(found["width"] or 0),
+        int(found["height"] or 0),
+        colour=found["colour"] == "colour",
+        shorter=int(found["shorter"] or 0),
+        raw=bool(found["raw"]),
+        quality=int(found["quality"] or 95),
+        fast=bool(found["fast"]),
+    )
+
+
 def limit_decoder() -> None:
     """Have OpenCV itself refuse more pixels, also of kinds whose header is not read here.
 
@@ -91,25 +113,8 @@ def limit_decoder() -> None:
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 
-def encode_image(path: Path, form: ImageForm) -> bytes:
-    """The image at ``path``, resized, as the bytes of a JPEG file.
-
-    Raises UnreadableImageError for a file that is missing, empty, cut off, or no image OpenCV knows.
-    """
-    jpeg: bytes = _jpeg(_decoded(_content(path), form), form)
-    return jpeg
-
-
-def read_image(path: Path, *, colour: bool) -> NDArray[np.uint8]:
-    """The pixels of an image file: height x width x 3 (blue, green, red), or height x width where grey.
-
-    Raises UnreadableImageError as `encode_image`.
-    """
-    pixels: NDArray[np.uint8] = _decoded(_content(path), ImageForm(0, 0, colour=colour))
-    return pixels
-
-
-def _content(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
+    """The bytes of an image file; raises UnreadableImageError where there are none."""
     return Folder(Path("/")).read(os.fsencode(path.absolute()), 0, 0)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.caffemodel.net_blobs import TEST, in_phase
+from caffe_jacinto.data.encode import ImageForm
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.inference.preprocess import FileForm, Forced, Transform
+from caffe_jacinto.inference.preprocess import Forced, Transform
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
 
@@ -33,7 +34,7 @@ class Preprocessing:
     lmdb: Path | None
     """Of a Data layer."""
 
-    file_form: FileForm | None
+    file_form: ImageForm | None
     """Of an ImageData layer, which reads image files itself."""
 
 
@@ -98,7 +99,9 @@ def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path)
     images = layer.type == "ImageData"
     transform = _transform(layer.transform_param, shape, val, base, images=images)
     if images:
-        return Preprocessing(transform, None, FileForm(_image_data_size(layer.image_data_param, val), False))
+        size = _image_data_size(layer.image_data_param, val)
+        form = ImageForm(*size, colour=layer.image_data_param.is_color, raw=True)
+        return Preprocessing(transform, None, form)
     source = layer.data_param.source
     return Preprocessing(transform, base / source if source else None, None)
 
@@ -131,12 +134,12 @@ def _transform(
     )
 
 
-def _image_data_size(settings: Any, val: Path) -> tuple[int, int] | None:
-    """Width and height that an ImageData layer resizes to; None where it does not."""
+def _image_data_size(settings: Any, val: Path) -> tuple[int, int]:
+    """Width and height that an ImageData layer resizes to; zeros where it does not."""
     size = (settings.new_width, settings.new_height)
     if bool(size[0]) != bool(size[1]):
         raise UserError(f"{val}: new_height and new_width go together in Caffe; give both or none")
-    return size if all(size) else None
+    return size
 
 
 def _text(path: Path) -> str:

@@ -6,13 +6,17 @@ layers/image_data_layer.cpp of Caffe 1.0).
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum, record_place
-from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, encode_image, read_image
+from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, form_of, image_record, read_content
+from caffe_jacinto.data.lmdb_writer import MADE_FROM
 from caffe_jacinto.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,17 +91,8 @@ class Transform:
         return cropped * np.float32(self.scale) if self.scale != 1 else cropped
 
 
-class FileForm(NamedTuple):
-    """What an image file becomes before the transform: resized, and a JPEG where the LMDB holds those."""
-
-    size: tuple[int, int] | None
-    """Width and height in pixels; None: as it is."""
-
-    jpeg: bool
-
-
-def file_samples(paths: list[Path], transform: Transform, form: FileForm) -> Iterator[Sample]:
-    """Image files, one at a time."""
+def file_samples(paths: list[Path], transform: Transform, form: ImageForm) -> Iterator[Sample]:
+    """Image files as they would be in an LMDB of ``form``, one at a time."""
     for path in paths:
         try:
             yield Sample(str(path), None, transform.apply(_file_pixels(path, transform, form)))
@@ -105,15 +100,10 @@ def file_samples(paths: list[Path], transform: Transform, form: FileForm) -> Ite
             yield Sample(str(path), None, None, str(error))
 
 
-def _file_pixels(path: Path, transform: Transform, form: FileForm) -> NDArray[Any]:
-    """Channels x height x width of an image file, through the form in which it would be stored."""
-    import cv2
-
-    colour = transform.channels == 3
-    if form.jpeg and form.size is not None:
-        return _decoded(encode_image(path, ImageForm(*form.size, colour)), None)
-    image = read_image(path, colour=colour)
-    return _channels_first(image if form.size is None else cv2.resize(image, form.size))
+def _file_pixels(path: Path, transform: Transform, form: ImageForm) -> NDArray[Any]:
+    """Channels x height x width of an image file, through the record that it would have."""
+    record = image_record(os.fsencode(path), read_content(path), 0, form)
+    return datum_pixels(parse_datum(str(path), record), transform.forced)
 
 
 def lmdb_samples(folder: Path, transform: Transform) -> tuple[int, Iterator[Sample]]:
@@ -152,16 +142,22 @@ def _records(folder: Path, environment: Any, transform: Transform) -> Iterator[S
         raise UserError(f"{folder} cannot be read as an LMDB ({error}): make it again") from error
 
 
-def lmdb_file_form(folder: Path) -> FileForm | None:
-    """The form of an LMDB's images, by its first one; None where there is none to read."""
+def lmdb_file_form(folder: Path) -> ImageForm | None:
+    """The form of an LMDB's images: as create_lmdb noted it, or else by the first one; None without any."""
     import lmdb
+
+    with suppress(OSError, ValueError, AttributeError):
+        noted = form_of(str(json.loads((folder / MADE_FROM).read_text()).get("form")))
+        if noted is not None:
+            return noted
 
     try:
         with lmdb.open(str(folder), readonly=True, lock=False) as environment, environment.begin() as records:
             for key, value in records.cursor():
                 datum = parse_datum(record_place(folder, key), value)
-                height, width = datum_pixels(datum, None).shape[1:]
-                return FileForm((width, height), datum.encoded and datum.data.startswith(_JPEG_START))
+                channels, height, width = datum_pixels(datum, None).shape
+                jpeg = datum.encoded and datum.data.startswith(_JPEG_START)
+                return ImageForm(width, height, colour=channels == 3, raw=not jpeg)
     except (lmdb.Error, OSError, UserError, UnreadableImageError):
         pass
     return None
