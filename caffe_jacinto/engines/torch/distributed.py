@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from caffe_jacinto.engines.torch.memory import keep_freed_memory
 from caffe_jacinto.errors import UserError
 
 _PATIENCE = timedelta(hours=2)
@@ -21,12 +22,13 @@ _PATIENCE = timedelta(hours=2)
 
 
 def device_of_rank(gpus: Sequence[int]) -> torch.device:
-    """The device of this rank: of ``gpus`` the one of its number on this machine; the CPU if there are none.
+    """The device of this rank, made ready: that of ``gpus`` at its number on this machine; or the CPU.
 
     Raises:
         UserError: there is no such GPU, or PyTorch cannot use it.
     """
     if not gpus:
+        keep_freed_memory()
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= len(gpus):
