@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,8 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+from bad_images import BAD as BAD_IMAGES
+from bad_images import ODD as ODD_IMAGES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +120,39 @@ def test_what_caffe_fails_at_is_an_error(
     found = verify(folder)
     assert len(found.errors) == 1
     assert kind == "gray" or "00000099_odd" in next(iter(found.errors.values())).examples[0]
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_every_bad_image_is_found(name: str, tmp_path: Path) -> None:
+    """Put into a record as they are, by a program that does not look at them."""
+    folder = write(tmp_path / "lmdb", [*mixed(), encoded(99, 0, BAD_IMAGES[name].content)])
+    (trouble,) = verify(folder).errors.values()
+    assert trouble.count == 1
+    assert "00000099" in trouble.examples[0]
+
+
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images_are_told_by_what_caffe_sees(name: str, tmp_path: Path) -> None:
+    """Size and channels as stored, unturned; what no batch can take beside colour images is an error."""
+    content = ODD_IMAGES[name].content
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    found = verify(write(tmp_path / "lmdb", [encoded(0, 0, content)]))
+    ((form, count),) = found.forms.items()
+    assert count == 1
+    assert (form.height, form.width) == pixels.shape[:2]
+    assert bool(found.errors) == (pixels.dtype != np.uint8)
+
+
+def test_memory_grows_by_little_a_record(tmp_path: Path) -> None:
+    """Of twenty thousand more: some 60 bytes each, whatever their images; the file's own pages aside."""
+    content, peaks = jpeg(1), []
+    for count in (1_000, 21_000):
+        folder = write(tmp_path / str(count), [encoded(i, i % 10, content) for i in range(count)])
+        tracemalloc.start()
+        verify(folder)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 20_000 * 100
 
 
 def test_what_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from caffe_jacinto.data.ahead import ahead
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum
 from caffe_jacinto.data.encode import MAX_PIXELS, limit_decoder
-from caffe_jacinto.data.header import JPEG_START, PNG_START, image_size
+from caffe_jacinto.data.header import GIF_STARTS, JPEG_START, PNG_START, image_size
 from caffe_jacinto.data.listing import read_labels
 from caffe_jacinto.data.progress import count_text, image_progress
 from caffe_jacinto.errors import UserError
@@ -154,7 +154,7 @@ class Findings:
 def verify_lmdb(folder: Path, *, workers: int, labels: Path | None = None, sample: int = 0) -> Findings:
     """Read every record of the LMDB ``folder``, decode every image, and return what was found.
 
-    Memory is some 30 bytes a record, and that of the images that are being decoded. The LMDB is opened
+    Memory is some 60 bytes a record, and that of the images that are being decoded. The LMDB is opened
     read-only and without its lock.
 
     Args:
@@ -263,6 +263,8 @@ def _examine_encoded(record: Record, image: bytes) -> Record:
     import cv2
     import numpy as np
 
+    if image.startswith(GIF_STARTS):
+        return record._replace(error="a GIF image, which Caffe does not read")
     size = image_size(image)
     if size is not None and size[0] * size[1] > MAX_PIXELS:
         return record._replace(
@@ -288,7 +290,7 @@ def _find_duplicates(
     """Count images that are there more than once, and name some, with their labels where these differ."""
     import numpy as np
 
-    hashes = np.frombuffer(bytes(digests), np.dtype((np.void, DIGEST_BYTES)))
+    hashes = np.frombuffer(digests, np.dtype((np.void, DIGEST_BYTES)))
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) if len(order) > 1 else np.empty(0, int)
     found.duplicates = len(again)
