@@ -46,6 +46,7 @@ setup(
         "scipy>=1.11",
         "tomli>=2; python_version < '3.11'",
     ],
+    entry_points={"console_scripts": ["caffe-torch = caffe_jacinto.engines.torch.__main__:script"]},
     extras_require={
         "pycaffe": ["six", "scikit-image"],
         "demo": ["mlxtend"],

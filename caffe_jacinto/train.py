@@ -3,6 +3,7 @@
 python -m caffe_jacinto.train demo_digits
 python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
 python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
+python -m caffe_jacinto.train demo_digits --engine torch
 python -m caffe_jacinto.train --resume training/first_try
 python -m caffe_jacinto.train --status training/first_try
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.prototxt.dialects import Dialect
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume is not None:
         from caffe_jacinto.runs.begin import resume
 
-        if overrides or options.output or options.dry_run:
+        if overrides or options.output or options.dry_run or options.dialect:
             raise UserError(
                 "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
                 "be given with it; to change more, start a new run"
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         gpus=options.gpus,
         caffe=options.caffe,
         engine_kind=options.engine,
+        dialect=None if options.dialect is None else Dialect(options.dialect),
         output=None if options.output is None else Path(options.output),
         dry_run=options.dry_run,
     )
@@ -78,7 +81,16 @@ def _parser() -> Parser:
         "--gpus", "--gpu", "-gpu", type=_gpus, metavar="0,1", help="GPUs to train on; an empty text: the CPU"
     )
     parser.add_argument("--caffe", metavar="PATH", help="the caffe executable, or the tree it was built in")
-    parser.add_argument("--engine", choices=["bvlc", "caffe-jacinto"], help="insist on this kind of Caffe")
+    parser.add_argument(
+        "--engine",
+        choices=["bvlc", "caffe-jacinto", "torch"],
+        help="insist on this kind of Caffe, or train on PyTorch (default: the Caffe that is found)",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=[dialect.value for dialect in Dialect],
+        help="of the files that PyTorch is given (default: bvlc); each Caffe has its own",
+    )
     parser.add_argument(
         "--output", metavar="DIR", help="the run folder (default: training/<dataset>_<network>_<time>)"
     )

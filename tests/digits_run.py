@@ -70,14 +70,15 @@ def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: 
 class Trainer:
     """`python -m caffe_jacinto.train`, as a user starts it, in ``folder``."""
 
-    def __init__(self, caffe: Path, folder: Path) -> None:
+    def __init__(self, caffe: Path | None, folder: Path) -> None:
+        """``caffe`` None: on PyTorch."""
         self.folder = folder
-        self._caffe = str(caffe)
+        self._engine = ["--engine", "torch"] if caffe is None else ["--caffe", str(caffe)]
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "caffe_jacinto.train", *arguments]
         if "--status" not in arguments:
-            command += ["--caffe", self._caffe]
+            command += self._engine
         # One thread each: the tests of one machine do not wait for each other's.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NO_COLOR": "1"}
         return subprocess.Popen(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from caffe_jacinto.engines.contract import Engine, EngineInfo, TestJob, TrainJob
 from caffe_jacinto.engines.find import describe, find_engine
 from caffe_jacinto.engines.gpus import check_gpus, visible_gpus
 from caffe_jacinto.engines.stepper import main as stepper_main
+from caffe_jacinto.engines.torch_engine import TorchEngine, describe_torch
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
@@ -54,12 +56,19 @@ def engine(kind: str, **changes: object) -> Engine:
         "dialect": Dialect.BVLC if kind == "bvlc" else Dialect.CAFFE_JACINTO,
         "gpu": True,
         "multi_gpu": True,
+        "begins_data_again": kind == "bvlc",
+        "own_rule": kind != "caffe-jacinto",
         "pycaffe": Path("/opt/python"),
         "notes": (),
         **changes,
     }
     info = EngineInfo(**facts)  # type: ignore[arg-type]
-    return BvlcEngine(info) if kind == "bvlc" else CaffeJacintoEngine(info)
+    kinds: dict[str, Callable[[EngineInfo], Engine]] = {
+        "bvlc": BvlcEngine,
+        "caffe-jacinto": CaffeJacintoEngine,
+        "torch": TorchEngine,
+    }
+    return kinds[kind](info)
 
 
 def train_job(**changes: object) -> TrainJob:
@@ -89,7 +98,56 @@ def stage(**changes: object) -> Stage:
 
 def test_none_found_names_the_command_that_installs_one() -> None:
     with pytest.raises(UserError, match=r"no Caffe found .*install_caffe\.sh"):
+        find_engine(force="bvlc")
+
+
+def test_without_a_caffe_it_is_pytorch_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "has_torch", lambda: False)
+    with pytest.raises(UserError, match=r"no Caffe found .*caffe-jacinto\[torch\]"):
         find_engine()
+    monkeypatch.setattr(find, "has_torch", lambda: True)
+    monkeypatch.setattr(find, "describe_torch", lambda dialect: engine("torch", dialect=dialect).info)
+    found = find_engine()
+    assert found.info.kind == "torch"
+    assert "no Caffe was found" in found.info.notes[0]
+    forced = find_engine(force="torch", dialect=Dialect.CAFFE_JACINTO)
+    assert (forced.info.dialect, forced.info.notes) == (Dialect.CAFFE_JACINTO, ())
+    with pytest.raises(UserError, match="needs no Caffe"):
+        find_engine("/opt/caffe", force="torch")
+
+
+def test_a_caffe_reads_its_own_dialect_only(tmp_path: Path) -> None:
+    stock = stand_in(tmp_path / "caffe", STOCK)
+    with pytest.raises(UserError, match=r"--dialect caffe_jacinto: .* use --engine torch"):
+        find_engine(str(stock), dialect=Dialect.CAFFE_JACINTO)
+
+
+def test_pytorch_that_is_not_there_names_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UserError, match=r"has no PyTorch; install it: .* -m pip install"):
+        describe_torch(Dialect.BVLC)
+
+
+def test_pytorch_trains_each_stage_by_one_command_on_all_gpus() -> None:
+    torch = engine("torch", executable=Path("/opt/python"), dialect=Dialect.BVLC)
+    sparse = SparseSettings(target=0.5, start_iter=1, step_iter=1)
+    command = torch.train_commands(train_job(sparse=sparse))[0]
+    program = ["/opt/python", "-m", "caffe_jacinto.engines.torch", "train", "-dialect", "bvlc"]
+    assert command[:8] == [*program, "-solver", "run/sparse/solver.prototxt"]
+    assert command[command.index("-sparsity_target") + 1] == "0.5"
+    assert command[-2:] == ["-gpu", "0,1"]
+    fork = engine("torch", executable=Path("/opt/python"), dialect=Dialect.CAFFE_JACINTO)
+    assert "-sparsity_target" not in fork.train_commands(train_job(sparse=sparse))[0]
+    plan = torch.plan(stage(sparse=sparse), (0, 1), 2)
+    assert (plan.gpus, plan.iter_size, plan.note) == ((0, 1), 2, None)
+
+
+def test_gpus_that_a_pytorch_for_the_cpu_cannot_use() -> None:
+    with pytest.raises(UserError, match=r"PyTorch 1\.0\.0 is built for the CPU only.*install a PyTorch"):
+        check_gpus(engine("torch", gpu=False).info, (0,))
 
 
 def test_order_of_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +178,7 @@ def test_another_program_called_caffe_on_the_path_is_passed_over(
     other = stand_in(tmp_path / "caffe", b"keeps the screen awake")
     monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
     with pytest.raises(UserError, match="no Caffe found"):
-        find_engine()
+        find_engine(force="bvlc")
     with pytest.raises(UserError, match="is no Caffe"):
         find_engine(str(other))
 

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
-EngineKind = Literal["bvlc", "caffe-jacinto"]
+EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class EngineInfo:
 
     kind: EngineKind
     executable: Path
+    """The ``caffe`` program; of the engine on PyTorch, the Python that runs it."""
+
     version: str | None
     """As the executable itself says it, e.g. ``1.0.0``; None if it says nothing of the kind."""
 
@@ -32,6 +34,12 @@ class EngineInfo:
 
     multi_gpu: bool
     """Can train on several GPUs at once (stock Caffe: built with NCCL)."""
+
+    begins_data_again: bool
+    """Reads its training LMDB from the beginning after a resume."""
+
+    own_rule: bool
+    """Zeros are taken and counted, and statistics re-estimated, by this project's code, not by the fork's."""
 
     pycaffe: Path | None
     """The folder to put on ``sys.path`` for ``import caffe``; None if this Python can import none."""

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from caffe_jacinto.engines.bvlc import BvlcEngine
 from caffe_jacinto.engines.caffe_jacinto import CaffeJacintoEngine
 from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind
+from caffe_jacinto.engines.torch_engine import TorchEngine, describe_torch, has_torch
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -36,25 +38,51 @@ CPU_ONLY = b"Cannot use GPU in CPU-only Caffe"
 NO_NCCL = b"rebuild with USE_NCCL"
 
 
-def find_engine(caffe: str | None = None, force: str | None = None) -> Engine:
+def find_engine(caffe: str | None = None, force: str | None = None, dialect: Dialect | None = None) -> Engine:
     """The Caffe to use: ``caffe`` (an executable or a tree), else $CAFFE_ROOT, else PATH, else the prefix.
 
-    ``force`` is ``bvlc`` or ``caffe-jacinto``: the kind it has to be.
+    Where none is found, and none was named, it is PyTorch, if this Python has it. ``force`` is ``bvlc``,
+    ``caffe-jacinto`` or ``torch``: the kind it has to be. ``dialect`` is that of the files for PyTorch.
 
     Raises:
         UserError: there is none, it does not start, or it is not of the kind forced.
     """
-    executable, where = _executable(caffe)
+    if force == "torch":
+        if caffe is not None:
+            raise UserError("--engine torch needs no Caffe: leave --caffe out")
+        return TorchEngine(describe_torch(dialect or Dialect.BVLC))
+    try:
+        executable, where = _executable(caffe)
+    except NoCaffeError:
+        if force is not None or not has_torch():
+            raise
+        chosen = (
+            "no Caffe was found, so it is PyTorch that trains (docs/torch.md); --caffe PATH names a Caffe"
+        )
+        return TorchEngine(replace(describe_torch(dialect or Dialect.BVLC), notes=(chosen,)))
     info = describe(executable)
     if force is not None and force != info.kind:
         raise UserError(
             f"--engine {force}: the Caffe from {where}, {executable}, is {_KIND_NAMES[info.kind]}; "
             f"give the path of another with --caffe, or leave --engine out"
         )
+    if dialect is not None and dialect is not info.dialect:
+        raise UserError(
+            f"--dialect {dialect.value}: {executable} is {_KIND_NAMES[info.kind]}, which reads "
+            f"{info.dialect.value} files; leave it out, or use --engine torch, which reads both"
+        )
     return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)
 
 
-_KIND_NAMES: dict[EngineKind, str] = {"bvlc": "stock Caffe (bvlc)", "caffe-jacinto": "caffe-jacinto"}
+class NoCaffeError(UserError):
+    """None is named, and none is where one is looked for."""
+
+
+_KIND_NAMES: dict[EngineKind, str] = {
+    "bvlc": "stock Caffe (bvlc)",
+    "caffe-jacinto": "caffe-jacinto",
+    "torch": "PyTorch",
+}
 
 
 def prefix() -> Path:
@@ -77,9 +105,9 @@ def _executable(caffe: str | None) -> tuple[Path, str]:
     installed = prefix() / "bin/caffe"
     if _runs(installed):
         return installed, "its prefix"
-    raise UserError(
+    raise NoCaffeError(
         f"no Caffe found (--caffe, $CAFFE_ROOT, PATH, {installed}): install stock Caffe with {INSTALL}, "
-        "or name one with --caffe PATH"
+        "name one with --caffe PATH, or train without one: pip install 'caffe-jacinto[torch]'"
     )
 
 
@@ -138,6 +166,8 @@ def describe(executable: Path) -> EngineInfo:
         dialect=Dialect.BVLC if kind == "bvlc" else Dialect.CAFFE_JACINTO,
         gpu=gpu,
         multi_gpu=gpu and not has(NO_NCCL),
+        begins_data_again=kind == "bvlc",
+        own_rule=kind == "bvlc",
         pycaffe=pycaffe,
         notes=tuple(notes),
     )

@@ -24,9 +24,14 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
         return
     asked = ",".join(map(str, gpus))
     if not info.gpu:
+        what, other = (
+            (f"PyTorch {info.version}", "install a PyTorch for them")
+            if info.kind == "torch"
+            else (str(info.executable), "name a Caffe built with CUDA by --caffe")
+        )
         raise UserError(
-            f"GPUs {asked} are asked for, but {info.executable} is built for the CPU only: "
-            "leave the GPUs out, or name a Caffe built with CUDA by --caffe"
+            f"GPUs {asked} are asked for, but {what} is built for the CPU only: "
+            f"leave the GPUs out, or {other}"
         )
     if len(gpus) > 1 and not info.multi_gpu:
         raise UserError(

@@ -14,6 +14,7 @@ from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
+from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
@@ -44,6 +45,7 @@ def start(
     gpus: tuple[int, ...] | None,
     caffe: str | None,
     engine_kind: str | None,
+    dialect: Dialect | None,
     output: Path | None,
     dry_run: bool,
 ) -> int:
@@ -60,7 +62,7 @@ def start(
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} is there already{_instead(folder)}")
     screen = Screen()
-    engine = _engine(caffe, engine_kind, recipe.training.gpus, screen)
+    engine = _engine(caffe, engine_kind, dialect, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
     _tell(findings, screen)
@@ -152,9 +154,11 @@ def _instead(folder: Path) -> str:
     return " and is not an empty folder: give another --output"
 
 
-def _engine(caffe: str | None, kind: str | None, gpus: tuple[int, ...], screen: Screen) -> Engine:
+def _engine(
+    caffe: str | None, kind: str | None, dialect: Dialect | None, gpus: tuple[int, ...], screen: Screen
+) -> Engine:
     """Find the engine and say which it is."""
-    engine = find_engine(caffe, kind)
+    engine = find_engine(caffe, kind, dialect)
     info = engine.info
     devices = f"GPUs {','.join(map(str, gpus))}" if gpus else "the CPU"
     version = f" {info.version}" if info.version else ""
@@ -171,9 +175,12 @@ def _same_engine(
 ) -> Engine:
     """The engine that the run has used, unless another is asked for or it is gone."""
     before = record.engine
-    if caffe is None and Path(before.executable).exists():
+    dialect = None
+    if before.kind == "torch" and kind in (None, "torch") and caffe is None:
+        kind, dialect = "torch", Dialect(before.dialect)
+    elif caffe is None and kind != "torch" and Path(before.executable).exists():
         caffe = before.executable
-    engine = _engine(caffe, kind, gpus, screen)
+    engine = _engine(caffe, kind, dialect, gpus, screen)
     if engine.info.kind != before.kind:
         raise UserError(
             f"this run was begun with {before.kind} ({before.executable}), and {engine.info.executable} is "

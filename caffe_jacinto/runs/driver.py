@@ -136,7 +136,7 @@ class Driver:
         if view.trouble is None and self._is_trained(plan):
             self._note(state, "finished")
             seconds = time.monotonic() - begun
-            reestimated = self.run.engine.info.kind == "bvlc" and job.reestimate_batches > 0
+            reestimated = self.run.engine.info.own_rule and job.reestimate_batches > 0
             self.screen.say(stage_summary(view, place, seconds, reestimated=reestimated), style="green")
             self._tell_if_too_dense(plan, view)
             return True
@@ -146,9 +146,9 @@ class Driver:
         raise self._failure(plan, state, view, code)
 
     def _tell_if_too_dense(self, plan: StagePlan, view: StageView) -> None:
-        """Say so where the ramp ended below its target. Of stock Caffe only: the fork may count otherwise."""
+        """Say so where the ramp ended below its target. Not of the fork, which may count otherwise."""
         sparse = plan.stage.sparse
-        if sparse is None or view.sparsity is None or self.run.engine.info.kind != "bvlc":
+        if sparse is None or view.sparsity is None or not self.run.engine.info.own_rule:
             return
         if view.sparsity < sparse.target:
             self.screen.say(
@@ -177,7 +177,7 @@ class Driver:
             f"{place.title()}: {place.max_iter:,} iterations, {start}; log: {plan.log}", style="bold"
         )
         trains_on = 0 < point.iteration < place.max_iter
-        if trains_on and self.run.engine.info.kind == "bvlc":
+        if trains_on and self.run.engine.info.begins_data_again:
             self.screen.say(
                 "  stock Caffe reads its training LMDB from the beginning again after a resume: "
                 "the images there are seen once more than the others"

@@ -1,0 +1,96 @@
+"""`train --engine torch`: the whole way in both dialects, stops and going on."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from digits_run import ITERATIONS, PREFIX, STAGES, Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
+
+from caffe_jacinto.caffemodel.weights import read_weights
+
+pytestmark = pytest.mark.caffe
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("start folder")
+    write_lmdbs(folder)
+    return Trainer(None, folder)
+
+
+def weights(trainer: Trainer, run: str, stage: str) -> dict[str, list[np.ndarray]]:
+    return read_weights(trainer.folder / run / stage / f"{PREFIX}_iter_{ITERATIONS}.caffemodel")
+
+
+@pytest.mark.parametrize("dialect", ["bvlc", "caffe_jacinto"])
+def test_all_stages_in_both_dialects(trainer: Trainer, dialect: str) -> None:
+    run = f"run in {dialect}"
+    code, said = trainer.run(*tiny(), "--dialect", dialect, "--output", run)
+    assert code == 0, said
+    assert trainer.states(run) == dict.fromkeys((*STAGES, "test"), "finished")
+    assert re.search(rf"engine: torch 2\.\S+ at \S+, dialect {dialect}, on the CPU", said)
+    assert re.search(r"stage 3/4 sparse: finished, 6 iterations in .*, top-1 .*, sparsity 0\.[1-9]", said)
+    assert "JacintoNet11 (published)" in said
+    sparse, fine = weights(trainer, run, "sparse"), weights(trainer, run, "finetune")
+    zeros = {name: sparse[name][0] == 0 for name in sparse if sparse[name][0].ndim == 4}
+    assert any(mask.sum() > 100 for mask in zeros.values())
+    for name, mask in zeros.items():
+        assert not fine[name][0][mask].any(), f"zeros of {name} moved in finetune"
+
+
+@pytest.mark.parametrize("dialect", ["bvlc", "caffe_jacinto"])
+def test_killed_in_the_ramp_and_resumed_it_ends_at_the_same_weights(trainer: Trainer, dialect: str) -> None:
+    recipe = recipe_of(trainer.folder, "initial", "l1reg", "sparse")
+    arguments = [*tiny(recipe, ("initial", "l1reg", "sparse")), "--dialect", dialect]
+    assert trainer.run(*arguments, "--output", f"{dialect} whole")[0] == 0
+    run = f"{dialect} killed"
+    with trainer.running(*arguments, "--output", run) as process:
+        wait_for(lambda: "iter_2.solverstate" in trainer.log(run, "sparse"), "snapshot in the ramp")
+        process.kill()
+    end(trainer.pid(run, "sparse"))
+    code, said = trainer.run("--resume", run)
+    assert code == 0, said
+    assert re.search(r"stage 3/3 sparse: 6 iterations, goes on at iteration [24]", said)
+    assert "from the beginning again" not in said
+    whole, resumed = (weights(trainer, name, "sparse") for name in (f"{dialect} whole", run))
+    for name in whole:
+        for one, other in zip(whole[name], resumed[name], strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial")
+    arguments = tiny(recipe, ("initial",), initial=100_000)
+    with trainer.running(*arguments, "--output", "stopped") as process:
+        wait_for(lambda: "Iteration 3," in trainer.log("stopped", "initial"), "fourth iteration")
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "--resume stopped" in said
+    assert trainer.states("stopped")["initial"] == "stopped"
+    assert list((trainer.folder / "stopped/initial").glob("*.solverstate"))
+    assert "dialect bvlc" in said
+
+
+def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial")
+    code, said = trainer.run(*tiny(recipe, ("initial",)), "--output", "by hand", "--dry-run")
+    assert code == 0, said
+    assert "-m caffe_jacinto.engines.torch train -dialect bvlc" in said
+    script = trainer.folder / "by hand/initial/run.sh"
+    subprocess.run(["sh", str(script)], check=True, cwd="/", capture_output=True)
+    code, said = trainer.run("--resume", "by hand")
+    assert code == 0, said
+    assert "initial: finished before" in said
+
+
+def test_gpus_that_are_not_there_are_told_before_anything_is_written(trainer: Trainer) -> None:
+    code, said = trainer.run(*tiny(), "--output", "gpu", "-gpu", "0,1")
+    assert code == 2
+    assert "built for the CPU only" in said or "is not there" in said
+    assert not Path(trainer.folder / "gpu").exists()
