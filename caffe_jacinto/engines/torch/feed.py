@@ -6,10 +6,12 @@ bytes, and mean and scale are applied there.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import queue
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,9 @@ from caffe_jacinto.errors import RunFailed, UserError
 
 _WAIT_SECONDS = 2.0
 """Between two looks at whether the other side still lives."""
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent ends."""
 
 _AHEAD = 2
 """Batches that are decoded ahead, for each worker."""
@@ -233,6 +238,7 @@ def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     parent = os.getppid()
+    _end_with_parent()
     while os.getppid() == parent:
         try:
             slot, block = tasks.get(timeout=_WAIT_SECONDS)
@@ -244,3 +250,9 @@ def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
         except UserError as error:
             trouble = str(error)
         done.put((slot, block, trouble))
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends: it holds the lock of the run's folder, too."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -203,7 +203,7 @@ class Trainer:
         self._last_snapshot = self.iteration if self.options.snapshot else -1
 
     def _solver_weights(self) -> Iterator[str]:
-        for entry in self.parameters.weights:
+        for entry in getattr(self.parameters, "weights", ()):  # the fork's schema has no such field
             yield from (path.strip() for path in entry.split(","))
 
     def _load(self, path: Path) -> None:
