@@ -11,6 +11,8 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+from ilsvrc import train_images, val_images, write_devkit, write_train, write_val
+from lmdb_records import labels_of
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "utils" / "create_imagenet_classification_lmdb.sh"
 
@@ -22,9 +24,9 @@ def write_image(path: Path) -> None:
     path.write_bytes(cv2.imencode(".jpg", np.full((40, 50, 3), 90, dtype=np.uint8))[1].tobytes())
 
 
-def start(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": sys.executable} | settings
-    return subprocess.run([SCRIPT], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([SCRIPT, *options], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def order(path: Path) -> list[str]:
@@ -70,6 +72,21 @@ def test_other_places_and_validation_images_in_class_folders(place: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert order(place / "v lmdb") == ["dog/1.JPEG"]
     assert "32x24" in done.stdout
+
+
+def test_both_lmdbs_from_the_archives_as_downloaded(place: Path) -> None:
+    """The archives are taken before the folders beside them, and options go to both makings."""
+    data, labels = place / "archives", (2, 0, 3)
+    data.mkdir()
+    write_train(data, train_images(5))
+    write_val(data, val_images(len(labels)))
+    write_devkit(data, labels)
+    done = start(place, "--quality", "80", DATA="archives", TRAIN_LMDB="t", VAL_LMDB="v", SIZE="32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("32x32 colour JPEG quality 80") == 2
+    assert len(order(place / "t")) == 20
+    assert list(labels_of(place / "v").values()) == list(labels)
+    assert (place / "t" / "labels.txt").read_text() == (place / "v" / "labels.txt").read_text()
 
 
 def test_mistakes_end_it_with_one_line(place: Path) -> None:
