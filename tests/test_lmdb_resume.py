@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -260,11 +260,17 @@ def test_stopped_in_the_middle(archive: Path, tmp_path: Path, kind: signal.Signa
     assert names_in(tmp_path) == [archive.name, "o", "whole"]
 
 
-def kills() -> Iterator[float]:
-    """Seconds after the start, at random."""
-    chooser = random.Random(int(os.environ.get("CAFFE_JACINTO_KILL_SEED", "1")))
-    while True:
-        yield chooser.uniform(0.1, 1.2)
+def kill_after(process: subprocess.Popen[str], journal: Path, seconds: float) -> bool:
+    """Kill the process so long after it begins to store images; whether it was still there."""
+    before = journal.stat().st_size if journal.exists() else 0
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > before):
+        time.sleep(0.001)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.caffe  # Needs no Caffe, but half a minute.
@@ -274,24 +280,20 @@ def test_random_kills(archive: Path, tmp_path: Path) -> None:
     CAFFE_JACINTO_KILLS sets the number of kills, in as many LMDBs as they need.
     """
     wanted, killed, made = int(os.environ.get("CAFFE_JACINTO_KILLS", "6")), 0, 0
+    chooser = random.Random(int(os.environ.get("CAFFE_JACINTO_KILL_SEED", "1")))
     command = ["--images", archive, "--size", 64, "--output"]
     create(*command, tmp_path / "whole")
     whole = everything_in(tmp_path / "whole")
-    moments = kills()
     while killed < wanted:
         output = tmp_path / f"o{made}"
         process = start(*command, output)
-        try:
-            process.communicate(timeout=next(moments))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            killed += 1
+        journal = tmp_path / f".o{made}.partial" / "journal"
+        killed += kill_after(process, journal, chooser.uniform(0, 0.1))
         if output.exists():
             assert everything_in(output) == whole
             made += 1
         else:
-            assert process.returncode == -9
+            assert process.returncode == -signal.SIGKILL
     last = tmp_path / f"o{made}"
     create(*command, last)
     assert everything_in(last) == whole

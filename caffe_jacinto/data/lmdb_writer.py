@@ -59,6 +59,9 @@ class LmdbWriter:
         self.partial = partial
         self._folder = partial / "lmdb"
         self._folder.mkdir(exist_ok=True)
+        for item in self._folder.iterdir():
+            if item.name != "data.mdb":
+                item.unlink()  # It is written again; or it is half of it, from a process that was killed.
         self._journal = journal
         # No lock file: it is private until it is complete, and Caffe makes its own.
         self._environment: Any = lmdb.open(
