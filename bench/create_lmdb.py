@@ -1,6 +1,6 @@
 """`create_lmdb` against Caffe's convert_imageset, and against the limit of this machine.
 
-    python bench/lmdb.py [--caffe PATH] [--rounds 3] [--memory]
+    python bench/create_lmdb.py [--caffe PATH] [--rounds 3] [--memory]
 
 Both are whole processes that write an LMDB of 256x256 JPEG files from the same list. The limit is OpenCV
 decoding, resizing and encoding alone, on files that are in memory, in one thread on each core. Rounds of the
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _usual(folder: Path, peer: Path, rounds: int, cores: int) -> bool:
-    listed = _write_images(folder / "usual", count=1000, width=500, height=375, listed=4000)
+    listed = _write_images(folder / "usual", count=1000, width=500, height=375, listed=8000)
     times = {"peer": list[float](), "exact": list[float](), "fast": list[float](), "limit": list[float]()}
     for _ in range(rounds):
         times["peer"].append(listed / _convert_imageset(peer, folder / "usual"))
@@ -280,4 +280,4 @@ def _anonymous(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("bench/lmdb.py", main))
+    sys.exit(run_command("bench/create_lmdb.py", main))
