@@ -10,19 +10,18 @@ import os
 import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
-import lmdb
 import numpy as np
 import onnxruntime  # noqa: F401 - what is tested with it must not be skipped
 import pytest
 from deploy_nets import built, by_onnx, write_random
 from digits_run import recipe_of, tiny, write_lmdbs
+from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
 
 from caffe_jacinto.caffemodel.onnx_export import export_onnx
 from caffe_jacinto.classify import main
@@ -44,41 +43,6 @@ from caffe_jacinto.train import main as train
 # --------------------------------------------------------------------------- what the validation network sees
 
 
-def write_lmdb(folder: Path, datums: list[Any]) -> Path:
-    with lmdb.open(str(folder), map_size=1 << 24) as environment, environment.begin(write=True) as writing:
-        for number, datum in enumerate(datums):
-            writing.put(b"%08d" % number, datum.SerializeToString())
-    return folder
-
-
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray[Any, Any]:
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    small = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return cv2.GaussianBlur(small, (5, 5), 2)
-
-
-def datum_of(content: bytes | np.ndarray[Any, Any], label: int = 0) -> Any:
-    """An encoded image, or raw pixels of height x width x channels."""
-    if isinstance(content, bytes):
-        return messages(Dialect.BVLC).Datum(data=content, label=label, encoded=True)
-    height, width, channels = content.shape
-    planes = content.transpose(2, 0, 1).tobytes()
-    return messages(Dialect.BVLC).Datum(
-        channels=channels, height=height, width=width, data=planes, label=label
-    )
-
-
-def encoded(image: np.ndarray[Any, Any], ending: str) -> bytes:
-    return bytes(cv2.imencode(ending, image)[1])
-
-
-def turned_by_exif(jpeg: bytes) -> bytes:
-    """The JPEG with an EXIF segment that asks for a quarter turn (orientation 6)."""
-    tiff = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
-    body = b"Exif\0\0" + tiff
-    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
-
-
 def val_net(folder: Path, data: str, transform: str, kind: str = "Data") -> Path:
     """A validation network of one data layer."""
     path = folder / "val.prototxt"
@@ -97,19 +61,6 @@ def seen_by_caffe(caffe_root: Path, val: Path) -> np.ndarray[Any, Any]:
     net = caffe.Net(str(val), caffe.TEST)
     net.forward()
     return np.array(net.blobs["data"].data)
-
-
-MEAN = "mean.binaryproto"
-SETTINGS = [
-    # stored as, crop, settings, the deploy network's channels
-    ("raw", 20, f'mean_file: "{MEAN}" scale: 0.0078125', 3),
-    (".jpg", 21, "mean_value: 104 mean_value: 117 mean_value: 123", 3),
-    (".png", 0, "mean_value: 128 scale: 0.5", 3),
-    ("turned", 20, "", 3),
-    ("grey", 20, "", 1),
-    ("grey", 20, "force_color: true mean_value: 3", 3),
-    (".jpg", 20, "force_gray: true", 1),
-]
 
 
 @pytest.mark.caffe

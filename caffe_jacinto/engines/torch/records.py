@@ -274,6 +274,14 @@ class Images:
                 f"{self._place(number)}: its image is {sizes[0]} (height x width x channels), the first one "
                 f"{sizes[1]}: make the LMDB with one size"
             )
+        if pixels.dtype != self.dtype:
+            kinds = [
+                "8-bit" if dtype == np.uint8 else f"of {dtype} numbers"
+                for dtype in (pixels.dtype, self.dtype)
+            ]
+            raise UserError(
+                f"{self._place(number)}: its image is {kinds[0]}, the first one {kinds[1]}: make it anew"
+            )
         return pixels
 
     def _place(self, number: int) -> str:
