@@ -242,6 +242,37 @@ def test_two_ranks_are_one_with_twice_the_passes(arguments: list[str], digits: P
         assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
 
 
+def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
+    """The batch is divided, rounded up; the solver's own fields sparsify; going on gives the same bits."""
+    stage = SmallStage(tmp_path, digits)
+    for name in ("train", "val"):
+        path = tmp_path / f"{name}.prototxt"
+        text = re.sub(r'layer \{ name: "conv\d/scale".*\n.*\n', "", path.read_text())
+        text = text.replace("moving_average_fraction: 0.99", "moving_average_fraction: 0.99 scale_bias: true")
+        path.write_text(text.replace("batch_size: 32", "batch_size: 33") if name == "train" else text)
+    fields = {"start_iter": 4, "step_iter": 2, "step_factor": 0.2, "target": 0.5}
+    fields |= {"threshold_maxratio": 10, "threshold_value_max": 10}
+    sparse = {f"sparsity_{name}": value for name, value in fields.items()}
+    stage.solver(sparse_mode="SPARSE_UPDATE", display_sparsity=5, snapshot=5, **sparse)
+    log = torchrun(stage, "-dialect", "caffe_jacinto")
+    assert "a batch of 33 does not divide among 2 GPUs; it is 34 now" in log
+    assert "output data size: 17,1,28,28" in log
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    found = complete_snapshots(tmp_path / "small", Dialect.CAFFE_JACINTO)
+    assert [snapshot.iteration for snapshot in found] == [20, 15, 10, 5]
+    finals = weights_of(stage, 20)
+    zeros = {name: weights_of(stage, 10)[name][0] == 0 for name in LAYERS}
+    assert sum(mask.sum() for mask in zeros.values()) > 0.5 * sum(mask.size for mask in zeros.values())
+    for name, mask in zeros.items():
+        assert (finals[name][0][mask] == 0).all()
+
+    log = torchrun(stage, "-dialect", "caffe_jacinto", "-snapshot", "small_iter_5.solverstate")
+    assert "The ramp goes on from 0.2" in log
+    again = weights_of(stage, 20)
+    for name in LAYERS:
+        np.testing.assert_array_equal(again[name][0], finals[name][0])
+
+
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
