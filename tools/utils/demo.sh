@@ -4,15 +4,18 @@
 #
 #   tools/utils/demo.sh [OPTION...]     options go to the training,
 #                                       e.g. --set stages.initial.solver.max_iter=300
+#   tools/utils/demo.sh --engine torch  the same training on PyTorch, which the set-up then installs, too
 #
-# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up.
+# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up; 3 on PyTorch.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
-"$root/tools/utils/setup.sh"
+with_torch=()
+case " $* " in *' --engine torch '* | *' --engine=torch '*) with_torch=(--torch) ;; esac
+"$root/tools/utils/setup.sh" "${with_torch[@]}"
 cd "$root"
 mkdir -p data training
 python=$root/.venv/bin/python

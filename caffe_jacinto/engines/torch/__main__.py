@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     add_sparse_options(train)
     test = _action(actions, "test", "score weights by a model's outputs")
     test.add_argument("-weights", "--weights", type=_paths, required=True, metavar="FILE")
-    test.add_argument("-display_sparsity", "--display_sparsity", action="store_true")
+    test.add_argument(
+        *("-display_sparsity", "--display_sparsity"), nargs="?", type=_flag, const=True, default=False
+    )
     test.add_argument("-level", "--level", type=int, default=0, help="of the net's state")
     test.add_argument("-stage", "--stage", type=_stages, default=(), metavar="A,B", help="of the net's state")
     time = _action(actions, "time", "time a model's layers")
@@ -167,6 +169,14 @@ def _number(least: int) -> Callable[[str], int]:
 def _paths(text: str) -> tuple[Path, ...]:
     """Caffe takes several weight files with commas between them."""
     return tuple(Path(part) for part in text.split(","))
+
+
+def _flag(text: str) -> bool:
+    """A boolean as gflags reads it, behind ``=``."""
+    words = {"true": True, "1": True, "t": True, "false": False, "0": False, "f": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
 
 
 def _stages(text: str) -> tuple[str, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from caffe_jacinto.errors import FAILED, UserError
+from caffe_jacinto.errors import RunFailed, UserError
 
 PROGRAM = "caffe_jacinto.engines.torch"
 
@@ -58,11 +60,17 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     """Run this program with ``argv`` once for each rank on this machine; returns the exit code.
 
     Signals are passed on to the ranks, which decide together. When one fails, all are ended.
+
+    Raises:
+        RunFailed: a rank was killed; one that failed by itself has said why.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Of its own words, on top of a rank's own message, there is no use.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
+        run_id=str(uuid.uuid4()),
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
@@ -79,8 +87,10 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", PROGRAM, *argv)
     except ChildFailedError as error:
-        first = error.get_first_failure()[1]
-        return first.exitcode if first.exitcode > 0 else FAILED  # it has said why
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return int(first.exitcode)
+        raise RunFailed(f"rank {rank} was killed by {first.signal_name()}; is there enough memory?") from None
     return 0
 
 
