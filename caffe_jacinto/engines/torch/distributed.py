@@ -42,6 +42,7 @@ def device_of_rank(gpus: Sequence[int]) -> torch.device:
     device = torch.device("cuda", gpus[local])
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # all batches have one size
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says; -precision bf16 is the fast one
     return device
 
 
