@@ -1,0 +1,190 @@
+"""`caffe-torch train` against stock Caffe, and against a hand-written PyTorch loop.
+
+    python bench/torch_train.py [--caffe PATH] [--batch 32] [--iterations 6]
+
+JacintoNet11 at 224x224, from the same prototxts and the same LMDB of 256x256 JPEG files, each program as a
+process of its own, one after the other: images a second between the log's first and last iterations. The
+hand-written loop is the same network in torch.nn, channels last, on one batch that is in memory already; it
+says what PyTorch itself can do here. The share of the peak counts three times the forward pass's
+multiply-accumulates, and the peak is that of a large matrix product. Prints a Markdown table; exit code 1
+where a limit is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+
+from caffe_jacinto.build_net import main as build_net
+from caffe_jacinto.data.encode import datum_record
+from caffe_jacinto.engines.find import find_engine
+from caffe_jacinto.errors import RunFailed, run_command
+
+FP32_LIMIT, BF16_LIMIT, LOOP_LIMIT = 2.6, 4.5, 0.92
+"""Times stock Caffe; of the hand-written loop."""
+
+GIGAMACS = 0.4058
+"""Of JacintoNet11's convolutions, forward, one image (docs/complexity.md)."""
+
+WARM_UP = 2
+"""Iterations before the clock runs."""
+
+LOOP = """
+import sys, time
+import torch, torch.nn as nn
+from caffe_jacinto.engines.torch.memory import keep_freed_memory
+
+batch, iterations, bf16 = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "bf16"
+keep_freed_memory()
+
+def conv(inputs, outputs, kernel, stride=1, group=1):
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=group),
+            nn.BatchNorm2d(outputs, eps=1e-4, momentum=0.01), nn.ReLU(inplace=True)]
+
+layers, inputs = [*conv(3, 32, 5, 2), *conv(32, 32, 3, group=4)], 32
+for outputs in (64, 128, 256, 512):
+    layers += [nn.MaxPool2d(2, 2, ceil_mode=True), *conv(inputs, outputs, 3)]
+    layers += conv(outputs, outputs, 3, group=4)
+    inputs = outputs
+net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+net = net.to(memory_format=torch.channels_last)
+solver = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
+images = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+labels = torch.randint(1000, (batch,))
+for iteration in range(iterations):
+    if iteration == WARM_UP:
+        started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        scores = net(images)
+    loss = nn.functional.cross_entropy(scores.float(), labels)
+    loss.backward()
+    solver.step()
+    solver.zero_grad()
+print(batch * (iterations - WARM_UP) / (time.perf_counter() - started))
+""".replace("WARM_UP", str(WARM_UP))
+
+PEAK = """
+import sys, time
+import torch
+
+kind = torch.bfloat16 if sys.argv[1] == "bf16" else torch.float32
+a, b = torch.randn(3072, 3072, dtype=kind), torch.randn(3072, 3072, dtype=kind)
+a @ b
+best = 0.0
+for _ in range(5):
+    started = time.perf_counter()
+    a @ b
+    best = max(best, 3072**3 / (time.perf_counter() - started))
+print(best / 1e9)
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--caffe")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--iterations", type=int, default=6)
+    arguments = parser.parse_args(argv)
+    caffe = find_engine(arguments.caffe, "bvlc").info.executable
+    torch = [sys.executable, "-m", "caffe_jacinto.engines.torch"]
+    batch, iterations = arguments.batch, arguments.iterations + WARM_UP
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_images(folder / "lmdb", 4 * batch)
+        solver = _write_solver(folder, batch, iterations)
+        has_bf16 = re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+        stock = _speed([str(caffe), "train", "-solver", str(solver)], batch)
+        print(f"\nJacintoNet11, 224x224, batch {batch}, training from an LMDB of JPEG files\n")
+        print("| program | images/s | times stock Caffe | of the hand-written loop | of the peak |")
+        print("|---|---:|---:|---:|---:|")
+        print(f"| stock Caffe 1.0 (OpenBLAS) | {stock:.1f} | 1 | | |")
+        kept = True
+        for precision, limit in (("fp32", FP32_LIMIT), ("bf16", BF16_LIMIT)):
+            # In turns, so that a machine that slows down does so for both.
+            loops, ours = [], []
+            for _ in range(2):
+                loops.append(
+                    _number([sys.executable, "-c", LOOP, str(batch), str(3 * iterations), precision])
+                )
+                ours.append(_speed([*torch, "train", "-solver", str(solver), "-precision", precision], batch))
+            loop, speed = max(loops), max(ours)
+            peak = _number([sys.executable, "-c", PEAK, precision])
+            share = 3 * GIGAMACS * speed / peak
+            print(
+                f"| `caffe-torch`, {precision} | {speed:.1f} | {speed / stock:.2f} | {speed / loop:.1%} "
+                f"({loop:.1f}) | {share:.0%} of {peak:.0f} GigaMACs/s |"
+            )
+            kept &= (
+                speed >= limit * stock or (precision == "bf16" and not has_bf16)
+            ) and speed >= LOOP_LIMIT * loop
+    print(
+        f"\nlimits: fp32 {FP32_LIMIT} times stock Caffe, bf16 {BF16_LIMIT} times (where the processor has"
+        f" bf16 instructions{'' if has_bf16 else ', which this one has not'}); {LOOP_LIMIT:.0%} of the loop"
+    )
+    return 0 if kept else 1
+
+
+def _write_images(folder: Path, count: int) -> None:
+    """An LMDB of smooth random pictures, 256x256, as JPEG files."""
+    rng = np.random.default_rng(0)
+    with lmdb.open(str(folder), map_size=1 << 30) as environment, environment.begin(write=True) as records:
+        for number in range(count):
+            small = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+            picture = cv2.resize(small, (256, 256), interpolation=cv2.INTER_CUBIC)
+            picture = cv2.add(picture, rng.integers(0, 20, picture.shape, dtype=np.uint8))
+            content = cv2.imencode(".jpg", picture)[1].tobytes()
+            records.put(b"%08d" % number, datum_record(content, number % 1000))
+
+
+def _write_solver(folder: Path, batch: int, iterations: int) -> Path:
+    arguments = ["--dialect", "bvlc", "--cpu", "--output", str(folder), "--batch-size", str(batch)]
+    arguments += [
+        "--iter-size",
+        "1",
+        "--train-lmdb",
+        str(folder / "lmdb"),
+        "--val-lmdb",
+        str(folder / "lmdb"),
+    ]
+    if build_net(arguments) != 0:
+        raise RunFailed("build_net failed")
+    solver = folder / "solver.prototxt"
+    text = solver.read_text()
+    changes = {"max_iter": iterations, "display": 1, "base_lr": 0.01, "snapshot": 10**6}
+    changes |= {"test_interval": 10**6}
+    for field, value in changes.items():
+        text = re.sub(rf"^{field}: .*$", f"{field}: {value}", text, flags=re.MULTILINE)
+    text = text.replace("test_initialization: true", "test_initialization: false")
+    solver.write_text(text.replace("snapshot_after_train: true", "snapshot_after_train: false"))
+    return solver
+
+
+def _speed(command: list[str], batch: int) -> float:
+    """Images a second between the iterations that the program's log tells of, the first ones left out."""
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    times = re.findall(r"(\d\d:\d\d:\d\d\.\d{6}) .*\] Iteration \d+ \(", ran.stderr)
+    if ran.returncode != 0 or len(times) <= WARM_UP + 1:
+        raise RunFailed(f"{command[0]} failed: {ran.stderr[-500:]}")
+    first, last = (datetime.strptime(times[at], "%H:%M:%S.%f") for at in (WARM_UP, -1))
+    return batch * (len(times) - 1 - WARM_UP) / (last - first).total_seconds()
+
+
+def _number(command: list[str]) -> float:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode != 0:
+        raise RunFailed(f"{command[2][:40]!r} failed: {ran.stderr[-500:]}")
+    return float(ran.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench/torch_train", main))
