@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -370,11 +370,6 @@ def _check_fields(definition: Any, where: str) -> None:
         if descriptor.name.startswith("default_") and value == 0:  # FLOAT
             continue
         raise UserError(f"{where}: field {descriptor.name} is not supported; remove it")
-
-
-def images_and_labels(layer: Any, tops: Sequence[Shape]) -> dict[str, Shape]:
-    """The shapes of a Data layer's tops by name."""
-    return dict(zip(layer.top, tops, strict=False))
 
 
 __all__ = ["TEST", "TRAIN", "Convolution", "Learnable", "Net", "NetResult"]
