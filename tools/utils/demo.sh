@@ -6,7 +6,7 @@
 #                                       e.g. --set stages.initial.solver.max_iter=300
 #   tools/utils/demo.sh --engine torch  the same training on PyTorch, which the set-up then installs, too
 #
-# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up; 3 on PyTorch.
+# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up; less on PyTorch.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
