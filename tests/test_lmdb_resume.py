@@ -55,7 +55,11 @@ class StopError(Exception):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Make the conversion of images fail after so many of them; None: not any more."""
+    """Make the conversion of images fail after so many of them; None: not any more.
+
+    One thread works on them, so that those before it are stored, however busy the machine is.
+    """
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
     def set_limit(limit: int | None) -> None:
         done = 0
