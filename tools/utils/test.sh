@@ -8,10 +8,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 
-tests=() estimate="about 3 min on two cores"
+tests=() estimate="about 10 min on two cores"
 case ${1:-} in
   '') ;;
-  --fast) tests=(-m 'not caffe') estimate="about 30 s" ;;
+  --fast) tests=(-m 'not caffe') estimate="about 1 min" ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) fail "unknown argument '$1'; --help tells more" ;;
 esac
