@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume is not None:
         from caffe_jacinto.runs.begin import resume
 
-        if overrides or options.output or options.dry_run or options.dialect:
+        if overrides or options.output or options.dry_run or options.dialect or options.precision:
             raise UserError(
                 "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
                 "be given with it; to change more, start a new run"
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         caffe=options.caffe,
         engine_kind=options.engine,
         dialect=None if options.dialect is None else Dialect(options.dialect),
+        precision=options.precision,
         output=None if options.output is None else Path(options.output),
         dry_run=options.dry_run,
     )
@@ -90,6 +91,11 @@ def _parser() -> Parser:
         "--dialect",
         choices=[dialect.value for dialect in Dialect],
         help="of the files that PyTorch is given (default: bvlc); each Caffe has its own",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="PyTorch only: bf16 computes convolutions and products in bfloat16 (default: fp32)",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="the run folder (default: training/<dataset>_<network>_<time>)"

@@ -106,7 +106,11 @@ def test_without_a_caffe_it_is_pytorch_where_there_is_one(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"no Caffe found .*caffe-jacinto\[torch\]"):
         find_engine()
     monkeypatch.setattr(find, "has_torch", lambda: True)
-    monkeypatch.setattr(find, "describe_torch", lambda dialect: engine("torch", dialect=dialect).info)
+    monkeypatch.setattr(
+        find,
+        "describe_torch",
+        lambda dialect, precision: engine("torch", dialect=dialect, precision=precision).info,
+    )
     found = find_engine()
     assert found.info.kind == "torch"
     assert "no Caffe was found" in found.info.notes[0]
@@ -120,6 +124,8 @@ def test_a_caffe_reads_its_own_dialect_only(tmp_path: Path) -> None:
     stock = stand_in(tmp_path / "caffe", STOCK)
     with pytest.raises(UserError, match=r"--dialect caffe_jacinto: .* use --engine torch"):
         find_engine(str(stock), dialect=Dialect.CAFFE_JACINTO)
+    with pytest.raises(UserError, match=r"--precision bf16: .* computes in fp32"):
+        find_engine(str(stock), precision="bf16")
 
 
 def test_pytorch_that_is_not_there_names_the_command_that_installs_it(

@@ -63,6 +63,22 @@ def test_killed_in_the_ramp_and_resumed_it_ends_at_the_same_weights(trainer: Tra
             np.testing.assert_array_equal(one, other, err_msg=name)
 
 
+def test_bf16_is_used_by_every_command_and_kept_on_resume(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial")
+    options = [*tiny(recipe, ("initial",)), "--output", "bf16", "--precision", "bf16"]
+    code, said = trainer.run(*options, "--dry-run")
+    assert code == 0, said
+    assert "dialect bvlc, bf16, on the CPU" in said
+    code, said = trainer.run("--resume", "bf16")
+    assert code == 0, said
+    assert "dialect bvlc, bf16, on the CPU" in said
+    for part in ("initial", "test"):
+        assert "bf16" in trainer.log("bf16", part), part
+    code, said = trainer.run("--resume", "bf16", "--precision", "fp32")
+    assert code == 2
+    assert "--resume goes on with the run's own recipe" in said
+
+
 def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None:
     recipe = recipe_of(trainer.folder, "initial")
     arguments = tiny(recipe, ("initial",), initial=100_000)

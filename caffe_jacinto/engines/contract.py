@@ -16,6 +16,9 @@ from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
+Precision = Literal["fp32", "bf16"]
+"""What convolutions and inner products compute in; weights, statistics and losses are fp32 in both."""
+
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -46,6 +49,9 @@ class EngineInfo:
 
     notes: tuple[str, ...]
     """What the user should know of it, one line each."""
+
+    precision: Precision = "fp32"
+    """bf16: only on PyTorch."""
 
 
 @dataclass(frozen=True)

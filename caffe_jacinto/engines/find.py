@@ -18,7 +18,7 @@ from pathlib import Path
 
 from caffe_jacinto.engines.bvlc import BvlcEngine
 from caffe_jacinto.engines.caffe_jacinto import CaffeJacintoEngine
-from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind
+from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind, Precision
 from caffe_jacinto.engines.torch_engine import TorchEngine, describe_torch, has_torch
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -38,11 +38,17 @@ CPU_ONLY = b"Cannot use GPU in CPU-only Caffe"
 NO_NCCL = b"rebuild with USE_NCCL"
 
 
-def find_engine(caffe: str | None = None, force: str | None = None, dialect: Dialect | None = None) -> Engine:
+def find_engine(
+    caffe: str | None = None,
+    force: str | None = None,
+    dialect: Dialect | None = None,
+    precision: Precision | None = None,
+) -> Engine:
     """The Caffe to use: ``caffe`` (an executable or a tree), else $CAFFE_ROOT, else PATH, else the prefix.
 
     Where none is found, and none was named, it is PyTorch, if this Python has it. ``force`` is ``bvlc``,
-    ``caffe-jacinto`` or ``torch``: the kind it has to be. ``dialect`` is that of the files for PyTorch.
+    ``caffe-jacinto`` or ``torch``: the kind it has to be. ``dialect`` is that of the files for PyTorch, and
+    ``precision`` (default: fp32) what that computes in.
 
     Raises:
         UserError: there is none, it does not start, or it is not of the kind forced.
@@ -50,7 +56,7 @@ def find_engine(caffe: str | None = None, force: str | None = None, dialect: Dia
     if force == "torch":
         if caffe is not None:
             raise UserError("--engine torch needs no Caffe: leave --caffe out")
-        return TorchEngine(describe_torch(dialect or Dialect.BVLC))
+        return TorchEngine(describe_torch(dialect or Dialect.BVLC, precision or "fp32"))
     try:
         executable, where = _executable(caffe)
     except NoCaffeError:
@@ -59,7 +65,9 @@ def find_engine(caffe: str | None = None, force: str | None = None, dialect: Dia
         chosen = (
             "no Caffe was found, so it is PyTorch that trains (docs/torch.md); --caffe PATH names a Caffe"
         )
-        return TorchEngine(replace(describe_torch(dialect or Dialect.BVLC), notes=(chosen,)))
+        return TorchEngine(
+            replace(describe_torch(dialect or Dialect.BVLC, precision or "fp32"), notes=(chosen,))
+        )
     info = describe(executable)
     if force is not None and force != info.kind:
         raise UserError(
@@ -70,6 +78,11 @@ def find_engine(caffe: str | None = None, force: str | None = None, dialect: Dia
         raise UserError(
             f"--dialect {dialect.value}: {executable} is {_KIND_NAMES[info.kind]}, which reads "
             f"{info.dialect.value} files; leave it out, or use --engine torch, which reads both"
+        )
+    if precision == "bf16":
+        raise UserError(
+            f"--precision bf16: {executable} is {_KIND_NAMES[info.kind]}, which computes in fp32; "
+            "leave it out, or use --engine torch"
         )
     return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)
 

@@ -11,7 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from caffe_jacinto.engines.commands import gpu_arguments, sparse_arguments
-from caffe_jacinto.engines.contract import DevicePlan, EngineInfo, TestJob, TrainJob
+from caffe_jacinto.engines.contract import DevicePlan, EngineInfo, Precision, TestJob, TrainJob
 from caffe_jacinto.engines.handover import is_handed_over
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.errors import UserError
@@ -58,10 +58,11 @@ class TorchEngine:
         return None
 
     def _program(self, action: str) -> list[str]:
-        return [str(self.info.executable), "-m", PROGRAM, action, "-dialect", self.info.dialect.value]
+        command = [str(self.info.executable), "-m", PROGRAM, action, "-dialect", self.info.dialect.value]
+        return command if self.info.precision == "fp32" else [*command, "-precision", self.info.precision]
 
 
-def describe_torch(dialect: Dialect) -> EngineInfo:
+def describe_torch(dialect: Dialect, precision: Precision = "fp32") -> EngineInfo:
     """What the PyTorch of this Python is; nothing of it is run, which would take seconds.
 
     Raises:
@@ -85,6 +86,7 @@ def describe_torch(dialect: Dialect) -> EngineInfo:
         own_rule=True,
         pycaffe=None,
         notes=(),
+        precision=precision,
     )
 
 

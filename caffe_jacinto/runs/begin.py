@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from caffe_jacinto import __version__
-from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.contract import Engine, Precision
 from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
@@ -46,6 +46,7 @@ def start(
     caffe: str | None,
     engine_kind: str | None,
     dialect: Dialect | None,
+    precision: Precision | None,
     output: Path | None,
     dry_run: bool,
 ) -> int:
@@ -62,7 +63,7 @@ def start(
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} is there already{_instead(folder)}")
     screen = Screen()
-    engine = _engine(caffe, engine_kind, dialect, recipe.training.gpus, screen)
+    engine = _engine(caffe, engine_kind, dialect, precision, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
     _tell(findings, screen)
@@ -155,16 +156,20 @@ def _instead(folder: Path) -> str:
 
 
 def _engine(
-    caffe: str | None, kind: str | None, dialect: Dialect | None, gpus: tuple[int, ...], screen: Screen
+    caffe: str | None,
+    kind: str | None,
+    dialect: Dialect | None,
+    precision: Precision | None,
+    gpus: tuple[int, ...],
+    screen: Screen,
 ) -> Engine:
     """Find the engine and say which it is."""
-    engine = find_engine(caffe, kind, dialect)
+    engine = find_engine(caffe, kind, dialect, precision)
     info = engine.info
     devices = f"GPUs {','.join(map(str, gpus))}" if gpus else "the CPU"
     version = f" {info.version}" if info.version else ""
-    screen.say(
-        f"engine: {info.kind}{version} at {info.executable}, dialect {info.dialect.value}, on {devices}"
-    )
+    written = info.dialect.value if info.precision == "fp32" else f"{info.dialect.value}, {info.precision}"
+    screen.say(f"engine: {info.kind}{version} at {info.executable}, dialect {written}, on {devices}")
     for note in info.notes:
         screen.say(f"  note: {note}", style="yellow")
     return engine
@@ -175,12 +180,12 @@ def _same_engine(
 ) -> Engine:
     """The engine that the run has used, unless another is asked for or it is gone."""
     before = record.engine
-    dialect = None
+    dialect, precision = None, None
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
-        kind, dialect = "torch", Dialect(before.dialect)
+        kind, dialect, precision = "torch", Dialect(before.dialect), before.precision
     elif caffe is None and kind != "torch" and Path(before.executable).exists():
         caffe = before.executable
-    engine = _engine(caffe, kind, dialect, gpus, screen)
+    engine = _engine(caffe, kind, dialect, precision, gpus, screen)
     if engine.info.kind != before.kind:
         raise UserError(
             f"this run was begun with {before.kind} ({before.executable}), and {engine.info.executable} is "
@@ -196,7 +201,11 @@ def _same_engine(
 def _engine_record(engine: Engine) -> EngineRecord:
     info = engine.info
     return EngineRecord(
-        kind=info.kind, executable=str(info.executable), version=info.version, dialect=info.dialect.value
+        kind=info.kind,
+        executable=str(info.executable),
+        version=info.version,
+        dialect=info.dialect.value,
+        precision=info.precision,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from caffe_jacinto.engines.contract import Precision
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
 from caffe_jacinto.recipes.model import Recipe
@@ -63,6 +64,7 @@ class EngineRecord(BaseModel):
     executable: str
     version: str | None
     dialect: str
+    precision: Precision = "fp32"
 
 
 class RunRecord(BaseModel):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Precision = Literal["fp32", "bf16"]
+from caffe_jacinto.engines.contract import Precision
+
+__all__ = ["Precision", "autocast"]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
