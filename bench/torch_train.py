@@ -42,7 +42,7 @@ WARM_UP = 2
 LOOP = """
 import sys, time
 import torch, torch.nn as nn
-from caffe_jacinto.engines.torch.memory import keep_freed_memory
+from caffe_jacinto.memory import keep_freed_memory
 
 batch, iterations, bf16 = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "bf16"
 keep_freed_memory()

@@ -327,8 +327,8 @@ def _add_form(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fast",
         action="store_true",
-        help="JPEG files of at least twice the size are scaled while they are decoded: much faster, pixels"
-        " differ a little from convert_imageset's",
+        help="JPEG files much larger than the size stored are scaled while they are decoded: faster, and a"
+        " little softer than convert_imageset's",
     )
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import TypeVar
 
+from caffe_jacinto.data.ahead import ahead
 from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, image_record
 from caffe_jacinto.data.index import ImageIndex
 from caffe_jacinto.data.journal import Skipped
@@ -17,11 +13,6 @@ from caffe_jacinto.data.lmdb_writer import SKIPPED, LmdbWriter
 from caffe_jacinto.data.progress import count_text, image_progress
 from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
-
-IN_FLIGHT_PER_WORKER = 16
-"""Images that are being read or wait to be stored, for each thread: bounds the memory."""
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ def convert(
 
     _check_bad(writer, len(places), max_bad)
     with image_progress(name, len(places), done=writer.position) as advance:
-        for place, result in in_order(record, left, workers):
+        for place, result in zip(left, ahead(record, left, workers), strict=True):
             path = index.path(index.at(place))
             if isinstance(result, UnreadableImageError):
                 writer.skip(os.fsdecode(path), str(result))
@@ -104,50 +95,3 @@ def _check_bad(writer: LmdbWriter, images: int, max_bad: int) -> None:
         f" read, more than --max-bad {max_bad}; all are listed in {listed}; the first, {first.path}:"
         f" {first.reason}"
     )
-
-
-def in_order(job: Callable[[int], _Result], numbers: range, workers: int) -> Iterator[tuple[int, _Result]]:
-    """``job`` of each of ``numbers``, done by several threads, in order.
-
-    Threads, not processes: OpenCV lets go of Python's lock while it decodes, resizes and encodes, which is
-    nearly all of the time, no image has to travel between processes, and the index is there once. At most
-    ``IN_FLIGHT_PER_WORKER`` results for each thread wait for one before them.
-    """
-    import cv2
-
-    cv2.setNumThreads(1)  # One thread an image: the images are what is worked on in parallel.
-    tasks: SimpleQueue[int | None] = SimpleQueue()
-    done: SimpleQueue[tuple[int, _Result | None, BaseException | None]] = SimpleQueue()
-
-    def work() -> None:
-        while (number := tasks.get()) is not None:
-            try:
-                done.put((number, job(number), None))
-            except BaseException as error:
-                done.put((number, None, error))
-
-    threads = [Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    ahead = workers * IN_FLIGHT_PER_WORKER
-    try:
-        for number in numbers[:ahead]:
-            tasks.put(number)
-        ready: dict[int, _Result] = {}
-        for place, number in enumerate(numbers):
-            while number not in ready:
-                finished, result, error = done.get()
-                if error is not None:
-                    raise error
-                ready[finished] = result  # type: ignore[assignment]
-            if place + ahead < len(numbers):
-                tasks.put(numbers[place + ahead])
-            yield number, ready.pop(number)
-    finally:
-        with contextlib.suppress(Empty):
-            while True:
-                tasks.get_nowait()
-        for _ in threads:
-            tasks.put(None)
-        for thread in threads:
-            thread.join()

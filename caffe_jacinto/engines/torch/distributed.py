@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from caffe_jacinto.engines.torch.memory import keep_freed_memory
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.memory import keep_freed_memory
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from caffe_jacinto.data.mean import read_mean
 from caffe_jacinto.engines.torch.records import DataLayer, Images
 from caffe_jacinto.errors import RunFailed, UserError
+from caffe_jacinto.memory import keep_freed_memory
 
 _WAIT_SECONDS = 2.0
 """Between two looks at whether the other side still lives."""
@@ -236,6 +237,7 @@ def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    keep_freed_memory()
     torch.set_num_threads(1)
     parent = os.getppid()
     _end_with_parent()

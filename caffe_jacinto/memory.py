@@ -1,4 +1,4 @@
-"""The C library's memory, for training on a CPU."""
+"""The C library's memory, for work that needs the same large blocks again and again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees, for its next blobs of the same sizes.
+    """Have this process keep what it frees, for its next images or blobs of the same sizes.
 
     By default glibc hands large blocks back to the system, which gives them out again page by page, filled
-    with zeros; every pass over a network would pay for that (bench/torch_train.py). Another C library than
-    glibc is left as it is.
+    with zeros: up to a third of the time of decoding a photograph, and every pass over a network would pay
+    for it, too (bench/create_lmdb.py, bench/torch_train.py). Another C library than glibc is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
