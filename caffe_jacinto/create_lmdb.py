@@ -57,7 +57,14 @@ MAX_BAD_SHARE, MAX_BAD_LEAST = 0.01, 10
 def main(arguments: Sequence[str]) -> int:
     """Read the arguments, make the LMDB, say what became of the images; returns the exit code."""
     options = _read(arguments)
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.mean:
         return _make_mean(options)
     if options.verify:

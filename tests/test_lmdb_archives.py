@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
+import cv2
 import pytest
 from ilsvrc import (
     SYNSETS,
@@ -20,6 +22,10 @@ from ilsvrc import (
     write_val,
 )
 from lmdb_records import create, labels_of, mistake, names_in, records
+from small_stage import SmallStage
+
+from caffe_jacinto.data.digits import load_digits
+from caffe_jacinto.engines.contract import Engine
 
 VAL_LABELS = (3, 0, 2, 1, 1, 0)
 
@@ -168,3 +174,23 @@ def test_development_kits_that_do_not_fit(tmp_path: Path) -> None:
             member.size = 200
             tar.addfile(member, io.BytesIO(b"1\n" * 100))
     assert "meta.mat cannot be read" in mistake([*options, "--devkit", tmp_path / "bad.tar.gz"])
+
+
+@pytest.mark.caffe
+def test_real_caffe_trains_on_what_the_archives_gave(caffe_engine: Engine, tmp_path: Path) -> None:
+    """Four digits as four synsets, 100 JPEG files of each; guessing would be right for a quarter."""
+    pixels, labels = load_digits()
+    chosen = [(synset, pixels[labels == label][:100]) for label, synset in enumerate(SYNSETS)]
+    images = {
+        synset: {
+            f"{synset}_{n}.JPEG": cv2.imencode(".jpg", image)[1].tobytes() for n, image in enumerate(digits)
+        }
+        for synset, digits in chosen
+    }
+    output = tmp_path / "lmdb"
+    assert create("--images", write_train(tmp_path, images), "--size", 28, "--output", output) == 0
+    stage = SmallStage(tmp_path / "stage", output)
+    stage.solver(max_iter=40, test_interval=40, test_iter=10, snapshot=40)
+    log = stage.run(caffe_engine.train_commands(stage.job(40)))
+    *_, accuracy = re.findall(r"Test net output #\d+: accuracy = ([0-9.]+)", log)
+    assert float(accuracy) > 0.9
