@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,31 +205,45 @@ def test_frozen_zeros_never_move(initial: SmallStage, digits: Path, tmp_path: Pa
         assert (after[before != 0] != before[before != 0]).any()
 
 
-def torchrun(stage: SmallStage, *arguments: str) -> str:
-    """Two ranks on the CPU by PyTorch's own launcher."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*launch, *PROGRAM[1:], *arguments],
-        cwd=stage.folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:]
-    return ran.stdout
+def torchrun(stage: SmallStage, *arguments: str, machines: int = 1) -> str:
+    """Two ranks on the CPU by PyTorch's own launcher, started on each of one or two "machines"."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    # Addresses are numbers: not every machine can look up its own name.
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    ranks = ["--nnodes", str(machines), "--nproc-per-node", str(2 // machines), "--local-addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, *ranks, *PROGRAM[1:], *arguments]
+    launchers = [
+        subprocess.Popen(
+            command,
+            cwd=stage.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(machines)
+    ]
+    try:
+        said = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0] * machines, "".join(said)[-3000:]
+    return "".join(said)
 
 
-@pytest.mark.parametrize("arguments", [[], SPARSE], ids=["plain", "sparse"])
-def test_two_ranks_are_one_with_twice_the_passes(arguments: list[str], digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("machines", "arguments"), [(1, []), (1, SPARSE), (2, SPARSE)], ids=["plain", "sparse", "two_machines"]
+)
+def test_two_ranks_are_one_with_twice_the_passes(
+    machines: int, arguments: list[str], digits: Path, tmp_path: Path
+) -> None:
     """The same half batches: the same losses and weights within float tolerance, and the same zeros."""
     two, one = SmallStage(tmp_path / "two", digits), SmallStage(tmp_path / "one", digits)
     two.solver(display=1, max_iter=10, snapshot=10, test_interval=10, base_lr=0.01)
     one.solver(display=1, max_iter=10, snapshot=10, test_interval=10, base_lr=0.01, iter_size=2)
-    together, alone = torchrun(two, *arguments), one.run([[*PROGRAM, *arguments]])
+    together, alone = torchrun(two, *arguments, machines=machines), one.run([[*PROGRAM, *arguments]])
     assert len(losses(together)) == len(losses(alone)) == 10
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-3)
     ours, theirs = weights_of(two, 10), weights_of(one, 10)

@@ -75,7 +75,9 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
         max_nodes=1,
         nproc_per_node=ranks,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        # Numbers: not every machine can look up "localhost" or its own name.
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.2,
         # Only this one ends the ranks at once; those that ask them to stop are passed on below.
