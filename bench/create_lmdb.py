@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _usual(folder: Path, peer: Path, rounds: int, cores: int) -> bool:
-    listed = _write_images(folder / "usual", count=1000, width=500, height=375, listed=8000)
+    listed = _write_images(folder / "usual", count=1000, width=500, height=375, listed=16_000)
     times = {"peer": list[float](), "exact": list[float](), "fast": list[float](), "limit": list[float]()}
     for _ in range(rounds):
         times["peer"].append(listed / _convert_imageset(peer, folder / "usual"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from caffe_jacinto.errors import Parser, UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.load import built_in_recipes
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +67,10 @@ def _parser() -> Parser:
     description, _, examples = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.train", description, examples.strip("\n"))
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name, or a .toml file"
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help=f"a .toml file, or a built-in recipe: {', '.join(built_in_recipes())}",
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--status", metavar="RUN", help="tell how far the run in this folder is")
