@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
+from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.weights import read_weights
 from caffe_jacinto.engines.commands import sparse_arguments
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
@@ -124,6 +125,21 @@ def test_killed_and_resumed_to_the_bit(
         done = iterations_there(killed)
     assert done >= 16
     killed.run([[*PROGRAM, *arguments, *newest(killed)]])
+    assert_same_bits(killed, whole, 20)
+
+
+def test_killed_while_statistics_are_estimated(digits: Path, tmp_path: Path) -> None:
+    """The snapshot from before is whole, and the hand-over is done again to the bit."""
+    whole, killed = SmallStage(tmp_path / "whole", digits), SmallStage(tmp_path / "killed", digits)
+    for stage in (whole, killed):
+        stage.solver()
+    whole.run([[*PROGRAM, "-reestimate_batches", "5"]])
+    process = start(killed, "-reestimate_batches", "1000000")
+    wait_for(lambda: "Re-estimating" in (killed.folder / "killed.log").read_text(), process)
+    process.kill()
+    process.wait()
+    assert not (killed.folder / "small_iter_20.handover.json").exists()
+    killed.run([[*PROGRAM, "-reestimate_batches", "5", *newest(killed)]])
     assert_same_bits(killed, whole, 20)
 
 
@@ -257,14 +273,41 @@ def test_two_ranks_are_one_with_twice_the_passes(
         assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
 
 
+def in_the_forks_dialect(stage: SmallStage) -> SmallStage:
+    """Scale and bias as part of the batch norms."""
+    for path in stage.folder.glob("*.prototxt"):
+        text = re.sub(r'layer \{ name: "conv\d/scale".*\n.*\n', "", path.read_text())
+        path.write_text(text.replace("fraction: 0.99", "fraction: 0.99 scale_bias: true"))
+    return stage
+
+
+def test_statistics_are_the_same_in_both_dialects(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
+    """Re-estimated from the same weights, over the same batches; nothing is learnt between."""
+    stock = SmallStage(tmp_path / "stock", digits)
+    fork = in_the_forks_dialect(SmallStage(tmp_path / "fork", digits))
+    start_weights = initial.folder / "small_iter_20.caffemodel"
+    convert(start_weights, tmp_path / "fork.caffemodel", Dialect.CAFFE_JACINTO)
+    batches = ["-reestimate_batches", "7"]
+    for stage, arguments in (
+        (stock, ["-weights", str(start_weights)]),
+        (fork, ["-weights", "../fork.caffemodel", "-dialect", "caffe_jacinto"]),
+    ):
+        stage.solver(base_lr=0, max_iter=1, snapshot=1, test_interval=1)
+        stage.run([[*PROGRAM, *arguments, *batches]])
+    ours, theirs = weights_of(fork, 1), weights_of(stock, 1)
+    for name in LAYERS:
+        np.testing.assert_array_equal(ours[name][0], theirs[name][0])
+        mean, variance, factor = theirs[f"{name}/bn"]
+        assert factor != weights_of(initial, 20)[f"{name}/bn"][2]
+        np.testing.assert_allclose(np.ravel(ours[f"{name}/bn"][0]), mean / factor, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(np.ravel(ours[f"{name}/bn"][1]), variance / factor, rtol=1e-4)
+
+
 def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
     """The batch is divided, rounded up; the solver's own fields sparsify; going on gives the same bits."""
-    stage = SmallStage(tmp_path, digits)
-    for name in ("train", "val"):
-        path = tmp_path / f"{name}.prototxt"
-        text = re.sub(r'layer \{ name: "conv\d/scale".*\n.*\n', "", path.read_text())
-        text = text.replace("moving_average_fraction: 0.99", "moving_average_fraction: 0.99 scale_bias: true")
-        path.write_text(text.replace("batch_size: 32", "batch_size: 33") if name == "train" else text)
+    stage = in_the_forks_dialect(SmallStage(tmp_path, digits))
+    train = tmp_path / "train.prototxt"
+    train.write_text(train.read_text().replace("batch_size: 32", "batch_size: 33"))
     fields = {"start_iter": 4, "step_iter": 2, "step_factor": 0.2, "target": 0.5}
     fields |= {"threshold_maxratio": 10, "threshold_value_max": 10}
     sparse = {f"sparsity_{name}": value for name, value in fields.items()}
