@@ -13,7 +13,6 @@ import queue
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class _Buffers:
 
 
 class Feed:
-    """Batches of one Data layer on the device, in order. A context manager: its end ends the workers."""
+    """Batches of one Data layer on the device, in order; `close` ends its workers."""
 
     def __init__(self, images: Images, device: torch.device, workers: int) -> None:
         self._images, self._device = images, device
@@ -85,14 +84,6 @@ class Feed:
         self._stride = 1
         self._end: int | None = None
         self._classes: tuple[int, int | None] | None = None
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the workers."""
