@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.find import find_engine
 from caffe_jacinto.errors import UserError
+
+settings.register_profile("untimed", deadline=None)  # A busy machine is no reason to fail.
+settings.load_profile("untimed")
 
 collect_ignore_glob = [] if find_spec("torch") or os.environ.get("CI") else ["test_torch_*.py"]
 """Tests of the engine on PyTorch are left out where it is not installed; where CI is set, they fail."""

@@ -146,7 +146,6 @@ WHOLE = [
 ]
 
 
-@settings(deadline=None)
 @given(st.sampled_from(WHOLE[:3]), st.data())
 def test_a_jpeg_that_is_cut_off_anywhere_is_left_out(content: bytes, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(content) - 1))
@@ -154,7 +153,7 @@ def test_a_jpeg_that_is_cut_off_anywhere_is_left_out(content: bytes, data: st.Da
         image_record(b"a.JPEG", content[:at], 0, AS_THEY_ARE)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(WHOLE), st.data())
 def test_damaged_bytes_give_an_image_or_a_reason(content: bytes, data: st.DataObject) -> None:
     damaged = bytearray(content)
@@ -169,7 +168,7 @@ def test_damaged_bytes_give_an_image_or_a_reason(content: bytes, data: st.DataOb
         assert Datum.FromString(record).label == 5
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.sampled_from([b"", b"\xff\xd8", b"GIF89a", b"BM", b"RIFF", b"II*\0", b"P6 ", b"\0\0\1\0"]), st.binary()
 )

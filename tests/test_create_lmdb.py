@@ -12,7 +12,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -397,7 +397,6 @@ def test_record_for_record_as_convert_imageset(caffe_engine: Engine, digits: Pat
 names = st.text(st.characters(blacklist_characters="\0/\n\r", blacklist_categories=["Cs"]), min_size=1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(names.filter(lambda n: n == n.strip()), st.integers(0, 10**9 - 1)), min_size=1))
 def test_any_path_comes_through_a_list(
     tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, int]]

@@ -80,7 +80,7 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
         digits.main(["--output", os.fspath(tmp_path)])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 400), st.randoms(use_true_random=False))
 def test_no_content_is_on_both_sides_of_the_split(kinds: int, chooser: random.Random) -> None:
     """Whatever repeats, and however often: the held-out images are balanced, and none is trained on."""

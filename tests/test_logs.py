@@ -223,14 +223,14 @@ def test_sparsity_of_another_network_is_not_guessed() -> None:
     assert (figures(log.text).sparsity, figures(log.text).sparsity_logged) == (None, 0.5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 400), max_size=60))
 def test_pieces_of_any_size_give_the_same_events(sizes: list[int]) -> None:
     assert plain(read(WHOLE, sizes)) == plain(read(WHOLE))
     assert figures(WHOLE, sizes) == figures(WHOLE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, len(WHOLE)))
 def test_the_events_of_a_cut_log_are_the_first_of_the_whole(cut: int) -> None:
     found, whole = plain(read(WHOLE[:cut])), plain(read(WHOLE))
@@ -240,7 +240,7 @@ def test_the_events_of_a_cut_log_are_the_first_of_the_whole(cut: int) -> None:
     assert closed == whole[: len(closed)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, len(WHOLE)), st.integers(0, len(WHOLE)))
 def test_a_line_cut_by_the_next_start_gives_no_wrong_number(cut: int, other: int) -> None:
     whole = {event for event in plain(read(WHOLE)) if not event.startswith("ProcessStarted")}
@@ -253,7 +253,7 @@ def test_a_line_cut_by_the_next_start_gives_no_wrong_number(cut: int, other: int
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False))
 def test_lines_of_other_threads_change_nothing(chance: random.Random) -> None:
     others = [
@@ -277,7 +277,7 @@ def test_lines_of_other_threads_change_nothing(chance: random.Random) -> None:
     assert figures("\n".join(mixed) + "\n") == figures(WHOLE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.binary(max_size=300), st.integers(0, len(WHOLE)))
 def test_garbage_never_crashes(garbage: bytes, at: int) -> None:
     for curves in (False, True):
@@ -285,13 +285,13 @@ def test_garbage_never_crashes(garbage: bytes, at: int) -> None:
         figures(garbage, curves=curves)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(WHOLE.decode().splitlines(keepends=True)), max_size=40))
 def test_lines_in_any_order_never_crash(lines: list[str]) -> None:
     figures("".join(lines))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 300), max_size=30), st.integers(0, len(WHOLE)))
 def test_skimming_leaves_the_figures_as_they_are(sizes: list[int], cut: int) -> None:
     text = WHOLE[:cut]

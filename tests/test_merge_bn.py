@@ -232,7 +232,7 @@ def networks(draw: st.DrawFn) -> str:
     return text + conv("last", list(sizes)[-1])
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=networks())
 def test_networks_of_any_order_give_the_same(text: str, tmp_path: Path) -> None:
     check(text, tmp_path)
@@ -320,7 +320,7 @@ def test_the_published_networks_in_caffe_and_opencv(
 
 
 @pytest.mark.caffe
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=networks())
 def test_networks_of_any_order_give_the_same_in_caffe(text: str, caffe_root: Path, tmp_path: Path) -> None:
     merged, weights = merged_of(text, tmp_path)

@@ -71,7 +71,7 @@ def test_every_convolution_of_jacintonet11_is_normalised() -> None:
         assert ReLU(f"{name}/relu", (name,), name) in network.layers
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.sampled_from(registry.NETWORKS), st.sampled_from(Dialect), st.integers(2, 50), st.integers(1, 300))
 def test_any_crop_is_refused_or_gives_a_network_whose_shapes_are_known(
     name: str, dialect: Dialect, classes: int, crop: int

@@ -150,7 +150,7 @@ def pooled(case: tuple[tuple[int, int], str]) -> str:
 
 
 @pytest.mark.caffe
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=poolings())
 @example(case=((7, 8), "pool: AVE kernel_size: 3 stride: 2"))
 @example(case=((7, 8), "pool: AVE kernel_size: 3 stride: 2 pad: 1"))
@@ -179,7 +179,7 @@ def convolutions(draw: st.DrawFn) -> str:
 
 
 @pytest.mark.caffe
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parameters=convolutions())
 def test_any_convolution(parameters: str, caffe_root: Path, tmp_path: Path) -> None:
     text = declared(4, 8, 7) + layer("c", "Convolution", "data", f"convolution_param {{ {parameters} }}")

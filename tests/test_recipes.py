@@ -237,7 +237,7 @@ def test_a_stage_name_that_makes_a_bad_folder_is_refused(tmp_path: Path, name: s
     assert message_of(path).startswith(f"{path}:{line}: stages.")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40))
 @example("a\nb=1")
 @example('"\\n\u2028".x=1')

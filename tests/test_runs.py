@@ -281,7 +281,7 @@ def test_exit_codes_in_words() -> None:
     assert describe_exit(-11) == "killed by SIGSEGV"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12), max_size=4

@@ -166,9 +166,7 @@ ANY = {
     "activation": activations(),
 }
 
-thorough = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+thorough = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Pair:
@@ -479,6 +477,23 @@ def test_what_is_not_supported_is_named(layer: str, says: str) -> None:
     text = (
         inputs_text({"data": (2, 3, 5, 5)}) + f'\nlayer {{ name: "tested" {layer} bottom: "data" top: "t" }}'
     )
+    with pytest.raises(UserError, match=r"net\.prototxt: layer tested") as error:
+        Net(parse_net(text, Dialect.BVLC, "net.prototxt"), TRAIN, Dialect.BVLC, where="net.prototxt")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        ('type: "Input" top: "a" power_param { power: 2 }', "field power_param is not supported"),
+        ('type: "Input" top: "a"', "the shape of its top a is not known"),
+        ('type: "Input" top: "a" input_param { shape { dim: 1 } shape { dim: 2 } }', "2 shapes for 1 tops"),
+        ('type: "Input" top: "a" bottom: "data" input_param { shape { dim: 1 } }', "takes no bottom"),
+        ('type: "Data" top: "a" image_data_param { source: "x" }', "field image_data_param is not supported"),
+    ],
+)
+def test_inputs_that_are_not_supported_are_named(layer: str, says: str) -> None:
+    text = inputs_text({"data": (2, 3, 5, 5)}) + f'\nlayer {{ name: "tested" {layer} }}'
     with pytest.raises(UserError, match=r"net\.prototxt: layer tested") as error:
         Net(parse_net(text, Dialect.BVLC, "net.prototxt"), TRAIN, Dialect.BVLC, where="net.prototxt")
     assert says in str(error.value)

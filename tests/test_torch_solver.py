@@ -111,7 +111,7 @@ class Both:
     st.sampled_from([1, 3]),
     st.sampled_from([-1, 0.5, 1000]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_update_is_caffes(
     tmp_path_factory: pytest.TempPathFactory,
     pycaffe: Any,

@@ -214,7 +214,7 @@ def test_weights_of_the_other_caffe_say_how_to_convert(tmp_path: Path) -> None:
         load_weights(small_net(stock), path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_damaged_file_is_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut off anywhere or with a byte changed, it is refused or read, and never a traceback."""

@@ -204,7 +204,7 @@ def test_no_database_is_one_line(break_it: object, says: str, tmp_path: Path) ->
 small_labels = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(small_labels, st.lists(st.integers(0, 20), min_size=40, max_size=40))
 def test_counts_are_those_of_the_records(
     tmp_path_factory: pytest.TempPathFactory, labels: list[int], images: list[int]

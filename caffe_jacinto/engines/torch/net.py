@@ -251,9 +251,18 @@ class Net:
                 self._add(setup, LAYERS[layer.type](setup), layer)
 
     def _feed(self, layer: Any, data_shapes: Mapping[str, Shape], where: str) -> None:
+        setup = self._setup(layer, where)
+        if layer.bottom:
+            setup.refuse(f"takes no bottom, and has {layer.bottom[0]}")
+        if layer.type == "Input":
+            setup.parameters("input_param", "shape")
+        else:
+            setup.only("data_param", "transform_param")
         shapes = [tuple(shape.dim) for shape in layer.input_param.shape]
         if len(shapes) == 1:
             shapes *= len(layer.top)
+        if shapes and len(shapes) != len(layer.top):
+            setup.refuse(f"input_param has {len(shapes)} shapes for {len(layer.top)} tops")
         for index, name in enumerate(layer.top):
             shape = data_shapes.get(name) or (shapes[index] if index < len(shapes) else None)
             if shape is None:

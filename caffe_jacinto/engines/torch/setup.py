@@ -80,17 +80,21 @@ class LayerSetup:
         Raises:
             UserError: another field is set, here or in the layer itself.
         """
-        for descriptor, _ in self.message.ListFields():
-            if descriptor.name in _FORK_MATH:
-                if getattr(self.message, descriptor.name) != _FLOAT:
-                    self.refuse(f"{descriptor.name}: only FLOAT is supported; remove it (-precision sets it)")
-            elif descriptor.name not in _EVERY_LAYER and descriptor.name not in (name, *also):
-                self.refuse(f"field {descriptor.name} is not supported in a layer of this type; remove it")
+        self.only(name, *also)
         parameters = getattr(self.message, name)
         for descriptor, _ in parameters.ListFields():
             if descriptor.name not in known and descriptor.name not in NO_EFFECT:
                 self.refuse(f"{name}.{descriptor.name} is not supported; supported: {', '.join(known)}")
         return parameters
+
+    def only(self, *names: str) -> None:
+        """Refuse any field of the layer but these and those that every layer has."""
+        for descriptor, _ in self.message.ListFields():
+            if descriptor.name in _FORK_MATH:
+                if getattr(self.message, descriptor.name) != _FLOAT:
+                    self.refuse(f"{descriptor.name}: only FLOAT is supported; remove it (-precision sets it)")
+            elif descriptor.name not in _EVERY_LAYER and descriptor.name not in names:
+                self.refuse(f"field {descriptor.name} is not supported in a layer of this type; remove it")
 
     def refuse(self, why: str) -> NoReturn:
         """Raise a UserError that names the layer."""
