@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,7 @@ def test_ranks_train_stop_and_fail_together(digits: Path, tmp_path: Path) -> Non
     log = tmp_path / "ranks.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=tmp_path, stderr=output, start_new_session=True)
-    give_up = time.monotonic() + 90
-    while "Iteration 3 " not in log.read_text() and process.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.05)
+    wait_until(lambda: "Iteration 3 " in log.read_text() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0, log.read_text()[-2000:]
     said = log.read_text()
@@ -127,3 +127,37 @@ def test_ranks_train_stop_and_fail_together(digits: Path, tmp_path: Path) -> Non
     assert failed.returncode == 2
     assert failed.stderr.count("max_itr") == 1
     assert len(failed.stderr.splitlines()) == 1, failed.stderr
+
+
+@pytest.mark.caffe
+def test_ranks_end_with_a_launcher_that_is_killed(digits: Path, tmp_path: Path) -> None:
+    """They would train on, unseen, beside the run that is started anew."""
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=100_000, snapshot=100_000, test_interval=100_000, display=1)
+    log = tmp_path / "ranks.log"
+    with log.open("w") as output:
+        command = [sys.executable, "-c", RANKS, "train", "-solver", "solver.prototxt"]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=output)
+    wait_until(lambda: "Iteration 3 " in log.read_text() or process.poll() is not None)
+    assert len(processes_in(tmp_path)) > 2, log.read_text()
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_in(tmp_path))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    give_up = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < give_up, "it did not come about"
+        time.sleep(0.05)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The processes that work in ``folder``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if (entry / "cwd").samefile(folder):
+                    found.append(int(entry.name))
+    return found

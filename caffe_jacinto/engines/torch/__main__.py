@@ -31,13 +31,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"caffe version {__version__} (caffe-torch)")
         return 0
     options = _parser().parse_args(argv)
-    from caffe_jacinto.engines.torch import launch
+    from caffe_jacinto.engines.torch import launch, parent
 
     gpus = launch.devices(options.gpu)
     if options.action == "device_query":
         return launch.describe_devices(gpus)
     if options.action == "train" and len(gpus) > 1 and not launch.is_rank():
         return launch.launch_ranks(argv, len(gpus))
+    if launch.is_rank():
+        parent.end_with_parent()
     try:
         return _act(options, gpus)
     except UserError as error:

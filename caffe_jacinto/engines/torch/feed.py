@@ -6,12 +6,10 @@ bytes, and mean and scale are applied there.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import queue
 import signal
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +18,13 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.data.mean import read_mean
+from caffe_jacinto.engines.torch.parent import end_with_parent
 from caffe_jacinto.engines.torch.records import DataLayer, Images
 from caffe_jacinto.errors import RunFailed, UserError
 from caffe_jacinto.memory import keep_freed_memory
 
 _WAIT_SECONDS = 2.0
 """Between two looks at whether the other side still lives."""
-
-_PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that this process gets when its parent ends."""
 
 _AHEAD = 2
 """Batches that are decoded ahead, for each worker."""
@@ -231,7 +227,7 @@ def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     parent = os.getppid()
-    _end_with_parent()
+    end_with_parent()
     while os.getppid() == parent:
         try:
             slot, block = tasks.get(timeout=_WAIT_SECONDS)
@@ -243,9 +239,3 @@ def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
         except UserError as error:
             trouble = str(error)
         done.put((slot, block, trouble))
-
-
-def _end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends: it holds the lock of the run's folder, too."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
