@@ -113,12 +113,9 @@ def _large(place: Path, listed: int, peer: Path, rounds: int) -> float:
         f" {size / len(files) / 1e6:.1f} MB each, {size / pixels:.2f} bytes a pixel.\n"
     )
     _table(times, {})
-    fast = _ratio(times["fast"], times["peer"])
-    print(
-        f"\nlimit, on photographs: --fast {FAST_LARGE_LIMIT} times convert_imageset (this run: {fast:.2f})\n"
-    )
+    print()
     _quality(place)
-    return fast
+    return _ratio(times["fast"], times["peer"])
 
 
 def _quality(place: Path) -> None:
