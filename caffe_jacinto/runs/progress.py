@@ -51,7 +51,7 @@ class Progress:
     """Which stage, which iteration."""
 
     figures: list[str] = field(default_factory=list)
-    """Loss, learning rate, sparsity, speed."""
+    """What it does beside iterations, loss, learning rate, sparsity, speed."""
 
     left: list[str] = field(default_factory=list)
     """The time left."""
@@ -65,8 +65,9 @@ def progress(view: StageView, place: Place, *, running: bool = True, silent: flo
 
     ``silent`` is how many seconds ago its log's last line came.
     """
-    where = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}{_doing(view, place, running)}"]
-    figures = []
+    where = [place.title(), f"iteration {view.iteration:,}/{place.max_iter:,}"]
+    # Among the figures: the first fields decide how long the bar is, which should not come and go.
+    figures = _doing(view, place) if running else []
     if view.loss is not None:
         figures.append(f"loss {view.loss:.4g}")
     if view.learning_rate is not None:
@@ -81,11 +82,11 @@ def progress(view: StageView, place: Place, *, running: bool = True, silent: flo
     return Progress(where, figures + last_heard(silent), time_left(view, place, silent))
 
 
-def _doing(view: StageView, place: Place, running: bool) -> str:
+def _doing(view: StageView, place: Place) -> list[str]:
     """What holds the iterations up, if anything does."""
-    if running and view.in_test:
-        return " (testing)"
-    return " (finishing)" if running and view.iteration >= place.max_iter else ""
+    if view.in_test:
+        return ["testing"]
+    return ["finishing"] if view.iteration >= place.max_iter else []
 
 
 def last_heard(silent: float) -> list[str]:
