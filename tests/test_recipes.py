@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,11 @@ def test_lines_are_found_in_odd_files(tmp_path: Path, text: str, line: int, says
 def test_a_missing_field_names_the_line_of_its_table(tmp_path: Path) -> None:
     path = changed(tmp_path, "max_iter = 200\n", "")
     line = line_of(path.read_text(), "[stages.initial.solver]")
-    assert message_of(path) == f"{path}:{line}: stages.initial.solver.max_iter: missing; add it"
+    said = f"{path}:{line}: stages.initial.solver.max_iter: missing; add it"
+    assert message_of(path) == said
+    path.write_text(re.sub(r"(?m)^(base_lr|weight_decay) = .*\n", "", path.read_text()))
+    said = said.replace("max_iter", "base_lr")
+    assert message_of(path) == f"{said}, and max_iter, weight_decay"
 
 
 def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def _first_mistake(
     """The mistake that stands first in the file, as one line; one that an override made comes before all."""
     lines = _lines_of_keys(text)
     messages = []
+    missing: dict[Keys, list[str]] = {}
     for error in errors:
         # pydantic marks the key of a mapping with a last "[key]".
         keys = tuple(str(part) for part in error["loc"] if part != "[key]")
@@ -181,8 +182,12 @@ def _first_mistake(
         place = f"override {override.text}" if override else f"{path}:{line}"
         # A required key that is missing is often there, misspelt: the misspelt one is the mistake to tell.
         rank = (override is None, error["type"] == "missing", line)
-        messages.append((rank, f"{place}: {_field(keys)}: {_explain(error, keys)}"))
-    return min(messages)[1]
+        if error["type"] == "missing":
+            missing.setdefault(keys[:-1], []).append(keys[-1])
+        messages.append((rank, f"{place}: {_field(keys)}: {_explain(error, keys)}", keys))
+    _, message, keys = min(messages)
+    others = [key for key in missing.get(keys[:-1], []) if key != keys[-1]] if keys else []
+    return f"{message}, and {', '.join(others)}" if others and message.endswith("add it") else message
 
 
 def _made_by(keys: Keys, override: Keys) -> bool:
