@@ -92,7 +92,7 @@ def check_lmdb(
         with lmdb.open(path, readonly=True, lock=False) as environment:
             check_not_cut_off(folder, environment)
             entries: int = environment.stat()["entries"]
-            _check_enough(folder, entries, min_images)
+            _check_enough(folder, entries, min_images, training=training)
             with environment.begin(buffers=True) as transaction:
                 for key, value in _first_records(transaction, FIRST_LABELS):
                     datum = parse_datum(record_place(folder, key), value)
@@ -152,11 +152,14 @@ def check_not_cut_off(folder: Path, environment: Any) -> None:
         )
 
 
-def _check_enough(folder: Path, entries: int, min_images: int) -> None:
+def _check_enough(folder: Path, entries: int, min_images: int, *, training: bool) -> None:
     if entries == 0:
         raise UserError(f"LMDB {folder} is empty: make it again")
     if entries < min_images:
-        raise UserError(f"LMDB {folder} holds {entries:,} images, and one batch alone needs {min_images:,}")
+        raise UserError(
+            f"LMDB {folder} holds {entries:,} images, and one batch alone needs {min_images:,}: add images, or"
+            f" lower training.{'batch_size' if training else 'val_batch_size'}"
+        )
 
 
 def _check_label(where: str, label: int, num_classes: int | None) -> None:
