@@ -157,8 +157,8 @@ def _check_enough(folder: Path, entries: int, min_images: int, *, training: bool
         raise UserError(f"LMDB {folder} is empty: make it again")
     if entries < min_images:
         raise UserError(
-            f"LMDB {folder} holds {entries:,} images, and one batch alone needs {min_images:,}: add images, or"
-            f" lower training.{'batch_size' if training else 'val_batch_size'}"
+            f"LMDB {folder} holds {entries:,} images, and one batch alone needs {min_images:,}:"
+            f" add images, or lower training.{'batch_size' if training else 'val_batch_size'}"
         )
 
 
