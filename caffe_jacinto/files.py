@@ -45,3 +45,8 @@ def write_whole(
         Path(beside).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def looked_for(path: Path) -> str:
+    """What a message adds to a missing ``path``: the folder that a relative one is relative to."""
+    return "" if path.is_absolute() else f" (looked for in {Path.cwd()})"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.files import looked_for
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -127,7 +128,10 @@ def is_lmdb_folder(path: Path) -> bool:
 def check_folder(folder: Path) -> None:
     """Raises UserError unless ``folder`` is an LMDB's, which this user may read."""
     if not folder.exists():
-        raise UserError(f"LMDB {folder} does not exist: make it with python -m caffe_jacinto.create_lmdb")
+        raise UserError(
+            f"LMDB {folder} does not exist{looked_for(folder)}: make it with python -m"
+            " caffe_jacinto.create_lmdb"
+        )
     if folder.is_file():
         hint = f": give its folder, {folder.parent}" if folder.name == "data.mdb" else ""
         raise UserError(f"{folder} is a file, and an LMDB is a folder{hint}")

@@ -14,6 +14,7 @@ from caffe_jacinto.caffemodel.blobs import StoredLayer, StoredState, mapped, sto
 from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.engines.masks import MASKS_SUFFIX, check_masks_file
 from caffe_jacinto.errors import UserError
+from caffe_jacinto.files import looked_for
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 
@@ -68,6 +69,15 @@ def final_is_complete(final_weights: Path, dialect: Dialect) -> bool:
     except UserError:
         return False
     return True
+
+
+def check_prefix(solver: Path, prefix: str) -> None:
+    """Raises UserError unless the folder is there that ``solver``'s snapshot_prefix puts snapshots into."""
+    folder = Path(prefix).parent
+    if not prefix or not folder.is_dir():
+        raise UserError(
+            f"{solver}: snapshot_prefix {prefix!r}: its folder is missing{looked_for(folder)}; make it first"
+        )
 
 
 def iteration_of(snapshot: Path) -> int:

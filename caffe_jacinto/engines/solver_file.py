@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.engines.snapshots import check_prefix
 from caffe_jacinto.errors import UserError
 
 
@@ -63,8 +64,7 @@ def read_solver(path: Path) -> SolverFile:
             f"{path}: {len(parameters.test_net)} of test_net and {len(parameters.test_iter)} of test_iter; "
             "give each test net its batches"
         )
-    if not parameters.snapshot_prefix or not Path(parameters.snapshot_prefix).parent.is_dir():
-        raise UserError(f"{path}: snapshot_prefix: its folder is missing; make it first")
+    check_prefix(path, parameters.snapshot_prefix)
     return solver
 
 

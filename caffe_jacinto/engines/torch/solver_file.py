@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.engines.learning_rate import learning_rate
+from caffe_jacinto.engines.snapshots import check_prefix
 from caffe_jacinto.engines.torch.setup import TEST, TRAIN
 from caffe_jacinto.engines.torch.update import solver_type
 from caffe_jacinto.errors import UserError
@@ -195,5 +196,4 @@ def _check_fields(parameters: Any, path: Path) -> None:
         raise UserError(f"{path}: lr_policy {parameters.lr_policy!r} is unknown")
     if parameters.max_iter < 1 or parameters.iter_size < 1:
         raise UserError(f"{path}: max_iter and iter_size have to be at least 1")
-    if not parameters.snapshot_prefix or not Path(parameters.snapshot_prefix).parent.is_dir():
-        raise UserError(f"{path}: snapshot_prefix: its folder is missing; make it first")
+    check_prefix(path, parameters.snapshot_prefix)
