@@ -15,6 +15,7 @@ mean image is what its compute_image_mean makes of an LMDB. The same command goe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -100,7 +101,10 @@ def _make(output: Path, options: argparse.Namespace) -> int:
         **({"shard": options.shard.text} if options.shard else {}),
     }
     start = time.monotonic()
-    with new_lmdb(output, made_from, replace=options.force, restart=options.restart) as writer:
+    with (
+        _telling_how_to_go_on(),
+        new_lmdb(output, made_from, replace=options.force, restart=options.restart) as writer,
+    ):
         _tell_resumed(writer, len(places))
         conversion = convert(
             index,
@@ -480,17 +484,17 @@ def _verify(options: argparse.Namespace) -> int:
     from caffe_jacinto.data.verify import verify_lmdb
 
     page: Path | None = options.output
-    if page is not None and page.is_dir():
-        raise UserError(f"--output {page} is a folder: name the page, like page.html")
+    if page is not None:
+        verify_report.check_page(page)  # Before minutes are spent on the records.
     sample = (options.sample or SAMPLES) if page is not None else 0
     found = verify_lmdb(options.verify, workers=options.workers, labels=options.labels, sample=sample)
-    if page is not None:
-        verify_report.write_page(found, page)
     if options.format == "json":
-        print(verify_report.as_json(found))
+        print(verify_report.as_json(found), flush=True)
     else:
         verify_report.show(found, sys.stdout)
-        if page is not None:
+    if page is not None:
+        verify_report.write_page(found, page)
+        if options.format != "json":
             print(f"{page}: {count_text(len(found.samples), 'image')} with their labels")
     return 1 if found.errors else 0
 
@@ -515,6 +519,15 @@ def _make_mean(options: argparse.Namespace) -> int:
         f" in {time_text(time.monotonic() - start)}"
     )
     return 0
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; start the same command again to go on where it was", file=sys.stderr)
+        raise
 
 
 def _stop(signal_number: int, _frame: object) -> NoReturn:

@@ -161,6 +161,19 @@ def test_bad_images_are_left_out_with_the_reason(
     assert "skipped.txt; the first, cat/a_cut.JPEG: the JPEG file is cut off" in streams.err
 
 
+def test_the_list_of_too_many_bad_images_is_there(images: Path, tmp_path: Path) -> None:
+    """Also where nothing was stored yet; and then it does not stand in the way of another attempt."""
+    for name in ("a_one", "a_two"):
+        (images / "cat" / f"{name}.png").write_bytes(b"")
+    message = mistake(["--images", images, "--output", tmp_path / "o", "--max-bad", 1])
+    listed = tmp_path / ".o.partial" / "skipped.txt"
+    assert str(listed) in message
+    assert len(listed.read_text().splitlines()) == 2
+    assert create("--images", images, "--output", tmp_path / "o", "--size", 32) == 0
+    assert not listed.exists()
+    assert len((tmp_path / "o" / "skipped.txt").read_text().splitlines()) == 2
+
+
 def test_names_that_are_not_text_survive(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9 \xf0\x9f\x90\x88 x")
     write_image(tmp_path / "in" / name / f"{name}\n.JPEG")

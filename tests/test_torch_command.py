@@ -54,6 +54,12 @@ def test_gpu_lists() -> None:
         (["train"], "-solver"),
         (["train", "-solver", "none.prototxt"], "none.prototxt: No such file"),
         (["train", "-solver", "s", "-precision", "fp16"], "fp16"),
+        (["train", "-solver", "s", "-sparsity_step_iter", "5"], "-sparsity_target is missing: add it"),
+        (["train", "-solver", "s", "-sparsity_target", "0.5"], "-sparsity_start_iter is missing: add it"),
+        (
+            ["train", "-solver", "s", "-sparsity_target", "0.5", "-sparsity_start_iter", "-1"],
+            "-sparsity_start_iter -1",
+        ),
         (["train", "-solver", "s", "-weights", "w", "-snapshot", "s"], "not allowed with"),
         (["test", "-model", "none.prototxt", "-weights", "w", "-iterations", "0"], "no whole number from 1"),
         (["time", "-model", "none.prototxt"], "none.prototxt: No such file"),

@@ -240,6 +240,25 @@ def test_the_page_shows_images_and_escapes_names(tmp_path: Path) -> None:
     assert page.read_text().count("<figure>") == 5
 
 
+def test_the_page_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before the records are read."""
+    lmdb_folder = write(tmp_path / "lmdb", mixed())
+    page, other = tmp_path / "page.html", tmp_path / "thesis.txt"
+    other.write_text("years of work")
+    for _ in range(2):
+        assert main(["--verify", str(lmdb_folder), "--output", str(page)]) == 0
+    capsys.readouterr()
+    for output, says in (
+        (other, "exists and is no page of images"),
+        (tmp_path / "none" / "page.html", "does not exist: make that first"),
+        (tmp_path, "is a folder: name the page"),
+    ):
+        with pytest.raises(UserError, match=says):
+            main(["--verify", str(lmdb_folder), "--output", str(output)])
+    assert other.read_text() == "years of work"
+    assert capsys.readouterr().out == ""
+
+
 def test_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "lmdb", [encoded(i, i // 20) for i in range(60)])
     assert main(["--verify", str(folder), "--format", "json"]) == 0

@@ -71,7 +71,8 @@ class Journal:
         """
         self._path = path
         self._lines = _read(path)
-        self.going_on = bool(self._lines)
+        # Without a transaction there is nothing to go on with, whatever it was to be made from.
+        self.going_on = any("end" in line for line, _ in self._lines)
         if self.going_on:
             _check_same(path.parent, self._lines[0][0].get("made_from"), made_from)
         self._file = path.open("ab")

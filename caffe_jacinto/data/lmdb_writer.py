@@ -196,6 +196,7 @@ def new_lmdb(
             journal = Journal(partial / "journal", made_from or {})
             if not journal.going_on:
                 shutil.rmtree(partial / "lmdb", ignore_errors=True)
+                (partial / SKIPPED).unlink(missing_ok=True)
             writer = LmdbWriter(partial, journal, output.name)
             yield writer
             writer.finish()
@@ -206,7 +207,8 @@ def new_lmdb(
     except (lmdb.Error, OSError) as error:
         raise RunFailed(_why_not_written(output, error)) from error
     finally:
-        if writer is not None and not writer.committed:  # Nothing worth going on with.
+        # Nothing worth going on with, nor a list of bad images that a message has named.
+        if writer is not None and not writer.committed and not (partial / SKIPPED).exists():
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 

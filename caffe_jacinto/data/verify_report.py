@@ -13,9 +13,13 @@ from caffe_jacinto.data.check import parse_datum
 from caffe_jacinto.data.header import JPEG_START, PNG_START
 from caffe_jacinto.data.progress import count_text
 from caffe_jacinto.data.verify import Findings, Sample, Trouble
+from caffe_jacinto.errors import UserError
 from caffe_jacinto.files import write_whole
 from caffe_jacinto.resources import template_folder
 from caffe_jacinto.text_table import Column, Line, printable, show_table
+
+PAGE_START = b"<!doctype html>"
+"""How a page begins, in lower case."""
 
 MOST_CLASSES = 30
 """A histogram of more classes shows the smallest and the largest only."""
@@ -87,6 +91,27 @@ def as_json(found: Findings) -> str:
         "warnings": [_as_dict(trouble) for trouble in found.warnings.values()],
     }
     return json.dumps(content, indent=1, ensure_ascii=True)
+
+
+def check_page(output: Path) -> None:
+    """Raises UserError unless a page may be put at ``output``: a file that is no page is not replaced."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name the page, like page.html")
+    if not output.parent.is_dir():
+        raise UserError(
+            f"{output} cannot be made, its folder {output.parent} does not exist: make that first"
+        )
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"{output} cannot be made: its folder {output.parent} cannot be written to")
+    if not output.exists():
+        return
+    try:
+        with output.open("rb") as file:
+            start = file.read(len(PAGE_START))
+    except OSError as error:
+        raise UserError(f"{output} exists and cannot be read: {error.strerror}") from None
+    if start.lower() != PAGE_START:
+        raise UserError(f"{output} exists and is no page of images: choose another name")
 
 
 def write_page(found: Findings, output: Path) -> None:

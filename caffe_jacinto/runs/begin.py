@@ -150,6 +150,10 @@ def _drive(
 
 
 def _instead(folder: Path) -> str:
+    if run_folder.never_ran(folder):
+        return (
+            f", from a --dry-run: run that ({resume_command(folder)}), or remove it, or give another --output"
+        )
     if (folder / run_folder.RUN_FILE).is_file():
         return f": go on with that run ({resume_command(folder)}), or give another --output"
     return " and is not an empty folder: give another --output"
@@ -183,6 +187,11 @@ def _same_engine(
     dialect, precision = None, None
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
         kind, dialect, precision = "torch", Dialect(before.dialect), before.precision
+    elif before.kind == "torch":
+        raise UserError(
+            f"this run was begun on PyTorch, and {'--caffe' if caffe else f'--engine {kind}'} is a Caffe,"
+            " whose files are not the same: leave that out, or start anew"
+        )
     elif caffe is None and kind != "torch" and Path(before.executable).exists():
         caffe = before.executable
     engine = _engine(caffe, kind, dialect, precision, gpus, screen)

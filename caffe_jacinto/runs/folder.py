@@ -145,6 +145,15 @@ def is_free(folder: Path) -> bool:
     )
 
 
+def never_ran(folder: Path) -> bool:
+    """Whether ``folder`` is a run of which nothing was started yet: what a dry run makes."""
+    try:
+        record = load(folder)
+    except UserError:
+        return False
+    return all(state.started is None for state in record.stages.values())
+
+
 def start_log(path: Path, header: str) -> int:
     """Begin a new part of the log at ``path`` with the line ``header``; returns where it starts, in bytes.
 
