@@ -174,18 +174,23 @@ def test_each_goes_on_from_the_others_snapshot(kind: str, caffe_engine: Engine, 
             assert error <= 1e-3 * most, f"{name}: {layer}: {error} of {most}"
 
 
-def test_a_state_of_another_solver_is_refused(tmp_path: Path) -> None:
+def test_states_of_another_solver_or_dialect_are_refused(tmp_path: Path) -> None:
+    """The blobs of both dialects may have the same shapes, and mean something else."""
     stage = SmallStage(tmp_path, write_digits(tmp_path / "lmdb", BATCH))
     stage.solver(max_iter=2)
     stage.run([TORCH])
-    stage.solver(max_iter=4, type='"Adam"')
-    ran = subprocess.run(
-        [*TORCH, "-snapshot", "small_iter_2.solverstate"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 2
-    assert "small_iter_2.solverstate: holds" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    for changes, arguments, says in (
+        ({"type": '"Adam"'}, [], "small_iter_2.solverstate: holds"),
+        ({}, ["-dialect", "caffe_jacinto"], "small_iter_2.solverstate: it was trained with -dialect bvlc"),
+    ):
+        stage.solver(max_iter=4, **changes)
+        ran = subprocess.run(
+            [*TORCH, *arguments, "-snapshot", "small_iter_2.solverstate"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 2
+        assert says in ran.stderr
+        assert "Traceback" not in ran.stderr

@@ -39,6 +39,9 @@ class Place:
     images: int
     """Seen so far, by all ranks together."""
 
+    dialect: str
+    """Of the files that it was trained from: the same blobs mean something else in the other."""
+
 
 def write_state(
     path: Path,

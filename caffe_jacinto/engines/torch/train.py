@@ -172,6 +172,11 @@ class Trainer:
         """Of all that is random: the snapshot's, the solver's, or another each time."""
         place = read_place(self.options.snapshot) if self.options.snapshot else None
         if place is not None:
+            if place.dialect != self.solver.dialect.value:
+                raise UserError(
+                    f"{self.options.snapshot}: it was trained with -dialect {place.dialect}, not"
+                    f" {self.solver.dialect.value}: the same blobs mean something else; give that dialect"
+                )
             return place.seed
         given = self.parameters.random_seed
         return self.ranks.agree(given if given >= 0 else secrets.randbits(31))
@@ -379,7 +384,7 @@ class Trainer:
             current_step=self.solver.current_step(self.iteration),
             learned_net=weights,
             history=[tensor for moment in self.updater.history for tensor in moment],
-            place=Place(self.seed, self._block * self.inputs.batch_size),
+            place=Place(self.seed, self._block * self.inputs.batch_size, self.solver.dialect.value),
             dialect=self.solver.dialect,
         )
 
