@@ -471,11 +471,25 @@ def _keep(output: Path, options: argparse.Namespace) -> int:
             f"LMDB {output} holds images of {facts.width}x{facts.height} pixels, not {size[0]}x{size[1]}:"
             " --force replaces it"
         )
+    made = _form_of_made(output)
+    if made is not None and not options.join and made != _form(options).text:
+        raise UserError(
+            f"LMDB {output} was made as {made}, not as {_form(options).text}: --force replaces it"
+        )
     print(
         f"{output}: kept, {count_text(facts.images, 'image')} of {facts.width}x{facts.height}"
         " (--force makes it again)"
     )
     return 0
+
+
+def _form_of_made(output: Path) -> str | None:
+    """The form that an LMDB's own record says; None where it has none."""
+    try:
+        form = json.loads((output / MADE_FROM).read_text()).get("form")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return form if isinstance(form, str) else None
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -323,6 +323,8 @@ def test_force_replaces_and_keep_keeps(
     assert (output / "data.mdb").stat().st_mtime_ns == before
     keep_other_size = ["--images", images, "--output", output, "--size", 24, "--keep"]
     assert "holds images of 16x16 pixels, not 24x24: --force replaces it" in mistake(keep_other_size)
+    keep_other_form = ["--images", images, "--output", output, "--size", 16, "--keep", "--raw"]
+    assert "was made as 16x16 colour, not as 16x16 colour raw: --force" in mistake(keep_other_form)
     write_image(images / "emu" / "1.JPEG")
     create("--images", images, "--output", output, "--size", 24, "--force")
     assert len(records(output)) == 7

@@ -75,6 +75,9 @@ def test_a_list_picks_images_of_an_archive(tmp_path: Path) -> None:
     (tmp_path / "l").write_text(f"{SYNSETS[1]}/{SYNSETS[1]}_3.JPEG 7\n./{SYNSETS[0]}/{SYNSETS[0]}_9.JPEG 0\n")
     output = create_small(tmp_path, "o", "--images", archive, "--list", tmp_path / "l")
     assert list(labels_of(output).values()) == [7, 0]
+    unpacked = write_folders(tmp_path / "train", train_images(10))
+    files = create_small(tmp_path, "files", "--images", unpacked, "--list", tmp_path / "l")
+    assert records(output) == records(files)
     (tmp_path / "l").write_text("no/such.JPEG 1\n")
     message = mistake(["--images", archive, "--list", tmp_path / "l", "--output", tmp_path / "p"])
     assert f"{tmp_path}/l:1: archive {archive} holds no image 'no/such.JPEG'" in message

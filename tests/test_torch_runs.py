@@ -91,6 +91,17 @@ def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None
     assert trainer.states("stopped")["initial"] == "stopped"
     assert list((trainer.folder / "stopped/initial").glob("*.solverstate"))
     assert "dialect bvlc" in said
+    code, said = trainer.run("--resume", "stopped", "--caffe", "caffe")
+    assert code == 2
+    assert "was begun on PyTorch, and --caffe is a Caffe" in said
+
+
+def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
+    arguments = (*tiny(), "--output", "dry")
+    assert trainer.run(*arguments, "--dry-run")[0] == 0
+    code, said = trainer.run(*arguments)
+    assert code == 2
+    assert "dry is there already, from a --dry-run: run that (" in said
 
 
 def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:

@@ -93,8 +93,7 @@ def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None
     hashes = np.fromiter((hash(index.path(number)) for number in range(len(index))), np.int64, len(index))
     order = np.argsort(hashes)
     hashes = hashes[order]
-    numbers: list[int] = []
-    labels: list[int] = []
+    build = IndexBuilder(index.place)
     for line, (name, label) in list_lines(list_file, names):
         wanted = name.removeprefix(b"./")
         at = int(np.searchsorted(hashes, hash(wanted)))
@@ -102,9 +101,9 @@ def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None
             at += 1
         if at == len(order) or index.path(int(order[at])) != wanted:
             raise UserError(f"{list_file}:{line}: archive {path} holds no image {os.fsdecode(name)!r}")
-        numbers.append(int(order[at]))
-        labels.append(label)
-    return index.relabelled(numbers, labels, names, f"list {list_file}")
+        # The name as the list has it, "./" and all: it becomes the key, as with files.
+        build.add(name, label, *index.span(int(order[at])))
+    return build.index(names, f"list {list_file}")
 
 
 def _read(path: Path) -> tuple[ImageIndex, list[str]]:

@@ -146,11 +146,15 @@ class ImageIndex:
         """The number of the image that is stored at ``position``."""
         return position if self.order is None else int(self.order[position])
 
+    def span(self, number: int) -> tuple[int, int]:
+        """Offset and size of an image's content in an archive; zeros for a file."""
+        if self._offsets is None or self._sizes is None:
+            return 0, 0
+        return int(self._offsets[number]), int(self._sizes[number])
+
     def read(self, number: int) -> bytes:
         """An image's content; raises UnreadableImageError."""
-        if self._offsets is None or self._sizes is None:
-            return self.place.read(self.path(number), 0, 0)
-        return self.place.read(b"", int(self._offsets[number]), int(self._sizes[number]))
+        return self.place.read(self.path(number), *self.span(number))
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -190,11 +194,7 @@ class ImageIndex:
         """
         build = IndexBuilder(self.place)
         for number, label in zip(numbers, labels, strict=True):
-            path = self.path(number)[cut:]
-            if self._offsets is None or self._sizes is None:
-                build.add(path, label)
-            else:
-                build.add(path, label, int(self._offsets[number]), int(self._sizes[number]))
+            build.add(self.path(number)[cut:], label, *self.span(number))
         return build.index(names, source, self.ignored if ignored is None else ignored)
 
 
