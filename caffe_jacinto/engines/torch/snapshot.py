@@ -39,8 +39,8 @@ class Place:
     images: int
     """Seen so far, by all ranks together."""
 
-    dialect: str
-    """Of the files that it was trained from: the same blobs mean something else in the other."""
+    dialect: str | None = None
+    """Of the files it was trained from, if said: the same blobs mean something else in the other."""
 
 
 def write_state(

@@ -172,7 +172,7 @@ class Trainer:
         """Of all that is random: the snapshot's, the solver's, or another each time."""
         place = read_place(self.options.snapshot) if self.options.snapshot else None
         if place is not None:
-            if place.dialect != self.solver.dialect.value:
+            if place.dialect not in (None, self.solver.dialect.value):
                 raise UserError(
                     f"{self.options.snapshot}: it was trained with -dialect {place.dialect}, not"
                     f" {self.solver.dialect.value}: the same blobs mean something else; give that dialect"
