@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, synced, renamed."""
+"""Files that appear whole or not at all (written beside, synced, renamed), and places that are missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from caffe_jacinto.errors import UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -45,6 +47,14 @@ def write_whole(
         Path(beside).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_parent(path: Path, what: str = "") -> None:
+    """Raises UserError unless the folder is there that ``path`` (``what`` says what it is) is made in."""
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{what}{path} cannot be made, its folder {path.parent} does not exist: make that first"
+        )
 
 
 def looked_for(path: Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from caffe_jacinto.data.check import is_lmdb_folder
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
 from caffe_jacinto.errors import RunFailed, UserError
-from caffe_jacinto.files import sync_folder, write_whole
+from caffe_jacinto.files import check_parent, sync_folder, write_whole
 
 FIRST_MAP_BYTES = 1 << 30
 """Size of the address range that LMDB may use at first; doubled as often as needed."""
@@ -227,10 +227,7 @@ def _publish(partial: Path, output: Path, replace: bool) -> None:
 
 def check_free(output: Path, replace: bool) -> None:
     """Raise UserError unless an LMDB may be put at ``output`` (see `new_lmdb`, which asks this itself)."""
-    if not output.parent.is_dir():
-        raise UserError(
-            f"LMDB {output} cannot be made, its folder {output.parent} does not exist: make that first"
-        )
+    check_parent(output, "LMDB ")
     if not output.exists():
         return
     if not is_lmdb_folder(output):

@@ -15,7 +15,7 @@ from caffe_jacinto.data.ahead import ahead
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum, record_place
 from caffe_jacinto.data.progress import image_progress
 from caffe_jacinto.errors import RunFailed, UserError
-from caffe_jacinto.files import write_whole
+from caffe_jacinto.files import check_parent, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -37,10 +37,7 @@ class Mean:
 
 def check_place(output: Path, *, replace: bool) -> None:
     """Raises UserError unless a file may be put at ``output``."""
-    if not output.parent.is_dir():
-        raise UserError(
-            f"{output} cannot be made, its folder {output.parent} does not exist: make that first"
-        )
+    check_parent(output)
     if output.exists() and not output.is_file():
         raise UserError(f"{output} exists and is no file: give the name of a file, like mean.binaryproto")
     if output.exists() and not replace:

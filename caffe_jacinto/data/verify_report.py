@@ -14,7 +14,7 @@ from caffe_jacinto.data.header import JPEG_START, PNG_START
 from caffe_jacinto.data.progress import count_text
 from caffe_jacinto.data.verify import Findings, Sample, Trouble
 from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import write_whole
+from caffe_jacinto.files import check_parent, write_whole
 from caffe_jacinto.resources import template_folder
 from caffe_jacinto.text_table import Column, Line, printable, show_table
 
@@ -97,10 +97,7 @@ def check_page(output: Path) -> None:
     """Raises UserError unless a page may be put at ``output``: a file that is no page is not replaced."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: name the page, like page.html")
-    if not output.parent.is_dir():
-        raise UserError(
-            f"{output} cannot be made, its folder {output.parent} does not exist: make that first"
-        )
+    check_parent(output)
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"{output} cannot be made: its folder {output.parent} cannot be written to")
     if not output.exists():

@@ -186,8 +186,10 @@ def _first_mistake(
             missing.setdefault(keys[:-1], []).append(keys[-1])
         messages.append((rank, f"{place}: {_field(keys)}: {_explain(error, keys)}", keys))
     _, message, keys = min(messages)
-    others = [key for key in missing.get(keys[:-1], []) if key != keys[-1]] if keys else []
-    return f"{message}, and {', '.join(others)}" if others and message.endswith("add it") else message
+    together = missing.get(keys[:-1], [])
+    others = [key for key in together if (*keys[:-1], key) != keys]
+    is_missing = len(others) < len(together)
+    return f"{message}, and {', '.join(others)}" if is_missing and others else message
 
 
 def _made_by(keys: Keys, override: Keys) -> bool:
