@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "caffe_jacinto/__init__.py").read_text())[1]
@@ -27,7 +27,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["caffe_jacinto", "caffe_jacinto.*"]), "caffe_jacinto.templates"],
+    packages=[*find_namespace_packages(include=["caffe_jacinto*"]), "caffe_jacinto.templates"],
     package_dir={"caffe_jacinto.templates": "templates"},
     package_data={
         "": ["*.toml", "*.proto", "*.binpb", "py.typed"],
@@ -46,7 +46,7 @@ setup(
         "scipy>=1.11",
         "tomli>=2; python_version < '3.11'",
     ],
-    entry_points={"console_scripts": ["caffe-torch = caffe_jacinto.engines.torch.__main__:script"]},
+    entry_points={"console_scripts": ["caffe-torch = caffe_jacinto.engines.pytorch.__main__:script"]},
     extras_require={
         "pycaffe": ["six", "scikit-image"],
         "demo": ["mlxtend"],

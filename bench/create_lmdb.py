@@ -35,8 +35,8 @@ import skimage
 import sklearn
 from numpy.typing import NDArray
 
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.errors import RunFailed, run_command
+from caffe_jacinto.common.errors import RunFailed, run_command
+from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

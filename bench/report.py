@@ -22,8 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.errors import RunFailed, UserError, run_command
+from caffe_jacinto.common.errors import RunFailed, UserError, run_command
+from caffe_jacinto.engines.discovery import find_engine
 
 SPEED_LIMIT = 3.0
 START_LIMIT = 0.5

@@ -19,15 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.engines.pycaffe import start_caffe
-from caffe_jacinto.engines.signals import Requests
-from caffe_jacinto.engines.solver_file import read_solver
-from caffe_jacinto.engines.stepper import Job, Stepper, apply_thresholds
-from caffe_jacinto.errors import UserError, run_command
+from caffe_jacinto.common.errors import UserError, run_command
+from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.pycaffe.net import start_caffe
+from caffe_jacinto.engines.pycaffe.solver_file import read_solver
+from caffe_jacinto.engines.pycaffe.stepper import Job, Stepper, apply_thresholds
+from caffe_jacinto.networks.stage_files import stage_files, write_stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
-from caffe_jacinto.prototxt.stage_files import stage_files, write_stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 MASK_LIMIT = 0.02

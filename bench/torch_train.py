@@ -31,9 +31,9 @@ import lmdb
 import numpy as np
 
 from caffe_jacinto.build_net import main as build_net
+from caffe_jacinto.common.errors import RunFailed, run_command
 from caffe_jacinto.data.encode import datum_record
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.errors import RunFailed, run_command
+from caffe_jacinto.engines.discovery import find_engine
 
 LIMITS = {"fp32": 2.6, "bf16": 4.5}
 """Times stock Caffe."""
@@ -41,7 +41,7 @@ LIMITS = {"fp32": 2.6, "bf16": 4.5}
 LOOP_LIMIT = 0.92
 """Of the hand-written loop."""
 
-TORCH = [sys.executable, "-m", "caffe_jacinto.engines.torch"]
+TORCH = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
 
 GIGAMACS = 0.4058
@@ -53,7 +53,7 @@ WARM_UP = 2
 LOOP = """
 import sys, time
 import torch, torch.nn as nn
-from caffe_jacinto.memory import keep_freed_memory
+from caffe_jacinto.common.processes import keep_freed_memory
 
 batch, iterations, bf16 = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "bf16"
 keep_freed_memory()

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.errors import RunFailed, UserError, run_command
+from caffe_jacinto.common.errors import RunFailed, UserError, run_command
+from caffe_jacinto.engines.discovery import find_engine
 
 TIME_LIMIT, MEMORY_LIMIT = 2.0, 2.5
 CONVOLUTIONS = 6

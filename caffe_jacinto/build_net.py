@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.common.errors import Parser, UserError, run_command
 from caffe_jacinto.networks.registry import NETWORKS, PUBLISHED_WITH_THE_FORK, takes_strides
-from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.stage_files import (
+from caffe_jacinto.networks.stage_files import (
     IMAGENET_VAL_IMAGES,
     iterations_per_test,
     stage_files,
     write_stage_files,
 )
+from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
 
 if TYPE_CHECKING:
@@ -288,12 +288,12 @@ def _check_look(arguments: argparse.Namespace, looks: bool) -> None:
 
 def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect | None) -> None:
     """Show and draw a network, as asked for."""
-    from caffe_jacinto.caffemodel import summary_tables
-    from caffe_jacinto.caffemodel.summary import summarize
+    from caffe_jacinto.netspec import summary as summary_tables
+    from caffe_jacinto.netspec.summary import summarize
 
     summary = summarize(text, where, dialect, arguments.weights)
     if arguments.draw is not None:
-        from caffe_jacinto.caffemodel.draw import draw
+        from caffe_jacinto.netspec.drawing import draw
 
         draw(summary, arguments.draw)
     if arguments.summary is None:

@@ -18,16 +18,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.errors import FAILED, Parser, UserError, run_command
+from caffe_jacinto.common.errors import FAILED, Parser, UserError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from caffe_jacinto.data.encode import ImageForm
+    from caffe_jacinto.data.images import Sample
     from caffe_jacinto.inference.backends import Scores
     from caffe_jacinto.inference.network import Preprocessing
-    from caffe_jacinto.inference.preprocess import Sample
 
 PICTURES = (".png", ".svg")
 
@@ -35,12 +35,17 @@ PICTURES = (".png", ".svg")
 def main(argv: Sequence[str]) -> int:
     """Returns 0, or 1 where an image could not be read."""
     options = _read_arguments(argv)
+    from caffe_jacinto.common.progress import image_progress
     from caffe_jacinto.data.check import is_lmdb_folder
-    from caffe_jacinto.data.progress import image_progress
+    from caffe_jacinto.data.images import file_samples, lmdb_samples
     from caffe_jacinto.inference.backends import open_backend
-    from caffe_jacinto.inference.network import trained_network, validation_preprocessing
-    from caffe_jacinto.inference.preprocess import file_samples, lmdb_samples
-    from caffe_jacinto.inference.sources import class_names, image_files, network_files
+    from caffe_jacinto.inference.network import (
+        class_names,
+        image_files,
+        network_files,
+        trained_network,
+        validation_preprocessing,
+    )
 
     lmdb = next((source for source in options.images if is_lmdb_folder(source)), None)
     _check_images(options, lmdb)
@@ -154,7 +159,7 @@ def _check_images(options: Namespace, lmdb: Path | None) -> None:
 def _file_form(options: Namespace, done: Preprocessing) -> ImageForm:
     """What image files are made: as in the validation LMDB, or as --resize says."""
     from caffe_jacinto.data.encode import ImageForm
-    from caffe_jacinto.inference.preprocess import lmdb_file_form
+    from caffe_jacinto.data.images import lmdb_file_form
 
     transform = done.transform
     colour = transform.channels == 3
@@ -201,8 +206,7 @@ def _batches(
 
 
 def _classify(options: Namespace, total: int, batches: Any, names: tuple[str, ...]) -> int:
-    from caffe_jacinto.inference.scoring import softmax
-    from caffe_jacinto.inference.tables import BestClasses
+    from caffe_jacinto.inference.scores import BestClasses, softmax
 
     writer = BestClasses(options.format, names, sys.stdout)
     done = 0
@@ -214,8 +218,7 @@ def _classify(options: Namespace, total: int, batches: Any, names: tuple[str, ..
 
 
 def _score(options: Namespace, total: int, batches: Any, names: tuple[str, ...]) -> int:
-    from caffe_jacinto.inference.scoring import Tally
-    from caffe_jacinto.inference.tables import write_tally
+    from caffe_jacinto.inference.scores import Tally, write_tally
 
     tally = None
     for batch, values in batches:
@@ -225,7 +228,7 @@ def _score(options: Namespace, total: int, batches: Any, names: tuple[str, ...])
         raise UserError("no record of the LMDB can be classified; see the lines above")
     write_tally(options.format, tally, names, sys.stdout)
     if options.picture:
-        from caffe_jacinto.inference.picture import draw_confusion
+        from caffe_jacinto.inference.scores import draw_confusion
 
         draw_confusion(tally, names, options.picture)
         print(f"drew {options.picture}", file=sys.stderr)

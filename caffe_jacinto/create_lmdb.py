@@ -28,13 +28,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from caffe_jacinto.common.errors import Parser, UserError, run_command
+from caffe_jacinto.common.progress import count_text, time_text
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, check_free, new_lmdb
-from caffe_jacinto.data.progress import count_text, time_text
 from caffe_jacinto.data.shards import Shard
-from caffe_jacinto.errors import Parser, UserError, run_command
 
 if TYPE_CHECKING:
-    from caffe_jacinto.data.convert import Conversion
+    from caffe_jacinto.data.create import Conversion
     from caffe_jacinto.data.encode import ImageForm
     from caffe_jacinto.data.index import ImageIndex
     from caffe_jacinto.data.lmdb_writer import LmdbWriter
@@ -84,7 +84,7 @@ def _make(output: Path, options: argparse.Namespace) -> int:
     limit_decoder()
     import cv2
 
-    from caffe_jacinto.data.convert import convert
+    from caffe_jacinto.data.create import convert
 
     form = _form(options)
     index, order = _index(options)
@@ -418,7 +418,7 @@ def _form(options: argparse.Namespace) -> ImageForm:
 
 def _index(options: argparse.Namespace) -> tuple[ImageIndex, str]:
     """The images in the order in which they are stored, and that order in words."""
-    from caffe_jacinto.data.sources import find_images
+    from caffe_jacinto.data.create import find_images
 
     index = find_images(options.images, list_file=options.list, labels=options.labels, devkit=options.devkit)
     seed: int | None = options.shuffle

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.errors import USER_ERROR, Parser, UserError, run_command
+from caffe_jacinto.common.errors import USER_ERROR, Parser, UserError, run_command
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, find_runs
 
@@ -65,7 +65,7 @@ def _print(runs: Sequence[Run], form: str) -> None:
     elif form == "markdown":
         print(tables.as_markdown(tables.tables(runs)))
     else:
-        from caffe_jacinto.logs.screen import show
+        from caffe_jacinto.logs.tables import show
 
         show(tables.tables(runs), sys.stdout)
 

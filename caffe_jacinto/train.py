@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.common.errors import Parser, UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     overrides = _overrides(options)
     if options.resume is not None:
-        from caffe_jacinto.runs.begin import resume
+        from caffe_jacinto.runs.start import resume
 
         if overrides or options.output or options.dry_run or options.dialect or options.precision:
             raise UserError(
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             engine_kind=options.engine,
             keep=options.keep,
         )
-    from caffe_jacinto.runs.begin import start
+    from caffe_jacinto.runs.start import start
 
     return start(
         options.recipe,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caffe_jacinto.errors import Parser, UserError, run_command
+from caffe_jacinto.common.errors import Parser, UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 
 DIALECTS = [dialect.value for dialect in Dialect]
@@ -161,7 +161,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
-    from caffe_jacinto.caffemodel.sparsify import MAXRATIO, VALUE_MAX, sparsify
+    from caffe_jacinto.pruning.weight_file import MAXRATIO, VALUE_MAX, sparsify
 
     _check_output(options.output, options.file)
     dialect = _dialect(options, options.file)
@@ -189,7 +189,7 @@ def _sparsify(options: argparse.Namespace) -> int:
 
 
 def _merge_bn(options: argparse.Namespace) -> int:
-    from caffe_jacinto.caffemodel.merge_bn import merge_bn
+    from caffe_jacinto.export.merge_bn import merge_bn
 
     merged = merge_bn(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
     deploy = options.output / "deploy_merged.prototxt"
@@ -210,8 +210,8 @@ def _merge_bn(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from caffe_jacinto.caffemodel.onnx_export import export_onnx
-    from caffe_jacinto.files import write_whole
+    from caffe_jacinto.common.files import write_whole
+    from caffe_jacinto.export.onnx import export_onnx
 
     for source in (options.file, options.deploy):
         _check_output(options.onnx, source, "--onnx")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.engines.find import find_engine
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.engines.discovery import find_engine
 
 settings.register_profile("untimed", deadline=None)  # A busy machine is no reason to fail.
 settings.load_profile("untimed")

@@ -11,9 +11,9 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 
 from caffe_jacinto.build_net import main as build_net
-from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+from caffe_jacinto.netspec.blobs import expected_blobs
+from caffe_jacinto.netspec.shapes import layer_costs
 from caffe_jacinto.prototxt import tree
-from caffe_jacinto.prototxt.complexity import layer_costs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_any_net
 

@@ -26,26 +26,25 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from caffe_jacinto.caffemodel.blobs import stored_state
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.diff import differences
-from caffe_jacinto.caffemodel.draw import boxes_of
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.merge_bn import merge_bn
 from caffe_jacinto.caffemodel.net_file import array_parts, field_parts, find_dialect
-from caffe_jacinto.caffemodel.onnx_export import export_onnx
 from caffe_jacinto.caffemodel.show import blob_facts
-from caffe_jacinto.caffemodel.sparsify import sparsify
-from caffe_jacinto.caffemodel.summary import summarize
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights, stored_state
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.mean import read_mean
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.export.merge_bn import merge_bn
+from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.inference.network import trained_network, validation_preprocessing
+from caffe_jacinto.netspec.drawing import boxes_of
+from caffe_jacinto.netspec.shapes import batch_size, gigamacs
+from caffe_jacinto.netspec.summary import summarize
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt import tree
-from caffe_jacinto.prototxt.complexity import batch_size, gigamacs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
-from caffe_jacinto.prototxt.stage_files import stage_files
+from caffe_jacinto.pruning.weight_file import sparsify
 from caffe_jacinto.recipes.load import load_recipe
 
 SECONDS_A_FILE = 1.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from normalised_net import first_difference
 
 from caffe_jacinto.build_net import main
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 PUBLISHED = "prototxt/jacintonet11_imagenet_caffe_jacinto"

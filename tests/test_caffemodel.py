@@ -13,13 +13,13 @@ from hypothesis.extra.numpy import arrays
 from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.net_blobs import expected_blobs
-from caffe_jacinto.caffemodel.sparsity import conv_sparsity, total_sparsity
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.netspec.blobs import expected_blobs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
+from caffe_jacinto.pruning.weight_file import conv_sparsity, total_sparsity
 
 NET = """
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }

@@ -23,19 +23,22 @@ from deploy_nets import built, by_onnx, write_random
 from digits_run import recipe_of, tiny, write_lmdbs
 from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
 
-from caffe_jacinto.caffemodel.onnx_export import export_onnx
 from caffe_jacinto.classify import main
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.data.encode import ImageForm, form_of
+from caffe_jacinto.data.images import Transform, file_samples, lmdb_file_form, lmdb_samples
 from caffe_jacinto.data.mean import Mean, write_mean
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.inference.backends import open_backend
-from caffe_jacinto.inference.network import trained_network, validation_preprocessing
-from caffe_jacinto.inference.picture import draw_confusion
-from caffe_jacinto.inference.preprocess import Transform, file_samples, lmdb_file_form, lmdb_samples
-from caffe_jacinto.inference.scoring import Tally
-from caffe_jacinto.inference.sources import class_names, image_files, network_files
-from caffe_jacinto.inference.tables import BestClasses, write_tally
+from caffe_jacinto.inference.network import (
+    class_names,
+    image_files,
+    network_files,
+    trained_network,
+    validation_preprocessing,
+)
+from caffe_jacinto.inference.scores import BestClasses, Tally, draw_confusion, write_tally
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.train import main as train

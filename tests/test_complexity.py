@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.shapes import batch_size, gigamacs, layer_costs
 from caffe_jacinto.prototxt import tree
-from caffe_jacinto.prototxt.complexity import batch_size, gigamacs, layer_costs
 
 INPUT = (
     'layer { name: "data" type: "Input" top: "data" '

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import time_text
 from caffe_jacinto.create_lmdb import main
 from caffe_jacinto.data import lmdb_writer
 from caffe_jacinto.data.digits import write_digits
 from caffe_jacinto.data.index import Folder
 from caffe_jacinto.data.listing import list_from_file
 from caffe_jacinto.data.lmdb_writer import new_lmdb
-from caffe_jacinto.data.progress import time_text
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

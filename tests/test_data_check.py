@@ -11,9 +11,9 @@ import lmdb
 import numpy as np
 import pytest
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.check import LmdbFacts, check_lmdb
 from caffe_jacinto.data.encode import datum_record
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

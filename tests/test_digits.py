@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data import digits
-from caffe_jacinto.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from caffe_jacinto.engines import find
-from caffe_jacinto.engines.bvlc import BvlcEngine
-from caffe_jacinto.engines.caffe_jacinto import CaffeJacintoEngine
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines import discovery as find
 from caffe_jacinto.engines.contract import Engine, EngineInfo, TestJob, TrainJob
-from caffe_jacinto.engines.find import describe, find_engine
-from caffe_jacinto.engines.gpus import check_gpus, visible_gpus
-from caffe_jacinto.engines.stepper import main as stepper_main
-from caffe_jacinto.engines.torch_engine import TorchEngine, describe_torch
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.engines.discovery import check_gpus, describe, find_engine, visible_gpus
+from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
+from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
+from caffe_jacinto.engines.pycaffe.stepper import main as stepper_main
+from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
 
@@ -141,7 +140,7 @@ def test_pytorch_trains_each_stage_by_one_command_on_all_gpus() -> None:
     torch = engine("torch", executable=Path("/opt/python"), dialect=Dialect.BVLC)
     sparse = SparseSettings(target=0.5, start_iter=1, step_iter=1)
     command = torch.train_commands(train_job(sparse=sparse))[0]
-    program = ["/opt/python", "-m", "caffe_jacinto.engines.torch", "train", "-dialect", "bvlc"]
+    program = ["/opt/python", "-m", "caffe_jacinto.engines.pytorch", "train", "-dialect", "bvlc"]
     assert command[:8] == [*program, "-solver", "run/sparse/solver.prototxt"]
     assert command[command.index("-sparsity_target") + 1] == "0.5"
     assert command[-2:] == ["-gpu", "0,1"]
@@ -341,7 +340,7 @@ def test_commands_of_stock_caffe() -> None:
     bvlc = engine("bvlc")
     training, handing_over = bvlc.train_commands(train_job(weights=None))
     assert training == ["/opt/caffe", "train", "-solver", "run/sparse/solver.prototxt", "-gpu", "0,1"]
-    assert handing_over[1:3] == ["-m", "caffe_jacinto.engines.reestimate"]
+    assert handing_over[1:3] == ["-m", "caffe_jacinto.engines.pycaffe.recalibrate"]
     assert handing_over[-6:] == [
         *("-weights", "run/sparse/d_n_iter_20.caffemodel"),
         *("-batches", "30", "-gpu", "0"),
@@ -352,7 +351,7 @@ def test_commands_of_stock_caffe() -> None:
 def test_commands_of_stock_caffe_that_hold_zeros() -> None:
     bvlc = engine("bvlc")
     (sparse,) = bvlc.train_commands(train_job(gpus=(1,), sparse=SparseSettings(start_iter=5)))
-    assert sparse[:3] == [sys.executable, "-m", "caffe_jacinto.engines.stepper"]
+    assert sparse[:3] == [sys.executable, "-m", "caffe_jacinto.engines.pycaffe.stepper"]
     pairs = dict(zip(sparse[3::2], sparse[4::2], strict=True))
     assert pairs["-pycaffe"] == "/opt/python"
     assert pairs["-sparsity_target"] == "0.8"
@@ -367,7 +366,7 @@ def test_commands_of_stock_caffe_that_hold_zeros() -> None:
 def test_after_the_last_iteration_only_the_hand_over_is_left(kind: dict[str, object]) -> None:
     at_the_end = train_job(snapshot=Path("run/sparse/d_n_iter_20.solverstate"), **kind)
     (command,) = engine("bvlc").train_commands(at_the_end)
-    assert "caffe_jacinto.engines.reestimate" in command
+    assert "caffe_jacinto.engines.pycaffe.recalibrate" in command
 
 
 def test_stages_that_need_pycaffe_say_so() -> None:
@@ -406,7 +405,7 @@ def test_the_stepper_refuses_what_makes_no_stage(arguments: list[str], reason: s
 
 
 def test_a_pycaffe_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "caffe_jacinto.engines.stepper", "-pycaffe", str(tmp_path)]
+    command = [sys.executable, "-m", "caffe_jacinto.engines.pycaffe.stepper", "-pycaffe", str(tmp_path)]
     command += ["-solver", "s", "-weights", "w", "-freeze_zeros"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2

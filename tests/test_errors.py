@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from caffe_jacinto.errors import FAILED, INTERRUPTED, USER_ERROR, RunFailed, UserError, run_command
+from caffe_jacinto.common.errors import FAILED, INTERRUPTED, USER_ERROR, RunFailed, UserError, run_command
 
 BUILD_NET = [sys.executable, "-m", "caffe_jacinto.build_net", "--output"]
 

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from digits_run import PREFIX, Trainer, write_lmdbs
 
-from caffe_jacinto.caffemodel.drop_layers import without_layers
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.net_file import without_layers
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.networks.finetuning import (
+from caffe_jacinto.networks.jacintonet11 import jacintonet11
+from caffe_jacinto.networks.layers import Convolution, InnerProduct
+from caffe_jacinto.networks.registry import (
     WITH_WEIGHTS,
+    build_network,
     for_finetuning,
     layers_to_name,
     stored_names,
     with_batch_norms,
 )
-from caffe_jacinto.networks.jacintonet11 import jacintonet11
-from caffe_jacinto.networks.layers import Convolution, InnerProduct
-from caffe_jacinto.networks.registry import build_network
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 NETWORK = jacintonet11(10, 32, (1, 2, 2, 2, 2))

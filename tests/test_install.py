@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.engines.find import prefix as default_prefix
+from caffe_jacinto.engines.discovery import prefix as default_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 UTILS = ROOT / "tools" / "utils"

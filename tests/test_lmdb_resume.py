@@ -17,11 +17,11 @@ import pytest
 from ilsvrc import jpeg, train_images, write_folders, write_train
 from lmdb_records import create, mistake, names_in, records
 
-from caffe_jacinto.data import convert as convert_module
+from caffe_jacinto.common.errors import RunFailed
+from caffe_jacinto.data import create as convert_module
 from caffe_jacinto.data import lmdb_writer
 from caffe_jacinto.data.encode import image_record
 from caffe_jacinto.data.lmdb_writer import new_lmdb
-from caffe_jacinto.errors import RunFailed
 
 CREATE = (sys.executable, "-m", "caffe_jacinto.create_lmdb")
 
@@ -29,7 +29,7 @@ SMALL_BATCHES = (
     "import sys; from caffe_jacinto.data import lmdb_writer\n"
     "lmdb_writer.BATCH_BYTES = 8000\n"
     "from caffe_jacinto.create_lmdb import main\n"
-    "from caffe_jacinto.errors import run_command\n"
+    "from caffe_jacinto.common.errors import run_command\n"
     "sys.exit(run_command('create_lmdb', main))\n"
 )
 """create_lmdb with a transaction every few images, so that a short run has many of them."""

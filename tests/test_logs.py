@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_text import GIGAMACS, Log, whole_stage
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.clock import elapsed
 from caffe_jacinto.logs.curves import MOST_POINTS, Curve
+from caffe_jacinto.logs.glog import elapsed
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

@@ -22,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto.caffemodel.convert import convert
-from caffe_jacinto.caffemodel.merge_bn import Merged, merge_bn
-from caffe_jacinto.caffemodel.onnx_export import export_onnx
-from caffe_jacinto.caffemodel.weights import read_weights
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.export.merge_bn import Merged, merge_bn
+from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.weights import main

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto import build_net, networks
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.netspec import shapes as complexity
 from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, MaxPooling, Network, ReLU
 from caffe_jacinto.networks.registry import build_network
-from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 STRIDES = (2, 2, 2, 2, 2)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from caffe_jacinto.build_net import main
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from caffe_jacinto.caffemodel.convert import convert
-from caffe_jacinto.caffemodel.onnx_export import IR_VERSION, OPSET, export_onnx
-from caffe_jacinto.caffemodel.weights import read_weights
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.export.onnx import IR_VERSION, OPSET, export_onnx
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.weights import main
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caffe_jacinto.resources import template_folder
+from caffe_jacinto.common.files import template_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "caffe_jacinto", "templates")

@@ -11,11 +11,11 @@ from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.render import number, quote, render
 from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)

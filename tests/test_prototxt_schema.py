@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, SCHEMA_FOLDER, messages, parse_net, parse_solver
 

@@ -10,11 +10,12 @@ import pytest
 from normalised_net import first_difference, normalised_net
 
 from caffe_jacinto.build_net import main
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec import shapes as complexity
+from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 FORK, STOCK = Dialect.CAFFE_JACINTO, Dialect.BVLC

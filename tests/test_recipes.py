@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.recipes.load import BUILT_IN_FOLDER, built_in_recipes, load_recipe
 from caffe_jacinto.recipes.model import Recipe
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from log_text import GIGAMACS, Log, whole_stage
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.report import main
 
 KEYS = [

@@ -18,20 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_snapshots import write_pair
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.failure import last_words
 from caffe_jacinto.runs.folder import RunRecord, StageState
-from caffe_jacinto.runs.keep import Keeper, kept_iterations, remove_others
 from caffe_jacinto.runs.lock import RunLock, is_held
+from caffe_jacinto.runs.plan import shell_script
 from caffe_jacinto.runs.process import Child, describe_exit
 from caffe_jacinto.runs.progress import Place, Progress, duration, progress, time_left
+from caffe_jacinto.runs.retention import Keeper, kept_iterations, remove_others
 from caffe_jacinto.runs.screen import LastingStream, Screen, live_lines
-from caffe_jacinto.runs.script import shell_script
-from caffe_jacinto.runs.tail import Tail
-from caffe_jacinto.runs.watch import StageView
+from caffe_jacinto.runs.watch import StageView, Tail
 
 
 def line(second: float, text: str, source: str = "solver.cpp:239") -> str:

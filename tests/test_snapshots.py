@@ -8,12 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caffe_jacinto.engines.handover import is_handed_over, record_handover
-from caffe_jacinto.engines.masks import Masks, save_masks
-from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete, iteration_of, survey
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.snapshots import (
+    complete_snapshots,
+    final_is_complete,
+    is_handed_over,
+    iteration_of,
+    record_handover,
+    survey,
+)
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.pruning.masks import Masks, save_masks
 
 SHAPES = ((4, 3, 3, 3), (4,))
 

@@ -10,13 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from caffe_jacinto.caffemodel.thresholds import layer_fraction, small_weights, takes_part
-from caffe_jacinto.engines.learning_rate import learning_rate
-from caffe_jacinto.engines.masks import Masks, load_masks, masks_file, save_masks
-from caffe_jacinto.engines.ramp import factor_cap, fork_start_factor, is_step, next_factor
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.prototxt.solver import learning_rate
+from caffe_jacinto.pruning.masks import Masks, load_masks, masks_file, save_masks
+from caffe_jacinto.pruning.rule import (
+    factor_cap,
+    fork_start_factor,
+    is_step,
+    layer_fraction,
+    next_factor,
+    small_weights,
+    takes_part,
+)
 from caffe_jacinto.recipes.model import SparseSettings
 
 PUBLISHED = SparseSettings(start_iter=20000)

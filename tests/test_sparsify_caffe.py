@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
-from caffe_jacinto.caffemodel.sparsity import conv_sparsity, total_sparsity
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import Engine, TrainJob
-from caffe_jacinto.engines.masks import load_masks
 from caffe_jacinto.engines.snapshots import complete_snapshots, survey
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.pruning.masks import load_masks
+from caffe_jacinto.pruning.weight_file import conv_sparsity, total_sparsity
 
 pytestmark = pytest.mark.caffe
 

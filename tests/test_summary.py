@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from caffe_jacinto.build_net import main
-from caffe_jacinto.caffemodel import summary_tables
-from caffe_jacinto.caffemodel.draw import boxes_of
-from caffe_jacinto.caffemodel.summary import Summary, summarize
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec import summary as summary_tables
+from caffe_jacinto.netspec.drawing import boxes_of
+from caffe_jacinto.netspec.summary import Summary, summarize
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 
 GIGAMACS = {"jacintonet11": 0.4063, "resnet10": 0.8892, "bvlc_alexnet": 0.7244}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from caffe_jacinto.build_net import main as build_net
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -30,7 +30,7 @@ START = {"jacintonet11": 60, "resnet10": 40, "bvlc_alexnet": 1}
 """Iterations by Caffe that the start weights come from."""
 
 CLASSES, BATCH, ITERATIONS, TESTED = 7, 16, 20, 32
-TORCH = [sys.executable, "-m", "caffe_jacinto.engines.torch"]
+TORCH = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 
 
 def write_images(folder: Path, size: int) -> None:

@@ -15,14 +15,14 @@ import pytest
 from small_stage import SmallStage, write_digits
 
 from caffe_jacinto import __version__
-from caffe_jacinto.engines.torch.launch import devices
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.distributed import devices
 
-PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.torch"]
+PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 RANKS = (
-    "import sys; from caffe_jacinto.engines.torch.__main__ import main; "
-    "from caffe_jacinto.engines.torch.launch import launch_ranks; "
-    "from caffe_jacinto.errors import run_command; "
+    "import sys; from caffe_jacinto.engines.pytorch.__main__ import main; "
+    "from caffe_jacinto.engines.pytorch.distributed import launch_ranks; "
+    "from caffe_jacinto.common.errors import run_command; "
     "sys.exit(run_command('caffe-torch', lambda argv: launch_ranks(argv, 2)))"
 )
 """What ``-gpu 0,1`` starts, with the CPU for the two GPUs."""

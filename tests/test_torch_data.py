@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.batches import Order
 from caffe_jacinto.data.mean import Mean, write_mean
-from caffe_jacinto.engines.torch.inputs import Inputs
-from caffe_jacinto.engines.torch.net import Net
-from caffe_jacinto.engines.torch.records import Order
-from caffe_jacinto.engines.torch.setup import TEST, TRAIN
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.engines.pytorch.feed import Inputs
+from caffe_jacinto.engines.pytorch.layer_setup import TEST, TRAIN
+from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 

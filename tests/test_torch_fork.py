@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from digits_run import ITERATIONS, PREFIX, STAGES, Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
 
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 
 FORK = '''#!{python}
 """Says it is caffe-jacinto: sparsity_target, snapshot_prefix. Trains what it is given, on the CPU."""
@@ -24,7 +24,7 @@ arguments = sys.argv[1:]
 if arguments == ["--version"]:
     print("caffe version 0.17.0")
     sys.exit(0)
-from caffe_jacinto.engines.torch.__main__ import script
+from caffe_jacinto.engines.pytorch.__main__ import script
 
 gpus = arguments.index("-gpu")
 sys.argv[1:] = [*arguments[:gpus], "-dialect", "caffe_jacinto"]

@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from caffe_jacinto.engines.torch.net import TEST, TRAIN, Net
-from caffe_jacinto.engines.torch.weight_file import array, put
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
+from caffe_jacinto.engines.pytorch.snapshot import array, put
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 

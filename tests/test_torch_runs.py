@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from digits_run import ITERATIONS, PREFIX, STAGES, Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
 
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 
 pytestmark = pytest.mark.caffe
 
@@ -108,7 +108,7 @@ def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:
     recipe = recipe_of(trainer.folder, "initial")
     code, said = trainer.run(*tiny(recipe, ("initial",)), "--output", "by hand", "--dry-run")
     assert code == 0, said
-    assert "-m caffe_jacinto.engines.torch train -dialect bvlc" in said
+    assert "-m caffe_jacinto.engines.pytorch train -dialect bvlc" in said
     script = trainer.folder / "by hand/initial/run.sh"
     subprocess.run(["sh", str(script)], check=True, cwd="/", capture_output=True)
     code, said = trainer.run("--resume", "by hand")

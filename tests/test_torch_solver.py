@@ -14,17 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_stage import BATCH, SmallStage, write_digits
 
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.engines.learning_rate import learning_rate
-from caffe_jacinto.engines.torch.net import Learnable
-from caffe_jacinto.engines.torch.update import Updater
+from caffe_jacinto.engines.pytorch.net import Learnable
+from caffe_jacinto.engines.pytorch.solvers import Updater
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.solver import learning_rate
 
 pytestmark = pytest.mark.caffe
 
-TORCH = [sys.executable, "-m", "caffe_jacinto.engines.torch", "train", "-solver", "solver.prototxt"]
+TORCH = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
 UPDATES = 8
 
 NET = """

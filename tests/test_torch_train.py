@@ -17,15 +17,15 @@ import pytest
 from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
-from caffe_jacinto.caffemodel.weights import read_weights
-from caffe_jacinto.engines.commands import sparse_arguments
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.engines.contract import sparse_arguments
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
 
 pytestmark = pytest.mark.caffe
 
-PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.torch", "train", "-solver", "solver.prototxt"]
+PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
 ENOUGH = 60
 SPARSE = sparse_arguments(sparse_settings())
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto.build_net import main as build_net
-from caffe_jacinto.engines.torch.net import TEST, Net
-from caffe_jacinto.engines.torch.weight_file import array, load_weights, put, save_weights
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.net import TEST, Net
+from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.weights import main as weights_command

@@ -26,7 +26,7 @@ from digits_run import (
     write_lmdbs,
 )
 
-from caffe_jacinto.caffemodel.weights import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -316,7 +316,7 @@ def test_dry_run_writes_every_file_and_runs_nothing(trainer: Trainer) -> None:
         assert {path.suffix for path in folder.iterdir()} == {".prototxt", ".sh"}
         assert f"dry/{stage}/solver.prototxt" in said
     assert (trainer.folder / "dry/test/run.sh").exists()
-    assert "caffe_jacinto.engines.stepper" in said
+    assert "caffe_jacinto.engines.pycaffe.stepper" in said
 
 
 def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> None:

@@ -20,10 +20,10 @@ from bad_images import ODD as ODD_IMAGES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main
 from caffe_jacinto.data.verify import Findings, verify_lmdb
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

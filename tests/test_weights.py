@@ -19,11 +19,11 @@ from caffe_jacinto.caffemodel.convert import convert, scale_name
 from caffe_jacinto.caffemodel.diff import differences
 from caffe_jacinto.caffemodel.net_file import find_dialect, open_net
 from caffe_jacinto.caffemodel.show import CHUNK, blob_facts
-from caffe_jacinto.caffemodel.weights import read_weights
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
-from caffe_jacinto.prototxt.stage_files import stage_files
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.weights import main
 
@@ -178,7 +178,7 @@ def test_the_name_of_a_split_scale(norm: str, scale: str) -> None:
 def test_a_converted_file_fits_the_other_dialects_network(network: str, tmp_path: Path) -> None:
     """Names and shapes of all layers, for the built-in networks."""
     from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
-    from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+    from caffe_jacinto.netspec.blobs import expected_blobs
 
     nets = {}
     for dialect in Dialect:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from caffe_jacinto.caffemodel.convert import as_fork, averages
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, squeezed
 from caffe_jacinto.caffemodel.show import blob_name
-from caffe_jacinto.caffemodel.weights import blob_values
+from caffe_jacinto.caffemodel.storage import blob_values
+from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.text_table import Column, Line, show_table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from caffe_jacinto.caffemodel.blobs import Blob, StoredLayer, mapped, stored_layers
-from caffe_jacinto.caffemodel.net_blobs import Dims, expected_blobs
+from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_layers
+from caffe_jacinto.netspec.blobs import Dims, expected_blobs
 
 _FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
 

@@ -6,17 +6,26 @@ size is read, changed and written in little memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.caffemodel.blobs import Blob, blobs_field, layer_in, mapped
-from caffe_jacinto.caffemodel.weights import blob_values
-from caffe_jacinto.caffemodel.wire import LENGTH, NotWholeError, fields
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import write_whole
+from caffe_jacinto.caffemodel.storage import (
+    LENGTH,
+    Blob,
+    NotWholeError,
+    blob_values,
+    blobs_field,
+    fields,
+    layer_in,
+    mapped,
+    stored_layers,
+)
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
+
 
 Part = bytes | memoryview
 
@@ -204,3 +214,21 @@ def find_dialect(path: Path) -> Dialect:
     with open_net(path, Dialect.BVLC) as (_, layers):
         norms = [len(layer.blobs) for layer in layers if layer.type == "BatchNorm"]
         return Dialect.CAFFE_JACINTO if 5 in norms else Dialect.BVLC
+
+
+def without_layers(weights: Path, names: Collection[str]) -> bytes:
+    """The bytes of ``weights`` but for the layers ``names``; all others stay as they are, in their order.
+
+    Raises:
+        UserError: the file is missing, cut off or no weight file.
+    """
+    with mapped(weights) as view:
+        stored_layers(view, weights)
+        kept = BytesIO()
+        position = 0
+        for field in fields(view):
+            layer = layer_in(view, field)
+            if layer is None or layer.name not in names:
+                kept.write(view[position : field.end])
+            position = field.end
+        return kept.getvalue()

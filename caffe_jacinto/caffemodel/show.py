@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from caffe_jacinto.caffemodel.net_file import NetLayer, open_net
+from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.text_table import Column, Line, show_table
 
 CHUNK = 1 << 16
 """Numbers that are looked at together: they stay in the processor's cache from one look to the next."""

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import count_text, image_progress
 from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder
 from caffe_jacinto.data.listing import and_others, class_labels, is_image_name, list_lines
-from caffe_jacinto.data.progress import count_text, image_progress
-from caffe_jacinto.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

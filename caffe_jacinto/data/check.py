@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import looked_for
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import looked_for
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

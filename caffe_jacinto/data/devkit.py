@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import count_text
 from caffe_jacinto.data.index import ImageIndex
-from caffe_jacinto.data.progress import count_text
-from caffe_jacinto.errors import UserError
 
 GROUND_TRUTH = "validation_ground_truth.txt"
 META = "meta.mat"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import image_progress
 from caffe_jacinto.data.check import check_not_cut_off
-from caffe_jacinto.data.progress import image_progress
-from caffe_jacinto.errors import UserError
 
 
 class Skipped(NamedTuple):

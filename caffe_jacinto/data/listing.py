@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import count_text
 from caffe_jacinto.data.index import Archive, Folder, ImageIndex, IndexBuilder
-from caffe_jacinto.data.progress import count_text
-from caffe_jacinto.errors import UserError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """What counts as an image in a class folder; a list file may name any file."""

@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.files import check_parent, sync_folder, write_whole
 from caffe_jacinto.data.check import is_lmdb_folder
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
-from caffe_jacinto.errors import RunFailed, UserError
-from caffe_jacinto.files import check_parent, sync_folder, write_whole
 
 FIRST_MAP_BYTES = 1 << 30
 """Size of the address range that LMDB may use at first; doubled as often as needed."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.data.ahead import ahead
+from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.files import check_parent, write_whole
+from caffe_jacinto.common.progress import image_progress
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum, record_place
-from caffe_jacinto.data.progress import image_progress
-from caffe_jacinto.errors import RunFailed, UserError
-from caffe_jacinto.files import check_parent, write_whole
+from caffe_jacinto.data.create import ahead
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import image_progress
 from caffe_jacinto.data.check import check_folder, check_not_cut_off
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, SKIPPED, LmdbWriter
-from caffe_jacinto.data.progress import image_progress
-from caffe_jacinto.errors import UserError
 
 _NAME = re.compile(r"\.shard-(\d{1,4})-of-(\d{1,4})")
 

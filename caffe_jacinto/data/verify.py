@@ -11,13 +11,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from caffe_jacinto.data.ahead import ahead
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.progress import count_text, image_progress
 from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum
-from caffe_jacinto.data.encode import MAX_PIXELS, limit_decoder
-from caffe_jacinto.data.header import GIF_STARTS, JPEG_START, PNG_START, image_size
+from caffe_jacinto.data.create import ahead
+from caffe_jacinto.data.encode import GIF_STARTS, JPEG_START, MAX_PIXELS, PNG_START, image_size, limit_decoder
 from caffe_jacinto.data.listing import read_labels
-from caffe_jacinto.data.progress import count_text, image_progress
-from caffe_jacinto.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import check_parent, template_folder, write_whole
+from caffe_jacinto.common.progress import count_text
+from caffe_jacinto.common.text import Column, Line, printable, show_table
 from caffe_jacinto.data.check import parse_datum
-from caffe_jacinto.data.header import JPEG_START, PNG_START
-from caffe_jacinto.data.progress import count_text
+from caffe_jacinto.data.encode import JPEG_START, PNG_START
 from caffe_jacinto.data.verify import Findings, Sample, Trouble
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import check_parent, write_whole
-from caffe_jacinto.resources import template_folder
-from caffe_jacinto.text_table import Column, Line, printable, show_table
 
 PAGE_START = b"<!doctype html>"
 """How a page begins, in lower case."""

@@ -6,17 +6,47 @@ cut off, or be left from an earlier try.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from caffe_jacinto.caffemodel.blobs import StoredLayer, StoredState, mapped, stored_layers, stored_state
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.engines.masks import MASKS_SUFFIX, check_masks_file
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import looked_for
+from caffe_jacinto.caffemodel.storage import StoredLayer, StoredState, mapped, stored_layers, stored_state
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import looked_for, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.pruning.masks import MASKS_SUFFIX, check_masks_file
+
+
+def handover_record(final_weights: Path) -> Path:
+    """The record's path, ``<prefix>_iter_N.handover.json``."""
+    return final_weights.with_suffix(".handover.json")
+
+
+def record_handover(final_weights: Path, reestimated_batches: int) -> None:
+    """Say that ``final_weights`` are final, their statistics re-estimated over so many batches."""
+    content = {"sha256": _sha256(final_weights), "reestimated_batches": reestimated_batches}
+    write_whole(handover_record(final_weights), json.dumps(content, indent=1) + "\n")
+
+
+def is_handed_over(final_weights: Path) -> bool:
+    """Whether there is a record of just these weights."""
+    try:
+        content = json.loads(handover_record(final_weights).read_text())
+        return bool(content["sha256"] == _sha256(final_weights))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

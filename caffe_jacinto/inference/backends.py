@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.caffemodel.merge_bn import merge_bn
-from caffe_jacinto.caffemodel.stock_net import stock_net
-from caffe_jacinto.errors import RunFailed, UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.export.merge_bn import merge_bn
+from caffe_jacinto.export.stock_net import stock_net
 from caffe_jacinto.inference.network import TrainedNetwork
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -100,7 +100,7 @@ def _opened(name: str, network: TrainedNetwork, caffe: str | None) -> Backend:
 
 
 def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
-    from caffe_jacinto.engines.find import find_engine
+    from caffe_jacinto.engines.discovery import find_engine
 
     folder = find_engine(path).info.pycaffe
     if folder is None:
@@ -194,7 +194,7 @@ def _opencv(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
 
 
 def _onnxruntime(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
-    from caffe_jacinto.caffemodel.onnx_export import export_onnx
+    from caffe_jacinto.export.onnx import export_onnx
 
     try:
         import onnxruntime

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.logs.clock import moment
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.curves import StageCurves
+from caffe_jacinto.logs.glog import moment
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
 STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", "quantize", "test")

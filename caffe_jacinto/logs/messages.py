@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.events import (
     BatchTested,
     DataShape,

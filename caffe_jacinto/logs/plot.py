@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import write_whole
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.logs.curves import Curve, StageCurves
 from caffe_jacinto.logs.discover import Run
 from caffe_jacinto.logs.tables import printable

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.prototxt import complexity, tree
+from caffe_jacinto.netspec import shapes as complexity
+from caffe_jacinto.prototxt import tree
 
 _PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
 _MOST_SHAPES = 8

@@ -6,7 +6,7 @@ imagenet_jacintonet11v2).
 
 from __future__ import annotations
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     GlobalAveragePooling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 
 
 class Dialect(str, Enum):

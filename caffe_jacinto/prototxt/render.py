@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from markupsafe import Markup
 
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.resources import template_folder
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import template_folder
 
 FLOAT32 = struct.Struct("<f")
 FLOAT32_MAX = 3.4028234663852886e38

@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 
 SCHEMA_FOLDER = Path(__file__).parent

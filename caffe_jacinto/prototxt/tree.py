@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 
 Scalar: TypeAlias = str | int | float | bool
 Value: TypeAlias = "Scalar | Message"

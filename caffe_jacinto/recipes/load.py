@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.snapshots import final_is_complete
-from caffe_jacinto.errors import RunFailed
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.commands import resume_command
 from caffe_jacinto.runs.failure import why_failed
-from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State
-from caffe_jacinto.runs.keep import Keeper
+from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State, resume_command
 from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.plan import (
     RunPlan,
@@ -25,14 +23,13 @@ from caffe_jacinto.runs.plan import (
     write_stage,
     write_test,
 )
-from caffe_jacinto.runs.process import Child, describe_exit
+from caffe_jacinto.runs.process import Child, StopSignals, describe_exit
 from caffe_jacinto.runs.progress import Place, Progress, last_heard, progress, stage_summary, test_line
-from caffe_jacinto.runs.resume import StartPoint, start_point, weights_are_finite
+from caffe_jacinto.runs.retention import Keeper
 from caffe_jacinto.runs.screen import Screen
-from caffe_jacinto.runs.signals import StopSignals
+from caffe_jacinto.runs.start_point import StartPoint, start_point, weights_are_finite
 from caffe_jacinto.runs.start_weights import write_start_weights
-from caffe_jacinto.runs.tail import Tail
-from caffe_jacinto.runs.watch import StageView
+from caffe_jacinto.runs.watch import StageView, Tail
 
 POLL_SECONDS = 0.1
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from caffe_jacinto.runs.commands import resume_command
-from caffe_jacinto.runs.folder import LOG_HEADER
+from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 from caffe_jacinto.runs.process import describe_exit
-from caffe_jacinto.runs.resume import start_point
+from caffe_jacinto.runs.start_point import start_point
 from caffe_jacinto.runs.watch import StageView
 
 FULL_DISK = 1 << 20

@@ -13,6 +13,7 @@ training/<dataset>_<network>_<time>/
 
 from __future__ import annotations
 
+import shlex
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.contract import Precision
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import write_whole
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.lock import LOCK_NAME
 
@@ -167,3 +168,11 @@ def start_log(path: Path, header: str) -> int:
                 log.write(b"\n")
         log.write(f"{LOG_HEADER} {header}\n".encode())
         return log.seek(0, 2)
+
+
+def resume_command(folder: Path) -> str:
+    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
+
+
+def report_command(folder: Path) -> str:
+    return shlex.join(["python", "-m", "caffe_jacinto.report", str(folder)])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
 
 LOCK_NAME = "lock"
 HAND_OVER_SECONDS = 0.5

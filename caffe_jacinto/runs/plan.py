@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
-from caffe_jacinto.files import write_whole
-from caffe_jacinto.prototxt.stage_files import (
+from caffe_jacinto.networks.stage_files import (
     IMAGENET_VAL_IMAGES,
     iterations_per_test,
     network_of,
@@ -18,7 +19,7 @@ from caffe_jacinto.prototxt.stage_files import (
 from caffe_jacinto.recipes.model import Recipe, Stage
 from caffe_jacinto.runs.folder import LOG_NAME, TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
-from caffe_jacinto.runs.script import shell_script
+from caffe_jacinto.runs.process import ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,28 @@ def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:
 def write_script(run: RunPlan, folder: Path, commands: Sequence[list[str]]) -> None:
     script = shell_script(Path.cwd(), run.folder / LOCK_NAME, folder / LOG_NAME, commands)
     write_whole(folder / "run.sh", script, executable=True)
+
+
+def shell_script(start_folder: Path, lock: Path, log: Path, commands: Sequence[Sequence[str]]) -> str:
+    """The text of run.sh: the same commands in the same folder, their output in the same log, under the lock.
+
+    Every word is quoted, so that a path may hold anything.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.get_template("shell/run.sh.j2").render(
+        start_folder=start_folder,
+        lock=lock,
+        log=log,
+        environment=ENVIRONMENT,
+        python_path=PACKAGE.parent,
+        commands=[shlex.join(command) for command in commands],
+    )

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from caffe_jacinto.engines.gpus import check_gpus
-from caffe_jacinto.errors import UserError
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.runs.keep import snapshot_files
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, stage_texts, train_job
+from caffe_jacinto.runs.retention import snapshot_files
 from caffe_jacinto.runs.start_weights import check_start_weights
 
 BYTES_PER_WEIGHT = 4
@@ -190,7 +190,7 @@ def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: 
 
 def _weight_count(deploy: str, dialect: Dialect) -> int:
     """Numbers in a weight file of the network."""
-    from caffe_jacinto.caffemodel.net_blobs import expected_blobs
+    from caffe_jacinto.netspec.blobs import expected_blobs
     from caffe_jacinto.prototxt.schema import parse_net
 
     blobs = expected_blobs(parse_net(deploy, dialect, "deploy.prototxt"), test=True)

@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
-from caffe_jacinto.resources import PACKAGE
+from caffe_jacinto.common.files import PACKAGE
 
 ENVIRONMENT = {
     # Caffe's lines go to the log only, all of them: without these, glog keeps copies in /tmp, or a level set
@@ -99,3 +100,41 @@ def describe_exit(code: int) -> str:
         name = f"signal {-code}"
     reason = " (out of memory, or killed by hand)" if -code == signal.SIGKILL else ""
     return f"killed by {name}{reason}"
+
+
+class StopSignals:
+    """Passes Ctrl-C and SIGTERM on to the command that runs, each further one harder; ignores SIGHUP."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """How often it was asked to stop."""
+
+        self.number = 0
+        """The signal that asked first."""
+
+        self._child: Child | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._asked)
+        # The terminal may close; the run goes on.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    @property
+    def asked(self) -> bool:
+        return self.count > 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as shells have it."""
+        return 128 + self.number
+
+    def pass_on_to(self, child: Child | None) -> None:
+        """From now on signals go to ``child``; one that came while it was started goes there at once."""
+        self._child = child
+        if child is not None:
+            child.stop(self.count)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.number = self.number or number
+        if self._child is not None:
+            self._child.stop(self.count)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.errors import UserError
-from caffe_jacinto.files import write_whole
-from caffe_jacinto.networks.finetuning import layers_to_name, stored_names, with_batch_norms
-from caffe_jacinto.prototxt.stage_files import network_of
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_batch_norms
+from caffe_jacinto.networks.stage_files import network_of
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
     """
     if not plan.stage.reinit:
         return
-    from caffe_jacinto.caffemodel.drop_layers import without_layers
+    from caffe_jacinto.caffemodel.net_file import without_layers
 
     assert plan.start_weights is not None
     assert plan.loaded_weights is not None

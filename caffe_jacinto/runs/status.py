@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.commands import report_command, resume_command
-from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState
+from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
 from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, test_line
 from caffe_jacinto.runs.watch import StageView

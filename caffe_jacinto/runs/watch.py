@@ -9,9 +9,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.clock import elapsed
+from caffe_jacinto.logs.glog import elapsed
 from caffe_jacinto.logs.reader import LogReader
-from caffe_jacinto.runs.tail import Tail
+
+CHUNK = 1 << 20
+
+
+class Tail:
+    """What is appended to a file from byte ``start`` on; the file need not be there yet."""
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self._path = path
+        self._position = start
+
+    def read(self) -> bytes:
+        """What is new, up to 1 MiB; empty when nothing is."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read(CHUNK)
+        except FileNotFoundError:
+            return b""
+        self._position += len(data)
+        return data
+
 
 STUCK_LOSS = 87.3365
 """-log of the smallest normal float32: what SoftmaxWithLoss says where every true class has probability 0."""

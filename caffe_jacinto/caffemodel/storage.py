@@ -1,0 +1,306 @@
+"""The numbers of a ``.caffemodel``, without Caffe."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from caffe_jacinto.common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
+
+
+class NotWholeError(ValueError):
+    """The bytes end in the middle of a field, or are no protobuf message."""
+
+
+class Field(NamedTuple):
+    """One field of a message."""
+
+    number: int
+    wire_type: int
+    value: int
+    """A varint's value; 0 for the other types."""
+
+    start: int
+    """Where the content of the other types begins and ends in the buffer."""
+
+    end: int
+
+
+def varint(buffer: memoryview, position: int, end: int) -> tuple[int, int]:
+    """The varint at ``position`` and the position behind it."""
+    value = shift = 0
+    while position < end and shift < 70:
+        byte = buffer[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise NotWholeError
+
+
+def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterator[Field]:
+    """The fields of the message in ``buffer[start:end]``, in the order of the file.
+
+    Raises:
+        NotWholeError: a field reaches beyond ``end``, or there is something that is no field.
+    """
+    stop = len(buffer) if end is None else end
+    position = start
+    while position < stop:
+        tag, position = varint(buffer, position, stop)
+        number, wire_type = tag >> 3, tag & 7
+        value = 0
+        begin = position
+        if wire_type == VARINT:
+            value, position = varint(buffer, position, stop)
+        elif wire_type == LENGTH:
+            size, begin = varint(buffer, position, stop)
+            position = begin + size
+        elif wire_type in _FIXED_BYTES:
+            position = begin + _FIXED_BYTES[wire_type]
+        else:
+            raise NotWholeError
+        if position > stop or number == 0:
+            raise NotWholeError
+        yield Field(number, wire_type, value, begin, position)
+
+
+def integers(buffer: memoryview, field: Field) -> list[int]:
+    """The integers of a repeated field's one occurrence, packed or not."""
+    if field.wire_type == VARINT:
+        return [field.value]
+    values = []
+    position = field.start
+    while position < field.end:
+        value, position = varint(buffer, position, field.end)
+        values.append(value)
+    return values
+
+
+def text(buffer: memoryview, field: Field) -> str:
+    """A string field."""
+    return bytes(buffer[field.start : field.end]).decode(errors="replace")
+
+
+_NET_LAYER, _NET_V1_LAYER = 100, 2
+_LAYER_NAME, _LAYER_BLOBS = 1, 7
+_V1_NAME, _V1_BLOBS = 4, 6
+_DATA, _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 5, 7, 8, 10, 12
+_STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
+
+_MOST_SHAPE_BYTES = 400
+"""More than a shape of Caffe's 32 axes at most takes."""
+
+_RAW_FORMATS = {0: ("<f8", 8), 1: ("<f4", 4), 2: ("<f2", 2)}
+"""The fork's ``Type``: DOUBLE, FLOAT, FLOAT16."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One blob of a file: its shape, and where and how its numbers are stored."""
+
+    shape: tuple[int, ...]
+    number_format: str
+    """As numpy writes it: ``<f4``, ``<f8``, ``<f2``."""
+
+    ranges: tuple[tuple[int, int], ...]
+    """The byte ranges of the numbers, in order; one, unless a writer did not pack them."""
+
+    four_axes: bool
+    """Stored in the old form, always num, channels, height, width: of fewer axes, the first are 1."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer of a weight file that has blobs."""
+
+    name: str
+    blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """A ``.solverstate``: the iteration, the weight file it belongs to, the history's blobs."""
+
+    iteration: int
+    learned_net: str
+    history: tuple[Blob, ...]
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The bytes of ``path``, mapped.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        view = memoryview(pages)
+        try:
+            yield view
+        finally:
+            # What an error on its way out still holds a part of is unmapped with that.
+            with suppress(BufferError):
+                view.release()
+                pages.close()
+    except ValueError as error:
+        if path.stat().st_size:
+            raise
+        raise UserError(f"{path}: the file is empty; it was not written whole") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
+    """The layers with blobs of the weight file in ``view``, in order; ``path`` is for messages.
+
+    Raises:
+        UserError: the file is cut off, is no weight file, or a blob's numbers do not fill its shape.
+    """
+    layers = []
+    try:
+        for field in fields(view):
+            layer = layer_in(view, field)
+            if layer is not None and layer.blobs:
+                layers.append(layer)
+    except NotWholeError:
+        raise UserError(_cut_off(path, "weight file (.caffemodel)")) from None
+    if not layers:
+        raise UserError(f"{path}: no layer with weights in it; is it a .caffemodel?")
+    return layers
+
+
+def stored_state(path: Path) -> StoredState:
+    """What the ``.solverstate`` at ``path`` holds.
+
+    Raises:
+        UserError: the file is cut off, or is no solver state.
+    """
+    iteration, learned_net, history = None, "", []
+    try:
+        with mapped(path) as view:
+            for field in fields(view):
+                if field.number == _STATE_ITER and field.wire_type == VARINT:
+                    iteration = field.value
+                elif field.number == _STATE_NET and field.wire_type == LENGTH:
+                    learned_net = text(view, field)
+                elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
+                    history.append(_blob(view, field))
+    except NotWholeError:
+        raise UserError(_cut_off(path, "solver state (.solverstate)")) from None
+    if iteration is None or not history:
+        raise UserError(f"{path}: no iteration or no history in it; is it a .solverstate?")
+    return StoredState(iteration, learned_net, tuple(history))
+
+
+def _cut_off(path: Path, kind: str) -> str:
+    return f"{path}: cut off or no {kind} ({path.stat().st_size:,} bytes); take another one"
+
+
+def layer_in(view: memoryview, field: Field) -> StoredLayer | None:
+    """The layer that a field of a NetParameter holds, of either form; None: the field is something else.
+
+    Raises:
+        NotWholeError: the layer is cut off, or a blob's numbers do not fill its shape.
+    """
+    if field.wire_type != LENGTH or field.number not in (_NET_LAYER, _NET_V1_LAYER):
+        return None
+    v1 = field.number == _NET_V1_LAYER
+    name_number, blobs_number = (_V1_NAME, _V1_BLOBS) if v1 else (_LAYER_NAME, _LAYER_BLOBS)
+    name, blobs = "", []
+    for inner in fields(view, field.start, field.end):
+        if inner.wire_type != LENGTH:
+            continue
+        if inner.number == name_number:
+            name = text(view, inner)
+        elif inner.number == blobs_number:
+            blobs.append(_blob(view, inner))
+    return StoredLayer(name, tuple(blobs))
+
+
+def blobs_field(*, v1: bool) -> int:
+    """The number of the field that holds a layer's blobs."""
+    return _V1_BLOBS if v1 else _LAYER_BLOBS
+
+
+def _blob(view: memoryview, field: Field) -> Blob:
+    old_shape = [0, 0, 0, 0]
+    shape: list[int] | None = None
+    number_format, size = "<f4", 4
+    raw_type = 1
+    ranges: list[tuple[int, int]] = []
+    for inner in fields(view, field.start, field.end):
+        if 1 <= inner.number <= 4 and inner.wire_type == VARINT:
+            old_shape[inner.number - 1] = inner.value
+        elif inner.number == _SHAPE and inner.wire_type == LENGTH:
+            if inner.end - inner.start > _MOST_SHAPE_BYTES:
+                raise NotWholeError
+            shape = [
+                dim
+                for part in fields(view, inner.start, inner.end)
+                if part.number == 1
+                for dim in integers(view, part)
+            ]
+        elif inner.number in (_DATA, _DOUBLE_DATA, _RAW_DATA):
+            ranges.append((inner.start, inner.end))
+            if inner.number == _DOUBLE_DATA:
+                number_format, size = "<f8", 8
+            elif inner.number == _RAW_DATA:
+                number_format = "raw"
+        elif inner.number == _RAW_TYPE:
+            raw_type = inner.value
+    if number_format == "raw":
+        if raw_type not in _RAW_FORMATS:
+            raise NotWholeError
+        number_format, size = _RAW_FORMATS[raw_type]
+    if shape is None and ranges and not any(old_shape):
+        shape = []  # one number, without axes: Caffe writes no shape then
+    dims = tuple(old_shape if shape is None else shape)
+    if sum(end - start for start, end in ranges) != prod(dims) * size:
+        raise NotWholeError
+    return Blob(dims, number_format, tuple(ranges), four_axes=shape is None)
+
+
+def read_weights(path: Path) -> dict[str, list[NDArray[np.float32]]]:
+    """The blobs of each layer that has any, by the layer's name, in the file's order.
+
+    Arrays are copies, in the shapes of the file; memory is that of the weights themselves. Both forms of a
+    blob's shape are read, and the fork's raw and half-precision numbers.
+
+    Raises:
+        UserError: the file is missing, cut off or no weight file.
+    """
+    with mapped(path) as view:
+        return {
+            layer.name: [blob_values(view, blob) for blob in layer.blobs]
+            for layer in stored_layers(view, path)
+        }
+
+
+def blob_values(view: memoryview, blob: Blob) -> NDArray[np.float32]:
+    """The numbers of ``blob`` in the file's bytes ``view``."""
+    import numpy as np
+
+    stored = np.dtype(blob.number_format)
+    parts = [
+        np.frombuffer(view, stored, (end - start) // stored.itemsize, start).astype(np.float32)
+        for start, end in blob.ranges
+    ]
+    flat = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
+    return flat.reshape(blob.shape)

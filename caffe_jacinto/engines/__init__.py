@@ -1,1 +1,0 @@
-"""Who trains: one file per kind of Caffe, one contract for all (`contract.py`)."""

@@ -1,0 +1,232 @@
+"""What the builder of a layer is given: the layer's message, the shapes that come in, and a place for blobs.
+
+A builder takes from the message the fields that it understands; any other field that is set is an error, so
+that nothing in a prototxt is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil, sqrt
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+
+Shape = tuple[int, ...]
+
+_FAN_IN, _FAN_OUT, _AVERAGE = 0, 1, 2
+"""FillerParameter.VarianceNorm."""
+
+
+def fill(shape: Shape, filler: Any, generator: torch.Generator, where: str) -> Tensor:
+    """A new float32 tensor of ``shape`` on the CPU, filled as the FillerParameter ``filler`` says.
+
+    Raises:
+        UserError: Caffe has no such filler, or it does not fit the shape; ``where`` names the layer.
+    """
+    if filler.type not in FILLERS:
+        raise UserError(f"{where}: filler type {filler.type!r} is unknown; known: {', '.join(FILLERS)}")
+    tensor = torch.empty(shape)
+    try:
+        FILLERS[filler.type](tensor, filler, generator)
+    except ValueError as error:
+        raise UserError(f"{where}: filler {filler.type!r}: {error}") from None
+    return tensor
+
+
+def _constant(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    tensor.fill_(filler.value)
+
+
+def _uniform(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    if filler.min > filler.max:
+        raise ValueError(f"min {filler.min:g} is above max {filler.max:g}")
+    tensor.uniform_(filler.min, filler.max, generator=generator)
+
+
+def _gaussian(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    """``sparse`` of each output's weights, on average, are not zero; the rest are."""
+    if filler.std < 0:
+        raise ValueError(f"std {filler.std:g} is negative")
+    tensor.normal_(filler.mean, filler.std, generator=generator)
+    if filler.sparse >= 0:
+        share = min(filler.sparse / tensor.shape[0], 1.0)
+        tensor.mul_(torch.empty_like(tensor).bernoulli_(share, generator=generator))
+
+
+def _positive_unitball(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    tensor.uniform_(0, 1, generator=generator)
+    rows = tensor.view(tensor.shape[0], -1)
+    rows.div_(rows.sum(dim=1, keepdim=True))
+
+
+def _xavier(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    limit = sqrt(3 / _fan(tensor, filler))
+    tensor.uniform_(-limit, limit, generator=generator)
+
+
+def _msra(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    tensor.normal_(0, sqrt(2 / _fan(tensor, filler)), generator=generator)
+
+
+def _bilinear(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
+    if tensor.dim() != 4 or tensor.shape[2] != tensor.shape[3]:
+        raise ValueError("the blob is no square kernel")
+    size = tensor.shape[3]
+    factor = ceil(size / 2)
+    centre = (2 * factor - 1 - factor % 2) / (2 * factor)
+    slope = 1 - (torch.arange(size, dtype=torch.float32) / factor - centre).abs()
+    tensor.copy_((slope[:, None] * slope[None, :]).expand_as(tensor))
+
+
+def _fan(tensor: Tensor, filler: Any) -> float:
+    """The inputs of an output, the outputs of an input, or their mean, as ``variance_norm`` says."""
+    count = tensor.numel()
+    fan_in = count / tensor.shape[0]
+    fan_out = count / tensor.shape[1] if tensor.dim() > 1 else count
+    return {_FAN_IN: fan_in, _FAN_OUT: fan_out, _AVERAGE: (fan_in + fan_out) / 2}[filler.variance_norm]
+
+
+FILLERS: dict[str, Callable[[Tensor, Any, torch.Generator], None]] = {
+    "constant": _constant,
+    "uniform": _uniform,
+    "gaussian": _gaussian,
+    "positive_unitball": _positive_unitball,
+    "xavier": _xavier,
+    "msra": _msra,
+    "bilinear": _bilinear,
+}
+"""By FillerParameter.type."""
+
+
+Forward = Callable[..., Tensor | tuple[Tensor, ...]]
+"""From a layer's bottoms to its top or tops. Images are batch x channels x height x width, channels last in
+memory."""
+
+TRAIN, TEST = 0, 1
+"""caffe.Phase."""
+
+NO_EFFECT = frozenset({"engine", "cudnn_convolution_algo_seeker", "conv_algos_override", "force_nd_im2col"})
+"""Fields of layers' parameters that say how to compute and not what."""
+
+_EVERY_LAYER = frozenset(
+    {
+        *("name", "type", "bottom", "top", "phase", "include", "exclude", "param", "loss_weight"),
+        *("propagate_down", "blobs", "debug"),
+    }
+)
+_FORK_MATH = frozenset({"forward_type", "backward_type", "forward_math", "backward_math"})
+_FLOAT = 0
+"""caffe.Type of the fork: FLOAT32."""
+
+
+@dataclass
+class Blob:
+    """A layer's blob: what is learnt, or a statistic."""
+
+    tensor: Tensor
+    """float32, on the net's device."""
+
+    lr_mult: float = 1.0
+    decay_mult: float = 1.0
+    shared_as: str = ""
+    """``param.name``: blobs of one such name are one."""
+
+
+@dataclass
+class LayerSetup:
+    """One layer while it is built."""
+
+    message: Any
+    """Its LayerParameter."""
+
+    where: str
+    """The file and the layer, for messages."""
+
+    phase: int
+    dialect: Dialect
+    device: torch.device
+    generator: torch.Generator
+    bottoms: Sequence[Shape]
+    """The shapes of its bottoms, in order."""
+
+    blobs: list[Blob] = field(default_factory=list)
+    tops: list[Shape] = field(default_factory=list)
+    """The shapes of its tops; where a builder sets none, the first bottom's."""
+
+    def parameters(self, name: str, *known: str, also: tuple[str, ...] = ()) -> Any:
+        """The layer's parameters ``name``, of which the builder understands the fields ``known``.
+
+        ``also`` names the other parameters that a layer of this type has.
+
+        Raises:
+            UserError: another field is set, here or in the layer itself.
+        """
+        self.only(name, *also)
+        parameters = getattr(self.message, name)
+        for descriptor, _ in parameters.ListFields():
+            if descriptor.name not in known and descriptor.name not in NO_EFFECT:
+                self.refuse(f"{name}.{descriptor.name} is not supported; supported: {', '.join(known)}")
+        return parameters
+
+    def only(self, *names: str) -> None:
+        """Refuse any field of the layer but these and those that every layer has."""
+        for descriptor, _ in self.message.ListFields():
+            if descriptor.name in _FORK_MATH:
+                if getattr(self.message, descriptor.name) != _FLOAT:
+                    self.refuse(f"{descriptor.name}: only FLOAT is supported; remove it (-precision sets it)")
+            elif descriptor.name not in _EVERY_LAYER and descriptor.name not in names:
+                self.refuse(f"field {descriptor.name} is not supported in a layer of this type; remove it")
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise a UserError that names the layer."""
+        raise UserError(f"{self.where}: {why}")
+
+    def takes(self, least: int, most: int | None = None, *, tops: int = 1) -> None:
+        """Refuse another number of bottoms than ``least`` to ``most``, or more than ``tops`` tops."""
+        most = least if most is None else most
+        if not least <= len(self.bottoms) <= most:
+            wanted = str(least) if least == most else f"{least} to {most}"
+            self.refuse(f"takes {wanted} bottom(s), and has {len(self.bottoms)}")
+        if not 1 <= len(self.message.top) <= tops:
+            self.refuse(f"gives {tops} top(s), and has {len(self.message.top)}")
+
+    def axis(self, value: int, bottom: int = 0) -> int:
+        """``value``, counted from the end if it is negative, as an axis of a bottom."""
+        axes = len(self.bottoms[bottom])
+        if not -axes <= value < axes:
+            self.refuse(f"axis {value} is none of the {axes} axes of {self.message.bottom[bottom]}")
+        return value % axes
+
+    def blob(self, shape: Shape, filler: Any = None, *, constant: float = 0.0) -> Tensor:
+        """The layer's next blob, filled; its learning rate and decay are those of its ``param``."""
+        index = len(self.blobs)
+        specs = self.message.param
+        if filler is not None and min(shape, default=1) > 0:
+            values = fill(shape, filler, self.generator, self.where)
+        else:
+            values = torch.full(shape, constant)
+        if values.dim() == 4:
+            values = values.contiguous(memory_format=torch.channels_last)
+        blob = Blob(values.to(self.device))
+        if index < len(specs):
+            blob.lr_mult, blob.decay_mult = specs[index].lr_mult, specs[index].decay_mult
+            blob.shared_as = specs[index].name
+        blob.tensor.requires_grad_(self.phase == TRAIN and blob.lr_mult != 0)
+        self.blobs.append(blob)
+        return blob.tensor
+
+    def statistic(self, shape: Shape, constant: float = 0.0) -> Tensor:
+        """The layer's next blob, which no gradient moves."""
+        index = len(self.blobs)
+        specs = self.message.param
+        if index < len(specs) and specs[index].lr_mult != 0 and specs[index].HasField("lr_mult"):
+            self.refuse(f"param {index} is a statistic and does not learn: its lr_mult has to be 0")
+        tensor = torch.full(shape, constant, device=self.device)
+        self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=0.0))
+        return tensor

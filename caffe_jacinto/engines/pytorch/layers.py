@@ -1,0 +1,413 @@
+"""Caffe's layers on PyTorch: one table, from a layer's type to the function that builds it.
+
+A builder reads the layer's message, makes its blobs, says the shapes of its tops, and returns the function
+that computes them. Definitions: Caffe's schema (caffe.proto) and its layers; the tests hold each against
+pycaffe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor
+
+from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
+from caffe_jacinto.engines.pytorch.layer_setup import TRAIN, Forward, LayerSetup, Shape, fill
+from caffe_jacinto.engines.pytorch.loss import accuracy, softmax_with_loss
+from caffe_jacinto.netspec.blobs import height_width
+
+Pair = tuple[int, int]
+
+
+def pooling(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters(
+        "pooling_param",
+        *("pool", "pad", "pad_h", "pad_w", "kernel_size", "kernel_h", "kernel_w"),
+        *("stride", "stride_h", "stride_w", "global_pooling", "round_mode"),
+    )
+    (shape,) = layer.bottoms
+    if len(shape) != 4:
+        layer.refuse("pools batch x channels x height x width only")
+    kinds = type(fields)
+    if fields.pool not in (kinds.MAX, kinds.AVE):
+        layer.refuse("pooling_param.pool: only MAX and AVE are supported")
+    largest = fields.pool == kinds.MAX
+    if fields.global_pooling:
+        layer.tops = [(*shape[:2], 1, 1)]
+        size = shape[2:]
+        if largest:
+            return lambda images: F.max_pool2d(images, size)
+        return lambda images: images.mean((2, 3), keepdim=True)
+    kernel, stride = height_width(fields, "kernel_size", 0), height_width(fields, "stride", 1)
+    pad = height_width(fields, "pad", 0)
+    if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
+        layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
+    up = getattr(fields, "round_mode", 0) == 0
+    sizes = tuple(_pooled(shape[i + 2], kernel[i], stride[i], pad[i], up=up) for i in (0, 1))
+    if any((sizes[i] - 1) * stride[i] >= shape[i + 2] + pad[i] for i in (0, 1)) or min(sizes) < 1:
+        layer.refuse(
+            f"a window of {kernel[0]}x{kernel[1]} lies outside of the {shape[2]}x{shape[3]} pixels; "
+            "use a smaller stride or kernel"
+        )
+    layer.tops = [(*shape[:2], *sizes)]
+    if up and 2 * pad[0] <= kernel[0] and 2 * pad[1] <= kernel[1]:
+        if largest:
+            return lambda images: F.max_pool2d(images, kernel, stride, pad, ceil_mode=True)
+        return lambda images: F.avg_pool2d(images, kernel, stride, pad, ceil_mode=True)
+    edges = tuple(
+        _edges(shape[i + 2], kernel[i], stride[i], pad[i], sizes[i]) for i in (1, 0)
+    )  # width first, as F.pad has it
+    margins = [*edges[0], *edges[1]]
+    if largest:
+        return lambda images: F.max_pool2d(F.pad(images, margins, value=float("-inf")), kernel, stride)
+    areas = _areas(shape[2:], kernel, stride, pad, sizes).to(layer.device)
+
+    def average(images: Tensor) -> Tensor:
+        sums = F.avg_pool2d(F.pad(images, margins), kernel, stride, divisor_override=1)
+        return sums / areas.to(sums.dtype)
+
+    return average
+
+
+def _pooled(size: int, kernel: int, stride: int, pad: int, *, up: bool) -> int:
+    """The number of windows along an axis; one that would begin in the padding is dropped."""
+    room = size + 2 * pad - kernel
+    pooled = (-(-room // stride) if up else room // stride) + 1
+    if pad and (pooled - 1) * stride >= size + pad:
+        pooled -= 1
+    return pooled
+
+
+def _edges(size: int, kernel: int, stride: int, pad: int, pooled: int) -> tuple[int, int]:
+    """The padding before and behind that makes the windows fill an axis exactly; negative: cut off."""
+    return pad, (pooled - 1) * stride + kernel - size - pad
+
+
+def _areas(size: tuple[int, ...], kernel: Pair, stride: Pair, pad: Pair, pooled: tuple[int, ...]) -> Tensor:
+    """What each window's sum is divided by: its pixels, those of the padding too, but none beyond it."""
+    spans = []
+    for i in (0, 1):
+        starts = torch.arange(pooled[i]) * stride[i] - pad[i]
+        spans.append((starts + kernel[i]).clamp(max=size[i] + pad[i]) - starts)
+    return spans[0][:, None] * spans[1][None, :]
+
+
+PAIR = tuple[int, int]
+
+
+def convolution(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters(
+        "convolution_param",
+        *("num_output", "bias_term", "pad", "pad_h", "pad_w", "kernel_size", "kernel_h", "kernel_w"),
+        *("stride", "stride_h", "stride_w", "dilation", "group", "weight_filler", "bias_filler", "axis"),
+    )
+    (shape,) = layer.bottoms
+    if len(shape) != 4 or layer.axis(fields.axis) != 1:
+        layer.refuse("convolves batch x channels x height x width only (axis 1)")
+    kernel, stride = height_width(fields, "kernel_size", 0), height_width(fields, "stride", 1)
+    pad, dilation = height_width(fields, "pad", 0), _dilation(layer)
+    outputs, group = fields.num_output, fields.group
+    if min(*kernel, *stride, *dilation, outputs, group) < 1 or shape[1] % group or outputs % group:
+        layer.refuse(
+            f"{shape[1]} channels to {outputs} outputs in {group} groups by {kernel[0]}x{kernel[1]} kernels: "
+            "sizes have to be at least 1, and channels and outputs multiples of group"
+        )
+    sizes = [
+        (size + 2 * pad[i] - (dilation[i] * (kernel[i] - 1) + 1)) // stride[i] + 1
+        for i, size in enumerate(shape[2:])
+    ]
+    if min(sizes) < 1:
+        layer.refuse(f"its kernel is larger than the {shape[2]}x{shape[3]} pixels that it is given")
+    layer.tops = [(shape[0], outputs, *sizes)]
+    weights = layer.blob((outputs, shape[1] // group, *kernel), fields.weight_filler)
+    bias = layer.blob((outputs,), fields.bias_filler) if fields.bias_term else None
+    return lambda images: F.conv2d(images, weights, bias, stride, pad, dilation, group)
+
+
+def _dilation(layer: LayerSetup) -> PAIR:
+    values = list(layer.message.convolution_param.dilation) or [1]
+    return values[0], values[-1]
+
+
+def inner_product(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters(
+        "inner_product_param",
+        *("num_output", "bias_term", "weight_filler", "bias_filler", "axis", "transpose"),
+    )
+    (shape,) = layer.bottoms
+    axis = layer.axis(fields.axis)
+    inputs, outputs = prod(shape[axis:]), fields.num_output
+    if outputs < 1:
+        layer.refuse("inner_product_param.num_output has to be at least 1")
+    layer.tops = [(*shape[:axis], outputs)]
+    transposed = fields.transpose
+    weights = layer.blob((inputs, outputs) if transposed else (outputs, inputs), fields.weight_filler)
+    bias = layer.blob((outputs,), fields.bias_filler) if fields.bias_term else None
+
+    def forward(values: Tensor) -> Tensor:
+        flat = values.reshape(*values.shape[:axis], inputs)
+        return F.linear(flat, weights.T if transposed else weights, bias)
+
+    return forward
+
+
+def relu(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    slope = layer.parameters("relu_param", "negative_slope").negative_slope
+    if slope:
+        return lambda values: F.leaky_relu(values, slope)
+    return torch.relu
+
+
+def prelu(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters("prelu_param", "filler", "channel_shared")
+    (shape,) = layer.bottoms
+    if len(shape) < 2:
+        layer.refuse("needs a bottom with channels")
+    size: Shape = () if fields.channel_shared else (shape[1],)
+    given = fields.filler if fields.HasField("filler") else None
+    slopes = layer.blob(size, given, constant=0.25)
+    return lambda values: F.prelu(values, slopes.to(values.dtype).reshape(-1))
+
+
+def power(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters("power_param", "power", "scale", "shift")
+    exponent, scale, shift = fields.power, fields.scale, fields.shift
+
+    def forward(values: Tensor) -> Tensor:
+        if scale != 1:
+            values = values * scale
+        if shift:
+            values = values + shift
+        return values if exponent == 1 else values.pow(exponent)
+
+    return forward
+
+
+def bias(layer: LayerSetup) -> Forward:
+    layer.takes(1, 2)
+    fields = layer.parameters("bias_param", "axis", "num_axes", "filler")
+    size, spread = _spread(layer, fields.axis, fields.num_axes)
+    if len(layer.bottoms) == 2:
+        return lambda values, added: values + added.reshape(spread)
+    added = layer.blob(size, fields.filler)
+    return lambda values: values + added.reshape(spread)
+
+
+def scale(layer: LayerSetup) -> Forward:
+    layer.takes(1, 2)
+    fields = layer.parameters("scale_param", "axis", "num_axes", "filler", "bias_term", "bias_filler")
+    size, spread = _spread(layer, fields.axis, fields.num_axes)
+    own = len(layer.bottoms) == 1
+    factors = None
+    if own:
+        factors = layer.blob(size, fields.filler if fields.HasField("filler") else None, constant=1.0)
+    added = layer.blob(size, fields.bias_filler) if fields.bias_term else None
+
+    def forward(values: Tensor, *given: Tensor) -> Tensor:
+        values = values * (given[0] if factors is None else factors).reshape(spread)
+        return values if added is None else values + added.reshape(spread)
+
+    return forward
+
+
+def _spread(layer: LayerSetup, axis: int, axes: int) -> tuple[Shape, Shape]:
+    """The shape of what a Bias or Scale applies, and the same with 1s for the axes that it repeats along."""
+    shape = layer.bottoms[0]
+    start = layer.axis(axis)
+    if len(layer.bottoms) == 2:
+        size = layer.bottoms[1]
+        if not size:
+            return size, (1,) * len(shape)
+    elif axes == 0:
+        return (), (1,) * len(shape)
+    else:
+        size = shape[start:] if axes == -1 else shape[start : start + axes]
+    end = start + len(size)
+    if shape[start:end] != size or (len(layer.bottoms) == 1 and axes > 0 and len(size) != axes):
+        layer.refuse(f"what it applies from axis {axis} on does not match its bottom's shape {shape}")
+    return size, (1,) * start + size + (1,) * (len(shape) - end)
+
+
+def lrn(layer: LayerSetup) -> Forward:
+    """Across channels, or within each: y = x / (k + alpha/n x the sum of n squares) ^ beta."""
+    layer.takes(1)
+    fields = layer.parameters("lrn_param", "local_size", "alpha", "beta", "k", "norm_region")
+    size, alpha, beta = fields.local_size, fields.alpha, fields.beta
+    if size % 2 == 0:
+        layer.refuse(f"lrn_param.local_size {size} has to be odd")
+    half = (size - 1) // 2
+    (shape,) = layer.bottoms
+    if len(shape) != 4:
+        layer.refuse("normalizes batch x channels x height x width only")
+    if fields.norm_region == type(fields).WITHIN_CHANNEL:
+        # Caffe builds this of its pooling and power layers, and so passes over k: it is 1.
+        def within(values: Tensor) -> Tensor:
+            squares = F.avg_pool2d(values.float().square(), size, 1, half)
+            return values * torch.pow(1 + alpha * squares, -beta)
+
+        return within
+    channels = shape[1]
+
+    def across(values: Tensor) -> Tensor:
+        squares = F.pad(values.float().square(), (0, 0, 0, 0, half, half))
+        total = squares[:, :channels]
+        for offset in range(1, size):
+            total = total + squares[:, offset : offset + channels]
+        return values * torch.pow(total * (alpha / size) + fields.k, -beta)
+
+    return across
+
+
+def dropout(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    ratio = layer.parameters("dropout_param", "dropout_ratio").dropout_ratio
+    if not 0 <= ratio < 1:
+        layer.refuse(f"dropout_param.dropout_ratio {ratio:g} has to be from 0 to below 1")
+    if layer.phase != TRAIN or ratio == 0:
+        return lambda values: values
+    return lambda values: F.dropout(values, ratio)
+
+
+def eltwise(layer: LayerSetup) -> Forward:
+    layer.takes(2, len(layer.bottoms))
+    fields = layer.parameters("eltwise_param", "operation", "coeff", "stable_prod_grad")
+    if len(set(layer.bottoms)) > 1:
+        layer.refuse(f"its bottoms have different shapes: {', '.join(map(str, layer.bottoms))}")
+    kinds = type(fields)
+    factors = list(fields.coeff)
+    if factors and (len(factors) != len(layer.bottoms) or fields.operation != kinds.SUM):
+        layer.refuse("eltwise_param.coeff goes with SUM, one for each bottom")
+    if fields.operation == kinds.SUM:
+        return _weighted_sum(factors)
+    combine = torch.mul if fields.operation == kinds.PROD else torch.maximum
+    return lambda first, *others: _folded(combine, first, others)
+
+
+def _weighted_sum(factors: list[float]) -> Forward:
+    def forward(*values: Tensor) -> Tensor:
+        if not factors or all(factor == 1 for factor in factors):
+            return _folded(torch.add, values[0], values[1:])
+        terms = [value * factor for value, factor in zip(values, factors, strict=True)]
+        return _folded(torch.add, terms[0], tuple(terms[1:]))
+
+    return forward
+
+
+def _folded(combine: Callable[[Tensor, Tensor], Tensor], first: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    for other in others:
+        first = combine(first, other)
+    return first
+
+
+def concat(layer: LayerSetup) -> Forward:
+    layer.takes(1, max(len(layer.bottoms), 1))
+    fields = layer.parameters("concat_param", "axis", "concat_dim")
+    axis = fields.concat_dim if fields.HasField("concat_dim") else layer.axis(fields.axis)
+    rests = {(*shape[:axis], *shape[axis + 1 :]) for shape in layer.bottoms}
+    if len(rests) > 1 or axis >= len(layer.bottoms[0]):
+        layer.refuse(f"its bottoms differ in more than axis {axis}: {', '.join(map(str, layer.bottoms))}")
+    first = layer.bottoms[0]
+    total = sum(shape[axis] for shape in layer.bottoms)
+    layer.tops = [(*first[:axis], total, *first[axis + 1 :])]
+    return lambda *values: torch.cat(values, axis)
+
+
+def flatten(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters("flatten_param", "axis", "end_axis")
+    (shape,) = layer.bottoms
+    start, end = layer.axis(fields.axis), layer.axis(fields.end_axis)
+    if end < start:
+        layer.refuse("flatten_param.end_axis lies before axis")
+    layer.tops = [(*shape[:start], prod(shape[start : end + 1]), *shape[end + 1 :])]
+    return lambda values: values.flatten(start, end)
+
+
+def reshape(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    fields = layer.parameters("reshape_param", "shape", "axis", "num_axes")
+    (shape,) = layer.bottoms
+    axes = len(shape)
+    start = fields.axis if fields.axis >= 0 else axes + fields.axis + 1
+    end = axes if fields.num_axes == -1 else start + fields.num_axes
+    if not 0 <= start <= end <= axes:
+        layer.refuse(f"reshape_param.axis {fields.axis} and num_axes {fields.num_axes} leave the {axes} axes")
+    dims = list(fields.shape.dim)
+    new = [shape[start + i] if dim == 0 and start + i < axes else dim for i, dim in enumerate(dims)]
+    count, known = prod(shape[start:end]), prod(dim for dim in new if dim != -1)
+    if new.count(-1) > 1 or min(new, default=1) < -1 or not known:
+        layer.refuse(f"reshape_param.shape {dims} is not a shape")
+    if new.count(-1) == 1 and count % known == 0:
+        new[new.index(-1)] = count // known
+    if prod(new) != count:
+        layer.refuse(f"reshape_param.shape {dims} does not hold the {count} values of {shape[start:end]}")
+    result = (*shape[:start], *new, *shape[end:])
+    layer.tops = [result]
+    # The batch may be smaller than in the file when the last one of a pass is.
+    kept = start > 0
+    return lambda values: values.reshape((values.shape[0], *result[1:]) if kept else result)
+
+
+def softmax(layer: LayerSetup) -> Forward:
+    layer.takes(1)
+    axis = layer.axis(layer.parameters("softmax_param", "axis").axis)
+    return lambda values: F.softmax(values.float(), axis)
+
+
+def dummy_data(layer: LayerSetup) -> Forward:
+    """Constant tops are made once; others are drawn anew for every pass, as in Caffe."""
+    layer.takes(0, tops=len(layer.message.top))
+    fields = layer.parameters(
+        "dummy_data_param", "shape", "data_filler", "num", "channels", "height", "width"
+    )
+    names = list(layer.message.top)
+    shapes = [tuple(shape.dim) for shape in fields.shape]
+    if not shapes:
+        old = (fields.num, fields.channels, fields.height, fields.width)
+        shapes = list(zip(*old, strict=False))
+    if len(shapes) not in (1, len(names)) or len(fields.data_filler) not in (0, 1, len(names)):
+        layer.refuse("dummy_data_param: give one shape and filler, or one for each top")
+    shapes = shapes * len(names) if len(shapes) == 1 else shapes
+    fillers = list(fields.data_filler) or [type(fields)().data_filler.add()]
+    fillers = fillers * len(names) if len(fillers) == 1 else fillers
+    layer.tops = list(shapes)
+    generator, device, where = layer.generator, layer.device, layer.where
+
+    def drawn(index: int) -> Tensor:
+        return fill(shapes[index], fillers[index], generator, where).to(device)
+
+    constants = {i: drawn(i) for i, filler in enumerate(fillers) if filler.type == "constant"}
+    return lambda: tuple(constants[i] if i in constants else drawn(i) for i in range(len(names)))
+
+
+LAYERS: dict[str, Callable[[LayerSetup], Forward]] = {
+    "Accuracy": accuracy,
+    "BatchNorm": batch_norm,
+    "Bias": bias,
+    "Concat": concat,
+    "Convolution": convolution,
+    "Dropout": dropout,
+    "DummyData": dummy_data,
+    "Eltwise": eltwise,
+    "Flatten": flatten,
+    "InnerProduct": inner_product,
+    "LRN": lrn,
+    "Pooling": pooling,
+    "Power": power,
+    "PReLU": prelu,
+    "ReLU": relu,
+    "Reshape": reshape,
+    "Scale": scale,
+    "Softmax": softmax,
+    "SoftmaxWithLoss": softmax_with_loss,
+}
+"""By LayerParameter.type. Data and Input layers have no function: their tops are given to the net."""

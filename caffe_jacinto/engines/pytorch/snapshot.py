@@ -1,0 +1,183 @@
+"""Snapshots of a training: ``.caffemodel`` and ``.solverstate`` as Caffe has them, to go on from exactly.
+
+The solver state is Caffe's message, which stock Caffe reads, too. Behind it stands one field more, which
+protobuf passes over: the seed, and how many images the training has seen, from which order, crops, mirroring
+and dropout follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
+from caffe_jacinto.caffemodel.net_file import NewLayer, array_parts, field_parts, net_parts
+from caffe_jacinto.caffemodel.storage import (
+    LENGTH,
+    NotWholeError,
+    blob_values,
+    fields,
+    mapped,
+    read_weights,
+    stored_state,
+)
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
+    """Fill the blobs of ``net`` from ``path``, by the layers' names.
+
+    Returns the layers that the file lacks, which keep what they have, and those that the net lacks.
+
+    Raises:
+        UserError: the file is missing or damaged, or a layer in it has other shapes than in the net.
+    """
+    definition = messages(net.dialect).NetParameter(layer=net.layers)
+    wrong = [mismatch for mismatch in check_fit(path, definition) if mismatch.fatal]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
+        raise UserError(f"{path} does not fit {net.where}: {wrong[0]}{more}")
+    stored = read_weights(path)
+    missing = []
+    for name, blobs in net.layer_blobs.items():
+        if name not in stored:
+            missing.append(name)
+            continue
+        if len(stored[name]) != len(blobs):
+            raise UserError(
+                f"{path}: layer {name} has {len(stored[name])} blobs, {len(blobs)} in {net.where}"
+            )
+        for index, (blob, values) in enumerate(zip(blobs, stored[name], strict=True)):
+            if values.size != blob.tensor.numel():
+                raise UserError(
+                    f"{path}: layer {name}: blob {index} is {values.shape}, "
+                    f"{tuple(blob.tensor.shape)} in {net.where}"
+                )
+            put(values, blob.tensor)
+    return missing, unused_layers(path, definition)
+
+
+def save_weights(net: Net, path: Path) -> None:
+    """Write all layers of ``net`` with their blobs, as Caffe does, whole or not at all."""
+    new = [NewLayer(_header(net, layer), _arrays(net, layer.name)) for layer in net.layers]
+    write_whole(path, net_parts(net.name, new, net.dialect))
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """The numbers of ``tensor`` in the order of Caffe's blobs."""
+    values: NDArray[np.float32] = tensor.detach().cpu().contiguous().numpy()
+    return values
+
+
+def put(values: NDArray[np.float32], tensor: Tensor) -> None:
+    """Copy numbers in the order of Caffe's blobs into ``tensor``."""
+    with torch.no_grad():
+        tensor.copy_(torch.from_numpy(values.reshape(tuple(tensor.shape))))
+
+
+def _header(net: Net, layer: Any) -> Any:
+    header = type(layer)()
+    header.CopyFrom(layer)
+    header.ClearField("blobs")
+    header.phase = net.phase
+    return header
+
+
+def _arrays(net: Net, layer: str) -> list[NDArray[np.float32]]:
+    return [array(blob.tensor) for blob in net.layer_blobs.get(layer, [])]
+
+
+_HISTORY = 3
+"""SolverState.history."""
+
+_PLACE = 20_000
+"""The field of our own, far from Caffe's numbers and below protobuf's reserved ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the training is in its data."""
+
+    seed: int
+    images: int
+    """Seen so far, by all ranks together."""
+
+    dialect: str | None = None
+    """Of the files it was trained from, if said: the same blobs mean something else in the other."""
+
+
+def write_state(
+    path: Path,
+    *,
+    iteration: int,
+    current_step: int,
+    learned_net: Path,
+    history: Sequence[Tensor],
+    place: Place,
+    dialect: Dialect,
+) -> None:
+    """Write the solver state ``path``, whole or not at all."""
+    head = messages(dialect).SolverState(
+        iter=iteration, current_step=current_step, learned_net=str(learned_net)
+    )
+    parts: list[bytes | memoryview] = [head.SerializeToString()]
+    for tensor in history:
+        parts += field_parts(_HISTORY, array_parts(array(tensor), dialect))
+    parts += field_parts(_PLACE, [json.dumps(asdict(place)).encode()])
+    write_whole(path, parts)
+
+
+def read_state(path: Path, history: Sequence[Tensor]) -> tuple[int, Path, Place | None]:
+    """Fill ``history`` from the solver state ``path``; returns its iteration, its weights and its place.
+
+    The place is None in a state that another Caffe wrote.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another network or solver.
+    """
+    state = stored_state(path)
+    if len(state.history) != len(history):
+        raise UserError(
+            f"{path}: holds {len(state.history)} histories, and this net and solver have {len(history)}: "
+            "it is of another network or solver type"
+        )
+    with mapped(path) as view:
+        for number, (blob, tensor) in enumerate(zip(state.history, history, strict=True)):
+            values = blob_values(view, blob)
+            if values.size != tensor.numel():
+                raise UserError(
+                    f"{path}: history {number} is of {values.shape}, the blob of {tuple(tensor.shape)}: "
+                    "it is of another network"
+                )
+            put(values, tensor)
+    return state.iteration, path.parent / Path(state.learned_net).name, read_place(path)
+
+
+def read_place(path: Path) -> Place | None:
+    """The place that the solver state ``path`` holds; None in one that another Caffe wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with mapped(path) as view:
+            for field in fields(view):
+                if field.number == _PLACE and field.wire_type == LENGTH:
+                    return Place(**json.loads(bytes(view[field.start : field.end])))
+    except (NotWholeError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: its place in the data cannot be read ({error}); take another one") from None
+    return None

@@ -1,0 +1,202 @@
+"""A deploy network with its weights, of either dialect, as stock Caffe says it.
+
+What tools that write a network for others (`merge_bn.py`, `onnx_export.py`) begin with: one form of every
+layer, and of every blob the shape that the network gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.caffemodel.convert import scale_name
+from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.blobs import TEST, Dims, expected_blobs, in_phase
+from caffe_jacinto.netspec.shapes import CONVOLUTIONS, DATA_LAYERS
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import PACKAGES, messages, parse_any_net
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float32]
+
+_FORK_MIN_EPS = 1e-5
+"""The fork takes no smaller ``eps`` (CUDNN_BN_MIN_EPSILON)."""
+
+_NO_EFFECT = frozenset(
+    {
+        *("backward_math", "backward_type", "conv_algos_override", "cudnn_convolution_algo_seeker"),
+        *("cudnn_math_override", "debug", "forward_math", "forward_type", "random_seed"),
+        *("batch_norm_param.bias_filler", "batch_norm_param.engine", "batch_norm_param.scale_bias"),
+        *("batch_norm_param.scale_filler", "dropout_param.engine"),
+    }
+)
+"""Fields of the fork alone that do not change what a trained layer gives, beyond rounding."""
+
+
+@dataclass(eq=False)
+class StockLayer:
+    """A layer of stock Caffe's and its blobs."""
+
+    message: Any
+    """Its LayerParameter message, without phases and without what matters to training only."""
+
+    blobs: list[Values]
+    """In the network's shapes; of a BatchNorm, plain averages and a factor of 1."""
+
+    @property
+    def name(self) -> str:
+        return str(self.message.name)
+
+    @property
+    def type(self) -> str:
+        return str(self.message.type)
+
+
+@dataclass
+class StockNet:
+    """A network and its weights."""
+
+    message: Any
+    """The NetParameter message without its layers: name and inputs."""
+
+    layers: list[StockLayer]
+
+    def text(self) -> str:
+        """The deploy prototxt."""
+        from google.protobuf import text_format
+
+        whole = type(self.message)()
+        whole.CopyFrom(self.message)
+        whole.layer.extend(layer.message for layer in self.layers)
+        return str(text_format.MessageToString(whole))
+
+
+def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> StockNet:
+    """The deploy network ``deploy_text`` with the numbers of the file ``weights``.
+
+    ``where`` names the text in messages; ``dialect`` None: whichever the text is of. Of several phases in one
+    text the test phase is taken.
+
+    Raises:
+        UserError: the text is no deploy network, the weights do not fit it, or stock Caffe cannot say it.
+    """
+    net = parse_any_net(deploy_text, where, dialect)
+    _check_deploy(net, where)
+    wrong = check_fit(weights, net)
+    if wrong:
+        raise UserError(f"{weights} does not fit {where}: {wrong[0]}; give the weights of this network")
+    stored = read_weights(weights)
+    shapes = expected_blobs(net, test=True)
+    result = StockNet(messages(Dialect.BVLC).NetParameter(name=net.name), [])
+    result.message.input.extend(net.input)
+    for shape in net.input_shape:
+        result.message.input_shape.add(dim=shape.dim)
+    result.message.input_dim.extend(net.input_dim)
+    for layer in net.layer:
+        if in_phase(layer, TEST):
+            blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
+            result.layers += _stock_layers(layer, blobs, where)
+    return result
+
+
+def _check_deploy(net: Any, where: str) -> None:
+    if not net.layer:
+        old = "; it is in the old form, with `layers`: upgrade it with Caffe's upgrade_net_proto_text"
+        raise UserError(f"{where}: has no layers{old if net.layers else ''}; give a deploy network")
+    for layer in net.layer:
+        if not in_phase(layer, TEST):
+            continue
+        if layer.type in DATA_LAYERS and layer.type != "Input":
+            raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")
+        outputs, group = layer.convolution_param.num_output, layer.convolution_param.group
+        if layer.type in CONVOLUTIONS and (group < 1 or outputs % group):
+            raise UserError(
+                f"{where}: layer {layer.name} ({layer.type}): its {outputs} outputs do not divide into "
+                f"{group} groups; mend num_output or group"
+            )
+
+
+def _shaped(stored: list[Values], shapes: list[Dims]) -> list[Values]:
+    """The blobs in the network's shapes, which `check_fit` has found them to fill."""
+    if not shapes:
+        return stored
+    result = []
+    for values, shape in zip(stored, shapes, strict=True):
+        if shape.count(None) <= 1:
+            result.append(values.reshape([-1 if dim is None else dim for dim in shape]))
+        else:  # the old form's four axes: the first are 1
+            result.append(values.reshape(values.shape[-len(shape) :]))
+    return result
+
+
+def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[StockLayer]:
+    """The layer in stock Caffe's words: itself, or two where the fork has one."""
+    message = _translated(layer, where)
+    for field in ("param", "include", "exclude", "phase", "propagate_down", "loss_weight"):
+        message.ClearField(field)
+    if layer.type != "BatchNorm" or not blobs:
+        yield StockLayer(message, blobs)
+        return
+    import numpy as np
+
+    if layer.batch_norm_param.HasField("use_global_stats") and not layer.batch_norm_param.use_global_stats:
+        raise UserError(
+            f"{where}: layer {layer.name} has use_global_stats: false, so it takes its statistics from each "
+            "batch of images; remove that field to use those of the weight file"
+        )
+    message.batch_norm_param.ClearField("use_global_stats")
+    message.batch_norm_param.ClearField("moving_average_fraction")
+    one = np.ones(1, np.float32)
+    if _is_fork(layer):
+        # The fork passes over its correction factor.
+        message.batch_norm_param.eps = max(layer.batch_norm_param.eps, _FORK_MIN_EPS)
+        yield StockLayer(message, [blobs[0], blobs[1], one])
+    else:
+        factor = blobs[2].reshape(-1)[0]
+        inverse = np.float32(0 if factor == 0 else 1 / factor)  # as stock Caffe does
+        yield StockLayer(message, [blobs[0] * inverse, blobs[1] * inverse, one])
+    if len(blobs) == 5:
+        scale = type(message)(name=scale_name(layer.name), type="Scale")
+        scale.bottom.extend(message.top)
+        scale.top.extend(message.top)
+        scale.scale_param.bias_term = True
+        yield StockLayer(scale, blobs[3:])
+
+
+def _is_fork(message: Any) -> bool:
+    return str(message.DESCRIPTOR.full_name).startswith(PACKAGES[Dialect.CAFFE_JACINTO] + ".")
+
+
+def _translated(layer: Any, where: str) -> Any:
+    """A copy of the layer's message in stock Caffe's schema, by the names of its fields."""
+    from google.protobuf import text_format
+
+    target = messages(Dialect.BVLC).NetParameter().layer.add()
+    unknown = [field for field in _fields_unknown(layer, target.DESCRIPTOR) if field not in _NO_EFFECT]
+    if unknown:
+        raise UserError(
+            f"{where}: layer {layer.name} ({layer.type}): stock Caffe has no field {unknown[0]}; "
+            "the network cannot be written without it"
+        )
+    text = text_format.MessageToString(layer, as_utf8=True)
+    text_format.Parse(text, target, allow_unknown_field=True)
+    return target
+
+
+def _fields_unknown(message: Any, known: Any, prefix: str = "") -> Iterator[str]:
+    """The fields set in ``message`` that the descriptor ``known`` has not, as paths."""
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        if field.name not in known.fields_by_name:
+            yield path
+        elif field.message_type is not None:
+            inner = known.fields_by_name[field.name].message_type
+            for part in value if hasattr(value, "append") or hasattr(value, "add") else [value]:
+                yield from _fields_unknown(part, inner, f"{path}.")

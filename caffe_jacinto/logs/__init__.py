@@ -1,1 +1,0 @@
-"""Caffe's log lines, as events, as a stage's figures, as tables and plots."""

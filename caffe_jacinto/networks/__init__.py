@@ -1,1 +1,0 @@
-"""What a network is: layers without text, one file per network."""

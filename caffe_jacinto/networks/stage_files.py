@@ -1,0 +1,227 @@
+"""The four prototxt files of a stage, from its recipe, in a dialect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.networks.layers import (
+    DATA_BLOB,
+    LABEL_BLOB,
+    Convolution,
+    Data,
+    InnerProduct,
+    Layer,
+    Network,
+    Softmax,
+)
+from caffe_jacinto.networks.registry import build_network, for_finetuning
+from caffe_jacinto.prototxt.dialects import Dialect, file_batch
+from caffe_jacinto.prototxt.render import render
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+
+if TYPE_CHECKING:
+    from caffe_jacinto.recipes.model import Recipe, Stage
+
+IMAGENET_VAL_IMAGES = 50_000
+"""Of ILSVRC 2012, taken where the number of validation images is not told."""
+
+TRAIN, VAL, DEPLOY, SOLVER = "train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt"
+
+
+def stage_files(
+    recipe: Recipe,
+    stage_name: str,
+    dialect: Dialect,
+    *,
+    folder: str,
+    gpus: tuple[int, ...],
+    iter_size: int,
+    solver_mode_gpu: bool,
+    val_images: int | None = None,
+    start_factor: float | None = None,
+) -> dict[str, str]:
+    """Texts of train, val, deploy and solver.prototxt by name, each parsed back against the dialect's schema.
+
+    ``folder`` stands before the solver's paths, which Caffe takes relative to the folder it is started in.
+    ``gpus`` and ``iter_size`` are what this engine uses: they share out the recipe's effective batch.
+    ``val_images`` is the size of the validation set, all of which one test covers.
+    ``start_factor`` replaces the recipe's where the fork's ramp goes on after a resume.
+
+    Raises:
+        UserError: no such stage or network, parameters that do not fit it, or a batch that does not divide.
+    """
+    stage = _stage(recipe, stage_name)
+    if dialect is Dialect.CAFFE_JACINTO:
+        _check_the_fork_can_say(recipe, stage_name)
+    network = network_of(recipe)
+    batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
+    data = partial(_data, network, mean_file=recipe.data.mean_file)
+    train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
+    val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    files = {
+        TRAIN: _net(_title(network, "train"), (train, *network.layers, *network.outputs), dialect),
+        VAL: _net(_title(network, "test"), (val, *network.layers, *network.outputs), dialect),
+        DEPLOY: _deploy(network, dialect),
+        SOLVER: _solver(
+            recipe,
+            stage,
+            dialect,
+            folder=folder,
+            iter_size=iter_size,
+            device=(gpus[0] if gpus else 0) if solver_mode_gpu else None,
+            val_images=IMAGENET_VAL_IMAGES if val_images is None else val_images,
+            start_factor=start_factor,
+        ),
+    }
+    for name, text in files.items():
+        (parse_solver if name == SOLVER else parse_net)(text, dialect, str(Path(folder, name)))
+    return files
+
+
+def network_of(recipe: Recipe) -> Network:
+    """The recipe's network, with the learning rates that its `[network]` table gives to single layers.
+
+    Raises:
+        UserError: no such network, or parameters or layers that it does not have.
+    """
+    settings = recipe.network
+    network = build_network(settings.name, recipe.data.num_classes, settings.crop_size, settings.strides)
+    return for_finetuning(network, settings.frozen, settings.head_lr_mult)
+
+
+def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
+    """Write each file whole into ``folder``, which is made if it is missing.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(folder / name, text)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: not a folder; choose another one for the files") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+
+
+def iterations_per_test(val_images: int, val_batch: int) -> int:
+    """Batches that cover all validation images; where they do not divide, the last one wraps round."""
+    return -(-val_images // val_batch)
+
+
+def _stage(recipe: Recipe, name: str) -> Stage:
+    if name not in recipe.stages:
+        nearest = difflib.get_close_matches(name, recipe.stages, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(
+            f"{name}: no stage of the recipe {recipe.name}; {hint}known: {', '.join(recipe.stages)}"
+        )
+    return recipe.stages[name]
+
+
+def _data(network: Network, source: str, batch_size: int, *, mirror: bool, mean_file: str | None) -> Data:
+    if network.mean_image and mean_file is None:
+        raise UserError(
+            f"{network.name} subtracts the training set's mean image: make it with python -m "
+            "caffe_jacinto.create_lmdb --mean LMDB OUT, and name it as data.mean_file"
+        )
+    return Data(
+        name="data",
+        bottoms=(),
+        top=DATA_BLOB,
+        source=source,
+        batch_size=batch_size,
+        channels=network.channels,
+        crop_size=network.crop_size,
+        mirror=mirror,
+        label_top=LABEL_BLOB,
+        mean_values=() if mean_file else network.mean_values,  # Caffe takes one or the other.
+        mean_file=mean_file,
+    )
+
+
+def _title(network: Network, stage: str) -> str:
+    """The ``name`` in a prototxt."""
+    title = network.name if network.title is None else network.title
+    return f"{title}_{stage}" if network.title_says_stage else title
+
+
+def _net(name: str, layers: tuple[Layer, ...], dialect: Dialect) -> str:
+    return render("net.j2", name=name, layers=layers, dialect=dialect.value, input_shape=())
+
+
+def _deploy(network: Network, dialect: Dialect) -> str:
+    layers = network.layers
+    if not network.deploy_fillers:
+        layers = tuple(_without_fillers(layer) for layer in layers)
+    return render(
+        "net.j2",
+        name=_title(network, "deploy"),
+        layers=(*layers, Softmax("prob", (network.scores,), "prob")),
+        dialect=dialect.value,
+        input_blob=DATA_BLOB,
+        input_shape=(network.deploy_batch, network.channels, network.crop_size, network.crop_size),
+    )
+
+
+def _without_fillers(layer: Layer) -> Layer:
+    if isinstance(layer, (Convolution, InnerProduct)):
+        return replace(layer, weight_filler=None, bias_filler=None)
+    return layer
+
+
+def _solver(
+    recipe: Recipe,
+    stage: Stage,
+    dialect: Dialect,
+    *,
+    folder: str,
+    iter_size: int,
+    device: int | None,
+    val_images: int,
+    start_factor: float | None,
+) -> str:
+    if val_images < 1:
+        raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
+    if stage.sparse and start_factor is None:
+        start_factor = stage.sparse.start_factor
+    return render(
+        "solver.j2",
+        solver=stage.solver,
+        sparse=stage.sparse,
+        freeze_zeros=stage.freeze_zeros,
+        dialect=dialect.value,
+        train_net=str(Path(folder, TRAIN)),
+        test_net=str(Path(folder, VAL)),
+        snapshot_prefix=str(Path(folder, f"{recipe.data.dataset}_{recipe.network.name}")),
+        test_iter=iterations_per_test(val_images, recipe.training.val_batch_size),
+        random_seed=recipe.training.random_seed,
+        iter_size=iter_size,
+        gpu=device is not None,
+        device_id=device,
+        start_factor=start_factor,
+    )
+
+
+def _check_the_fork_can_say(recipe: Recipe, stage_name: str) -> None:
+    """Refuse thresholds that caffe-jacinto has no solver field for; it would take others without a word."""
+    sparse, frozen = recipe.stages[stage_name].sparse, recipe.network.frozen
+    if sparse and sparse.by == "layer":
+        raise UserError(
+            f'stages.{stage_name}.sparse.by = "layer": caffe-jacinto\'s solver has no field for thresholds '
+            'by layer; train with stock Caffe (--engine bvlc; --dialect bvlc), or set it to "channel"'
+        )
+    if sparse and frozen:
+        raise UserError(
+            f"network.frozen and stages.{stage_name}.sparse: caffe-jacinto's solver has no field that keeps "
+            "its thresholds out of frozen layers; train with stock Caffe (--engine bvlc; --dialect bvlc), "
+            "or freeze none"
+        )

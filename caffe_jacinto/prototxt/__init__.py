@@ -1,1 +1,0 @@
-"""Layers to text in a dialect, text to messages, and the two schemas."""

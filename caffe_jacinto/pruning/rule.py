@@ -1,0 +1,116 @@
+"""The ramp of the fraction to zero: when a threshold is due, and how far the ramp has come.
+
+Rule of the published method (caffe-jacinto's ``sparsity_*`` solver fields): at iterations ``i >= start_iter``
+that ``step_iter`` divides, while the achieved sparsity is under the target and the factor is at most
+min(target + 0.15, 0.95), the factor grows by ``step_factor`` and is then applied; the published log's first
+threshold, from a ``sparsity_start_factor`` of 0, says ``Finding and applying sparsity: 0.01``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from caffe_jacinto.recipes.model import SparseSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+By = Literal["channel", "layer"]
+"""What has a threshold of its own."""
+
+MIN_CHANNELS = 32
+"""A layer with fewer inputs and fewer outputs than this takes no part; with one of them fewer, by half."""
+
+
+def takes_part(shape: tuple[int, ...], group: int) -> bool:
+    """Whether a convolution with weights of ``shape`` (outputs, inputs / group, height, width) is thinned."""
+    if len(shape) != 4:
+        return False
+    outputs, inputs = shape[0], shape[1] * group
+    large_kernel = shape[2] > 2 and shape[3] > 2
+    return max(inputs, outputs) >= MIN_CHANNELS and group < outputs and large_kernel
+
+
+def layer_fraction(shape: tuple[int, ...], group: int, factor: float) -> float:
+    """The fraction to zero in a layer that takes part, when the ramp is at ``factor``."""
+    outputs, inputs = shape[0], shape[1] * group
+    return factor / 2 if min(inputs, outputs) < MIN_CHANNELS else factor
+
+
+def small_weights(
+    weights: NDArray[np.float32],
+    fraction: float,
+    *,
+    maxratio: float,
+    value_max: float,
+    by: By = "channel",
+) -> NDArray[np.bool_]:
+    """True where a weight is at or below the threshold of its output channel, or of the layer.
+
+    ``weights`` has outputs in front.
+    """
+    import numpy as np
+
+    magnitudes = np.abs(weights).reshape(weights.shape[0] if by == "channel" else 1, -1)
+    together = magnitudes.shape[1]
+    # At most this many of them; a product such as 0.29 * 100 must not fall below 29 by its rounding.
+    most = int(fraction * together + 1e-6)
+    cap = np.minimum(np.float32(value_max), np.float32(maxratio) * magnitudes.max(axis=1, keepdims=True))
+    small = magnitudes <= cap
+    if most < together:
+        # The threshold stays below the magnitude number `most`, from 0: it and its equals would be too many.
+        small &= magnitudes < np.partition(magnitudes, most, axis=1)[:, most : most + 1]
+    return np.asarray(small.reshape(weights.shape))
+
+
+def factor_cap(target: float) -> float:
+    """The factor above which no further threshold is taken."""
+    return min(target + 0.15, 0.95)
+
+
+def is_step(sparse: SparseSettings, iteration: int) -> bool:
+    """Whether a threshold may be taken after the update of ``iteration`` (counted from 0)."""
+    return iteration >= sparse.start_iter and iteration % sparse.step_iter == 0
+
+
+def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float | None:
+    """The factor to apply now, in [0, 1], given the one applied before; None when the ramp is at its end."""
+    # The sum of many steps of 0.01 must not end above the cap by its rounding alone.
+    if achieved >= sparse.target or factor > factor_cap(sparse.target) + 1e-9:
+        return None
+    return min(round(factor + sparse.step_factor, 9), 1.0)
+
+
+def fork_start_factor(sparse: SparseSettings, iteration: int, log: str) -> float:
+    """The factor that the fork's ramp had reached in its snapshot of ``iteration``, which does not hold it.
+
+    Taken from the stage's ``log`` (of several runs, one after the other), up to the line that tells of this
+    snapshot. A log that does not tell of it leaves the count of steps: right as long as the target was not
+    reached, and when it was, the factor no longer matters, since zeros stay and no threshold follows.
+    """
+    factor = sparse.start_factor
+    reached = None
+    event = re.compile(
+        r"^sparsity_start_factor: (?P<start>\S+)"
+        r"|\] Initializing solver from (?P<fresh>parameters)"
+        r"|\] Finding and applying sparsity: (?P<applied>\S+)"
+        rf"|\] Snapshotting to binary proto file .*_iter_(?P<snapshot>{iteration})\.caffemodel",
+        re.MULTILINE,
+    )
+    for found in event.finditer(log):
+        if found["fresh"]:
+            factor = 0.0  # the schema's default, where the solver's text has no other
+        elif found["snapshot"]:
+            reached = factor
+        else:
+            factor = float(found["start"] or found["applied"])
+    if reached is not None:
+        return reached
+    factor = sparse.start_factor
+    for step in range(iteration):
+        if is_step(sparse, step):
+            factor = next_factor(sparse, factor, 0.0) or factor
+    return factor

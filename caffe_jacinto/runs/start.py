@@ -1,0 +1,340 @@
+"""Begin to drive a run: a new one, or one that was stopped."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from caffe_jacinto import __version__
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.engines.contract import Engine, Precision
+from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.driver import Driver
+from caffe_jacinto.runs.folder import (
+    LABELS_NAME,
+    TEST,
+    EngineRecord,
+    RunRecord,
+    StageState,
+    report_command,
+    resume_command,
+)
+from caffe_jacinto.runs.lock import RunLock
+from caffe_jacinto.runs.plan import (
+    RunPlan,
+    plan_run,
+    stage_texts,
+    test_job,
+    train_job,
+    write_stage,
+    write_test,
+)
+from caffe_jacinto.runs.preflight import Findings, preflight
+from caffe_jacinto.runs.process import StopSignals
+from caffe_jacinto.runs.screen import Screen
+from caffe_jacinto.runs.start_point import weights_are_finite
+from caffe_jacinto.runs.start_weights import write_start_weights
+
+
+def start(
+    recipe_name: str,
+    overrides: Sequence[str],
+    *,
+    gpus: tuple[int, ...] | None,
+    caffe: str | None,
+    engine_kind: str | None,
+    dialect: Dialect | None,
+    precision: Precision | None,
+    output: Path | None,
+    dry_run: bool,
+) -> int:
+    """Start a new run and drive it to its end; returns the exit code. ``gpus`` None: the recipe's.
+
+    Raises:
+        UserError: something is wrong before anything has run; nothing is written then, but by a dry run.
+        RunFailed: a stage failed.
+    """
+    recipe = load_recipe(recipe_name, overrides)
+    if gpus is not None:
+        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"])
+    folder = output or run_folder.default_folder(recipe)
+    if not run_folder.is_free(folder):
+        raise UserError(f"{folder} is there already{_instead(folder)}")
+    screen = Screen()
+    engine = _engine(caffe, engine_kind, dialect, precision, recipe.training.gpus, screen)
+    run = plan_run(recipe, folder, engine, recipe.training.gpus)
+    findings = preflight(run, run.stages, recipe.training.keep)
+    _tell(findings, screen)
+    if not (dry_run and findings.files_can_be_made):
+        _refuse(findings)
+    record = RunRecord(
+        caffe_jacinto=__version__,
+        created=run_folder.now(),
+        start_folder=str(Path.cwd()),
+        folder=str(folder),
+        recipe=recipe,
+        engine=_engine_record(engine),
+        gpus=run.gpus,
+        stages={name: StageState() for name in (*recipe.stages, TEST)},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    lock.acquire()
+    if (folder / run_folder.RUN_FILE).exists():
+        raise UserError(f"{folder} is there already{_instead(folder)}")
+    run_folder.save(folder, record)
+    _carry_labels(run)
+    screen.say(f"run folder: {folder}")
+    if dry_run:
+        _write_all(run, findings, screen)
+        _refuse(findings)
+        screen.say(f"nothing was run; to run it: {resume_command(folder)}")
+        return 0
+    return _drive(run, record, lock, screen, recipe.training.keep, findings)
+
+
+def resume(
+    folder: Path,
+    *,
+    gpus: tuple[int, ...] | None,
+    caffe: str | None,
+    engine_kind: str | None,
+    keep: int | None,
+) -> int:
+    """Go on with a run where it stopped; returns the exit code. What is None stays as it was.
+
+    Raises:
+        UserError: there is no run, something trains in it, or it cannot go on as it is.
+        RunFailed: a stage failed.
+    """
+    folder = folder.absolute()
+    record = run_folder.load(folder)
+    _go_to_start_folder(folder, record)
+    folder = Path(record.folder)
+    lock = RunLock(folder)
+    lock.acquire()
+    # What another train wrote between our look and the lock counts.
+    record = run_folder.load(folder)
+    recipe = _changed(record.recipe, gpus, keep)
+    screen = Screen()
+    if all(state.state == "finished" for state in record.stages.values()):
+        screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
+        return 0
+    engine = _same_engine(record, caffe, engine_kind, recipe.training.gpus, screen)
+    run = plan_run(recipe, folder, engine, recipe.training.gpus)
+    _reopen_damaged(run, record, screen)
+    waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
+    findings = preflight(run, waiting, recipe.training.keep)
+    _tell(findings, screen)
+    _refuse(findings)
+    record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
+    run_folder.save(folder, record)
+    screen.say(f"run folder: {folder}")
+    return _drive(run, record, lock, screen, recipe.training.keep, findings)
+
+
+def _drive(
+    run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, keep: int, findings: Findings
+) -> int:
+    driver = Driver(run, record, lock, screen, StopSignals(), keep, findings.val_images)
+    try:
+        code = driver.drive()
+    finally:
+        screen.clear()
+        lock.release()
+    if code == 0:
+        _show_result(run, screen)
+    return code
+
+
+def _instead(folder: Path) -> str:
+    if run_folder.never_ran(folder):
+        return (
+            f", from a --dry-run: run that ({resume_command(folder)}), or remove it, or give another --output"
+        )
+    if (folder / run_folder.RUN_FILE).is_file():
+        return f": go on with that run ({resume_command(folder)}), or give another --output"
+    return " and is not an empty folder: give another --output"
+
+
+def _engine(
+    caffe: str | None,
+    kind: str | None,
+    dialect: Dialect | None,
+    precision: Precision | None,
+    gpus: tuple[int, ...],
+    screen: Screen,
+) -> Engine:
+    """Find the engine and say which it is."""
+    engine = find_engine(caffe, kind, dialect, precision)
+    info = engine.info
+    devices = f"GPUs {','.join(map(str, gpus))}" if gpus else "the CPU"
+    version = f" {info.version}" if info.version else ""
+    written = info.dialect.value if info.precision == "fp32" else f"{info.dialect.value}, {info.precision}"
+    screen.say(f"engine: {info.kind}{version} at {info.executable}, dialect {written}, on {devices}")
+    for note in info.notes:
+        screen.say(f"  note: {note}", style="yellow")
+    return engine
+
+
+def _same_engine(
+    record: RunRecord, caffe: str | None, kind: str | None, gpus: tuple[int, ...], screen: Screen
+) -> Engine:
+    """The engine that the run has used, unless another is asked for or it is gone."""
+    before = record.engine
+    dialect, precision = None, None
+    if before.kind == "torch" and kind in (None, "torch") and caffe is None:
+        kind, dialect, precision = "torch", Dialect(before.dialect), before.precision
+    elif before.kind == "torch":
+        raise UserError(
+            f"this run was begun on PyTorch, and {'--caffe' if caffe else f'--engine {kind}'} is a Caffe,"
+            " whose files are not the same: leave that out, or start anew"
+        )
+    elif caffe is None and kind != "torch" and Path(before.executable).exists():
+        caffe = before.executable
+    engine = _engine(caffe, kind, dialect, precision, gpus, screen)
+    if engine.info.kind != before.kind:
+        raise UserError(
+            f"this run was begun with {before.kind} ({before.executable}), and {engine.info.executable} is "
+            f"{engine.info.kind}, whose files are not the same: name the former with --caffe, or start anew"
+        )
+    if str(engine.info.executable) != before.executable or engine.info.version != before.version:
+        screen.say(
+            f"  note: before, it was {before.executable} {before.version or ''}".rstrip(), style="yellow"
+        )
+    return engine
+
+
+def _engine_record(engine: Engine) -> EngineRecord:
+    info = engine.info
+    return EngineRecord(
+        kind=info.kind,
+        executable=str(info.executable),
+        version=info.version,
+        dialect=info.dialect.value,
+        precision=info.precision,
+    )
+
+
+def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
+    """Train on a finished stage whose final weights are needed and are no longer there whole."""
+    wanted = {run.final_weights} if record.stages[TEST].state != "finished" else set()
+    for plan in reversed(run.stages):
+        state = record.stages[plan.name]
+        finished = state.state == "finished"
+        if finished and plan.final_weights in wanted and not weights_are_finite(plan.final_weights):
+            screen.say(
+                f"stage {plan.name} had finished, but its weights {plan.final_weights} are gone or damaged: "
+                "it goes on from its newest good snapshot",
+                style="yellow",
+            )
+            state.state = "stopped"
+        if state.state != "finished" and plan.start_weights is not None:
+            wanted.add(plan.start_weights)
+
+
+def _changed(recipe: Recipe, gpus: tuple[int, ...] | None, keep: int | None) -> Recipe:
+    """The recipe with other GPUs or another number of snapshots, checked as a whole again."""
+    from pydantic import ValidationError
+
+    content = recipe.model_dump(mode="json")
+    if gpus is not None:
+        content["training"]["gpus"] = list(gpus)
+    if keep is not None:
+        content["training"]["keep"] = keep
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
+    """Work where the run was started: its relative paths count from there.
+
+    Raises:
+        UserError: that folder is gone, or the run is no longer where its files say.
+    """
+    try:
+        os.chdir(record.start_folder)
+    except OSError as error:
+        raise UserError(
+            f"the run was started in {record.start_folder}, and its paths count from there: {error.strerror}"
+        ) from None
+    if Path(record.folder).resolve() != folder.resolve():
+        raise UserError(
+            f"{folder} was made as {Path(record.folder).absolute()}, a path that Caffe's solver states hold: "
+            "move it back, or put a link there"
+        )
+
+
+def _tell(findings: Findings, screen: Screen) -> None:
+    if findings.train_images is not None and findings.val_images is not None:
+        screen.say(
+            f"data: {findings.train_images:,} training images, {findings.val_images:,} validation images"
+        )
+    for note in findings.notes:
+        screen.say(f"  note: {note}", style="yellow")
+
+
+def _refuse(findings: Findings) -> None:
+    """Tell every problem, each on a line of its own as errors are told; the last one is raised."""
+    if findings.problems:
+        *others, last = (UserError(problem) for problem in findings.problems)
+        for problem in others:
+            print(f"caffe_jacinto.train: error: {problem}", file=sys.stderr)
+        raise last
+
+
+def _carry_labels(run: RunPlan) -> None:
+    """Copy the class names, where the data set has them, into the run folder."""
+    given = run.recipe.data.labels
+    source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS_NAME
+    if source.is_file():
+        write_whole(run.folder / LABELS_NAME, source.read_bytes())
+
+
+def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
+    """Write the files of every stage and of the test, and show their commands."""
+    for plan in run.stages:
+        commands = run.engine.train_commands(train_job(run, plan))
+        texts = stage_texts(run, plan, val_images=findings.val_images)
+        write_stage(run, plan, texts, commands)
+        if not findings.problems:
+            write_start_weights(run, plan)
+        _show_commands(plan.name, commands, screen)
+    command = run.engine.test_command(test_job(run, findings.val_images))
+    write_test(run, texts, command)
+    _show_commands(TEST, [command], screen)
+
+
+def _show_commands(name: str, commands: Sequence[list[str]], screen: Screen) -> None:
+    screen.say(f"{name}:", style="bold")
+    for command in commands:
+        screen.say(f"  {shlex.join(command)}")
+
+
+def _show_result(run: RunPlan, screen: Screen) -> None:
+    """The report's tables, where the result is, and what to do next."""
+    from caffe_jacinto.logs import tables
+    from caffe_jacinto.logs.discover import find_runs
+    from caffe_jacinto.logs.tables import show
+
+    screen.say("")
+    if sys.stdout is not None:
+        with suppress(OSError):
+            show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
+    screen.say("")
+    screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
+    screen.say(f"weights: {run.final_weights}", style="bold")
+    screen.say(f"tables:  {report_command(run.folder)}")
+    screen.say(f"curves:  {report_command(run.folder)} --plot {shlex.quote(str(run.folder / 'curves.png'))}")
