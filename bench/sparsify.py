@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError, run_command
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.pycaffe.net import start_caffe
 from caffe_jacinto.engines.pycaffe.solver_file import read_solver
@@ -110,7 +110,7 @@ def _stepper(caffe: object, folder: Path, size: int, strides: tuple[int, ...], b
     )
     write_stage_files(files, folder)
     job = Job(read_solver(folder / "solver.prototxt"), None, None, recipe.stages["sparse"].sparse, 0)
-    return Stepper(caffe, job, Requests())
+    return Stepper(caffe, job, StopRequests())
 
 
 def _noise(folder: Path, size: int, images: int) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.common.errors import Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.networks.registry import NETWORKS, PUBLISHED_WITH_THE_FORK, takes_strides
 from caffe_jacinto.networks.stage_files import (
     IMAGENET_VAL_IMAGES,

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.errors import FAILED, Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import FAILED, UserError, run_command
 
 if TYPE_CHECKING:
     import numpy as np

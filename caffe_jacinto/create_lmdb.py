@@ -28,7 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from caffe_jacinto.common.errors import Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.progress import count_text, time_text
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, check_free, new_lmdb
 from caffe_jacinto.data.shards import Shard

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.common.errors import USER_ERROR, Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import USER_ERROR, UserError, run_command
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, find_runs
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.common.errors import Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes
 

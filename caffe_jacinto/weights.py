@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caffe_jacinto.common.errors import Parser, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 
 DIALECTS = [dialect.value for dialect in Dialect]

@@ -1,19 +1,17 @@
-"""How a user's mistake reaches the user: one line, exit code 2, no traceback."""
+"""Errors that a user can mend: one line on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 USER_ERROR = 2
-"""Exit code for bad input, as argparse uses it."""
+"""Exit code for bad input, the one that argparse uses."""
 
 FAILED = 1
-"""Exit code for work that was started and did not succeed."""
+"""Exit code for work that started and did not succeed."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -22,8 +20,7 @@ INTERRUPTED = 130
 class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to do, in one line.
 
-    As text it is one line whatever it repeats of the user's: newlines, and other characters that are not
-    printable, are shown as escapes.
+    As text it is always one line: newlines and other characters that are not printable become escapes.
     """
 
     def __str__(self) -> str:
@@ -31,33 +28,17 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
-    """Work that was started and failed for a reason outside this program (exit code 1)."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reads a command's arguments; a wrong one is a `UserError`, and no option may be shortened."""
-
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all arguments")
+    """Work that started and failed for a reason outside this program (exit code 1)."""
 
 
 def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
-    """Call ``main(sys.argv[1:])``; turn errors the user can mend into one line on stderr.
+    """Call ``main(sys.argv[1:])`` and turn errors that the user can mend into one line on stderr.
 
     Returns the exit code: main's own, 2 for a `UserError`, 1 for a `RunFailed` and for what the system
-    refused (a full disk behind stdout, no permission), 130 after Ctrl-C.
+    refuses (a full disk behind stdout, no permission), 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path that the terminal's encoding cannot show, or that is no Unicode, must not end the command.
+        # A path that the terminal's encoding cannot show must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
@@ -81,6 +62,6 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
 
 
 def _drop_stdout() -> None:
-    """What is left in stdout's buffer has nowhere to go; Python would fail on it again at its end."""
+    """Discard what is left in stdout's buffer, which Python would otherwise fail on again at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,4 @@
-"""Where the files that travel with the code are found.
-
-The templates stand at the top level of the repository (`templates/`), and inside the package
-(`caffe_jacinto/templates/`) once it is installed from a wheel.
-"""
+"""Files that appear whole or not at all, text files that users name, and the package's own files."""
 
 from __future__ import annotations
 
@@ -13,22 +9,16 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut (fsync on the directory)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+PACKAGE = Path(__file__).resolve().parent.parent
+"""The folder of the package ``caffe_jacinto``."""
 
 
 def write_whole(
     path: Path, content: str | bytes | Iterable[bytes | memoryview], *, executable: bool = False
 ) -> None:
-    """Write ``content`` (text as UTF-8, or parts one after the other) to ``path``.
+    """Write ``content`` (text as UTF-8, or parts in order) beside ``path``, sync it, and rename it.
 
-    A reader sees the old file or all of the new.
+    A reader sees the old file or all of the new one.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; ``path`` is untouched.
@@ -53,11 +43,35 @@ def write_whole(
     sync_folder(path.parent)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut (fsync on the directory)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: Path, hint: str = "") -> str:
+    """The text of a file that the user names; ``hint`` says what to do when it cannot be read.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    advice = f"; {hint}" if hint else ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}{advice}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}){advice}") from None
+
+
 def check_parent(path: Path, what: str = "") -> None:
-    """Raises UserError unless the folder is there that ``path`` (``what`` says what it is) is made in."""
+    """Raise UserError unless the folder that ``path`` is made in exists; ``what`` names what is made."""
     if not path.parent.is_dir():
         raise UserError(
-            f"{what}{path} cannot be made, its folder {path.parent} does not exist: make that first"
+            f"{what}{path} cannot be made: its folder {path.parent} does not exist; make that first"
         )
 
 
@@ -66,13 +80,11 @@ def looked_for(path: Path) -> str:
     return "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
 
 
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
 def template_folder() -> Path:
-    """The folder of the Jinja templates: in an installed wheel, or else in the checkout (editable or not).
+    """The folder of the Jinja templates: inside an installed package, else at the top of the checkout.
 
-    Raises FileNotFoundError when there is neither, which only a damaged installation brings about.
+    Raises:
+        FileNotFoundError: there is neither, so the installation is damaged.
     """
     installed, checkout = PACKAGE / "templates", PACKAGE.parent / "templates"
     for folder in (installed, checkout):

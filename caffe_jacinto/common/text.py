@@ -1,16 +1,54 @@
-"""A table for people: in colour on a terminal, plain and unfolded in a pipe."""
+"""Text for people: durations, counts, suggestions, printable names, and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 _PIPE_WIDTH = 10_000
-"""In a pipe no line is folded."""
+"""Width of a table that does not go to a terminal: no line is folded."""
+
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def duration(seconds: float, *, exact: bool = False) -> str:
+    """``4.7 s``, ``45 s``, ``2 min 34 s``, ``13 h 59 min``, ``2 d 4 h``: the two largest units.
+
+    ``exact`` gives all units down to seconds, and tenths of a second below a minute: ``13 h 59 min 49 s``.
+    """
+    if seconds < (59.95 if exact else 9.95):
+        return f"{max(seconds, 0.0):.1f} s"
+    left = round(seconds)
+    counts: list[tuple[int, str]] = []
+    for size, unit in _UNITS:
+        count, left = divmod(left, size)
+        if count or counts:
+            counts.append((count, unit))
+    return " ".join(f"{count} {unit}" for count, unit in (counts if exact else counts[:2]))
+
+
+def count_of(number: int, noun: str) -> str:
+    """``1 image``, ``1,200 images``, ``3 classes``."""
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """``did you mean X? known: X, Y, Z``; without a name that is close to ``wrong``, ``known: X, Y, Z``."""
+    names = list(known)
+    nearest = difflib.get_close_matches(wrong, names, n=1)
+    allowed = f"known: {', '.join(names)}"
+    return f"did you mean {nearest[0]}? {allowed}" if nearest else allowed
+
+
+def printable(text: str) -> str:
+    """``text`` with characters that could steer a terminal or break a row shown as escapes."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class Column(NamedTuple):
-    """A column's heading, whether it is words (to the left) or numbers, and its total."""
+    """A column's heading, whether it holds words (aligned left) or numbers, and its total."""
 
     title: str
     words: bool = False
@@ -18,16 +56,21 @@ class Column(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A row's cells, and rich's word for how they look."""
+    """A row's cells, and their style: one of rich's for the whole row, or one for each cell."""
 
     cells: Sequence[str]
-    style: str = ""
+    style: str | Sequence[str] = ""
 
 
 def show_table(
-    out: TextIO, title: str, columns: Sequence[Column], lines: Sequence[Line], *notes: str
+    out: TextIO,
+    title: str,
+    columns: Sequence[Column],
+    lines: Sequence[Line],
+    *notes: str,
+    note_style: str = "",
 ) -> None:
-    """Write a table to ``out`` with ``title`` above and ``notes`` below it."""
+    """Write a table to ``out`` with ``title`` above and ``notes`` below it; in colour on a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -42,15 +85,11 @@ def show_table(
         side: Any = "left" if column.words else "right"
         table.add_column(column.title, justify=side, footer=Text(column.total, style="bold"), overflow="fold")
     for line in lines:
-        # An escape sequence cannot hide in a Text, and nothing in it is taken for markup.
-        table.add_row(*(Text(printable(cell), style=line.style) for cell in line.cells))
+        styles = [line.style] * len(line.cells) if isinstance(line.style, str) else line.style
+        # In a Text no escape sequence takes effect, and nothing counts as markup.
+        table.add_row(*(Text(printable(c), style=s) for c, s in zip(line.cells, styles, strict=True)))
     if title:
         console.print(Text(printable(title), style="bold"))
     console.print(table)
     for note in notes:
-        console.print(Text(printable(note)), soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """A name out of somebody's file cannot move the terminal's cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+        console.print(Text(printable(note), style=note_style), soft_wrap=True)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.common.errors import Parser, RunFailed, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import RunFailed, UserError, run_command
 from caffe_jacinto.common.files import sync_folder
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.pycaffe.solver_file import SolverFile
 
@@ -126,7 +126,7 @@ class TestNets:
             caffe_log.info(f"Creating test net (#{index}) specified by test_net file: {file}")
             self._nets.append((caffe.Net(file, caffe.TEST), batches))
 
-    def test(self, iteration: int, requests: Requests) -> None:
+    def test(self, iteration: int, requests: StopRequests) -> None:
         """Log the outputs of every net, averaged over its batches; a request to stop ends it."""
         for index, (net, batches) in enumerate(self._nets):
             caffe_log.info(f"Iteration {iteration}, Testing net (#{index})")

@@ -18,7 +18,7 @@ from typing import Any
 
 from caffe_jacinto.common.errors import RunFailed, run_command
 from caffe_jacinto.common.files import sync_folder
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.pycaffe.net import TestNets, start_caffe
 from caffe_jacinto.engines.pycaffe.solver_file import read_solver
@@ -31,7 +31,7 @@ def hand_over(
     tests: TestNets,
     final_weights: Path,
     batches: int,
-    requests: Requests,
+    requests: StopRequests,
     frozen: Collection[str] = (),
 ) -> bool:
     """Estimate the statistics of ``net`` (in the TRAIN phase, with the final weights) over so many batches,
@@ -53,7 +53,7 @@ def hand_over(
     return True
 
 
-def _reestimate(net: Any, batches: int, requests: Requests, frozen: Collection[str]) -> bool:
+def _reestimate(net: Any, batches: int, requests: StopRequests, frozen: Collection[str]) -> bool:
     """Set the batch-norm statistics of ``net`` to averages over the next ``batches`` training batches."""
     named = zip(net._layer_names, net.layers, strict=True)
     layers = [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
             f"{arguments.weights} and its solver state are not there whole: "
             "training stopped before its last iteration; go on with it from the newest snapshot"
         )
-    requests = Requests()
+    requests = StopRequests()
     caffe = start_caffe(arguments.pycaffe, tuple(arguments.gpu))
     requests.install()
     solver = read_solver(arguments.solver)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError, run_command
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.pycaffe.net import (
     Convolution,
@@ -85,7 +85,7 @@ class LossWatch:
 class Stepper:
     """A stage in training."""
 
-    def __init__(self, caffe: Any, job: Job, requests: Requests) -> None:
+    def __init__(self, caffe: Any, job: Job, requests: StopRequests) -> None:
         self.job = job
         self.parameters = job.solver.parameters
         self.requests = requests
@@ -269,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
     sparse = sparse_settings(arguments)
     if sparse is None and not (arguments.weights or arguments.snapshot):
         raise UserError("-freeze_zeros needs -weights or -snapshot: random weights have no zeros to hold")
-    requests = Requests()
+    requests = StopRequests()
     caffe = start_caffe(arguments.pycaffe, tuple(arguments.gpu))
     requests.install()
     job = Job(

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.errors import USER_ERROR, Parser, RunFailed, UserError, run_command
+from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.errors import USER_ERROR, RunFailed, UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.pruning.options import add_sparse_options, sparse_settings
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.common.errors import FAILED, UserError
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.contract import Precision
 from caffe_jacinto.engines.pytorch import log
@@ -159,7 +159,7 @@ def test(options: TestOptions) -> int:
     Raises:
         UserError: a file that is missing, damaged or not supported.
     """
-    requests = Requests()
+    requests = StopRequests()
     definition = read_net(options.model, options.dialect, TEST)
     definition.state.level = options.level
     definition.state.stage.extend(options.stages)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.common.errors import RunFailed, UserError
-from caffe_jacinto.common.processes import Requests
+from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.data.batches import random_numbers
 from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.pytorch import log
@@ -92,7 +92,7 @@ def train(options: TrainOptions) -> int:
     Raises:
         UserError: a file that is missing, damaged or not supported; nothing was trained.
     """
-    requests = Requests()
+    requests = StopRequests()
     solver = read_solver(options.solver, options.dialect)
     device = device_of_rank(options.gpus)
     with ExitStack() as stack:
@@ -111,7 +111,7 @@ class Trainer:
         solver: SolverFile,
         device: torch.device,
         ranks: Ranks,
-        requests: Requests,
+        requests: StopRequests,
         stack: ExitStack,
     ) -> None:
         """Read everything and build everything; ``stack`` ends the processes that decode.

@@ -1,0 +1,88 @@
+"""Command-line arguments: the parser of all commands, and the types of values that they share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from caffe_jacinto.common.errors import UserError
+
+INT32_MAX = 2**31 - 1
+"""The largest integer that Caffe's files hold."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's arguments; a wrong one is a `UserError`, and options cannot be abbreviated."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all arguments")
+
+
+def whole_number(least: int, most: int = INT32_MAX) -> Callable[[str], int]:
+    """An argument type: a whole number from ``least`` to ``most``, in decimal digits."""
+
+    def read(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number from {least}"
+            + (f" to {most:,}" if most < INT32_MAX else "")
+        )
+
+    return read
+
+
+def whole_numbers(least: int, example: str) -> Callable[[str], tuple[int, ...]]:
+    """An argument type: whole numbers of ``least`` or more with commas between them, like ``example``."""
+    read_one = whole_number(least)
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(read_one(part) for part in text.split(","))
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not a list of whole numbers of {least} or more, like {example}"
+            ) from None
+
+    return read
+
+
+def gpu_list(text: str) -> tuple[int, ...]:
+    """An argument type: GPU numbers, ``0,1`` -> (0, 1); an empty text selects the CPU: ()."""
+    if not text.strip():
+        return ()
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a list of GPU numbers like 0,1")
+    gpus = tuple(map(int, parts))
+    if len(set(gpus)) < len(gpus):
+        raise argparse.ArgumentTypeError(f"{text!r} names a GPU twice")
+    return gpus
+
+
+def fraction(text: str) -> float:
+    """An argument type: a number between 0 and 1, both excluded."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a fraction between 0 and 1, like 0.8")
+    return value
+
+
+def not_empty(text: str) -> str:
+    """An argument type: a path that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
