@@ -162,7 +162,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
-    from caffe_jacinto.pruning.weight_file import MAXRATIO, VALUE_MAX, sparsify
+    from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX
+    from caffe_jacinto.pruning.weight_file import sparsify
 
     _check_output(options.output, options.file)
     dialect = _dialect(options, options.file)

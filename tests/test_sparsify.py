@@ -1,4 +1,4 @@
-"""Thresholds, masks and the ramp, against the rule read literally."""
+"""Thresholds, masks and the sparsity schedule, against the rule read literally."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from caffe_jacinto.pruning.masks import Masks, load_masks, masks_file, save_mask
 from caffe_jacinto.pruning.rule import (
     factor_cap,
     fork_start_factor,
+    is_pruned,
     is_step,
     layer_fraction,
     next_factor,
+    prune,
     small_weights,
-    takes_part,
 )
 from caffe_jacinto.recipes.model import SparseSettings
 
@@ -100,24 +101,36 @@ def test_no_more_than_the_fraction_of_each_channel() -> None:
         ((10, 512), 1, False),  # an inner product
     ],
 )
-def test_which_layers_take_part(shape: tuple[int, ...], group: int, expected: bool) -> None:
-    assert takes_part(shape, group) is expected
+def test_which_layers_are_pruned(shape: tuple[int, ...], group: int, expected: bool) -> None:
+    assert is_pruned(shape, group) is expected
 
 
-def test_layers_with_few_inputs_or_outputs_are_thinned_by_half() -> None:
+def test_layers_with_few_inputs_or_outputs_are_pruned_by_half() -> None:
     assert layer_fraction((32, 3, 5, 5), 1, 0.8) == 0.4
     assert layer_fraction((16, 64, 3, 3), 1, 0.8) == 0.4
     assert layer_fraction((32, 8, 3, 3), 4, 0.8) == 0.8
 
 
-def test_ramp_takes_steps_until_the_target_is_reached() -> None:
+@given(WEIGHTS, st.floats(0, 1), st.sampled_from(["channel", "layer"]))
+def test_pruning_a_layer_in_place_is_the_rule_applied_to_it(
+    weights: np.ndarray, factor: float, by: str
+) -> None:
+    wide = np.concatenate([weights] * 32)[:40]
+    pruned = wide.copy()
+    assert prune(pruned, 1, factor, by=by, maxratio=0.5, value_max=0.2) == is_pruned(wide.shape, 1)
+    fraction = layer_fraction(wide.shape, 1, factor)
+    small = small_weights(wide, fraction, maxratio=0.5, value_max=0.2, by=by)
+    np.testing.assert_array_equal(pruned, np.where(small & is_pruned(wide.shape, 1), 0, wide))
+
+
+def test_the_schedule_takes_steps_until_the_target_is_reached() -> None:
     assert [i for i in range(22001) if is_step(PUBLISHED, i)] == [20000, 21000, 22000]
     assert next_factor(PUBLISHED, 0.0, achieved=0.0) == 0.01
     assert next_factor(PUBLISHED, 0.81, achieved=0.79) == 0.82
     assert next_factor(PUBLISHED, 0.81, achieved=0.8) is None
 
 
-def test_ramp_stops_above_its_cap() -> None:
+def test_the_schedule_ends_above_its_cap() -> None:
     assert (factor_cap(0.5), factor_cap(0.9)) == (0.65, 0.95)
     factor, steps = 0.0, 0
     while (higher := next_factor(PUBLISHED, factor, achieved=0.5)) is not None:
@@ -165,7 +178,7 @@ def test_fork_without_its_log_counts_the_steps(iteration: int, factor: float) ->
 
 def test_fork_start_factor_of_the_published_log(published: Path) -> None:
     log = (published / "logs" / "imagenet_jacintonet11_sparse.log").read_text(errors="replace")
-    # The snapshot of 50,000 comes before the threshold of that iteration; the ramp ends at 0.81.
+    # The snapshot of 50,000 comes before the threshold of that iteration; the schedule ends at 0.81.
     assert fork_start_factor(PUBLISHED, 50000, log) == 0.3
     assert fork_start_factor(PUBLISHED, 150000, log) == 0.81
 

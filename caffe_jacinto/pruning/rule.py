@@ -1,9 +1,10 @@
-"""The ramp of the fraction to zero: when a threshold is due, and how far the ramp has come.
+"""The published pruning rule: which weights a threshold zeroes, and the schedule of thresholds.
 
-Rule of the published method (caffe-jacinto's ``sparsity_*`` solver fields): at iterations ``i >= start_iter``
-that ``step_iter`` divides, while the achieved sparsity is under the target and the factor is at most
-min(target + 0.15, 0.95), the factor grows by ``step_factor`` and is then applied; the published log's first
-threshold, from a ``sparsity_start_factor`` of 0, says ``Finding and applying sparsity: 0.01``.
+These are caffe-jacinto's ``sparsity_*`` solver fields. At iterations ``i >= start_iter`` that ``step_iter``
+divides, while the sparsity reached is below the target and the factor is at most min(target + 0.15, 0.95),
+the factor grows by ``step_factor``, and a threshold zeroes that fraction of the smallest weights. The
+published log's first threshold, from a ``sparsity_start_factor`` of 0, says
+``Finding and applying sparsity: 0.01``.
 """
 
 from __future__ import annotations
@@ -11,22 +12,43 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
-from caffe_jacinto.recipes.model import SparseSettings
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from caffe_jacinto.recipes.model import SparseSettings
 
 
 By = Literal["channel", "layer"]
 """What has a threshold of its own."""
 
+MAXRATIO = VALUE_MAX = 0.2
+"""The published caps: no threshold above 0.2, nor above 0.2 of the largest weight."""
+
 MIN_CHANNELS = 32
-"""A layer with fewer inputs and fewer outputs than this takes no part; with one of them fewer, by half."""
+"""A layer with fewer inputs and fewer outputs than this is not pruned; with one of them fewer, by half."""
 
 
-def takes_part(shape: tuple[int, ...], group: int) -> bool:
-    """Whether a convolution with weights of ``shape`` (outputs, inputs / group, height, width) is thinned."""
+def prune(
+    weights: NDArray[np.float32], group: int, factor: float, *, by: By, maxratio: float, value_max: float
+) -> bool:
+    """Apply a threshold of ``factor`` to the ``weights`` of a convolution, in place.
+
+    Returns whether the rule prunes this layer at all.
+    """
+    import numpy as np
+
+    if not is_pruned(weights.shape, group):
+        return False
+    fraction = layer_fraction(weights.shape, group, factor)
+    with np.errstate(invalid="ignore"):  # a weight that is not a number stays what it is
+        small = small_weights(weights, fraction, maxratio=maxratio, value_max=value_max, by=by)
+    weights[small] = 0
+    return True
+
+
+def is_pruned(shape: tuple[int, ...], group: int) -> bool:
+    """Whether the rule prunes a convolution with weights of ``shape``: outputs, inputs / group, kernel."""
     if len(shape) != 4:
         return False
     outputs, inputs = shape[0], shape[1] * group
@@ -35,7 +57,7 @@ def takes_part(shape: tuple[int, ...], group: int) -> bool:
 
 
 def layer_fraction(shape: tuple[int, ...], group: int, factor: float) -> float:
-    """The fraction to zero in a layer that takes part, when the ramp is at ``factor``."""
+    """The fraction of a pruned layer's weights to zero when the schedule is at ``factor``."""
     outputs, inputs = shape[0], shape[1] * group
     return factor / 2 if min(inputs, outputs) < MIN_CHANNELS else factor
 
@@ -50,7 +72,7 @@ def small_weights(
 ) -> NDArray[np.bool_]:
     """True where a weight is at or below the threshold of its output channel, or of the layer.
 
-    ``weights`` has outputs in front.
+    The first axis of ``weights`` is the outputs.
     """
     import numpy as np
 
@@ -67,17 +89,17 @@ def small_weights(
 
 
 def factor_cap(target: float) -> float:
-    """The factor above which no further threshold is taken."""
+    """The factor above which no further threshold is applied."""
     return min(target + 0.15, 0.95)
 
 
 def is_step(sparse: SparseSettings, iteration: int) -> bool:
-    """Whether a threshold may be taken after the update of ``iteration`` (counted from 0)."""
+    """Whether a threshold may be applied after the update of ``iteration`` (counted from 0)."""
     return iteration >= sparse.start_iter and iteration % sparse.step_iter == 0
 
 
 def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float | None:
-    """The factor to apply now, in [0, 1], given the one applied before; None when the ramp is at its end."""
+    """The factor to apply now, in [0, 1], given the one applied before; None at the end of the schedule."""
     # The sum of many steps of 0.01 must not end above the cap by its rounding alone.
     if achieved >= sparse.target or factor > factor_cap(sparse.target) + 1e-9:
         return None
@@ -85,11 +107,11 @@ def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float
 
 
 def fork_start_factor(sparse: SparseSettings, iteration: int, log: str) -> float:
-    """The factor that the fork's ramp had reached in its snapshot of ``iteration``, which does not hold it.
+    """The factor that the fork had reached at its snapshot of ``iteration``, which does not hold it.
 
-    Taken from the stage's ``log`` (of several runs, one after the other), up to the line that tells of this
-    snapshot. A log that does not tell of it leaves the count of steps: right as long as the target was not
-    reached, and when it was, the factor no longer matters, since zeros stay and no threshold follows.
+    It is read from the stage's ``log`` (of several runs, one after the other), up to the line that reports
+    this snapshot. Without that line the steps are counted. The count is right as long as the target was not
+    reached; after that the factor no longer matters, since zeros stay and no threshold follows.
     """
     factor = sparse.start_factor
     reached = None

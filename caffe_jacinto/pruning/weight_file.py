@@ -10,7 +10,7 @@ from typing import Any
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
 from caffe_jacinto.caffemodel.storage import blob_values, mapped, stored_layers
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.rule import By, layer_fraction, small_weights, takes_part
+from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX, By, prune
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,6 @@ def conv_sparsity(weights: Path, net: Any) -> list[LayerSparsity]:
     return found
 
 
-MAXRATIO = VALUE_MAX = 0.2
-"""The published caps: no threshold above 0.2, nor above 0.2 of the largest weight."""
-
-
 def sparsify(
     source: Path,
     target: Path,
@@ -85,8 +81,6 @@ def sparsify(
     Raises:
         UserError: the file is missing, cut off or no weight file.
     """
-    import numpy as np
-
     thinned: list[str] = []
 
     def new_layers(layers: list[NetLayer]) -> Iterator[NewLayer]:
@@ -97,14 +91,12 @@ def sparsify(
             kept = [(layer.view, blob) for blob in layer.blobs]
             group = layer.header.convolution_param.group
             counts = layer.type == "Convolution" and layer.blobs and not scores.intersection(layer.header.top)
-            if not counts or not takes_part(layer.blobs[0].shape, group):
+            weights = layer.values(0) if counts else None
+            if weights is None or not prune(
+                weights, group, fraction, by=by, maxratio=maxratio, value_max=value_max
+            ):
                 yield NewLayer(layer.header, kept)
                 continue
-            weights = layer.values(0)
-            share = layer_fraction(weights.shape, group, fraction)
-            with np.errstate(invalid="ignore"):  # A weight that is not a number stays what it is.
-                small = small_weights(weights, share, maxratio=maxratio, value_max=value_max, by=by)
-            weights[small] = 0
             thinned.append(layer.name)
             yield NewLayer(layer.header, [weights, *kept[1:]])
 

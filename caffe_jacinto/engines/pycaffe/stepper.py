@@ -39,7 +39,7 @@ from caffe_jacinto.engines.pycaffe.solver_file import SolverFile, read_solver, s
 from caffe_jacinto.prototxt.solver import learning_rate
 from caffe_jacinto.pruning.masks import Masks, load_masks, save_masks
 from caffe_jacinto.pruning.options import add_sparse_options, sparse_settings
-from caffe_jacinto.pruning.rule import is_step, layer_fraction, next_factor, small_weights, takes_part
+from caffe_jacinto.pruning.rule import is_pruned, is_step, layer_fraction, next_factor, small_weights
 from caffe_jacinto.recipes.model import SparseSettings
 
 
@@ -227,7 +227,7 @@ class Stepper:
 def apply_thresholds(layers: Sequence[Convolution], sparse: SparseSettings, factor: float) -> None:
     """Zero the small weights of every layer that takes part, in place."""
     for layer in layers:
-        if takes_part(layer.shape, layer.group):
+        if is_pruned(layer.shape, layer.group):
             weights = layer.weights
             fraction = layer_fraction(layer.shape, layer.group, factor)
             small = small_weights(

@@ -12,7 +12,7 @@ from caffe_jacinto.engines import caffe_log
 from caffe_jacinto.engines.pytorch.net import Convolution
 from caffe_jacinto.engines.pytorch.snapshot import array, put
 from caffe_jacinto.pruning.masks import Masks
-from caffe_jacinto.pruning.rule import layer_fraction, next_factor, small_weights, takes_part
+from caffe_jacinto.pruning.rule import is_pruned, layer_fraction, next_factor, small_weights
 from caffe_jacinto.recipes.model import SparseSettings
 
 
@@ -65,7 +65,7 @@ class Zeros:
         caffe_log.info(f"Finding and applying sparsity: {caffe_log.number(factor)}")
         for layer in self._convolutions:
             shape = tuple(layer.weights.shape)
-            if layer.name in frozen_layers or not takes_part(shape, layer.group):
+            if layer.name in frozen_layers or not is_pruned(shape, layer.group):
                 continue
             weights = array(layer.weights).copy()
             small = small_weights(
