@@ -1,0 +1,22 @@
+#!/bin/sh
+# The commands of this stage, as caffe_jacinto.train runs them. By hand: sh run.sh
+set -eu
+cd -- @START@
+lock=training/old/lock
+log=training/old/initial/run.log
+export GLOG_logtostderr=1
+export GLOG_minloglevel=0
+export PYTHONUNBUFFERED=1
+PYTHONPATH=@PROGRAM@${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
+
+# One trainer per run: the lock is held by what is started below for as long as it lives.
+exec 9>>"$lock"
+if command -v flock >/dev/null && ! flock -n 9; then
+    echo "run.sh: something is training in this run already (lock: $lock)" >&2
+    exit 1
+fi
+echo "output goes to $log" >&2
+exec >>"$log" 2>&1
+
+@PYTHON@ -m caffe_jacinto.engines.torch train -dialect bvlc -solver training/old/initial/solver.prototxt -reestimate_batches 2
