@@ -250,7 +250,7 @@ def test_the_page_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     for output, says in (
         (other, "exists and is no page of images"),
-        (tmp_path / "none" / "page.html", "does not exist: make that first"),
+        (tmp_path / "none" / "page.html", "does not exist; make that first"),
         (tmp_path, "is a folder: name the page"),
     ):
         with pytest.raises(UserError, match=says):
