@@ -138,12 +138,20 @@ def test_the_pace_over_the_end_of_a_year_and_of_summer_time(
     assert view.seconds_per_iteration() == (None if pace is None else pytest.approx(pace))
 
 
-@given(st.binary(max_size=400), st.lists(st.integers(0, 60), max_size=6))
-def test_a_log_of_anything_is_read_in_any_pieces(data: bytes, cuts: list[int]) -> None:
-    view = StageView()
-    text = displays(1.0, 2.0)[: len(data)] + data + displays(3.0)
+@given(
+    st.binary(max_size=400),
+    st.lists(st.integers(0, 600), max_size=6),
+    st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_a_log_of_anything_is_read_in_any_pieces(data: bytes, cuts: list[int], end_of_line: bytes) -> None:
+    text = displays(1.0, 2.0) + data + b"\n" + displays(3.0, 4.0).replace(b"Iteration ", b"Iteration 7")
+    text = text.replace(b"\n", end_of_line)
+    whole, pieces = StageView(), StageView()
+    whole.feed(text)
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(text)], strict=True):
-        view.feed(text[start:end])
+        pieces.feed(text[start:end])
+    assert pieces == whole
+    assert (whole.iteration, whole.loss, whole.displays >= 4) == (710, 4.0, True)
 
 
 def test_tail_reads_what_is_new(tmp_path: Path) -> None:

@@ -90,11 +90,12 @@ def start(stage: SmallStage, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*PROGRAM, *arguments], cwd=stage.folder, stdout=file, stderr=file)
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until ``condition`` holds, while ``process`` lives."""
     until = time.monotonic() + ENOUGH
     while not condition():
         assert time.monotonic() < until, "it did not come about"
-        assert process.poll() is None, "the process ended"
+        assert process is None or process.poll() is None, "the process ended"
         time.sleep(0.005)
 
 
@@ -167,12 +168,11 @@ def test_signals_are_taken_as_caffe_takes_them(ending: signal.Signals, digits: P
     text = log.read_text()
     assert "Optimization stopped early." in text
     assert len(complete_snapshots(tmp_path / "small", Dialect.BVLC)) == 2
-    assert not orphans(stage)
+    wait_for(lambda: not orphans(stage))
 
 
 def orphans(stage: SmallStage) -> list[str]:
-    """Processes of the stage that still live, a moment after its end."""
-    time.sleep(0.5)
+    """Processes of the stage that still live."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -191,9 +191,7 @@ def test_a_killed_trainer_leaves_no_processes(digits: Path, tmp_path: Path) -> N
     wait_for(lambda: len(losses((tmp_path / "killed.log").read_text())) > 2, process)
     process.kill()
     process.wait()
-    until = time.monotonic() + 20
-    while orphans(stage):
-        assert time.monotonic() < until, "a process that decodes lives on"
+    wait_for(lambda: not orphans(stage))
 
 
 def test_frozen_zeros_never_move(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
