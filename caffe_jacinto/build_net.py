@@ -291,8 +291,13 @@ def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect
     """Show and draw a network, as asked for."""
     from caffe_jacinto.netspec import summary as summary_tables
     from caffe_jacinto.netspec.summary import summarize
+    from caffe_jacinto.prototxt.schema import parse_any_net
+    from caffe_jacinto.prototxt.tree import tree_of
+    from caffe_jacinto.pruning.weight_file import layer_zeros
 
-    summary = summarize(text, where, dialect, arguments.weights)
+    net = parse_any_net(text, where, dialect)
+    zeros = layer_zeros(arguments.weights, net) if arguments.weights else None
+    summary = summarize(tree_of(net), where, zeros)
     if arguments.draw is not None:
         from caffe_jacinto.netspec.drawing import draw
 

@@ -11,8 +11,7 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 
 from caffe_jacinto.build_net import main as build_net
-from caffe_jacinto.netspec.blobs import expected_blobs
-from caffe_jacinto.netspec.shapes import layer_costs
+from caffe_jacinto.netspec.shapes import blob_shapes, layer_costs
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_any_net
@@ -42,7 +41,7 @@ def write_random(path: Path, text: str, dialect: Dialect, seed: int = 0, *, old:
     net = parse_any_net(text, "deploy.prototxt", dialect)
     stored = messages(dialect).NetParameter(name=net.name)
     random = np.random.default_rng(seed)
-    blobs = expected_blobs(net, test=True)
+    blobs = blob_shapes(net, "TEST")
     costs = {cost.name: cost for cost in layer_costs(tree.parse(text))}
     for described in net.layer:
         layer = stored.layer.add()

@@ -43,7 +43,7 @@ from caffe_jacinto.netspec.summary import summarize
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
+from caffe_jacinto.prototxt.schema import messages, parse_any_net, parse_net, parse_solver
 from caffe_jacinto.pruning.weight_file import sparsify
 from caffe_jacinto.recipes.load import load_recipe
 
@@ -230,7 +230,7 @@ def read_text(path: Path, folder: Path) -> None:
         gigamacs(net)
         batch_size(net)
     with contextlib.suppress(UserError):
-        boxes_of(summarize(text, "x"))
+        boxes_of(summarize(tree.tree_of(parse_any_net(text, "x")), "x"))
     for dialect in Dialect:
         weights = folder / WEIGHTS.format(dialect.value)
         for use in (merge_bn, export_onnx):

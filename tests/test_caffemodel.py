@@ -16,7 +16,7 @@ from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.netspec.blobs import expected_blobs
+from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.pruning.weight_file import conv_sparsity, total_sparsity
@@ -194,19 +194,19 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_shapes_that_the_text_tells() -> None:
-    assert expected_blobs(net()) == SHAPES
+    assert blob_shapes(net(), "TRAIN") == SHAPES
 
 
 def test_five_blobs_of_the_fork() -> None:
     text = NET.replace('type: "BatchNorm"', 'type: "BatchNorm" batch_norm_param { scale_bias: true }')
     fork = parse_net(text, Dialect.CAFFE_JACINTO, "net")
-    assert expected_blobs(fork)["conv/bn"] == [(4,), (4,), (1,), (4,), (4,)]
+    assert blob_shapes(fork, "TRAIN")["conv/bn"] == [(4,), (4,), (1,), (4,), (4,)]
 
 
 def test_layers_of_the_other_phase_have_no_blobs() -> None:
     text = NET.replace('name: "fc"', 'name: "fc" include { phase: TEST }')
-    assert "fc" not in expected_blobs(net(text))
-    assert "fc" in expected_blobs(net(text), test=True)
+    assert "fc" not in blob_shapes(net(text), "TRAIN")
+    assert "fc" in blob_shapes(net(text), "TEST")
 
 
 def test_what_fits(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_channels_that_only_the_lmdb_knows_fit_any(tmp_path: Path) -> None:
     text = NET.replace('type: "Input"', 'type: "Data"').replace(
         "input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } }", "transform_param { crop_size: 8 }"
     )
-    assert expected_blobs(net(text))["conv"] == [(4, None, 3, 3)]
+    assert blob_shapes(net(text), "TRAIN")["conv"] == [(4, None, 3, 3)]
     assert check_fit(write(tmp_path / "w.caffemodel", weights_of(SHAPES)), net(text)) == []
 
 
@@ -272,12 +272,12 @@ def test_sparsity_is_of_convolutions_not_before_the_softmax(tmp_path: Path) -> N
 def test_published_networks_have_their_known_numbers_of_weights(published: Path) -> None:
     """The published logs count 2.35478e+06 weights in the convolutions and 2.86678e+06 with fc1000's."""
     path = published / "prototxt" / "jacintonet11_imagenet_caffe_jacinto/deploy.prototxt"
-    blobs = expected_blobs(parse_net(path.read_text(), Dialect.CAFFE_JACINTO, path.name), test=True)
+    blobs = blob_shapes(parse_net(path.read_text(), Dialect.CAFFE_JACINTO, path.name), "TEST")
     convolutions = [shapes[0] for shapes in blobs.values() if len(shapes[0]) == 4]
     assert f"{sum(np.prod(shape) for shape in convolutions):g}" == "2.35478e+06"
     assert blobs["fc1000"][0] == (1000, 512)
     path = published / "prototxt" / "bvlc_alexnet/deploy.prototxt"
-    alexnet = expected_blobs(parse_net(path.read_text(), Dialect.BVLC, path.name), test=True)
+    alexnet = blob_shapes(parse_net(path.read_text(), Dialect.BVLC, path.name), "TEST")
     assert alexnet["conv2"][0] == (256, 48, 5, 5)
     assert alexnet["fc6"][0] == (4096, 9216)
 

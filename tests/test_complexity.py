@@ -157,7 +157,7 @@ def test_a_convolution_is_the_classifier_only_directly_before_the_softmax() -> N
     last = conv(num_output=8, kernel_size=1)
     for between, expected in (((), True), (('type: "ReLU"',), False)):
         costs = layer_costs(net(last, *between, 'type: "SoftmaxWithLoss"'))
-        assert [cost.before_softmax for cost in costs] == [expected]
+        assert [cost.counted for cost in costs] == [not expected]
 
 
 def test_layers_of_another_phase_do_not_count() -> None:

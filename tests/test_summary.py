@@ -12,12 +12,15 @@ import pytest
 
 from caffe_jacinto.build_net import main
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec import summary as network_summary
 from caffe_jacinto.netspec import summary as summary_tables
 from caffe_jacinto.netspec.drawing import boxes_of
-from caffe_jacinto.netspec.summary import Summary, summarize
+from caffe_jacinto.netspec.summary import Summary
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.prototxt.schema import messages, parse_any_net
+from caffe_jacinto.prototxt.tree import tree_of
+from caffe_jacinto.pruning.weight_file import layer_zeros
 from caffe_jacinto.recipes.load import load_recipe
 
 GIGAMACS = {"jacintonet11": 0.4063, "resnet10": 0.8892, "bvlc_alexnet": 0.7244}
@@ -30,6 +33,12 @@ layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
 layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
 layer { name: "fc" type: "InnerProduct" bottom: "conv" top: "fc" inner_product_param { num_output: 5 } }
 """
+
+
+def summarize(text: str, where: str, dialect: Dialect | None = None, weights: Path | None = None) -> Summary:
+    """As build_net shows a prototxt."""
+    net = parse_any_net(text, where, dialect)
+    return network_summary.summarize(tree_of(net), where, layer_zeros(weights, net) if weights else None)
 
 
 def deploy(network: str, dialect: Dialect) -> str:
@@ -126,7 +135,7 @@ def test_a_train_network_has_the_parameters_of_its_deploy_network() -> None:
         ),
         (
             TINY.replace("{ shape { dim: 4 dim: 3 dim: 8 dim: 8 } }", "{ }"),
-            "layer conv (Convolution): the images' size does not follow from layer data (Input)",
+            "layer conv (Convolution): layer data (Input) does not say the images' size",
         ),
         (TINY.replace('"ReLU"', '"Mystery"'), "since that of layer relu (Mystery) is not"),
     ],

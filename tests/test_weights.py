@@ -178,7 +178,7 @@ def test_the_name_of_a_split_scale(norm: str, scale: str) -> None:
 def test_a_converted_file_fits_the_other_dialects_network(network: str, tmp_path: Path) -> None:
     """Names and shapes of all layers, for the built-in networks."""
     from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
-    from caffe_jacinto.netspec.blobs import expected_blobs
+    from caffe_jacinto.netspec.shapes import blob_shapes
 
     nets = {}
     for dialect in Dialect:
@@ -192,7 +192,7 @@ def test_a_converted_file_fits_the_other_dialects_network(network: str, tmp_path
             solver_mode_gpu=False,
         )
         nets[dialect] = parse_net(files["deploy.prototxt"], dialect, "deploy.prototxt")
-    shapes = expected_blobs(nets[STOCK], test=True)
+    shapes = blob_shapes(nets[STOCK], "TEST")
     file = messages(STOCK).NetParameter()
     for layer in nets[STOCK].layer:
         added = file.layer.add()

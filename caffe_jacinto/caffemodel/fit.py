@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_layers
-from caffe_jacinto.netspec.blobs import Dims, expected_blobs
+from caffe_jacinto.netspec.graph import TRAIN
+from caffe_jacinto.netspec.layer_types import Shape
+from caffe_jacinto.netspec.shapes import blob_shapes
 
 _FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
 
@@ -40,7 +42,7 @@ def check_fit(weights: Path, net: Any) -> list[Mismatch]:
     """
     with mapped(weights) as view:
         stored = {layer.name: layer for layer in stored_layers(view, weights)}
-    expected = expected_blobs(net)
+    expected = blob_shapes(net, TRAIN)
     nothing_fits = not any(name in stored for name in expected)
     mismatches = []
     for name, shapes in expected.items():
@@ -65,7 +67,7 @@ def unused_layers(weights: Path, net: Any) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _other_caffe(layer: StoredLayer, shapes: list[Dims]) -> str | None:
+def _other_caffe(layer: StoredLayer, shapes: list[Shape]) -> str | None:
     """How the stored layer shows that it was written by the other kind of Caffe; None if it does not."""
     counts = (len(layer.blobs), len(shapes))
     if counts not in ((3, 5), (5, 3)):
@@ -77,7 +79,7 @@ def _other_caffe(layer: StoredLayer, shapes: list[Dims]) -> str | None:
     )
 
 
-def _other_shape(layer: StoredLayer, shapes: list[Dims]) -> str | None:
+def _other_shape(layer: StoredLayer, shapes: list[Shape]) -> str | None:
     """Why the stored layer does not fill blobs of ``shapes``; None if it does."""
     if len(layer.blobs) != len(shapes):
         return f"{len(layer.blobs)} blobs in the weight file, {len(shapes)} in the network"
@@ -89,7 +91,7 @@ def _other_shape(layer: StoredLayer, shapes: list[Dims]) -> str | None:
     return None
 
 
-def _fills(blob: Blob, shape: Dims) -> bool:
+def _fills(blob: Blob, shape: Shape) -> bool:
     if _equal(blob.shape, shape):
         return True
     if blob.four_axes:
@@ -97,16 +99,16 @@ def _fills(blob: Blob, shape: Dims) -> bool:
     return _per_channel(blob, shape)
 
 
-def _per_channel(blob: Blob, shape: Dims) -> bool:
+def _per_channel(blob: Blob, shape: Shape) -> bool:
     """Whether both hold one number a channel: old NVCaffe files store them as 1 x C x 1 x 1."""
     return len(shape) == 1 and len(blob.shape) == 4 and _equal(blob.shape, (1, shape[0], 1, 1))
 
 
-def _equal(stored: tuple[int, ...], expected: Dims) -> bool:
+def _equal(stored: tuple[int, ...], expected: Shape) -> bool:
     return len(stored) == len(expected) and all(
         dim is None or dim == have for have, dim in zip(stored, expected, strict=True)
     )
 
 
-def _written(shape: Dims) -> str:
+def _written(shape: Shape) -> str:
     return " x ".join("?" if dim is None else str(dim) for dim in shape)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.export.stock_net import StockLayer, StockNet, stock_net
-from caffe_jacinto.netspec.blobs import height_width
-from caffe_jacinto.netspec.shapes import LayerShapes, Shape, layer_shapes
+from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.netspec.shapes import FullShape as Shape
+from caffe_jacinto.netspec.shapes import LayerShapes, layer_shapes
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -255,8 +256,7 @@ def _convolution(
     parameters = layer.message.convolution_param
     if parameters.axis != 1 or len(_shape(shaped)) != 4:
         graph.refuse(layer, "convolution_param.axis", "only images, of four axes")
-    pads = height_width(parameters, "pad", 0)
-    dilation = list(parameters.dilation) or [1]
+    kernel, strides, pads, dilations = geometry(shaped.layer)
     names = ("weights", "bias")
     blobs = [
         graph.constant(f"{layer.name}:{name}", blob) for name, blob in zip(names, layer.blobs, strict=False)
@@ -265,10 +265,10 @@ def _convolution(
         "Conv",
         [*bottoms, *blobs],
         output,
-        kernel_shape=list(height_width(parameters, "kernel_size", 1)),
-        strides=list(height_width(parameters, "stride", 1)),
+        kernel_shape=list(kernel),
+        strides=list(strides),
         pads=[*pads, *pads],
-        dilations=[dilation[0], dilation[-1]],
+        dilations=list(dilations),
         group=parameters.group,
     )
 
@@ -367,8 +367,7 @@ def _pooling(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: lis
     sizes, pooled = _shape(shaped)[2:], (shaped.tops[0] or ())[2:]
     if len(sizes) != 2:
         graph.refuse(layer, "input", "only images, of four axes")
-    kernel, stride = height_width(parameters, "kernel_size", 1), height_width(parameters, "stride", 1)
-    pad = height_width(parameters, "pad", 0)
+    kernel, stride, pad, _ = geometry(shaped.layer)
     # Where the last window ends, counted from the image's own end: Caffe rounds the number of windows up.
     ends = [
         max((pooled[axis] - 1) * stride[axis] + kernel[axis] - sizes[axis] - pad[axis], 0) for axis in (0, 1)

@@ -15,8 +15,9 @@ from caffe_jacinto.caffemodel.convert import scale_name
 from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.netspec.blobs import TEST, Dims, expected_blobs, in_phase
-from caffe_jacinto.netspec.shapes import CONVOLUTIONS, DATA_LAYERS
+from caffe_jacinto.netspec.graph import TEST, messages_in
+from caffe_jacinto.netspec.layer_types import Shape, role_of
+from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, messages, parse_any_net
 
@@ -93,16 +94,15 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
     if wrong:
         raise UserError(f"{weights} does not fit {where}: {wrong[0]}; give the weights of this network")
     stored = read_weights(weights)
-    shapes = expected_blobs(net, test=True)
+    shapes = blob_shapes(net, TEST)
     result = StockNet(messages(Dialect.BVLC).NetParameter(name=net.name), [])
     result.message.input.extend(net.input)
     for shape in net.input_shape:
         result.message.input_shape.add(dim=shape.dim)
     result.message.input_dim.extend(net.input_dim)
-    for layer in net.layer:
-        if in_phase(layer, TEST):
-            blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
-            result.layers += _stock_layers(layer, blobs, where)
+    for layer in messages_in(net, TEST):
+        blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
+        result.layers += _stock_layers(layer, blobs, where)
     return result
 
 
@@ -110,20 +110,18 @@ def _check_deploy(net: Any, where: str) -> None:
     if not net.layer:
         old = "; it is in the old form, with `layers`: upgrade it with Caffe's upgrade_net_proto_text"
         raise UserError(f"{where}: has no layers{old if net.layers else ''}; give a deploy network")
-    for layer in net.layer:
-        if not in_phase(layer, TEST):
-            continue
-        if layer.type in DATA_LAYERS and layer.type != "Input":
+    for layer in messages_in(net, TEST):
+        if role_of(layer.type) == "data" and layer.type != "Input":
             raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")
         outputs, group = layer.convolution_param.num_output, layer.convolution_param.group
-        if layer.type in CONVOLUTIONS and (group < 1 or outputs % group):
+        if role_of(layer.type) == "convolution" and (group < 1 or outputs % group):
             raise UserError(
                 f"{where}: layer {layer.name} ({layer.type}): its {outputs} outputs do not divide into "
                 f"{group} groups; mend num_output or group"
             )
 
 
-def _shaped(stored: list[Values], shapes: list[Dims]) -> list[Values]:
+def _shaped(stored: list[Values], shapes: list[Shape]) -> list[Values]:
     """The blobs in the network's shapes, which `check_fit` has found them to fill."""
     if not shapes:
         return stored

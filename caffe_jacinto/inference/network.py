@@ -10,7 +10,7 @@ from typing import Any
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.encode import ImageForm
 from caffe_jacinto.data.images import Forced, Transform
-from caffe_jacinto.netspec.blobs import TEST, in_phase
+from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
 
@@ -59,11 +59,10 @@ def trained_network(deploy: Path, weights: Path) -> TrainedNetwork:
 
 def _check_one_output(net: Any, deploy: Path) -> None:
     outputs: dict[str, None] = {}
-    for layer in net.layer:
-        if in_phase(layer, TEST):
-            for blob in layer.bottom:
-                outputs.pop(blob, None)
-            outputs.update(dict.fromkeys(layer.top))
+    for layer in messages_in(net, TEST):
+        for blob in layer.bottom:
+            outputs.pop(blob, None)
+        outputs.update(dict.fromkeys(layer.top))
     if len(outputs) != 1:
         raise UserError(
             f"{deploy}: one output is needed, the scores of the classes; "
@@ -91,7 +90,7 @@ def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path)
     """
     net = parse_any_net(_text(val), str(val))
     kinds = ("Data", "ImageData")
-    layer = next((layer for layer in net.layer if layer.type in kinds and in_phase(layer, TEST)), None)
+    layer = next((layer for layer in messages_in(net, TEST) if layer.type in kinds), None)
     if layer is None:
         raise UserError(
             f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from; "

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
+from caffe_jacinto.netspec import graph
 from caffe_jacinto.netspec import shapes as complexity
 from caffe_jacinto.prototxt import tree
 
@@ -53,7 +54,7 @@ class PrintedNet:
     def accuracies(self) -> dict[int, str]:
         """top_k -> the output that holds it; of several (auxiliary classifiers), the last."""
         found = {}
-        for layer in complexity.phase_layers(self.message) if self.message else ():
+        for layer in graph.layers_in(self.message) if self.message else ():
             if layer.string("type") == "Accuracy" and layer.strings("top"):
                 found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
         return found
@@ -63,7 +64,7 @@ class PrintedNet:
         if self.message is None:
             return None
         unused: set[str] = set()
-        for layer in complexity.phase_layers(self.message):
+        for layer in graph.layers_in(self.message):
             unused.difference_update(layer.strings("bottom"))
             unused.update(layer.strings("top"))
         return len(unused)
@@ -124,11 +125,7 @@ def conv_sparsity(listed: events.Sparsity, net: PrintedNet) -> float | None:
     if not listed.blobs:
         return None
     costs = {cost.name: cost for cost in net.costs}
-    counted = {
-        name
-        for name, cost in costs.items()
-        if cost.type in complexity.CONVOLUTIONS and not cost.before_softmax
-    }
+    counted = {name for name, cost in costs.items() if cost.counted}
     if any((name, 0) not in listed.blobs for name in counted):
         return None
     conv_weights = conv_zeros = other_weights = other_zeros = 0.0

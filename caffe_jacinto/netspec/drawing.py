@@ -11,28 +11,10 @@ from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.netspec.shapes import CONVOLUTIONS, DATA_LAYERS
+from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.netspec.summary import LayerRow, Summary
 
 KINDS = (".png", ".svg")
-_FOLLOWERS = frozenset(
-    [
-        "BatchNorm",
-        "Scale",
-        "Bias",
-        "ReLU",
-        "ReLU6",
-        "PReLU",
-        "ELU",
-        "Sigmoid",
-        "TanH",
-        "Dropout",
-        "LRN",
-        "Power",
-    ]
-)
-"""Layers that share the box of the one before them."""
-
 _COLOURS = {
     "convolution": "#cfe3f5",
     "inner product": "#f8dcc0",
@@ -63,12 +45,8 @@ class Box:
 
     @property
     def kind(self) -> str:
-        first = self.rows[0].type
-        if first in CONVOLUTIONS:
-            return "convolution"
-        if first in DATA_LAYERS:
-            return "data"
-        return {"InnerProduct": "inner product", "Pooling": "pooling"}.get(first, "other")
+        role = role_of(self.rows[0].type)
+        return role if role in _COLOURS else "other"
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -95,7 +73,7 @@ def boxes_of(summary: Summary) -> list[Box]:
     box_of: list[int] = []
     for at, row in enumerate(summary.rows):
         makers = sources[at]
-        follows = row.type in _FOLLOWERS and makers == [at - 1] and readers[at - 1] == 1
+        follows = role_of(row.type) == "follower" and makers == [at - 1] and readers[at - 1] == 1
         if follows:
             boxes[-1].rows.append(row)
         else:

@@ -1,26 +1,147 @@
-"""Which layers of a prototxt are in the network of a phase: Caffe's NetStateRule."""
+"""The graph of a network: which layers a phase has, who reads which blob, which convolutions are pruned."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from caffe_jacinto.prototxt.tree import Message, tree_of
+
+TRAIN, TEST = "TRAIN", "TEST"
+"""The phases (caffe.Phase)."""
 
 
-def is_in(layer: Any, phase: int, state: Any) -> bool:
-    """Whether ``layer`` is in the net of ``phase`` with the level and stages of the NetState ``state``.
+@dataclass(frozen=True)
+class NetState:
+    """What a layer's rules are held against (Caffe's NetState)."""
 
-    It is where one of its ``include`` rules is met, or, without any, where none of ``exclude`` is.
+    phase: str
+    level: int = 0
+    stages: frozenset[str] = frozenset()
+
+
+def state_of(net: Message, phase: str | None = None) -> NetState | None:
+    """The state of ``net`` in ``phase``, or in its own; None where neither is stated."""
+    state = net.message("state")
+    phase = phase or state.string("phase")
+    if not phase:
+        return None
+    return NetState(phase, state.integer("level"), frozenset(state.strings("stage")))
+
+
+def included(layer: Message, state: NetState) -> bool:
+    """Whether ``layer`` is part of the network in ``state``.
+
+    It is where one of its ``include`` rules is met or, without any, where no ``exclude`` rule is
+    (Net::FilterNet and Net::StateMeetsRule of Caffe's net.cpp).
     """
-    if layer.include:
-        return any(_met(rule, phase, state) for rule in layer.include)
-    return not any(_met(rule, phase, state) for rule in layer.exclude)
+
+    def met(rule: Message) -> bool:
+        return (
+            rule.string("phase", state.phase) == state.phase
+            and rule.integer("min_level", state.level) <= state.level
+            and rule.integer("max_level", state.level) >= state.level
+            and state.stages.issuperset(rule.strings("stage"))
+            and state.stages.isdisjoint(rule.strings("not_stage"))
+        )
+
+    include = layer.messages("include")
+    if include:
+        return any(map(met, include))
+    return not any(map(met, layer.messages("exclude")))
 
 
-def _met(rule: Any, phase: int, state: Any) -> bool:
-    stages = set(state.stage)
-    return (
-        (not rule.HasField("phase") or rule.phase == phase)
-        and (not rule.HasField("min_level") or state.level >= rule.min_level)
-        and (not rule.HasField("max_level") or state.level <= rule.max_level)
-        and stages.issuperset(rule.stage)
-        and stages.isdisjoint(rule.not_stage)
-    )
+def layers_in(net: Message, phase: str | None = None) -> list[Message]:
+    """The layers of ``net`` in ``phase``, or in its own state; all of them where neither is stated."""
+    state = state_of(net, phase)
+    layers = net.messages("layer")
+    return layers if state is None else [layer for layer in layers if included(layer, state)]
+
+
+def messages_in(net: Any, phase: str | None = None) -> list[Any]:
+    """As `layers_in`, for a NetParameter message: its LayerParameter messages."""
+    header = tree_of(net)
+    state = state_of(header, phase)
+    pairs = zip(net.layer, header.messages("layer"), strict=True)
+    return [layer for layer, tree in pairs if state is None or included(tree, state)]
+
+
+class Node(NamedTuple):
+    """A layer in the graph."""
+
+    name: str
+    type: str
+    bottoms: tuple[str, ...]
+    tops: tuple[str, ...]
+
+
+def nodes_of(layers: Iterable[Any]) -> list[Node]:
+    """The nodes of layers, which are trees or LayerParameter messages, in order."""
+    return [
+        Node(
+            layer.string("name"),
+            layer.string("type"),
+            tuple(layer.strings("bottom")),
+            tuple(layer.strings("top")),
+        )
+        if isinstance(layer, Message)
+        else Node(layer.name, layer.type, tuple(layer.bottom), tuple(layer.top))
+        for layer in layers
+    ]
+
+
+def readers(nodes: Sequence[Node], at: int) -> list[int]:
+    """The layers that read what layer ``at`` writes, up to the one that overwrites it."""
+    found: dict[int, None] = {}
+    for blob in nodes[at].tops:
+        for later in range(at + 1, len(nodes)):
+            if blob in nodes[later].bottoms:
+                found[later] = None
+            if blob in nodes[later].tops:
+                break
+    return sorted(found)
+
+
+def writer(nodes: Sequence[Node], before: int, blob: str) -> int | None:
+    """The last layer before layer ``before`` that writes ``blob``; None for an input of the network."""
+    return next((at for at in range(before - 1, -1, -1) if blob in nodes[at].tops), None)
+
+
+def scale_after(nodes: Sequence[Node], at: int) -> int | None:
+    """The Scale layer that alone reads the output of layer ``at``, a BatchNorm, and has no other input."""
+    found = readers(nodes, at)
+    if len(found) != 1 or nodes[found[0]].type != "Scale" or len(nodes[found[0]].bottoms) != 1:
+        return None
+    return found[0]
+
+
+def output_blobs(nodes: Sequence[Node], inputs: Iterable[str] = ()) -> list[str]:
+    """The blobs that no layer reads, in the order in which they are written."""
+    unread = dict.fromkeys(inputs)
+    for node in nodes:
+        for blob in node.bottoms:
+            unread.pop(blob, None)
+        unread.update(dict.fromkeys(node.tops))
+    return list(unread)
+
+
+def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
+    """The convolutions whose zeros count as sparsity: all but one whose output a softmax reads directly.
+
+    Caffe puts a Split layer between a blob and its several readers, and saves it in weight files.
+    """
+    return [
+        node.name for at, node in enumerate(nodes) if node.type == "Convolution" and not _scores(nodes, at)
+    ]
+
+
+def _scores(nodes: Sequence[Node], at: int) -> bool:
+    """Whether a softmax reads the output of layer ``at``, with nothing but Split layers in between."""
+    for reader in readers(nodes, at):
+        node = nodes[reader]
+        if node.type.startswith("Softmax") and node.bottoms[0] in nodes[at].tops:
+            return True
+        if node.type == "Split" and _scores(nodes, reader):
+            return True
+    return False

@@ -1,31 +1,38 @@
-"""A network's summary as a table for people, as CSV and as JSON."""
+"""A network layer by layer: output shapes, parameters, multiply-accumulates, and what zeros save of them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, TextIO
 
-from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import Column, Line, show_table
-from caffe_jacinto.netspec.blobs import expected_blobs
-from caffe_jacinto.netspec.shapes import (
-    CONVOLUTIONS,
-    DATA_LAYERS,
-    LayerCost,
-    LayerShapes,
-    layer_costs,
-    layer_shapes,
-)
-from caffe_jacinto.prototxt import tree
-from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_any_net
+from caffe_jacinto.netspec.graph import TEST
+from caffe_jacinto.netspec.layer_types import Shape, geometry, role_of
+from caffe_jacinto.netspec.shapes import LayerCost, LayerShapes, layer_costs, layer_shapes
+from caffe_jacinto.prototxt.tree import Message
+
+UNKNOWN = "-"
+COLUMNS = ("name", "type", "detail", "output", "parameters", "macs", "share")
+WITH_ZEROS = ("sparsity", "macs_left")
+_TITLES = {
+    "name": "Layer",
+    "type": "Type",
+    "detail": "",
+    "output": "Output",
+    "parameters": "Parameters",
+    "macs": "MACs",
+    "share": "Share",
+    "sparsity": "Sparsity",
+    "macs_left": "MACs left",
+}
+_WORDS = ("name", "type", "detail", "output")
 
 
 @dataclass(frozen=True)
@@ -37,22 +44,25 @@ class LayerRow:
     bottoms: tuple[str, ...]
     tops: tuple[str, ...]
     shape: tuple[int, ...] | None
-    """Of its first output, without the batch; None where the text does not say."""
+    """Of its first output, without the batch; None where the network does not determine it."""
 
     detail: str
-    """What sets it apart, in short: ``3x3, stride 2, group 4``."""
+    """What sets it apart, in short: ``3x3 stride 2 group 4``."""
 
     parameters: int
-    """Numbers in its blobs, batch-norm statistics among them."""
+    """Numbers in its blobs, batch-norm statistics included."""
 
     macs: int
     """Multiply-accumulates for one crop, of convolutions and inner products."""
 
     weights: int
-    """Of a convolution or inner product, without biases: what `zeros` are counted among; else 0."""
+    """Of a convolution or inner product, without biases; 0 for other layers."""
 
     zeros: int | None
     """Weights that are zero in the weight file; None without one."""
+
+    counted: bool
+    """Whether its zeros count as sparsity."""
 
     @property
     def macs_left(self) -> int | None:
@@ -82,147 +92,97 @@ class Summary:
         left = [row.macs_left for row in self.rows]
         return None if any(value is None for value in left) else sum(value or 0 for value in left)
 
+    @property
+    def sparsity(self) -> float | None:
+        """Zeros over weights of the convolutions that count; None without a weight file."""
+        if self.macs_left is None:
+            return None
+        counted = [row for row in self.rows if row.counted]
+        return sum(row.zeros or 0 for row in counted) / max(sum(row.weights for row in counted), 1)
 
-def summarize(text: str, where: str, dialect: Dialect | None = None, weights: Path | None = None) -> Summary:
-    """The summary of a deploy, train or val network.
 
-    ``where`` names the text in messages; ``dialect`` None: whichever the text is of. Of several phases in one
-    text the test phase counts. ``weights``: a weight file whose zeros are counted.
+def summarize(net: Message, where: str, zeros: Mapping[str, int] | None = None) -> Summary:
+    """The summary of a deploy, train or val network; without a phase of its own, of its test phase.
+
+    ``where`` names the network's file in messages; ``zeros`` are the weights that are zero, by layer.
 
     Raises:
-        UserError: the text is no network, a layer's cost does not follow from it, or the weights do not fit.
+        UserError: there are no layers, or the network does not determine the cost of one.
     """
-    message = parse_any_net(text, where, dialect)
-    net = tree.parse(text, where)
     if not net.messages("layer"):
         raise UserError(f"{where}: has no layers; give a network's prototxt, not a solver's")
-    if not net.message("state").has("phase"):
-        state = tree.Message()
-        state.fields.append(("phase", "TEST"))
-        net.fields.append(("state", state))
-    zeros = _zeros(weights, message) if weights is not None else None
-    costs = {cost.name: cost for cost in layer_costs(net)}
-    blobs = expected_blobs(message, test=True)
-    rows = tuple(_rows(layer_shapes(net), costs, blobs, zeros, where))
+    phase = net.message("state").string("phase", TEST)
+    costs = {cost.name: cost for cost in layer_costs(net, phase=phase)}
+    shaped = layer_shapes(net, phase=phase)
+    rows = tuple(_row(item, shaped, costs, zeros, where) for item in shaped)
     return Summary(net.string("name") or Path(where).stem, rows)
 
 
-def _rows(
+def _row(
+    item: LayerShapes,
     shaped: list[LayerShapes],
-    costs: dict[str, LayerCost],
-    blobs: dict[str, list[tuple[int | None, ...]]],
-    zeros: dict[str, int] | None,
+    costs: Mapping[str, LayerCost],
+    zeros: Mapping[str, int] | None,
     where: str,
-) -> Iterator[LayerRow]:
-    for item in shaped:
-        name = item.layer.string("name")
-        cost = costs.get(name)
-        if cost is not None and (cost.macs is None or cost.weights is None):
-            raise UserError(f"{where}: layer {name} ({item.kind}): {_why_unknown(shaped, item)}")
-        shape = item.tops[0] if item.tops else None
-        yield LayerRow(
-            name=name,
-            type=item.kind,
-            bottoms=tuple(item.layer.strings("bottom")),
-            tops=tuple(item.layer.strings("top")),
-            shape=shape[1:] if shape else None,
-            detail=_detail(item),
-            parameters=_parameters(blobs.get(name, []), cost),
-            macs=(cost.macs or 0) if cost else 0,
-            weights=(cost.weights or 0) if cost else 0,
-            zeros=zeros.get(name, 0) if zeros is not None else None,
-        )
+) -> LayerRow:
+    name = item.layer.string("name")
+    cost = costs.get(name)
+    if cost is not None and (cost.macs is None or cost.weights is None):
+        raise UserError(f"{where}: layer {name} ({item.kind}): {_why_unknown(shaped, item)}")
+    shape = item.tops[0] if item.tops else None
+    return LayerRow(
+        name=name,
+        type=item.kind,
+        bottoms=tuple(item.layer.strings("bottom")),
+        tops=tuple(item.layer.strings("top")),
+        shape=shape[1:] if shape else None,
+        detail=_detail(item),
+        parameters=sum(map(_size, item.blobs)),
+        macs=(cost.macs or 0) if cost else 0,
+        weights=(cost.weights or 0) if cost else 0,
+        zeros=zeros.get(name, 0) if zeros is not None else None,
+        counted=cost is not None and cost.counted,
+    )
 
 
-def _parameters(blobs: list[tuple[int | None, ...]], cost: LayerCost | None) -> int:
-    """Numbers in a layer's blobs; its weights as they are counted where their shape does not follow alone."""
-    sizes = [prod(dim or 1 for dim in dims) for dims in blobs]
-    if sizes and cost is not None and cost.weights is not None:
-        sizes[0] = cost.weights
-    return sum(sizes)
+def _size(shape: Shape) -> int:
+    return prod(dim or 1 for dim in shape)
 
 
 def _why_unknown(shaped: list[LayerShapes], item: LayerShapes) -> str:
-    """The layer before it from which on sizes are not known, and what to do."""
+    """The layer from which on sizes are not known, and what to do."""
     if item.bottoms and all(shape is not None for shape in item.bottoms):
-        if item.kind in (*CONVOLUTIONS, "InnerProduct"):
-            return f"does not fit its input, of the shape {item.bottoms[0]}; mend the one or the other"
-        return "its cost is not known here; only convolutions and inner products are counted"
+        if role_of(item.kind) in ("convolution", "inner product"):
+            return f"does not fit its input, of the shape {item.bottoms[0]}; correct one of them"
+        return "its cost is not known: only convolutions and inner products are counted"
     culprit = next(other for other in shaped if other is item or any(shape is None for shape in other.tops))
     name, kind = culprit.layer.string("name"), culprit.kind
-    if kind in DATA_LAYERS:
-        return f"the images' size does not follow from layer {name} ({kind}); give the deploy network"
+    if role_of(kind) == "data":
+        return f"layer {name} ({kind}) does not say the images' size; give the deploy network"
     if culprit is item:
         return "the size of its input is not known; give the deploy network, with its input's shape"
     return f"the size of its input is not known, since that of layer {name} ({kind}) is not"
 
 
 def _detail(item: LayerShapes) -> str:
-    """Kernel, stride, pad, group and dilation, where they are not 1 (or 0, for the pad)."""
-    field = {
-        "Convolution": "convolution_param",
-        "Deconvolution": "convolution_param",
-        "Pooling": "pooling_param",
-    }
-    if item.kind not in field:
+    """Pooling method, kernel, stride, dilation and group, where they are not 1."""
+    if role_of(item.kind) not in ("convolution", "pooling"):
         return ""
-    parameters = item.layer.message(field[item.kind])
-    parts = []
-    if item.kind == "Pooling":
-        parts.append(parameters.string("pool") or "MAX")
-    if parameters.flag("global_pooling"):
+    pooling = item.layer.message("pooling_param")
+    parts = [pooling.string("pool", "MAX")] if item.kind == "Pooling" else []
+    if pooling.flag("global_pooling"):
         return " ".join([*parts, "global"])
-    kernel = parameters.integers("kernel_size") or [
-        parameters.integer("kernel_h"),
-        parameters.integer("kernel_w"),
-    ]
-    parts.append("x".join(map(str, kernel * 2 if len(kernel) == 1 else kernel)))
-    for name in ("stride", "dilation", "group"):
-        value = parameters.integer(name, parameters.integer(f"{name}_h", 1))
+    shape = geometry(item.layer)
+    parts.append("x".join(map(str, shape.kernel)))
+    group = item.layer.message("convolution_param").integer("group", 1)
+    for name, value in (("stride", shape.stride[0]), ("dilation", shape.dilation[0]), ("group", group)):
         if value > 1:
             parts.append(f"{name} {value}")
     return " ".join(parts)
 
 
-def _zeros(weights: Path, message: Any) -> dict[str, int]:
-    """The zeros in the first blob of each layer of a weight file that fits the network.
-
-    One blob's numbers are in memory at a time.
-    """
-    import numpy as np
-
-    from caffe_jacinto.caffemodel.storage import blob_values, mapped, stored_layers
-
-    wrong = check_fit(weights, message)
-    if wrong:
-        raise UserError(f"{weights} does not fit the network: {wrong[0]}; give the prototxt of these weights")
-    with mapped(weights) as view:
-        found = {}
-        for layer in stored_layers(view, weights):
-            values = blob_values(view, layer.blobs[0])
-            found[layer.name] = values.size - int(np.count_nonzero(values))
-        return found
-
-
-UNKNOWN = "-"
-COLUMNS = ("name", "type", "detail", "output", "parameters", "macs", "share")
-WITH_ZEROS = ("sparsity", "macs_left")
-_TITLES = {
-    "name": "Layer",
-    "type": "Type",
-    "detail": "",
-    "output": "Output",
-    "parameters": "Parameters",
-    "macs": "MACs",
-    "share": "Share",
-    "sparsity": "Sparsity",
-    "macs_left": "MACs left",
-}
-_WORDS = ("name", "type", "detail", "output")
-
-
 def show(summary: Summary, out: TextIO) -> None:
-    """Write the table, in colour on a terminal; the layers without MACs in grey."""
+    """Write the table, in colour on a terminal; layers without MACs are dimmed."""
     totals = _totals(summary)
     names = _columns(summary)
     columns = [Column(_TITLES[name], name in _WORDS, totals.get(name, "")) for name in names]
@@ -247,7 +207,7 @@ def total_line(summary: Summary) -> str:
 
 
 def as_csv(summary: Summary) -> str:
-    """A line for each layer, then the totals, with plain numbers; what is not known is empty."""
+    """A line for each layer, then the totals, with plain numbers; unknown values are empty."""
     out = io.StringIO()
     columns = _columns(summary)
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
@@ -256,7 +216,7 @@ def as_csv(summary: Summary) -> str:
         figures = _figures(row, summary)
         writer.writerow({**figures, "output": "x".join(map(str, row.shape)) if row.shape else ""})
     total = {"name": "total", "parameters": summary.parameters, "macs": summary.macs, "share": 1}
-    writer.writerow({**total, "macs_left": summary.macs_left, "sparsity": _whole_sparsity(summary)})
+    writer.writerow({**total, "macs_left": summary.macs_left, "sparsity": summary.sparsity})
     return out.getvalue()
 
 
@@ -270,7 +230,7 @@ def as_json(summary: Summary) -> str:
         "gigamacs": summary.macs / 1e9,
     }
     if summary.macs_left is not None:
-        content |= {"macs_left": summary.macs_left, "sparsity": _whole_sparsity(summary)}
+        content |= {"macs_left": summary.macs_left, "sparsity": summary.sparsity}
     layers = []
     for row in summary.rows:
         figures = {name: value for name, value in _figures(row, summary).items() if name in columns}
@@ -320,13 +280,5 @@ def _totals(summary: Summary) -> dict[str, str]:
         "share": "100.0%",
     }
     if summary.macs_left is not None:
-        found |= {"sparsity": f"{_whole_sparsity(summary):.1%}", "macs_left": f"{summary.macs_left:,}"}
+        found |= {"sparsity": f"{summary.sparsity:.1%}", "macs_left": f"{summary.macs_left:,}"}
     return found
-
-
-def _whole_sparsity(summary: Summary) -> float | None:
-    """Zeros over weights of the convolutions, as everywhere; None without a weight file."""
-    if summary.macs_left is None:
-        return None
-    counted = [row for row in summary.rows if row.weights and row.type in CONVOLUTIONS]
-    return sum(row.zeros or 0 for row in counted) / max(sum(row.weights for row in counted), 1)

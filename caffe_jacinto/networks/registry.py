@@ -10,7 +10,6 @@ from importlib import import_module
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, InnerProduct, Layer, Network
-from caffe_jacinto.networks.sizes import check_crop
 
 NETWORKS = (
     "bvlc_alexnet",
@@ -48,7 +47,6 @@ def build_network(
         network = build(num_classes, crop_size, strides=strides)
     else:
         raise UserError(f"strides {','.join(map(str, strides))}: those of {name} are fixed; give none")
-    check_crop(network)
     return network
 
 

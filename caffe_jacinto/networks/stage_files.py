@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     LABEL_BLOB,
@@ -22,6 +23,7 @@ from caffe_jacinto.networks.layers import (
     Softmax,
 )
 from caffe_jacinto.networks.registry import build_network, for_finetuning
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
 from caffe_jacinto.prototxt.render import render
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
@@ -61,6 +63,7 @@ def stage_files(
     if dialect is Dialect.CAFFE_JACINTO:
         _check_the_fork_can_say(recipe, stage_name)
     network = network_of(recipe)
+    check_crop(network)
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
     data = partial(_data, network, mean_file=recipe.data.mean_file)
     train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
@@ -94,6 +97,25 @@ def network_of(recipe: Recipe) -> Network:
     settings = recipe.network
     network = build_network(settings.name, recipe.data.num_classes, settings.crop_size, settings.strides)
     return for_finetuning(network, settings.frozen, settings.head_lr_mult)
+
+
+LARGEST_CROP = 4096
+"""In pixels: up to here a crop is looked for that is large enough for a network."""
+
+
+def check_crop(network: Network) -> None:
+    """Raise UserError where the network's crop is so small that a layer would have no output."""
+    net = tree.parse(_deploy(network, Dialect.BVLC))
+    emptied = emptied_layer(net)
+    if emptied is None:
+        return
+    larger = range(network.crop_size + 1, LARGEST_CROP)
+    smallest = next((crop for crop in larger if emptied_layer(net, crop) is None), None)
+    hint = f"use a crop of at least {smallest}" if smallest else "give it smaller strides or kernels"
+    raise UserError(
+        f"{network.name} with a crop of {network.crop_size} pixels: nothing would be left of the image after "
+        f"{emptied}; {hint}"
+    )
 
 
 def write_stage_files(files: Mapping[str, str], folder: Path) -> None:

@@ -17,6 +17,16 @@ class Dialect(str, Enum):
     """The fork, on NVCaffe 0.16 and 0.17."""
 
 
+FORK_MIN_EPS = 1e-5
+"""The least ``eps`` of a batch norm in the fork (CUDNN_BN_MIN_EPSILON); it raises a smaller one to this."""
+
+
+def scale_name(batch_norm: str) -> str:
+    """The Scale layer that goes with a BatchNorm of stock Caffe: its last ``bn`` becomes ``scale``."""
+    start, found, end = batch_norm.rpartition("bn")
+    return f"{start}scale{end}" if found else f"{batch_norm}/scale"
+
+
 def file_batch(dialect: Dialect, effective_batch: int, iter_size: int, gpu_count: int) -> int:
     """What stands as ``batch_size`` in train.prototxt, in images.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,6 +89,40 @@ def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
 def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
     """A solver's prototxt as the dialect's SolverParameter; as `parse_net`."""
     return _parse(text, "SolverParameter", dialect, where)
+
+
+def dialect_of(message: Any) -> Dialect:
+    """The dialect whose schema ``message`` is of."""
+    name = str(message.DESCRIPTOR.full_name)
+    return next(dialect for dialect in Dialect if name.startswith(f"{PACKAGES[dialect]}."))
+
+
+def translated(layer: Any, to: Dialect) -> tuple[Any, list[str]]:
+    """A LayerParameter message in the schema of ``to``, and the fields that this schema lacks, as paths.
+
+    Fields are matched by name: their numbers collide between the dialects.
+
+    Raises:
+        UserError: a field of this name takes other values in ``to``, so the message is damaged.
+    """
+    target = messages(to).NetParameter().layer.add()
+    text = text_format.MessageToString(layer, as_utf8=True, print_unknown_fields=False)
+    try:
+        text_format.Parse(text, target, allow_unknown_field=True)
+    except text_format.ParseError:
+        raise UserError(f"layer {layer.name!r}: its settings are damaged; take another file") from None
+    return target, list(_unknown_fields(layer, target.DESCRIPTOR))
+
+
+def _unknown_fields(message: Any, known: Any, prefix: str = "") -> Iterator[str]:
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        if field.name not in known.fields_by_name:
+            yield path
+        elif field.message_type is not None:
+            inner = known.fields_by_name[field.name].message_type
+            for part in value if hasattr(value, "append") else [value]:
+                yield from _unknown_fields(part, inner, f"{path}.")
 
 
 def _parse(text: str, kind: str, dialect: Dialect, where: str) -> Any:

@@ -1,13 +1,146 @@
-"""Caffe 1.0's learning rate policies, for display: pycaffe need not tell the rate."""
+"""A solver.prototxt and the networks that it names, parsed; Caffe's learning rate policies.
+
+What an engine cannot carry out of them is that engine's own check.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import exp
+from pathlib import Path
 from typing import Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import looked_for, read_text
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+
+
+@dataclass(frozen=True)
+class TestNet:
+    """A network that tests what is trained."""
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    file: Path
+    definition: Any
+    """Its NetParameter message, with the state that it is tested in."""
+
+    batches: int
+    """Batches of one test."""
+
+
+@dataclass(frozen=True)
+class SolverFile:
+    """A solver and its networks."""
+
+    path: Path
+    dialect: Dialect
+    parameters: Any
+    """The SolverParameter message."""
+
+    train_file: Path
+    train_net: Any
+    """The training network's NetParameter message, with the state that it is trained in."""
+
+    tests: tuple[TestNet, ...]
+
+    def rate(self, iteration: int) -> float:
+        """The learning rate of an iteration."""
+        return learning_rate(self.parameters, iteration)
+
+    def current_step(self, iteration: int) -> int:
+        """How often the learning rate has stepped: a number in Caffe's solver state."""
+        fields = self.parameters
+        if fields.lr_policy == "multistep":
+            return sum(iteration >= value for value in fields.stepvalue)
+        return iteration // fields.stepsize if fields.lr_policy == "step" else 0
+
+    def snapshot(self, iteration: int, extension: str) -> Path:
+        """The file of a snapshot of ``iteration``."""
+        return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}")
+
+    def frozen_layers(self) -> frozenset[str]:
+        """The layers of the training network that training leaves as they are."""
+        return frozenset(layer.name for layer in self.train_net.layer if is_frozen(layer))
+
+
+def read_solver(path: Path, dialect: Dialect, texts: Mapping[str, str] | None = None) -> SolverFile:
+    """Parse the solver ``path`` and the networks that it names.
+
+    ``texts`` are files that are not written yet, by path.
+
+    Raises:
+        UserError: a file cannot be read or parsed, or the solver does not name its networks as files.
+    """
+    texts = texts or {}
+
+    def text_of(file: Path) -> str:
+        return texts[str(file)] if str(file) in texts else read_text(file)
+
+    def net(file: str, phase: int, state: Any) -> Any:
+        return parse_net_in(text_of(Path(file)), dialect, file, phase, state)
+
+    parameters = parse_solver(text_of(path), dialect, str(path))
+    train_file = parameters.train_net or parameters.net
+    if not train_file or parameters.test_net_param or parameters.HasField("train_net_param"):
+        raise UserError(f"{path}: name the networks as files, by train_net and test_net, or net")
+    files = list(parameters.test_net) or [parameters.net] * len(parameters.test_iter)
+    if len(parameters.test_iter) != len(files):
+        raise UserError(
+            f"{path}: {len(files)} of test_net and {len(parameters.test_iter)} of test_iter; "
+            "give each test network its number of batches"
+        )
+    states = list(parameters.test_state) or [None] * len(files)
+    if len(states) != len(files):
+        raise UserError(f"{path}: {len(states)} of test_state for {len(files)} test networks; give each one")
+    tests = tuple(
+        TestNet(Path(file), net(file, TEST, state), batches)
+        for file, batches, state in zip(files, parameters.test_iter, states, strict=True)
+    )
+    train_state = parameters.train_state if parameters.HasField("train_state") else None
+    return SolverFile(path, dialect, parameters, Path(train_file), net(train_file, TRAIN, train_state), tests)
+
+
+TRAIN, TEST = 0, 1
+"""caffe.Phase, as both schemas number it."""
+
+
+def parse_net_in(text: str, dialect: Dialect, where: str, phase: int, state: Any = None) -> Any:
+    """The NetParameter of a prototxt, its state that of ``phase`` with what ``state`` adds.
+
+    Raises:
+        UserError: it cannot be parsed.
+    """
+    net = parse_net(text, dialect, where)
+    if state is not None:
+        net.state.MergeFrom(state)
+    net.state.phase = phase
+    return net
+
+
+def check_snapshot_folder(solver: SolverFile) -> None:
+    """Raise UserError unless the folder exists that the solver's snapshots go to."""
+    prefix = solver.parameters.snapshot_prefix
+    folder = Path(prefix).parent
+    if not prefix or not folder.is_dir():
+        raise UserError(
+            f"{solver.path}: snapshot_prefix {prefix!r}: its folder is missing{looked_for(folder)}; "
+            "make it first"
+        )
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether training leaves a layer as it is: its learning rates are 0, or its statistics are fixed."""
+    if layer.type == "BatchNorm":
+        # In stock Caffe its blobs are statistics, whose learning rates are always 0.
+        return bool(layer.batch_norm_param.use_global_stats)
+    return bool(layer.param) and all(parameter.lr_mult == 0 for parameter in layer.param)
 
 
 def learning_rate(solver: Any, iteration: int) -> float:
-    """The rate of ``iteration``'s update; ``solver`` is a SolverParameter message.
+    """The learning rate of the update of ``iteration``; ``solver`` is a SolverParameter message.
 
     Formulas: SolverParameter.lr_policy in Caffe's schema. NaN for a policy that Caffe 1.0 does not have.
     """
@@ -27,6 +160,6 @@ def learning_rate(solver: Any, iteration: int) -> float:
         return float(base * (1 - iteration / solver.max_iter) ** solver.power)
     if policy == "sigmoid":
         exponent = gamma * (iteration - solver.stepsize)
-        small = exp(-abs(exponent))  # the other sign's power may be too large for a float
+        small = exp(-abs(exponent))  # exp of the other sign could overflow
         return float(base * (1 if exponent > 0 else small) / (1 + small))
     return float("nan")

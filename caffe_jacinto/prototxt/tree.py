@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from caffe_jacinto.common.errors import UserError
 
@@ -55,6 +55,11 @@ class Message:
         found = self.strings(name)
         return found[-1] if found else default
 
+    def number(self, name: str, default: float = 0.0) -> float:
+        """The last number of ``name``."""
+        found = [v for v in self.all(name) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        return float(found[-1]) if found else default
+
     def integers(self, name: str) -> list[int]:
         """Every value of ``name`` that is a whole number."""
         return [value for value in self.all(name) if isinstance(value, int) and not isinstance(value, bool)]
@@ -77,6 +82,20 @@ class Message:
     def has(self, name: str) -> bool:
         """Whether the field ``name`` stands in the text."""
         return any(field == name for field, _ in self.fields)
+
+
+def tree_of(message: Any) -> Message:
+    """A protobuf message as a tree: fields that are set, enumerators by their names."""
+    tree = Message()
+    for field, value in message.ListFields():
+        for item in value if hasattr(value, "append") else [value]:  # repeated fields are lists
+            if field.message_type is not None:
+                item = tree_of(item)
+            elif field.enum_type is not None:
+                known = field.enum_type.values_by_number.get(item)
+                item = item if known is None else known.name
+            tree.fields.append((field.name, item))
+    return tree
 
 
 def parse(text: str, where: str = "prototxt") -> Message:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
 from caffe_jacinto.caffemodel.storage import blob_values, mapped, stored_layers
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX, By, prune
 
@@ -29,6 +31,27 @@ class LayerSparsity:
 def total_sparsity(layers: list[LayerSparsity]) -> float:
     """Zeros over weights of all ``layers``; 0 without any."""
     return sum(layer.zeros for layer in layers) / max(sum(layer.weights for layer in layers), 1)
+
+
+def layer_zeros(weights: Path, net: Any) -> dict[str, int]:
+    """The zeros in the first blob of each layer of a weight file that fits ``net``, a NetParameter message.
+
+    One blob's numbers are in memory at a time.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not fit the network.
+    """
+    import numpy as np
+
+    wrong = check_fit(weights, net)
+    if wrong:
+        raise UserError(f"{weights} does not fit the network: {wrong[0]}; give the prototxt of these weights")
+    with mapped(weights) as view:
+        found = {}
+        for layer in stored_layers(view, weights):
+            values = blob_values(view, layer.blobs[0])
+            found[layer.name] = values.size - int(np.count_nonzero(values))
+        return found
 
 
 def convolution_names(net: Any) -> list[str]:

@@ -190,10 +190,11 @@ def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: 
 
 def _weight_count(deploy: str, dialect: Dialect) -> int:
     """Numbers in a weight file of the network."""
-    from caffe_jacinto.netspec.blobs import expected_blobs
+    from caffe_jacinto.netspec.graph import TEST
+    from caffe_jacinto.netspec.shapes import blob_shapes
     from caffe_jacinto.prototxt.schema import parse_net
 
-    blobs = expected_blobs(parse_net(deploy, dialect, "deploy.prototxt"), test=True)
+    blobs = blob_shapes(parse_net(deploy, dialect, "deploy.prototxt"), TEST)
     return sum(math.prod(dim or 1 for dim in shape) for shapes in blobs.values() for shape in shapes)
 
 

@@ -19,9 +19,9 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
 from caffe_jacinto.data.mean import read_mean
-from caffe_jacinto.engines.pytorch.layer_setup import Shape
+from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
-from caffe_jacinto.netspec.graph import is_in
+from caffe_jacinto.netspec.graph import messages_in
 
 _WAIT_SECONDS = 2.0
 """Between two looks at whether the other side still lives."""
@@ -271,7 +271,7 @@ class Inputs:
             UserError: an LMDB or mean file that is missing or damaged, or images that do not fit.
         """
         self._device = device
-        layers = [layer for layer in definition.layer if is_in(layer, phase, definition.state)]
+        layers = messages_in(definition, PHASE_NAMES[phase])
         self.shapes: dict[str, Shape] = {}
         """Of the tops of Data layers."""
 
@@ -353,8 +353,8 @@ def share_batches(definition: Any, phase: int, ranks: int) -> list[str]:
     Returns what has to be said of batches that do not divide.
     """
     notes = []
-    for layer in definition.layer:
-        if layer.type != "Data" or not is_in(layer, phase, definition.state):
+    for layer in messages_in(definition, PHASE_NAMES[phase]):
+        if layer.type != "Data":
             continue
         whole = layer.data_param.batch_size
         share = -(-whole // ranks)

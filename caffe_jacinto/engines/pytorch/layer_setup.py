@@ -111,6 +111,8 @@ memory."""
 TRAIN, TEST = 0, 1
 """caffe.Phase."""
 
+PHASE_NAMES = ("TRAIN", "TEST")
+
 NO_EFFECT = frozenset({"engine", "cudnn_convolution_algo_seeker", "conv_algos_override", "force_nd_im2col"})
 """Fields of layers' parameters that say how to compute and not what."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
 from caffe_jacinto.engines.pytorch.layer_setup import TRAIN, Forward, LayerSetup, Shape, fill
 from caffe_jacinto.engines.pytorch.loss import accuracy, softmax_with_loss
-from caffe_jacinto.netspec.blobs import height_width
+from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.prototxt.tree import tree_of
 
 Pair = tuple[int, int]
 
@@ -42,8 +43,7 @@ def pooling(layer: LayerSetup) -> Forward:
         if largest:
             return lambda images: F.max_pool2d(images, size)
         return lambda images: images.mean((2, 3), keepdim=True)
-    kernel, stride = height_width(fields, "kernel_size", 0), height_width(fields, "stride", 1)
-    pad = height_width(fields, "pad", 0)
+    kernel, stride, pad, _ = geometry(tree_of(layer.message))
     if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
         layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
     up = getattr(fields, "round_mode", 0) == 0
@@ -87,7 +87,13 @@ def _edges(size: int, kernel: int, stride: int, pad: int, pooled: int) -> tuple[
     return pad, (pooled - 1) * stride + kernel - size - pad
 
 
-def _areas(size: tuple[int, ...], kernel: Pair, stride: Pair, pad: Pair, pooled: tuple[int, ...]) -> Tensor:
+def _areas(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    pad: tuple[int, ...],
+    pooled: tuple[int, ...],
+) -> Tensor:
     """What each window's sum is divided by: its pixels, those of the padding too, but none beyond it."""
     spans = []
     for i in (0, 1):
@@ -109,8 +115,7 @@ def convolution(layer: LayerSetup) -> Forward:
     (shape,) = layer.bottoms
     if len(shape) != 4 or layer.axis(fields.axis) != 1:
         layer.refuse("convolves batch x channels x height x width only (axis 1)")
-    kernel, stride = height_width(fields, "kernel_size", 0), height_width(fields, "stride", 1)
-    pad, dilation = height_width(fields, "pad", 0), _dilation(layer)
+    kernel, stride, pad, dilation = geometry(tree_of(layer.message))
     outputs, group = fields.num_output, fields.group
     if min(*kernel, *stride, *dilation, outputs, group) < 1 or shape[1] % group or outputs % group:
         layer.refuse(
@@ -127,11 +132,6 @@ def convolution(layer: LayerSetup) -> Forward:
     weights = layer.blob((outputs, shape[1] // group, *kernel), fields.weight_filler)
     bias = layer.blob((outputs,), fields.bias_filler) if fields.bias_term else None
     return lambda images: F.conv2d(images, weights, bias, stride, pad, dilation, group)
-
-
-def _dilation(layer: LayerSetup) -> PAIR:
-    values = list(layer.message.convolution_param.dilation) or [1]
-    return values[0], values[-1]
 
 
 def inner_product(layer: LayerSetup) -> Forward:

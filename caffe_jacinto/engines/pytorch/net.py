@@ -11,9 +11,17 @@ from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.batch_norm import fused_batch_norm
-from caffe_jacinto.engines.pytorch.layer_setup import TEST, TRAIN, Blob, Forward, LayerSetup, Shape
+from caffe_jacinto.engines.pytorch.layer_setup import (
+    PHASE_NAMES,
+    TEST,
+    TRAIN,
+    Blob,
+    Forward,
+    LayerSetup,
+    Shape,
+)
 from caffe_jacinto.engines.pytorch.layers import LAYERS
-from caffe_jacinto.netspec.graph import is_in
+from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
 
 FED = ("Data", "Input")
@@ -123,7 +131,7 @@ class Net:
         self.steps: list[_Step] = []
         _check_fields(definition, where)
         self._declare_inputs(definition)
-        self.layers = [layer for layer in definition.layer if is_in(layer, phase, definition.state)]
+        self.layers = messages_in(definition, PHASE_NAMES[phase])
         self._build(data_shapes or {})
         self.output_names = self._outputs()
         self._find_last_uses()
