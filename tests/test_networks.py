@@ -18,11 +18,13 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.netspec import shapes as complexity
 from caffe_jacinto.networks import registry
-from caffe_jacinto.networks.layers import BatchNorm, Convolution, MaxPooling, Network, ReLU
+from caffe_jacinto.networks.layers import BatchNorm, Convolution, MaxPooling, Network, Other, ReLU
 from caffe_jacinto.networks.registry import build_network
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.render import Name, render
+from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
 
 STRIDES = (2, 2, 2, 2, 2)
@@ -61,6 +63,21 @@ def test_every_blob_is_made_before_it_is_read_and_names_are_unique(name: str) ->
     names = [layer.name for layer in (*network.layers, *network.outputs)]
     names += [layer.scale_name for layer in network.layers if isinstance(layer, BatchNorm)]
     assert len(set(names)) == len(names)
+
+
+def test_a_layer_of_any_type_is_written_with_its_fields() -> None:
+    layers = (
+        Other("swish", ("data",), "data", "Swish", {"swish_param": {"beta": 1.5}}),
+        Other("mean", ("data",), "mean", "Reduction", {"reduction_param": {"operation": Name("MEAN")}}),
+    )
+    text = render("net.j2", name="any", layers=layers, dialect="bvlc", input_shape=())
+    swish, mean = parse_net(text, Dialect.BVLC, "net").layer
+    assert (swish.type, swish.swish_param.beta, list(swish.top)) == ("Swish", 1.5, ["data"])
+    assert (mean.type, mean.reduction_param.operation) == ("Reduction", 4)
+    with pytest.raises(UserError, match="is not the name of a field"):
+        render(
+            "net.j2", name="x", layers=(Other("x", (), "x", "X", {"a b": 1}),), dialect="bvlc", input_shape=()
+        )
 
 
 def test_every_convolution_of_jacintonet11_is_normalised() -> None:

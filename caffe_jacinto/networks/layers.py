@@ -1,4 +1,4 @@
-"""Layers as plain data, the same for every dialect; the templates know how each is written.
+"""Layers as plain data, the same for every dialect; templates/prototxt/layers.j2 writes them as text.
 
 Every layer has a name, the blobs that it reads (``bottoms``) and the blob that it writes (``top``). A layer
 whose top is its bottom works in place. Images are batch x channels x height x width.
@@ -6,7 +6,11 @@ whose top is its bottom works in place. Images are batch x channels x height x w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from caffe_jacinto.prototxt.dialects import scale_name
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shift(Layer):
-    """Add a constant to every value; nothing is learnt."""
+    """Add a constant to every value; it is not trained."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Filler:
-    """How weights or biases begin: Caffe's FillerParameter, of which only what is given is written."""
+    """Initial values of weights or biases: Caffe's FillerParameter; only what is given is written."""
 
     type: str
     value: float | None = None
     std: float | None = None
     fan_out: bool = False
-    """For "msra": count a weight's outputs, not its inputs."""
+    """For "msra": the variance follows from the outputs of a weight, not from its inputs."""
 
 
 MSRA = Filler("msra")
@@ -55,7 +59,7 @@ ZERO = Filler("constant", value=0)
 class Convolution(Layer):
     """Square kernels in ``group`` groups, and a bias for each output; sizes in pixels.
 
-    Biases learn twice as fast as weights.
+    The learning rate of biases is twice that of weights.
     """
 
     outputs: int
@@ -67,15 +71,15 @@ class Convolution(Layer):
     weight_filler: Filler | None = MSRA
     bias_filler: Filler | None = ZERO
     bias_decay: float = 0.0
-    """Of the biases' weight decay, as a multiple of the weights'."""
+    """Weight decay of the biases, as a multiple of the weights'."""
 
     lr_mult: float = 1.0
-    """How many times as fast as published the layer learns; 0: neither learns nor decays."""
+    """Learning rate as a multiple of the published one; 0 freezes the layer, weight decay included."""
 
 
 @dataclass(frozen=True)
 class BatchNorm(Layer):
-    """Normalise each channel, then scale and shift it by two learnt values."""
+    """Normalize each channel, then scale and shift it by two trained values."""
 
     moving_average_fraction: float = 0.999
     eps: float = 1e-5
@@ -83,13 +87,12 @@ class BatchNorm(Layer):
     """Learning rate of the shift, as a multiple of the scale's. The fork always takes 1, and decays both."""
 
     lr_mult: float = 1.0
-    """How many times as fast as published scale and shift learn; 0: these and the statistics stay."""
+    """Learning rate as a multiple of the published one; 0 freezes scale, shift and statistics."""
 
     @property
     def scale_name(self) -> str:
-        """Of the layer that scales and shifts, where that is one of its own: its ``bn`` becomes ``scale``."""
-        start, found, end = self.name.rpartition("bn")
-        return f"{start}scale{end}" if found else f"{self.name}/scale"
+        """The name of stock Caffe's layer that scales and shifts."""
+        return scale_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -136,16 +139,16 @@ class GlobalAveragePooling(Layer):
 
 @dataclass(frozen=True)
 class InnerProduct(Layer):
-    """Every input to every output, with a bias for each that learns twice as fast: batch x outputs."""
+    """A fully connected layer: batch x outputs. The learning rate of biases is twice that of weights."""
 
     outputs: int
     weight_filler: Filler | None = MSRA
     bias_filler: Filler | None = ZERO
     bias_decay: float = 0.0
-    """Of the biases' weight decay, as a multiple of the weights'."""
+    """Weight decay of the biases, as a multiple of the weights'."""
 
     lr_mult: float = 1.0
-    """How many times as fast as published the layer learns; 0: neither learns nor decays."""
+    """Learning rate as a multiple of the published one; 0 freezes the layer, weight decay included."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class SoftmaxWithLoss(Layer):
     """The loss: cross-entropy of the softmax of the scores against the labels, averaged over the batch."""
 
     propagate_down: tuple[bool, ...] = ()
-    """Whether gradients flow to each bottom; Caffe finds out where nothing is said."""
+    """Whether gradients flow to each bottom; empty leaves that to Caffe."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class Softmax(Layer):
 
 @dataclass(frozen=True)
 class Data(Layer):
-    """Batches of images and labels from an LMDB; crops lie anywhere in training, else in the middle."""
+    """Batches of images and labels from an LMDB; crops are random in training, central in testing."""
 
     source: str
     """The LMDB's folder."""
@@ -186,7 +189,18 @@ class Data(Layer):
     """Subtracted from every pixel, one for each channel."""
 
     mean_file: str | None = None
-    """A .binaryproto with the image that is subtracted from every one before the crop."""
+    """A .binaryproto with the mean image, which is subtracted before the crop."""
+
+
+@dataclass(frozen=True)
+class Other(Layer):
+    """A layer of any type of Caffe's that has no class here, in the same words in both dialects."""
+
+    type: str
+    """LayerParameter.type, like ``Swish``."""
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the layer by name: numbers, texts, flags, `Name` for enumerators, mappings for messages."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +208,7 @@ class Network:
     """A classifier from the image to its class scores, and how it is trained and tested; no text."""
 
     name: str
-    """As the registry has it."""
+    """Its name in the registry."""
 
     channels: int
     """Of the input, whose blob is called ``data``."""
@@ -219,13 +233,13 @@ class Network:
     """Subtracted from the image's channels, unless a mean image is."""
 
     mean_image: bool = False
-    """Whether the network is published with a mean image, which the data set has to give."""
+    """Whether the network needs the data set's mean image."""
 
     deploy_batch: int = 1
     """Images in the deploy prototxt's input."""
 
     deploy_fillers: bool = True
-    """Whether the deploy prototxt says how weights would begin, which means nothing there."""
+    """Whether the deploy prototxt holds fillers, which have no effect there."""
 
     @property
     def scores(self) -> str:
@@ -234,7 +248,7 @@ class Network:
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether there are statistics that can lag behind the weights."""
+        """Whether there are running statistics, which can lag behind the weights."""
         return any(isinstance(layer, BatchNorm) for layer in self.layers)
 
 
@@ -243,7 +257,7 @@ LABEL_BLOB = "label"
 
 
 def loss_and_accuracies(scores: str, num_classes: int) -> tuple[Layer, ...]:
-    """Loss, top-1 and top-5; Caffe refuses a top 5 of fewer classes, which would be 100 % anyway."""
+    """Loss, top-1 and top-5; Caffe refuses a top-5 of fewer than 5 classes."""
     read = (scores, LABEL_BLOB)
     accuracies = [
         Accuracy(f"accuracy/top{k}", read, f"accuracy/top{k}", k) for k in (1, 5) if k <= num_classes

@@ -1,14 +1,17 @@
-"""The networks that can be built, by name; a new one is a file beside this one, and one line here."""
+"""The networks that can be built, by name, and what fine-tuning changes in them.
+
+Adding a network takes one file beside this one and one entry in `NETWORKS`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import import_module
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, InnerProduct, Layer, Network
 
 NETWORKS = (
@@ -16,42 +19,39 @@ NETWORKS = (
     "jacintonet11",
     "resnet10",
 )
-"""Each is a file and the function in it of the same name, which is called with the number of classes and the
-crop's size in pixels; one with a third parameter ``strides`` can be given those, too."""
+"""Each is a module with a function of the same name: from the number of classes and the crop size in pixels
+to a `Network`. A third parameter ``strides`` is optional."""
 
 PUBLISHED_WITH_THE_FORK = ("jacintonet11",)
-"""The networks that were published with caffe-jacinto; the others come from stock Caffe."""
+"""Networks published with caffe-jacinto; the others were published with stock Caffe."""
+
+WITH_WEIGHTS = (Convolution, InnerProduct, BatchNorm)
 
 
 def build_network(
     name: str, num_classes: int, crop_size: int, strides: tuple[int, ...] | None = None
 ) -> Network:
-    """The network ``name``, with its published strides where none are given.
+    """The network ``name``; without ``strides``, with its published ones.
 
     Raises:
         UserError: no such network, or it cannot be built with these parameters.
     """
     if name not in NETWORKS:
-        nearest = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"{name}: no such network; {hint}known: {', '.join(NETWORKS)}")
+        raise UserError(f"{name}: no such network; {did_you_mean(name, NETWORKS)}")
     if num_classes < 2 or crop_size < 1:
         raise UserError(
             f"{name} with {num_classes} classes and a crop of {crop_size} pixels cannot be built; "
             "give at least 2 classes and 1 pixel"
         )
-    build = _builder(name)
     if strides is None:
-        network = build(num_classes, crop_size)
-    elif takes_strides(name):
-        network = build(num_classes, crop_size, strides=strides)
-    else:
+        return _builder(name)(num_classes, crop_size)
+    if not takes_strides(name):
         raise UserError(f"strides {','.join(map(str, strides))}: those of {name} are fixed; give none")
-    return network
+    return _builder(name)(num_classes, crop_size, strides=strides)
 
 
 def takes_strides(name: str) -> bool:
-    """Whether the network ``name`` leaves its strides open."""
+    """Whether the strides of network ``name`` can be chosen."""
     return "strides" in inspect.signature(_builder(name)).parameters
 
 
@@ -60,15 +60,11 @@ def _builder(name: str) -> Callable[..., Network]:
     return build
 
 
-WITH_WEIGHTS = (Convolution, InnerProduct, BatchNorm)
-
-
 def for_finetuning(network: Network, frozen: Iterable[str], head_lr_mult: float) -> Network:
-    """``network`` with learning rates of zero in the ``frozen`` layers, and of ``head_lr_mult`` times the
-    published ones in its head.
+    """``network`` with ``frozen`` layers, and the learning rate of its head times ``head_lr_mult``.
 
     Raises:
-        UserError: a frozen layer is none of the network's, or nothing would be left to learn.
+        UserError: the network has no such layer, or nothing would be left to train.
     """
     still = with_batch_norms(network, frozen, "network.frozen")
     head = [layer.name for layer in network.layers if isinstance(layer, (Convolution, InnerProduct))][-1]
@@ -78,7 +74,7 @@ def for_finetuning(network: Network, frozen: Iterable[str], head_lr_mult: float)
             "remove one of them"
         )
     if still.issuperset(layer.name for layer in _layers_with_weights(network)):
-        raise UserError("network.frozen: these are all layers, so that nothing would learn; leave some out")
+        raise UserError("network.frozen names all layers, so nothing would be trained; leave some out")
     multipliers = {head: head_lr_mult, **dict.fromkeys(still, 0.0)}
     return replace(
         network, layers=tuple(_learning(layer, multipliers.get(layer.name, 1.0)) for layer in network.layers)
@@ -88,7 +84,7 @@ def for_finetuning(network: Network, frozen: Iterable[str], head_lr_mult: float)
 def with_batch_norms(network: Network, names: Iterable[str], key: str) -> frozenset[str]:
     """The layers ``names`` of ``network``, and the batch norms of the convolutions among them.
 
-    ``key`` says where the names are from.
+    ``key`` is the recipe's key that the names come from.
 
     Raises:
         UserError: there is no such layer, or it has no weights.
@@ -103,7 +99,7 @@ def with_batch_norms(network: Network, names: Iterable[str], key: str) -> frozen
 
 
 def stored_names(network: Network, names: Iterable[str]) -> frozenset[str]:
-    """Under which names a weight file of either dialect can hold the layers ``names``."""
+    """The names under which a weight file of either dialect holds the layers ``names``."""
     chosen = set(names)
     scales = {
         layer.scale_name for layer in network.layers if isinstance(layer, BatchNorm) and layer.name in chosen
@@ -112,7 +108,7 @@ def stored_names(network: Network, names: Iterable[str]) -> frozenset[str]:
 
 
 def layers_to_name(network: Network, stored: Iterable[str]) -> list[str]:
-    """The layers to name so that `stored_names` of them, with their batch norms, covers ``stored``."""
+    """The fewest layers whose `stored_names`, with their batch norms, cover ``stored``."""
     missing = set(stored)
     named = []
     for layer in _layers_with_weights(network):
@@ -136,17 +132,15 @@ def _layers_with_weights(network: Network) -> list[Layer]:
 def _layer(network: Network, name: str, key: str) -> Layer:
     known = {layer.name: layer for layer in _layers_with_weights(network)}
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise UserError(
-            f"{key}: {name}: no layer with weights of the network {network.name}; {hint}"
-            f"known: {', '.join(known)}"
+            f"{key}: {name} is not a layer with weights of the network {network.name}; "
+            f"{did_you_mean(name, known)}"
         )
     return known[name]
 
 
 def _batch_norms_of(network: Network, convolution: Convolution) -> list[BatchNorm]:
-    """The batch norm that is the first to read what ``convolution`` writes, if one is."""
+    """The batch norm that reads the output of ``convolution`` first, if there is one."""
     after = network.layers[network.layers.index(convolution) + 1 :]
     reader = next((layer for layer in after if convolution.top in layer.bottoms), None)
     return [reader] if isinstance(reader, BatchNorm) else []

@@ -1,7 +1,6 @@
-"""Jinja templates to prototxt text: each value that a template prints is written as protobuf text of its
-type.
+"""Jinja templates to prototxt text: each value that a template prints becomes protobuf text of its type.
 
-A text becomes a quoted string, whatever it holds; a template cannot print a value unescaped.
+A string is always quoted and escaped; a template cannot print a value as it stands, except a `Name`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def render(template: str, **values: Any) -> str:
     """The text of ``templates/prototxt/<template>`` with ``values``.
 
     Raises:
-        UserError: a text among the values is not Unicode, or a number is no float32.
+        UserError: a string is not Unicode, or a number is not a float32.
         jinja2.UndefinedError: the template asks for what was not given.
     """
     text = _environment().get_template(template).render(values)
@@ -74,6 +73,10 @@ def number(value: float) -> str:
     return f"{single:.9g}"
 
 
+class Name(str):
+    """The name of a field or enumerator, which is printed without quotes."""
+
+
 def _printed(value: Any) -> Any:
     if isinstance(value, (Markup, Undefined)):  # a macro's own output; StrictUndefined raises when printed
         return value
@@ -83,6 +86,10 @@ def _printed(value: Any) -> Any:
         return str(value)
     if isinstance(value, float):
         return number(value)
+    if isinstance(value, Name):
+        if not value.isidentifier():
+            raise UserError(f"{value!r} is not the name of a field or enumerator")
+        return Markup(value)
     if isinstance(value, str):
         return Markup(quote(value))
     raise TypeError(f"a prototxt template prints {value!r}")
@@ -90,13 +97,15 @@ def _printed(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(template_folder() / "prototxt"),
         undefined=StrictUndefined,
-        # Marks what macros return as finished text, so that `finalize` leaves it alone.
+        # Macros return marked text, which `finalize` leaves as it is.
         autoescape=True,
         finalize=_printed,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["field"] = Name
+    return environment
