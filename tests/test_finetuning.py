@@ -44,8 +44,8 @@ def test_frozen_layers_and_the_head_have_their_own_learning_rates() -> None:
 @pytest.mark.parametrize(
     ("frozen", "says"),
     [
-        (["convla"], "network.frozen: convla: no layer with weights .* did you mean conv1a"),
-        (["pool1"], "pool1: no layer with weights"),
+        (["convla"], "network.frozen: convla is not a layer with weights .* did you mean conv1a"),
+        (["pool1"], "pool1 is not a layer with weights"),
         (["fc10"], "fc10 is the head"),
     ],
 )
@@ -56,7 +56,7 @@ def test_what_cannot_be_frozen(frozen: list[str], says: str) -> None:
 
 def test_a_network_of_which_nothing_learns_is_refused() -> None:
     names = [layer.name for layer in NETWORK.layers if isinstance(layer, (Convolution, InnerProduct))]
-    with pytest.raises(UserError, match="nothing would learn"):
+    with pytest.raises(UserError, match="nothing would be trained"):
         for_finetuning(NETWORK, names, 1)
     for_finetuning(NETWORK, names[:-1], 1)
 
@@ -292,8 +292,11 @@ def test_a_layer_of_another_shape_is_an_error_until_the_recipe_names_it(trainer:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"network__frozen": '["fc12"]'}, "network.frozen: fc12: no layer with weights"),
-        ({"stages__finetune__reinit": '["conv1z"]'}, "stages.finetune.reinit: conv1z: no layer with weights"),
+        ({"network__frozen": '["fc12"]'}, "network.frozen: fc12 is not a layer"),
+        (
+            {"stages__finetune__reinit": '["conv1z"]'},
+            "stages.finetune.reinit: conv1z is not a layer",
+        ),
         ({"stages__finetune__weights": "nowhere.caffemodel"}, "no start weights at nowhere.caffemodel"),
         (
             {"stages__finetune__weights": "headless.caffemodel", "network__frozen": '["res5a_branch2b"]'},

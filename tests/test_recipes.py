@@ -107,7 +107,7 @@ def test_overrides_are_toml_values_and_a_bare_word_is_text() -> None:
         ("strides = [1, 2", "strides = [1, 'x'", ["network.strides[1]", "whole number"]),
         ('start = "l1reg"', 'start = "l2reg"', ["stages.sparse.start", "l2reg", "initial, l1reg"]),
         ('start = "initial"', 'start = "finetune"', ["stages.l1reg.start", "no earlier stage"]),
-        ('dataset = "digits"', 'dataset = "../digits"', ["data.dataset", "file name"]),
+        ('dataset = "digits"', 'dataset = "../digits"', ["data.dataset", "cannot name a file"]),
         ('regularization = "L2"', 'regularization = "L3"', ["regularization", "L1, L2"]),
         ("target = 0.8", "target = 80", ["stages.sparse.sparse.target", "less than 1"]),
         ("start_iter = 10", "start_iter = 300", ["stages.sparse.sparse.start_iter", "max_iter 300"]),
@@ -169,7 +169,7 @@ def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000 + "]" * 5000])
 def test_a_value_beyond_the_toml_parser_is_a_mistake_too(tmp_path: Path, value: str) -> None:
     path = changed(tmp_path, "max_iter = 200", f"max_iter = {value}")
-    assert message_of(path).startswith(f"{path}: a value that no recipe has: ")
+    assert message_of(path).startswith(f"{path}: a value that a recipe cannot have: ")
     assert "give a whole number" in message_of("demo_digits", f"stages.initial.solver.max_iter={value}")
 
 

@@ -1,4 +1,4 @@
-"""The two dialects of Caffe's prototxt files, and how each counts a batch."""
+"""The two dialects of Caffe's files, and where they differ in names and numbers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def scale_name(batch_norm: str) -> str:
 
 
 def file_batch(dialect: Dialect, effective_batch: int, iter_size: int, gpu_count: int) -> int:
-    """What stands as ``batch_size`` in train.prototxt, in images.
+    """The ``batch_size`` to write in train.prototxt, in images.
 
-    ``effective_batch`` is the number of images behind one update of the weights, over ``iter_size`` passes
-    and ``gpu_count`` devices (0 means the CPU, one device). In stock Caffe the file's batch is that of each
-    GPU; the fork divides the file's batch among its GPUs.
+    ``effective_batch`` is the number of images of one update of the weights, over ``iter_size`` passes and
+    ``gpu_count`` devices (0: the CPU). Stock Caffe takes the file's batch on each GPU; the fork divides it
+    among its GPUs.
 
     Raises:
         UserError: the batch does not divide into equal shares; the nearest ones that do are named.

@@ -1,8 +1,7 @@
 """Both dialects' schemas as protobuf message classes, and prototxt text parsed against them.
 
-The schemas stand as readable text in ``bvlc.proto`` and ``caffe_jacinto.proto``; what is loaded are the
-descriptor sets beside them. Each has a pool and a package of its own, so that both live in one process,
-with pycaffe's too.
+``bvlc.proto`` and ``caffe_jacinto.proto`` are the schemas as readable text; the descriptor sets beside them
+are what is loaded. Each has its own pool and package, so that one process can hold both, and pycaffe's too.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PACKAGES = {Dialect.BVLC: "caffe_jacinto.bvlc", Dialect.CAFFE_JACINTO: "caffe_ja
 
 @dataclass(frozen=True)
 class Messages:
-    """The message classes of one dialect that this program reads and writes."""
+    """The message classes of one dialect that this project uses."""
 
     NetParameter: Any
     SolverParameter: Any
@@ -49,7 +48,7 @@ def pool(dialect: Dialect) -> descriptor_pool.DescriptorPool:
 
 @cache
 def messages(dialect: Dialect) -> Messages:
-    """The message classes of the dialect; a binary file must be read with its own dialect's."""
+    """The message classes of the dialect; read a binary file with those of its own dialect only."""
 
     def message_class(name: str) -> Any:
         descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{name}")
@@ -68,13 +67,13 @@ def parse_net(text: str, dialect: Dialect, where: str) -> Any:
     """A network's prototxt as the dialect's NetParameter; ``where`` is the file's name, for messages.
 
     Raises:
-        UserError: not in the dialect's schema: file, line and what stands there.
+        UserError: it does not follow the dialect's schema: file, line and what is wrong.
     """
     return _parse(text, "NetParameter", dialect, where)
 
 
 def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
-    """As `parse_net`; without ``dialect``, in stock Caffe's, or else in the fork's."""
+    """As `parse_net`; without ``dialect``, by stock Caffe's schema, else by the fork's."""
     if dialect is not None:
         return parse_net(text, dialect, where)
     try:
@@ -140,13 +139,13 @@ def _hint(text: str, kind: str, dialect: Dialect, what: str) -> str:
     """What to do about a parse error."""
     other = next(d for d in Dialect if d is not dialect)
     if _parses(text, kind, other):
-        return f"the whole file is good in the dialect {other.value}: is it written for that Caffe?"
+        return f"the file is valid in the dialect {other.value}: was it written for that Caffe?"
     swapped = next(name for name in _OWNERS if name != kind)
     if any(_parses(text, swapped, each) for each in Dialect):
         return f"it is {_OWNERS[swapped]} prototxt: give {_OWNERS[kind]}"
     unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
     if unknown is None:
-        return "mend this line"
+        return "correct this line"
     descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{unknown[1]}")
     nearest = difflib.get_close_matches(unknown[2], [f.name for f in descriptor.fields], n=1)
     return f"did you mean {nearest[0]}?" if nearest else "remove or rename it"

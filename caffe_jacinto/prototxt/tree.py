@@ -1,7 +1,7 @@
 """Protobuf text format without a schema: text -> tree.
 
-A log of any Caffe prints its networks and solver settings, with fields that no schema here knows; this
-reader takes them all. Files of this project's own dialects are better read with their schema.
+Logs of any Caffe print networks and solver settings with fields that neither schema knows; this parser reads
+them all. Prototxt files of the two dialects are parsed with their schema (`schema.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_DEPTH = 100
 
 
 class Message:
-    """The fields of one message, in the order of the text; a field that stands several times is repeated."""
+    """The fields of one message, in the order of the text; a repeated field comes several times."""
 
     def __init__(self) -> None:
         self.fields: list[tuple[str, Value]] = []
@@ -80,7 +80,7 @@ class Message:
         return found[-1] if found else default
 
     def has(self, name: str) -> bool:
-        """Whether the field ``name`` stands in the text."""
+        """Whether the field ``name`` is set."""
         return any(field == name for field, _ in self.fields)
 
 

@@ -1,16 +1,16 @@
-"""Read a recipe: a TOML file and the overrides of its values; every mistake is one line that says where."""
+"""Read a recipe: a TOML file and overrides of its values. An error is one line with file, line and field."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +30,7 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Override:
-    """One ``stages.initial.solver.max_iter=1000`` of the command line."""
+    """An override on the command line, like ``stages.initial.solver.max_iter=1000``."""
 
     text: str
     keys: Keys
@@ -38,19 +38,19 @@ class Override:
 
 
 def built_in_recipes() -> list[str]:
-    """Names of the recipes that come with the program."""
+    """Names of the built-in recipes."""
     return sorted(path.stem for path in BUILT_IN_FOLDER.glob("*.toml"))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """A built-in recipe by its name, or a recipe file by its path (it has a slash or ends in .toml).
 
-    ``overrides`` are ``KEY.KEY=VALUE`` texts, their values in TOML; a bare word is taken as text. They are
+    ``overrides`` have the form ``KEY.KEY=VALUE``, with a TOML value; a bare word is a string. They are
     applied in order, before the recipe is checked.
 
     Raises:
-        UserError: no such recipe, not TOML, or something in it is wrong: file, line, field and what to do, or
-            the override that it came from.
+        UserError: no such recipe, not TOML, or a value is wrong: file, line (or override), field and what to
+            do.
     """
     path = _find(name_or_path)
     text = _read(path)
@@ -77,7 +77,7 @@ def _find(name_or_path: str) -> Path:
         return path
     if name_or_path not in known:
         raise UserError(
-            f"{name_or_path}: no such recipe; {_known(name_or_path, known)} "
+            f"{name_or_path}: no such recipe; {did_you_mean(name_or_path, known)} "
             f"(a file of your own is given by its path: ./{name_or_path}.toml)"
         )
     return BUILT_IN_FOLDER / f"{name_or_path}.toml"
@@ -101,9 +101,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         what, line = _toml_error(str(error), text)
-        raise UserError(f"{path}:{line}: not TOML: {what}; mend this line") from None
+        raise UserError(f"{path}:{line}: not TOML: {what}; correct this line") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: a value that no recipe has: {error}") from None
+        raise UserError(f"{path}: a value that a recipe cannot have: {error}") from None
     return document
 
 
@@ -158,18 +158,18 @@ def _apply(document: dict[str, Any], override: Override) -> None:
 
 
 def _check_stage(document: Mapping[str, Any], override: Override) -> None:
-    """Refuse a value for a stage that is not there: a misspelt name would make a new, empty stage of it."""
+    """Refuse a value for a stage that does not exist: a misspelt name would add a new, empty stage."""
     stages = document.get("stages")
     if override.keys[0] == "stages" and len(override.keys) > 2 and isinstance(stages, dict):
         name = override.keys[1]
         if name not in stages:
-            raise UserError(f"override {override.text}: no such stage {name}; {_known(name, stages)}")
+            raise UserError(f"override {override.text}: no such stage {name}; {did_you_mean(name, stages)}")
 
 
 def _first_mistake(
     errors: Sequence[ErrorDetails], path: Path, text: str, overrides: Sequence[Override]
 ) -> str:
-    """The mistake that stands first in the file, as one line; one that an override made comes before all."""
+    """The first mistake in the file, as one line; a mistake in an override comes before all others."""
     lines = _lines_of_keys(text)
     messages = []
     missing: dict[Keys, list[str]] = {}
@@ -180,7 +180,7 @@ def _first_mistake(
         override = next((o for o in reversed(overrides) if _made_by(keys, o.keys)), None)
         line = _line(keys, lines)
         place = f"override {override.text}" if override else f"{path}:{line}"
-        # A required key that is missing is often there, misspelt: the misspelt one is the mistake to tell.
+        # A missing key is often a misspelt one: report the misspelt key.
         rank = (override is None, error["type"] == "missing", line)
         if error["type"] == "missing":
             missing.setdefault(keys[:-1], []).append(keys[-1])
@@ -193,7 +193,7 @@ def _first_mistake(
 
 
 def _made_by(keys: Keys, override: Keys) -> bool:
-    """Whether the value at ``keys`` is the override's, or part of what it set."""
+    """Whether the override set the value at ``keys``, or a table that holds it."""
     return keys[: len(override)] == override
 
 
@@ -250,23 +250,23 @@ def _paths(table: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, A
 
 
 def _explain(error: ErrorDetails, keys: Keys) -> str:
-    """What is wrong and what to do, in the words of a recipe's author."""
+    """What is wrong and what to do, in the terms of a recipe."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "mistake":
         return str(context["what"])
     if kind == "extra_forbidden":
-        return f"no such key; {_known(keys[-1], _allowed(keys[:-1]))}"
+        return f"no such key; {did_you_mean(keys[-1], _allowed(keys[:-1]))}"
     if kind == "missing":
         return "missing; add it"
     if kind == "literal_error":
         allowed = [str(choice) for choice in get_args(_annotation(keys))]
-        return f"{_shown(value)} is none of the allowed ones; {_known(str(value), allowed)}"
+        return f"{_shown(value)} is not allowed; {did_you_mean(str(value), allowed)}"
     if kind == "string_pattern_mismatch":
         if keys[:-1] == ("stages",):
-            return f"{_shown(value)} makes no good folder name; use letters, digits, - and _, a letter first"
+            return f"{_shown(value)} cannot name a folder; use letters, digits, - and _, a letter first"
         if keys[-1] == "dataset":
-            return f"{_shown(value)} makes no good file name; use letters, digits, ., - and _"
-        return f"{_shown(value)} holds a character that no file name can have"
+            return f"{_shown(value)} cannot name a file; use letters, digits, ., - and _"
+        return f"{_shown(value)} holds a character that file names cannot have"
     expected = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -299,14 +299,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "a table" if value else "an empty table"
     return str(value)[:60]
-
-
-def _known(wrong: str, known: Iterable[str]) -> str:
-    """``did you mean X? ...``: all that is allowed, the nearest first."""
-    names = list(known)
-    nearest = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    allowed = f"known: {', '.join(names)}"
-    return f"did you mean {nearest[0]}? {allowed}" if nearest else allowed
 
 
 def _allowed(keys: Keys) -> list[str]:
