@@ -218,7 +218,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path: Path, arguments: lis
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: not a folder"):
+    with pytest.raises(UserError, match="file is not a folder"):
         main(["--output", str(tmp_path / "file")])
 
 

@@ -116,7 +116,11 @@ def test_numbers_that_collide_are_read_by_their_own_dialect() -> None:
     ("text", "line", "says"),
     [
         ('name: "a"\nlayr { }\n', 2, "did you mean layer?"),
-        ('layer {\n  type: "Data"\n  data_param { threads: 1 }\n}\n', 3, "valid in the dialect caffe_jacinto"),
+        (
+            'layer {\n  type: "Data"\n  data_param { threads: 1 }\n}\n',
+            3,
+            "valid in the dialect caffe_jacinto",
+        ),
         ("name: unquoted\n", 1, "correct this line"),
         ("max_iter: 5\nsparse_target: 1\n", 1, "remove or rename it"),
         ("base_lr: 1\nsparse_mode: SPARSE_UPDATE\n", 1, "it is a solver's prototxt: give a network's"),

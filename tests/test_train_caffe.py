@@ -345,7 +345,7 @@ def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> No
         (("--set", "training.iter_size=3"), "does not divide"),
         (("--set", "stages.initial.weights=none.caffemodel"), "no start weights at none.caffemodel"),
         (("--set", "data.labels=none.txt"), "class names none.txt"),
-        (("--set", "stages.l1reg.start=nothing"), 'no earlier stage makes the weights of "nothing"'),
+        (("--set", "stages.l1reg.start=nothing"), 'no earlier stage produces the weights of "nothing"'),
         (("--engine", "caffe-jacinto"), "--engine caffe-jacinto"),
     ],
 )

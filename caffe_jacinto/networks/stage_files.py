@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import Recipe, Stage
 
 IMAGENET_VAL_IMAGES = 50_000
-"""Of ILSVRC 2012, taken where the number of validation images is not told."""
+"""Of ILSVRC 2012: the default where the number of validation images is not known."""
 
 TRAIN, VAL, DEPLOY, SOLVER = "train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt"
 
@@ -49,19 +49,18 @@ def stage_files(
     val_images: int | None = None,
     start_factor: float | None = None,
 ) -> dict[str, str]:
-    """Texts of train, val, deploy and solver.prototxt by name, each parsed back against the dialect's schema.
+    """Texts of train, val, deploy and solver.prototxt by name, each checked against the dialect's schema.
 
-    ``folder`` stands before the solver's paths, which Caffe takes relative to the folder it is started in.
-    ``gpus`` and ``iter_size`` are what this engine uses: they share out the recipe's effective batch.
-    ``val_images`` is the size of the validation set, all of which one test covers.
-    ``start_factor`` replaces the recipe's where the fork's ramp goes on after a resume.
+    ``folder`` prefixes the solver's paths, which Caffe resolves against the folder it is started in.
+    ``gpus`` and ``iter_size`` divide the recipe's effective batch. One test covers all ``val_images``.
+    ``start_factor`` replaces the recipe's where the fork's sparsity schedule continues after a resume.
 
     Raises:
         UserError: no such stage or network, parameters that do not fit it, or a batch that does not divide.
     """
     stage = _stage(recipe, stage_name)
     if dialect is Dialect.CAFFE_JACINTO:
-        _check_the_fork_can_say(recipe, stage_name)
+        _check_fork_supports(recipe, stage_name)
     network = network_of(recipe)
     check_crop(network)
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
@@ -89,7 +88,7 @@ def stage_files(
 
 
 def network_of(recipe: Recipe) -> Network:
-    """The recipe's network, with the learning rates that its `[network]` table gives to single layers.
+    """The recipe's network, with the frozen layers and the head's learning rate of its `[network]` table.
 
     Raises:
         UserError: no such network, or parameters or layers that it does not have.
@@ -100,7 +99,7 @@ def network_of(recipe: Recipe) -> Network:
 
 
 LARGEST_CROP = 4096
-"""In pixels: up to here a crop is looked for that is large enough for a network."""
+"""In pixels: the largest crop that is suggested for a network."""
 
 
 def check_crop(network: Network) -> None:
@@ -129,22 +128,20 @@ def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
         for name, text in files.items():
             write_whole(folder / name, text)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: not a folder; choose another one for the files") from None
+        raise UserError(f"{folder} is not a folder; choose another one for the files") from None
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 def iterations_per_test(val_images: int, val_batch: int) -> int:
-    """Batches that cover all validation images; where they do not divide, the last one wraps round."""
+    """Batches that cover all validation images; the last one wraps round where they do not divide."""
     return -(-val_images // val_batch)
 
 
 def _stage(recipe: Recipe, name: str) -> Stage:
     if name not in recipe.stages:
-        nearest = difflib.get_close_matches(name, recipe.stages, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise UserError(
-            f"{name}: no stage of the recipe {recipe.name}; {hint}known: {', '.join(recipe.stages)}"
+            f"{name}: not a stage of the recipe {recipe.name}; {did_you_mean(name, recipe.stages)}"
         )
     return recipe.stages[name]
 
@@ -233,8 +230,8 @@ def _solver(
     )
 
 
-def _check_the_fork_can_say(recipe: Recipe, stage_name: str) -> None:
-    """Refuse thresholds that caffe-jacinto has no solver field for; it would take others without a word."""
+def _check_fork_supports(recipe: Recipe, stage_name: str) -> None:
+    """Refuse thresholds that caffe-jacinto has no solver field for; it would silently use others."""
     sparse, frozen = recipe.stages[stage_name].sparse, recipe.network.frozen
     if sparse and sparse.by == "layer":
         raise UserError(

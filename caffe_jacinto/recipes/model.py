@@ -1,6 +1,6 @@
-"""What a recipe may say: every key, its type, its default and its meaning (the guide is docs/recipes.md).
+"""The keys of a recipe: type, default and meaning of each (the guide is docs/recipes.md).
 
-A value is taken as it stands: no text is turned into a number, no number into text.
+Types are strict: a string is never converted to a number, nor a number to a string.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PositiveFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 FileNamePart = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""Text that stands in the names of files and folders."""
+"""A string that becomes part of the names of files and folders."""
 
 StageName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
 RESERVED_STAGE_NAMES = ("test",)
-"""Folders of a run that are no stage."""
+"""Folders of a run that are not stages."""
 
 
 def _none_if_empty(value: Any) -> Any:
-    """TOML has no null: an empty text takes an optional setting away, so that an override can do it."""
+    """TOML has no null: an empty string unsets an optional setting, so that an override can do it."""
     return None if value == "" else value
 
 
@@ -39,7 +39,7 @@ Optional = BeforeValidator(_none_if_empty)
 OptionalText = Annotated[Text | None, Optional]
 OptionalInt = Annotated[PositiveInt | None, Optional]
 OptionalFloat = Annotated[PositiveFloat | None, Optional]
-Ints = Field(strict=False)  # a TOML array is a list; its numbers are still taken strictly
+Ints = Field(strict=False)  # a TOML array is a list; its numbers are still strict
 
 
 class _Settings(BaseModel):
@@ -50,7 +50,7 @@ class DataSettings(_Settings):
     """The data set: LMDBs of images and their labels."""
 
     dataset: FileNamePart
-    """Stands in the names of the run folder and of the snapshots."""
+    """Part of the names of the run folder and of the snapshots."""
 
     train_lmdb: Text
     val_lmdb: Text
@@ -59,7 +59,7 @@ class DataSettings(_Settings):
     """Mirror every other training image, at random."""
 
     mean_file: OptionalText = None
-    """A .binaryproto whose mean image is subtracted from every image, for networks that want one."""
+    """A .binaryproto with the mean image that is subtracted from every image, for networks that need one."""
 
     labels: OptionalText = None
     """A text file whose line N names class N; without it, ``labels.txt`` in the folder of ``train_lmdb``."""
@@ -73,37 +73,37 @@ class NetworkSettings(_Settings):
     """Height and width of the network's input, in pixels."""
 
     strides: Annotated[Annotated[tuple[PositiveInt, ...], Ints] | None, Optional] = None
-    """How much each part of the network shrinks the image, from the input on, where the network leaves that
-    open; without them, as published."""
+    """Strides of the parts of the network, from the input on, where they can be chosen; by default, the
+    published ones."""
 
     frozen: Annotated[tuple[Text, ...], Ints] = ()
-    """Layers that keep their start weights; a convolution's batch norm freezes with it."""
+    """Layers that keep their start weights; a convolution's batch norm is frozen with it."""
 
     head_lr_mult: PositiveFloat = 1.0
-    """How many times faster than published the last layer with weights learns."""
+    """Learning rate of the last layer with weights, as a multiple of the published one."""
 
     @model_validator(mode="after")
     def _frozen_once(self) -> NetworkSettings:
         if len(set(self.frozen)) < len(self.frozen):
-            raise _mistake(("frozen",), f"a layer stands twice in {list(self.frozen)}; name each once")
+            raise _mistake(("frozen",), f"{list(self.frozen)} names a layer twice; name each once")
         return self
 
 
 class TrainingSettings(_Settings):
-    """What all stages share."""
+    """Settings that all stages share."""
 
     batch_size: PositiveInt
-    """The effective batch: images behind one update of the weights, over all passes and GPUs."""
+    """The effective batch: images of one update of the weights, over all passes and GPUs."""
 
     iter_size: PositiveInt
-    """Forward and backward passes that one update is accumulated over."""
+    """Forward and backward passes whose gradients one update accumulates."""
 
     val_batch_size: PositiveInt = 50
     gpus: Annotated[tuple[NaturalInt, ...], Ints] = ()
     """Device numbers; empty is the CPU."""
 
     random_seed: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 33
-    """Of the initial weights and of mirroring and cropping; -1: another each time, as Caffe has it."""
+    """Seeds the initial weights, mirroring and cropping; -1 takes a different seed each time, as in Caffe."""
 
     keep: PositiveInt = 2
     """How many of the newest snapshots are kept, beside the best by top-1."""
@@ -115,7 +115,7 @@ class TrainingSettings(_Settings):
     @model_validator(mode="after")
     def _gpus_once(self) -> TrainingSettings:
         if len(set(self.gpus)) < len(self.gpus):
-            raise _mistake(("gpus",), f"a GPU stands twice in {list(self.gpus)}; name each once")
+            raise _mistake(("gpus",), f"{list(self.gpus)} names a GPU twice; name each once")
         return self
 
 
@@ -197,13 +197,13 @@ class Stage(_Settings):
     """A .caffemodel to start from instead."""
 
     reinit: Annotated[tuple[Text, ...], Ints] = ()
-    """Layers that take nothing from `weights` but start at random values, because they have another shape
-    there or another task. A convolution's batch norm goes with it."""
+    """Layers that start from random values instead of `weights`, because their shape or task differs. A
+    convolution's batch norm is included."""
 
     solver: SolverSettings
     sparse: Annotated[SparseSettings | None, Optional] = None
     freeze_zeros: bool = False
-    """Hold the convolutions' weights that are zero at the start at zero."""
+    """Keep at zero the weights of convolutions that are zero at the start."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Stage:
@@ -249,10 +249,11 @@ class Recipe(_Settings):
         for name, stage in self.stages.items():
             if name.lower() in RESERVED_STAGE_NAMES:
                 raise _mistake(
-                    ("stages", name), f'"{name}" is a folder of its own in a run; name the stage otherwise'
+                    ("stages", name),
+                    f'"{name}" is the name of another folder of a run; choose a different name for the stage',
                 )
             if name.lower() in (other.lower() for other in earlier):
-                raise _mistake(("stages", name), "two stages differ only in case; give one another name")
+                raise _mistake(("stages", name), "the names of two stages differ only in case; rename one")
             if stage.start is not None and stage.start not in earlier:
                 raise _mistake(("stages", name, "start"), _no_such_start(stage.start, earlier))
             if self.network.frozen and stage.start is None and stage.weights is None:
@@ -265,7 +266,7 @@ class Recipe(_Settings):
             if both:
                 raise _mistake(
                     ("stages", name, "reinit"),
-                    f"{both[0]} is in network.frozen, too, and would stay at random values; take it out of "
+                    f"{both[0]} is also in network.frozen, so it would keep random values; remove it from "
                     "one of them",
                 )
             earlier.append(name)
@@ -275,7 +276,8 @@ class Recipe(_Settings):
 def _no_such_start(start: str, earlier: list[str]) -> str:
     known = f"earlier stages: {', '.join(earlier)}" if earlier else "it is the first one"
     return (
-        f'no earlier stage makes the weights of "{start}" ({known}); name an earlier stage, or use `weights`'
+        f'no earlier stage produces the weights of "{start}" ({known}); '
+        "name an earlier stage, or use `weights`"
     )
 
 
