@@ -7,6 +7,7 @@ that an exit code alone does not say that a stage is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,6 +20,12 @@ EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
 Precision = Literal["fp32", "bf16"]
 """What convolutions and inner products compute in; weights, statistics and losses are fp32 in both."""
+
+StageFiles = Mapping[str, str]
+"""The texts of a stage's prototxts by file name, as `networks.stage_files` makes them."""
+
+ImageShape = tuple[int, int, int]
+"""Channels, height and width."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,15 @@ class Engine(Protocol):
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
         """Where ``stage`` runs when the recipe asks for ``gpus`` and ``iter_size`` passes an update."""
+        ...
+
+    def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
+        """What this engine would refuse in ``stages`` when they begin: one line for each problem, in order.
+
+        ``stages`` has the prototxts of each stage by its name; none of them need exist as files.
+        ``image_shapes`` has the channels, height and width of the images in each LMDB that could be read, by
+        the path that the prototxts give.
+        """
         ...
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:

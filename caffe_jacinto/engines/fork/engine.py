@@ -5,7 +5,18 @@ It runs on CUDA devices only.
 
 from __future__ import annotations
 
-from caffe_jacinto.engines.contract import DevicePlan, EngineInfo, TestJob, TrainJob, caffe_test, caffe_train
+from collections.abc import Mapping
+
+from caffe_jacinto.engines.contract import (
+    DevicePlan,
+    EngineInfo,
+    ImageShape,
+    StageFiles,
+    TestJob,
+    TrainJob,
+    caffe_test,
+    caffe_train,
+)
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.pruning.rule import fork_start_factor
 from caffe_jacinto.recipes.model import SparseSettings, Stage
@@ -20,6 +31,9 @@ class CaffeJacintoEngine:
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
         """As asked for: the fork divides a batch among its GPUs in every stage."""
         return DevicePlan(gpus, iter_size, None)
+
+    def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
+        return []
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         return [caffe_train(self.info.executable, job)]

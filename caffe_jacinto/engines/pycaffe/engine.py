@@ -7,12 +7,15 @@ Batch-norm statistics are re-estimated at the end of every stage: they lag behin
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
+    ImageShape,
+    StageFiles,
     TestJob,
     TrainJob,
     caffe_test,
@@ -40,6 +43,9 @@ class BvlcEngine:
             f"{len(gpus)} GPUs in {passes} passes instead of {iter_size}"
         )
         return DevicePlan(gpus[:1], passes, note)
+
+    def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
+        return []
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         """``caffe train`` and the hand-over, or the stepper, which does both.

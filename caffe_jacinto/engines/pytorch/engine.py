@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
+    ImageShape,
     Precision,
+    StageFiles,
     TestJob,
     TrainJob,
     gpu_arguments,
@@ -36,6 +39,9 @@ class TorchEngine:
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
         """As asked for: zeros are the same on all GPUs."""
         return DevicePlan(gpus, iter_size, None)
+
+    def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
+        return []
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         command = [*self._program("train"), "-solver", str(job.solver)]
