@@ -94,7 +94,10 @@ class TrainJob:
     """Hold the convolutions' zeros of ``weights`` at zero."""
 
     reestimate_batches: int
-    """Training batches to re-estimate batch-norm statistics over at the end; 0: do not (stock Caffe only)."""
+    """Training batches to recalibrate batch-norm statistics over; 0: do not (the fork never does)."""
+
+    recalibrate_tests: bool = False
+    """Recalibrate a copy of the statistics before each scheduled test, too."""
 
 
 @dataclass(frozen=True)

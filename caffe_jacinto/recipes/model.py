@@ -109,8 +109,12 @@ class TrainingSettings(_Settings):
     """How many of the newest snapshots are kept, beside the best by top-1."""
 
     reestimate_batches: NaturalInt = 30
-    """Training batches for the batch-norm statistics at the end of a stage (stock Caffe only);
-    0 leaves the running statistics."""
+    """Training batches to recalibrate batch-norm statistics over (stock Caffe and PyTorch), at the end of a
+    stage and before its scheduled tests; 0 leaves the running statistics."""
+
+    recalibrate_tests: bool = True
+    """Run the scheduled tests with recalibrated statistics (PyTorch; stock Caffe in stages that prune or hold
+    zeros). Training itself is the same either way."""
 
     @model_validator(mode="after")
     def _gpus_once(self) -> TrainingSettings:

@@ -129,6 +129,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
         sparse=plan.stage.sparse,
         freeze_zeros=plan.stage.freeze_zeros,
         reestimate_batches=batches,
+        recalibrate_tests=run.recipe.training.recalibrate_tests,
     )
 
 
