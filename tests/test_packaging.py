@@ -44,6 +44,12 @@ def files_below(folder: Path, *suffixes: str) -> set[str]:
     }
 
 
+def run(command: list[str], installed: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Start ``command`` in ``folder``. The checkout's editable install comes after what PYTHONPATH names."""
+    environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.caffe
 def test_the_wheel_carries_every_file_that_is_read_at_run_time(installed: Path) -> None:
     package = installed / "caffe_jacinto"
@@ -54,18 +60,25 @@ def test_the_wheel_carries_every_file_that_is_read_at_run_time(installed: Path) 
 
 @pytest.mark.caffe
 def test_build_net_works_from_the_wheel_in_another_folder(installed: Path, tmp_path: Path) -> None:
-    # The editable install of the checkout stays out of the way: what stands on PYTHONPATH comes first.
     script = (
-        "import sys; from caffe_jacinto import build_net, resources;"
-        "print(resources.template_folder()); sys.exit(build_net.main(['--output', 'net']))"
+        "import sys; from caffe_jacinto import build_net; from caffe_jacinto.common import files;"
+        "print(files.template_folder()); sys.exit(build_net.main(['--output', 'net']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
+    done = run([sys.executable, "-c", script], installed, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(installed))
     assert "jacintonet11" in (tmp_path / "net" / "train.prototxt").read_text().lower()
+
+
+@pytest.mark.caffe
+def test_the_console_scripts_start_what_the_wheel_holds(installed: Path, tmp_path: Path) -> None:
+    listed = run([str(installed / "bin" / "caffe-jacinto")], installed, tmp_path)
+    assert listed.returncode == 0 and "build_net" in listed.stdout
+    command = [str(installed / "bin" / "caffe-jacinto"), "build_net", "--output", "net"]
+    done = run(command, installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "net" / "solver.prototxt").exists()
+    assert (installed / "bin" / "caffe-torch").exists()
+    (metadata,) = installed.glob("caffe_jacinto-*.dist-info/METADATA")
+    text = metadata.read_text()
+    assert "Requires-Dist: jinja2>=3.1" in text and "Provides-Extra: pycaffe" in text

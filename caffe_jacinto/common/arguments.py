@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, invoked_as
 
 INT32_MAX = 2**31 - 1
 """The largest integer that Caffe's files hold."""
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
-            prog=prog,
+            prog=invoked_as(prog) if prog.startswith("python -m ") else prog,  # else a subcommand's
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,

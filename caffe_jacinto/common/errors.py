@@ -31,6 +31,11 @@ class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
     """Work that started and failed for a reason outside this program (exit code 1)."""
 
 
+def invoked_as(program: str) -> str:
+    """The name of the running program: ``program``, or ``caffe-jacinto report`` where that started it."""
+    return sys.argv[0] if sys.argv[0].startswith("caffe-jacinto ") else program
+
+
 def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     """Call ``main(sys.argv[1:])`` and turn errors that the user can mend into one line on stderr.
 

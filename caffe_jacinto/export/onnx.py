@@ -34,7 +34,7 @@ IR_VERSION = 7
 """The file format that came with opset 13."""
 
 REQUIREMENT = "onnx>=1.15"
-"""What pip has to install; the extra `onnx` in setup.py."""
+"""What pip has to install; the extra `onnx` in pyproject.toml."""
 
 _BATCH = "batch"
 _MOST_NUMBERS = 2**31 - 1
