@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import UserError, run_command
-from caffe_jacinto.common.progress import count_text, time_text
+from caffe_jacinto.common.text import count_of, duration
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, check_free, new_lmdb
 from caffe_jacinto.data.shards import Shard
 
@@ -91,7 +91,7 @@ def _make(output: Path, options: argparse.Namespace) -> int:
     index, order = _index(options)
     places = options.shard.places(len(index)) if options.shard else range(len(index))
     if not places:
-        raise UserError(f"--shard {options.shard.text} holds none of {count_text(len(index), 'image')}")
+        raise UserError(f"--shard {options.shard.text} holds none of {count_of(len(index), 'image')}")
     _announce(index, order, form, options)
     made_from = {
         "images": f"{len(index)}, {index.source}",
@@ -128,14 +128,14 @@ def _join(output: Path, options: argparse.Namespace) -> int:
     from caffe_jacinto.data.shards import find_shards, join, made_from
 
     shards = find_shards(output)
-    print(f"{output}: joining {count_text(len(shards), 'shard')}", flush=True)
+    print(f"{output}: joining {count_of(len(shards), 'shard')}", flush=True)
     facts = made_from(shards)
     start = time.monotonic()
-    joined = {**facts, "joined": count_text(len(shards), "shard")}
+    joined = {**facts, "joined": count_of(len(shards), "shard")}
     with new_lmdb(output, joined, replace=options.force, restart=options.restart) as writer:
         images = join(shards, writer, output.name)
         _add_made_from(writer, facts)
-    print(f"{output}: {count_text(images, 'image')}, in {time_text(time.monotonic() - start)}")
+    print(f"{output}: {count_of(images, 'image')}, in {duration(time.monotonic() - start)}")
     print(f"the shards may go: rm -r {shlex.quote(os.fspath(output))}.shard-*")
     return 0
 
@@ -147,7 +147,7 @@ def _add_made_from(writer: LmdbWriter, made_from: Mapping[str, str]) -> None:
 def _tell_resumed(writer: LmdbWriter, images: int) -> None:
     if writer.resumed:
         print(
-            f"going on after an interruption: {writer.resumed:,} of {count_text(images, 'image')} were done"
+            f"going on after an interruption: {writer.resumed:,} of {count_of(images, 'image')} were done"
             " and are checked",
             flush=True,
         )
@@ -431,10 +431,10 @@ def _index(options: argparse.Namespace) -> tuple[ImageIndex, str]:
 
 
 def _announce(index: ImageIndex, order: str, form: ImageForm, options: argparse.Namespace) -> None:
-    ignored = f" ({count_text(index.ignored, 'other item')} left out)" if index.ignored else ""
+    ignored = f" ({count_of(index.ignored, 'other item')} left out)" if index.ignored else ""
     shard = f"shard {options.shard.text}, " if options.shard else ""
     print(
-        f"{index.place.path}: {count_text(len(index), 'image')}, {index.source}{ignored}, {order}, {shard}"
+        f"{index.place.path}: {count_of(len(index), 'image')}, {index.source}{ignored}, {order}, {shard}"
         f"{form.text}, {options.workers} at a time",
         flush=True,
     )
@@ -442,14 +442,14 @@ def _announce(index: ImageIndex, order: str, form: ImageForm, options: argparse.
 
 def _summarize(conversion: Conversion, output: Path, seconds: float) -> None:
     print(
-        f"{output}: {count_text(conversion.images, 'image')}, {conversion.record_bytes / 1e6:,.1f} MB,"
-        f" in {time_text(seconds)} ({conversion.done / seconds:,.0f} images/s)",
+        f"{output}: {count_of(conversion.images, 'image')}, {conversion.record_bytes / 1e6:,.1f} MB,"
+        f" in {duration(seconds)} ({conversion.done / seconds:,.0f} images/s)",
         flush=True,
     )
     if conversion.skipped:
         first = conversion.skipped[0]
         print(
-            f"warning: {count_text(len(conversion.skipped), 'image')} left out, listed in"
+            f"warning: {count_of(len(conversion.skipped), 'image')} left out, listed in"
             f" {output / 'skipped.txt'}; the first, {first.path}: {first.reason}",
             file=sys.stderr,
         )
@@ -461,7 +461,7 @@ def _summarize(conversion: Conversion, output: Path, seconds: float) -> None:
 
 def _keep(output: Path, options: argparse.Namespace) -> int:
     """Say what is in an LMDB that is there already, if its images are of the size and kind asked for."""
-    from caffe_jacinto.data.check import check_lmdb
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
 
     size: tuple[int, int] = options.size
     channels = 1 if options.gray else 3
@@ -478,7 +478,7 @@ def _keep(output: Path, options: argparse.Namespace) -> int:
             f"LMDB {output} was made as {made}, not as {_form(options).text}: --force replaces it"
         )
     print(
-        f"{output}: kept, {count_text(facts.images, 'image')} of {facts.width}x{facts.height}"
+        f"{output}: kept, {count_of(facts.images, 'image')} of {facts.width}x{facts.height}"
         " (--force makes it again)"
     )
     return 0
@@ -510,7 +510,7 @@ def _verify(options: argparse.Namespace) -> int:
     if page is not None:
         verify_report.write_page(found, page)
         if options.format != "json":
-            print(f"{page}: {count_text(len(found.samples), 'image')} with their labels")
+            print(f"{page}: {count_of(len(found.samples), 'image')} with their labels")
     return 1 if found.errors else 0
 
 
@@ -528,10 +528,10 @@ def _make_mean(options: argparse.Namespace) -> int:
     write_mean(mean, output)
     channels, height, width = mean.image.shape
     print(
-        f"{output}: mean of {count_text(mean.images, 'image')}, {width}x{height},"
-        f" {count_text(channels, 'channel')} with means"
+        f"{output}: mean of {count_of(mean.images, 'image')}, {width}x{height},"
+        f" {count_of(channels, 'channel')} with means"
         f" {', '.join(f'{value:.2f}' for value in mean.image.mean(axis=(1, 2), dtype=float))},"
-        f" in {time_text(time.monotonic() - start)}"
+        f" in {duration(time.monotonic() - start)}"
     )
     return 0
 

@@ -26,14 +26,18 @@ from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_ex
 from caffe_jacinto.classify import main
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.create_lmdb import main as create_lmdb
+from caffe_jacinto.data.datum import Transform
 from caffe_jacinto.data.encode import ImageForm, form_of
-from caffe_jacinto.data.images import Transform, file_samples, lmdb_file_form, lmdb_samples
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.inference.backends import open_backend
 from caffe_jacinto.inference.network import (
+    Preprocessing,
     class_names,
+    file_samples,
     image_files,
+    lmdb_file_form,
+    lmdb_samples,
     network_files,
     trained_network,
     validation_preprocessing,
@@ -94,7 +98,7 @@ def test_records_are_what_caffes_data_layer_gives(
     val = val_net(tmp_path, data, f"{size} {settings}")
     want = seen_by_caffe(caffe_root, val)
     done = validation_preprocessing(val, (channels, *want.shape[2:]), tmp_path)
-    total, samples = lmdb_samples(tmp_path / "lmdb", done.transform)
+    total, samples = lmdb_samples(tmp_path / "lmdb", done)
     got = [sample.image for sample in samples]
     assert total == 3 and want.shape[1] == channels
     np.testing.assert_array_equal(np.stack([image for image in got if image is not None]), want)
@@ -112,7 +116,7 @@ def test_files_are_what_an_image_data_layer_gives(resized: str, caffe_root: Path
     val = val_net(tmp_path, data, "crop_size: 32 mean_value: 100", "ImageData")
     done = validation_preprocessing(val, (3, 32, 32), tmp_path)
     assert done.file_form == ImageForm(*((36, 40) if resized else (0, 0)), raw=True)
-    got = [sample.image for sample in file_samples(paths, done.transform, done.file_form)]
+    got = [sample.image for sample in file_samples(paths, done, done.file_form)]
     want = seen_by_caffe(caffe_root, val)
     np.testing.assert_array_equal(np.stack([image for image in got if image is not None]), want)
 
@@ -142,9 +146,9 @@ def test_a_file_is_what_create_lmdb_makes_of_it(
             return  # the first image does not tell
     form = lmdb_file_form(tmp_path / "lmdb")
     assert form == made and form_of(made.text) == made
-    transform = Transform(3 if made.colour else 1, 28, 28)
-    (stored,) = lmdb_samples(tmp_path / "lmdb", transform)[1]
-    (made,) = file_samples([path], transform, form)
+    done = Preprocessing(Transform(crop=28), (3 if made.colour else 1, 28, 28))
+    (stored,) = lmdb_samples(tmp_path / "lmdb", done)[1]
+    (made,) = file_samples([path], done, form)
     assert made.image is not None and stored.image is not None
     np.testing.assert_array_equal(made.image, stored.image)
 
@@ -154,22 +158,27 @@ def test_where_the_lmdb_has_pixels_no_jpeg_is_made(tmp_path: Path) -> None:
     form = lmdb_file_form(write_lmdb(tmp_path / "lmdb", [datum_of(image)]))
     assert form == ImageForm(24, 20, raw=True)
     (tmp_path / "a.png").write_bytes(encoded(image, ".png"))
-    (made,) = file_samples([tmp_path / "a.png"], Transform(3, 20, 24, crop=False), form)
+    (made,) = file_samples([tmp_path / "a.png"], Preprocessing(Transform(), (3, 20, 24)), form)
     assert made.image is not None
     np.testing.assert_array_equal(made.image, image.transpose(2, 0, 1))
 
 
 def test_an_image_that_does_not_fit_is_told(tmp_path: Path) -> None:
     folder = write_lmdb(tmp_path / "lmdb", [datum_of(noise(20, 24)), datum_of(b"no image")])
-    for transform, reason in (
-        (Transform(3, 18, 18, crop=False), "and the validation network crops nothing"),
-        (Transform(3, 22, 22), "it is 3x20x24, the network takes 3x22x22"),
-        (Transform(1, 18, 18), "the network takes 1x18x18"),
-        (Transform(3, 18, 18, mean_image=np.zeros((3, 18, 18), np.float32)), "the mean image 3x18x18"),
+    mean = np.zeros((3, 18, 18), np.float32)
+    for transform, shape, reason in (
+        (Transform(), (3, 18, 18), "and the validation network does not crop"),
+        (Transform(crop=22), (3, 22, 22), "it is 3x20x24, the network takes 3x22x22"),
+        (Transform(crop=18), (1, 18, 18), "the network takes 1x18x18"),
+        (
+            Transform(crop=18, mean_image=mean),
+            (3, 18, 18),
+            "the mean image is 3x18x18, and the image 3x20x24",
+        ),
     ):
-        first, second = lmdb_samples(folder, transform)[1]
+        first, second = lmdb_samples(folder, Preprocessing(transform, shape))[1]
         assert first.image is None and reason in first.reason
-        assert "OpenCV can decode" in second.reason
+        assert "an image that cannot be decoded" in second.reason
 
 
 def test_the_preprocessing_is_that_of_the_test_phase(tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def test_without_caffe_opencv_computes_and_the_line_says_so(
     output = capsys.readouterr()
     assert "not by caffe: $CAFFE_ROOT: /no/caffe does not exist" in output.err
     assert "on OpenCV 4" in output.err
-    assert "the size of images before the crop is not known" in output.err
+    assert "the size of images before the crop is unknown" in output.err
     assert len(output.out.splitlines()) == 6  # the image, and five classes by their numbers
     # OpenCV 5 has no reader of Caffe's files.
     monkeypatch.delattr(cv2.dnn, "readNetFromCaffe")
@@ -364,11 +373,11 @@ def test_a_network_that_gives_no_scores_is_refused(network: Path, tmp_path: Path
         (["nowhere", "a.png"], "nowhere: there is no such file"),
         (["empty", "--", "a.png"], "holds no run"),
         (["empty"], "no images: give files"),
-        (["empty", "w.caffemodel", "--", "a.png"], "weights are found by themselves"),
-        (["deploy.prototxt", "--", "a.png"], "deploy.prototxt: no folder of a run"),
+        (["empty", "w.caffemodel", "--", "a.png"], "weights are found automatically"),
+        (["deploy.prototxt", "--", "a.png"], "deploy.prototxt: not the folder of a run"),
         (["deploy.prototxt", "w.caffemodel"], "no images: give files"),
         (["deploy.prototxt", "none.caffemodel", "a.png"], "there is no such weight file"),
-        (["w.caffemodel", "deploy.prototxt", "a.png"], "the deploy network comes first"),
+        (["w.caffemodel", "deploy.prototxt", "a.png"], "the deploy.prototxt comes first"),
         (["deploy.prototxt", "a.png", "a.png"], "cut off or no weight file"),
         (["deploy.prototxt", "w.caffemodel", "empty"], "no images in this folder"),
         (["deploy.prototxt", "w.caffemodel", "lmdb", "a.png"], "give one LMDB alone"),
@@ -377,12 +386,12 @@ def test_a_network_that_gives_no_scores_is_refused(network: Path, tmp_path: Path
         (["deploy.prototxt", "w.caffemodel", "a.png", "--labels", "labels.txt"], "has 2 names"),
         (["deploy.prototxt", "w.caffemodel", "a.png", "--val", "none"], "none: No such file"),
         (["moved/deploy.prototxt", "w.caffemodel", "a.png"], "name the validation network with --val"),
-        (["empty", "--batch", "0", "--", "a.png"], "--batch 0"),
+        (["empty", "--batch", "0", "--", "a.png"], "--batch: '0' is not a whole number"),
         (["empty", "--picture", "a.jpg", "--", "lmdb"], "must end in .png or .svg"),
-        (["empty", "--picture", "nowhere/a.png", "--", "lmdb"], "its folder is not there"),
+        (["empty", "--picture", "nowhere/a.png", "--", "lmdb"], "nowhere does not exist"),
         (["empty", "--picture", "a.png", "--", "b.png"], "of an LMDB"),
         (["empty", "--backend", "abacus", "--", "a.png"], "invalid choice"),
-        (["empty", "--resize", "0", "--", "a.png"], "is no size in pixels"),
+        (["empty", "--resize", "0", "--", "a.png"], "is not a size in pixels"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_computed(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import time_text
+from caffe_jacinto.common.text import duration
 from caffe_jacinto.create_lmdb import main
 from caffe_jacinto.data import lmdb_writer
 from caffe_jacinto.data.digits import write_digits
@@ -423,7 +423,7 @@ def test_any_path_comes_through_a_list(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.1 s"), (0.26, "0.3 s"), (9.96, "10 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")],
+    [(0.26, "0.3 s"), (9.96, "10 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
 )
-def test_time_text(seconds: float, text: str) -> None:
-    assert time_text(seconds) == text
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.check import LmdbFacts, check_lmdb
 from caffe_jacinto.data.encode import datum_record
+from caffe_jacinto.data.lmdb_reader import LmdbFacts, check_lmdb
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -86,7 +86,7 @@ def test_other_keys_are_sampled_at_both_ends(tmp_path: Path) -> None:
     assert check(write(tmp_path / "o", values)).sampled == 64
     for key in (b"k00000", b"k00999"):
         folder = write(tmp_path / key.decode(), values | {key: datum_record(b"nothing", 0)})
-        assert f"record '{key.decode()}': the image cannot be decoded" in mistake(folder)
+        assert f"record '{key.decode()}': an image that cannot be decoded" in mistake(folder)
     assert check(write(tmp_path / "one", {b"k": datum_record(jpeg(), 3)})).sampled == 1
 
 
@@ -95,8 +95,9 @@ def test_images_stored_as_plain_values(tmp_path: Path) -> None:
     whole = datum(channels=3, height=40, width=50, data=bytes(6000), label=1).SerializeToString()
     assert check(write(tmp_path / "o", {b"0": whole})).height == 40
     short = datum(channels=3, height=40, width=50, data=bytes(5999), label=1).SerializeToString()
-    assert "5999 values, where channels x height x width are 3 x 40 x 50" in mistake(
-        write(tmp_path / "p", {b"0": short})
+    assert (
+        "values that do not fill the image's size: 5999 for 3 x 40 x 50 (channels x height x width)"
+        in mistake(write(tmp_path / "p", {b"0": short}))
     )
 
 

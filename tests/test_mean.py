@@ -118,10 +118,10 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path: Path) -> None:
         "cannot be decoded": bytes(BVLC.Datum(data=b"no image", encoded=True).SerializeToString()),
         "4x6 pixels in 3 channels, and the first one 6x4": raw(images(1, 3, 6, 4)[0]),
         "in 1 channel, and": raw(images(1, 1, 4, 6)[0]),
-        "3 values, where channels x height x width are 3 x 4 x 6": bytes(
+        "values that do not fill the image's size: 3 for 3 x 4 x 6": bytes(
             BVLC.Datum(channels=3, height=4, width=6, data=b"abc").SerializeToString()
         ),
-        "0 values": b"",
+        "size: 0 for 0 x 0 x 0": b"",
     }
     for number, (says, record) in enumerate(bad.items()):
         folder = write_records(tmp_path / f"lmdb{number}", [good, record, good])

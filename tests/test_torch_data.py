@@ -129,8 +129,11 @@ def test_bad_records_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {
             "cut off": (datum_of(encoded(noise(HEIGHT, WIDTH), ".png")[:40]), "cannot be decoded"),
             "small": (datum_of(noise(10, 40)), "smaller than the crop"),
-            "grey": (datum_of(noise(HEIGHT, WIDTH, 1)[:, :, None]), "the first one 27x32x3"),
-            "floats": (floats, "the first one 8-bit"),
+            "grey": (
+                datum_of(noise(HEIGHT, WIDTH, 1)[:, :, None]),
+                "is 1x27x32 (channels x height x width), and the first one 3x27x32",
+            ),
+            "floats": (floats, "and the first one 8-bit"),
         }.values()
     ):
         folder = tmp_path / str(number)

@@ -72,6 +72,11 @@ def test_a_good_database_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.endswith(f"{folder} is whole\n")
 
 
+def warnings(found: Findings) -> dict[str, list[str]]:
+    """The wording of each warning, with its examples."""
+    return {found.wording(problem): cases.examples for problem, cases in found.warnings.items()}
+
+
 BAD = {
     "not a Datum": (b"\xff\xff", "not a Datum message"),
     "no image": (Datum(data=b"", label=0, encoded=True).SerializeToString(), "cannot be decoded"),
@@ -102,7 +107,7 @@ BAD = {
         Datum(
             data=bytes(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint16))[1]), encoded=True
         ).SerializeToString(),
-        "not of 8 bits: uint16",
+        "not 8-bit: uint16",
     ),
 }
 
@@ -126,9 +131,9 @@ def test_what_caffe_fails_at_is_an_error(
 def test_every_bad_image_is_found(name: str, tmp_path: Path) -> None:
     """Put into a record as they are, by a program that does not look at them."""
     folder = write(tmp_path / "lmdb", [*mixed(), encoded(99, 0, BAD_IMAGES[name].content)])
-    (trouble,) = verify(folder).errors.values()
-    assert trouble.count == 1
-    assert "00000099" in trouble.examples[0]
+    (cases,) = verify(folder).errors.values()
+    assert cases.count == 1
+    assert "00000099" in cases.examples[0]
 
 
 @pytest.mark.parametrize("name", ODD_IMAGES)
@@ -157,16 +162,16 @@ def test_memory_grows_by_little_a_record(tmp_path: Path) -> None:
 
 def test_what_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> None:
     records = [encoded(i, i // 20) for i in range(60)]
-    assert "sorted by class" in "".join(verify(write(tmp_path / "sorted", records)).warnings)
+    assert "sorted by class" in "".join(warnings(verify(write(tmp_path / "sorted", records))))
     records = [encoded(i, (i // 10) % 3) for i in range(60)]
     found = verify(write(tmp_path / "grouped", records))
     assert found.order == "grouped"
-    assert "in groups of one class" in "".join(found.warnings)
+    assert "in groups of one class" in "".join(warnings(found))
 
     records = [*mixed(), encoded(100, 1, jpeg(7)), encoded(101, 9), encoded(102, 1, jpeg(5, (9, 7)))]
     found = verify(write(tmp_path / "odd", records))
     assert not found.errors
-    told = {trouble.what: trouble.examples for trouble in found.warnings.values()}
+    told = warnings(found)
     assert told["labels without an image"] == ["6 of them: 3, 4, 5, 6, 7, 8"]
     assert told["images of different sizes: training needs a crop, and cannot use a mean image"] == [
         "2 sizes, from 7x9 to 8x8"
@@ -179,8 +184,9 @@ def test_what_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> None:
 def test_labels_beyond_the_class_names_are_an_error(tmp_path: Path) -> None:
     folder = write(tmp_path / "lmdb", mixed())
     (folder / "labels.txt").write_text("cat\ndog\n")
-    (trouble,) = verify(folder).errors.values()
-    assert (trouble.what, trouble.count) == ("a label beyond the 2 class names", 20)
+    found = verify(folder)
+    ((problem, cases),) = found.errors.items()
+    assert (found.wording(problem), cases.count) == ("a label beyond the 2 class names", 20)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ def test_the_page_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["--verify", str(lmdb_folder), "--output", str(page)]) == 0
     capsys.readouterr()
     for output, says in (
-        (other, "exists and is no page of images"),
+        (other, "exists and is not a page of images"),
         (tmp_path / "none" / "page.html", "does not exist; make that first"),
         (tmp_path, "is a folder: name the page"),
     ):

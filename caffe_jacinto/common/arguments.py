@@ -11,6 +11,9 @@ from caffe_jacinto.common.errors import UserError, invoked_as
 INT32_MAX = 2**31 - 1
 """The largest integer that Caffe's files hold."""
 
+LARGEST_SIDE = 65_500
+"""The longest side of a JPEG image that libjpeg writes, in pixels."""
+
 
 class Parser(argparse.ArgumentParser):
     """Reads a command's arguments; a wrong one is a `UserError`, and options cannot be abbreviated."""
@@ -68,6 +71,18 @@ def gpu_list(text: str) -> tuple[int, ...]:
     if len(set(gpus)) < len(gpus):
         raise argparse.ArgumentTypeError(f"{text!r} names a GPU twice")
     return gpus
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument type: width and height in pixels, ``320x240``; ``256`` is 256 x 256."""
+    sides = [
+        int(side) if side.isascii() and side.isdigit() and len(side) < 6 else 0 for side in text.split("x")
+    ]
+    if not (1 <= len(sides) <= 2 and all(1 <= side <= LARGEST_SIDE for side in sides)):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a size in pixels: give 256, or 320x240 (width x height)"
+        )
+    return sides[0], sides[-1]
 
 
 def fraction(text: str) -> float:

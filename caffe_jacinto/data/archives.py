@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import count_text, image_progress
+from caffe_jacinto.common.progress import image_progress
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder
 from caffe_jacinto.data.listing import and_others, class_labels, is_image_name, list_lines
 
@@ -52,7 +53,7 @@ def list_class_archive(path: Path, names: tuple[str, ...] | None = None) -> Imag
     index, folders = _read(path)
     if not any(folders):
         raise UserError(
-            f"archive {path} holds {count_text(len(index), 'image')} directly and no classes: give the"
+            f"archive {path} holds {count_of(len(index), 'image')} directly and no classes: give the"
             " development kit (--devkit) or a list file (--list) with their labels"
         )
     start, classes = _class_names(path, folders)

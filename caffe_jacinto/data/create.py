@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.common.processes import keep_freed_memory
-from caffe_jacinto.common.progress import count_text, image_progress
+from caffe_jacinto.common.progress import image_progress
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.archives import list_class_archive, list_flat_archive, list_from_archive
+from caffe_jacinto.data.datum import ahead
 from caffe_jacinto.data.devkit import read_devkit
 from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, image_record
 from caffe_jacinto.data.index import Folder, ImageIndex
@@ -28,43 +24,6 @@ from caffe_jacinto.data.listing import (
     read_labels,
 )
 from caffe_jacinto.data.lmdb_writer import SKIPPED, LmdbWriter
-
-IN_FLIGHT_PER_WORKER = 16
-"""Images that are being worked on or wait for one before them, for each thread: bounds the memory."""
-
-CHUNK = 4
-"""Images that a thread takes at a time: to hand them over one by one costs some percent of decoding them."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-def ahead(job: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
-    """``job`` of each of ``items``, in order, done ahead by ``workers`` threads.
-
-    Threads, not processes: OpenCV lets go of Python's lock while it decodes, resizes and encodes, which is
-    nearly all of the time, and no image has to travel between processes.
-    """
-    import cv2
-
-    cv2.setNumThreads(1)  # One thread an image: the images are what is worked on in parallel.
-    keep_freed_memory()
-
-    def work(chunk: Sequence[_Item]) -> list[_Result]:
-        return [job(item) for item in chunk]
-
-    waiting: deque[Future[list[_Result]]] = deque()
-    remaining = iter(items)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        while chunk := tuple(islice(remaining, CHUNK)):
-            waiting.append(pool.submit(work, chunk))
-            if len(waiting) * CHUNK >= workers * IN_FLIGHT_PER_WORKER:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -130,7 +89,7 @@ def convert(
         first = writer.skipped[0]
         raise UserError(
             f"no image below {index.place.path} can be read"
-            f" ({count_text(len(writer.skipped), 'file')} tried); the first, {first.path}: {first.reason}"
+            f" ({count_of(len(writer.skipped), 'file')} tried); the first, {first.path}: {first.reason}"
         )
     if index.names is not None:
         writer.add_file("labels.txt", "".join(f"{name}\n" for name in index.names))
@@ -143,7 +102,7 @@ def _check_bad(writer: LmdbWriter, images: int, max_bad: int) -> None:
     first, listed = writer.skipped[0], writer.partial / SKIPPED
     write_whole(listed, writer.skipped_text().encode("utf-8", "surrogateescape"))
     raise UserError(
-        f"{count_text(len(writer.skipped), 'image')} of the first {writer.position:,} of {images:,} cannot be"
+        f"{count_of(len(writer.skipped), 'image')} of the first {writer.position:,} of {images:,} cannot be"
         f" read, more than --max-bad {max_bad}; all are listed in {listed}; the first, {first.path}:"
         f" {first.reason}"
     )

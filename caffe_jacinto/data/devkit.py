@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import count_text
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.index import ImageIndex
 
 GROUND_TRUTH = "validation_ground_truth.txt"
@@ -47,7 +47,7 @@ class DevelopmentKit:
         """
         if len(images) != len(self.validation):
             raise UserError(
-                f"{images.place.path} holds {count_text(len(images), 'image')}, and the development kit"
+                f"{images.place.path} holds {count_of(len(images), 'image')}, and the development kit"
                 f" {self.path} has labels for {len(self.validation):,}: give the whole validation set"
             )
         source = f"labels of {self.path.name}"

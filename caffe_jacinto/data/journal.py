@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.data.check import check_not_cut_off
+from caffe_jacinto.data.lmdb_reader import check_not_cut_off
 
 
 class Skipped(NamedTuple):

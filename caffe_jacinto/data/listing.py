@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import count_text
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.index import Archive, Folder, ImageIndex, IndexBuilder
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -64,7 +64,7 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Im
             empty.append(name)
     if not len(build):
         raise UserError(
-            f"no images in the {count_text(len(folders), 'class folder')} of {folder}: they are expected as"
+            f"no images in the {count_of(len(folders), 'class folder')} of {folder}: they are expected as"
             f" {folder}/<class>/*.JPEG"
         )
     if empty and names is None:
@@ -72,7 +72,7 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Im
             f"class folder {folder / empty[0]} holds no images{and_others(empty)}: fill it, or remove it"
             " so that the labels close up"
         )
-    return build.index(names or tuple(folders), count_text(len(folders), "class folder"), ignored)
+    return build.index(names or tuple(folders), count_of(len(folders), "class folder"), ignored)
 
 
 def class_labels(classes: Sequence[str], names: tuple[str, ...] | None, what: str) -> dict[str, int]:
@@ -221,7 +221,7 @@ def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
         )
     if images:
         return (
-            f"{folder} holds {count_text(len(images), 'image')} directly and no class folders: give a list"
+            f"{folder} holds {count_of(len(images), 'image')} directly and no class folders: give a list"
             " file with their labels (--list), or sort them into <class>/ folders"
         )
     return f"{folder} holds no class folders: images are expected as {folder}/<class>/*.JPEG"
@@ -239,4 +239,4 @@ def _check_names(names: Sequence[str], what: str) -> None:
 
 def and_others(names: Sequence[str]) -> str:
     """' (and 2 others)', of names of which a message shows the first."""
-    return f" (and {count_text(len(names) - 1, 'other')})" if len(names) > 1 else ""
+    return f" (and {count_of(len(names) - 1, 'other')})" if len(names) > 1 else ""

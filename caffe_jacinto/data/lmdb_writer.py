@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import zlib
@@ -19,8 +20,8 @@ from typing import Any
 
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import check_parent, sync_folder, write_whole
-from caffe_jacinto.data.check import is_lmdb_folder
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
+from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
 
 FIRST_MAP_BYTES = 1 << 30
 """Size of the address range that LMDB may use at first; doubled as often as needed."""
@@ -223,6 +224,15 @@ def _publish(partial: Path, output: Path, replace: bool) -> None:
     sync_folder(output.parent)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def noted_form(folder: Path) -> str | None:
+    """The form of the images (`ImageForm.text`) that an LMDB's own record notes; None where there is none."""
+    try:
+        form = json.loads((folder / MADE_FROM).read_text()).get("form")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return form if isinstance(form, str) else None
 
 
 def check_free(output: Path, replace: bool) -> None:

@@ -7,16 +7,18 @@ other, into one; it decodes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.data.check import check_folder, check_not_cut_off
+from caffe_jacinto.data.lmdb_reader import LmdbReader, check_folder
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, SKIPPED, LmdbWriter
 
 _NAME = re.compile(r"\.shard-(\d{1,4})-of-(\d{1,4})")
@@ -99,29 +101,17 @@ def made_from(shards: Sequence[Path]) -> dict[str, str]:
 
 def join(shards: Sequence[Path], writer: LmdbWriter, name: str) -> int:
     """Copy the records of ``shards`` into one LMDB, from where ``writer`` is; returns their number."""
-    import lmdb
-
-    environments = [lmdb.open(str(shard), readonly=True, lock=False) for shard in shards]
-    try:
-        for shard, environment in zip(shards, environments, strict=True):
-            check_not_cut_off(shard, environment)
-        total = sum(environment.stat()["entries"] for environment in environments)
-        there = writer.images
-        with image_progress(name, total, done=there) as advance:
-            for environment in environments:
-                entries: int = environment.stat()["entries"]
-                if there >= entries:
-                    there -= entries
-                    continue
-                with environment.begin() as transaction, transaction.cursor() as cursor:
-                    for number, (key, record) in enumerate(cursor):
-                        if number >= there:
-                            writer.put(key, record)
-                            advance()
-                there = 0
-    finally:
-        for environment in environments:
-            environment.close()
+    there = writer.images
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(LmdbReader(shard)) for shard in shards]
+        total = sum(map(len, readers))
+        advance = stack.enter_context(image_progress(name, total, done=there))
+        for reader in readers:
+            if there < len(reader):
+                for key, record in islice(reader.records(), there, None):
+                    writer.put(key, record)
+                    advance()
+            there = max(there - len(reader), 0)
     labels = shards[0] / "labels.txt"
     if labels.is_file():
         writer.add_file("labels.txt", labels.read_bytes().decode("utf-8", "surrogateescape"))

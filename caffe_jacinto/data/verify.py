@@ -1,4 +1,4 @@
-"""Read a whole LMDB of images, made by anyone, and say what is in it and what is wrong with it."""
+"""Reading a whole LMDB of images, made by any program: what it contains, and every problem in it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import count_text, image_progress
-from caffe_jacinto.data.check import check_folder, check_not_cut_off, parse_datum
-from caffe_jacinto.data.create import ahead
-from caffe_jacinto.data.encode import GIF_STARTS, JPEG_START, MAX_PIXELS, PNG_START, image_size, limit_decoder
+from caffe_jacinto.common.progress import image_progress
+from caffe_jacinto.common.text import count_of
+from caffe_jacinto.data.datum import (
+    BadRecordError,
+    ImageProblem,
+    ahead,
+    check_depth,
+    parse_datum,
+    stored_pixels,
+)
+from caffe_jacinto.data.encode import JPEG_START, PNG_START, limit_decoder
 from caffe_jacinto.data.listing import read_labels
+from caffe_jacinto.data.lmdb_reader import ENOUGH_FOR_ORDER, LmdbReader, evenly_spaced
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 MOST_EXAMPLES = 10
-"""Records that are named for each thing that is wrong."""
+"""Examples kept of each problem."""
 
 DIGEST_BYTES = 16
 """Of an image's hash: among a million images, two different ones share it with a chance of 1 in 10^26."""
@@ -31,8 +39,36 @@ DIGEST_BYTES = 16
 SHUFFLED_SHARE = 0.5
 """An order with fewer changes of label than this share of a random order's is not shuffled."""
 
-ENOUGH_FOR_ORDER = 20
-"""With fewer records, any order may be chance."""
+
+_UNSHUFFLED = "Caffe reads in this order, so do not train on it; make it with --shuffle"
+
+
+class LmdbProblem(Enum):
+    """What can be wrong beside single images (`ImageProblem`); the value is the wording."""
+
+    LABEL_BELOW_ZERO = "a label below 0"
+    LABEL_BEYOND_NAMES = "a label beyond the {names} class names"
+    CHANNELS_DIFFER = "images of different numbers of channels"
+    WRITTEN_TO = "the LMDB was written to while it was read"
+    SAME_IMAGE = "an image that is there more than once, with the same label"
+    SAME_IMAGE_OTHER_LABEL = "an image that is there more than once, with different labels"
+    SIZES_DIFFER = "images of different sizes: training needs a crop, and cannot use a mean image"
+    BY_CLASS = f"records are sorted by class: {_UNSHUFFLED}"
+    GROUPED = f"records are in groups of one class: {_UNSHUFFLED}"
+    NO_IMAGE_OF_LABEL = "labels without an image"
+
+
+Problem = ImageProblem | LmdbProblem
+
+ERRORS = frozenset(
+    {
+        *ImageProblem,
+        LmdbProblem.LABEL_BELOW_ZERO,
+        LmdbProblem.LABEL_BEYOND_NAMES,
+        LmdbProblem.CHANNELS_DIFFER,
+    }
+)
+"""What makes Caffe fail, or train on wrong data; the others are allowed, but probably not intended."""
 
 
 class Form(NamedTuple):
@@ -47,11 +83,11 @@ class Form(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"{self.kind}, {self.width}x{self.height}, {count_text(self.channels, 'channel')}"
+        return f"{self.kind}, {self.width}x{self.height}, {count_of(self.channels, 'channel')}"
 
 
 class Record(NamedTuple):
-    """What one record holds."""
+    """The contents of one record."""
 
     key: bytes
     size: int
@@ -62,21 +98,18 @@ class Record(NamedTuple):
     digest: bytes
     """Of the image's bytes; empty where there is none."""
 
-    error: str = ""
-    """What makes Caffe fail at it."""
+    error: BadRecordError | None = None
 
 
 @dataclass
-class Trouble:
-    """Something wrong that records have in common."""
+class Occurrences:
+    """How often a problem was found, and some examples."""
 
-    what: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
-    """Keys of some of them, with what is particular to each."""
+    """The key of a record and what is particular to it, or what is particular to the whole LMDB."""
 
     def add(self, example: str) -> None:
-        """Count one more record."""
         self.count += 1
         if len(self.examples) < MOST_EXAMPLES:
             self.examples.append(example)
@@ -112,18 +145,30 @@ class Findings:
     """Images of each kind and size."""
 
     changes: int = 0
-    """How often the label is another than that of the record before."""
+    """How often a record's label differs from that of the record before."""
 
-    errors: dict[str, Trouble] = field(default_factory=dict)
-    """What makes Caffe fail, or train on what is wrong."""
-
-    warnings: dict[str, Trouble] = field(default_factory=dict)
-    """What is allowed, and probably not wanted."""
-
+    problems: dict[Problem, Occurrences] = field(default_factory=dict)
     duplicates: int = 0
-    """Records whose image an earlier one has, to the byte."""
+    """Records whose image is the same, byte for byte, as that of an earlier one."""
 
     samples: list[Sample] = field(default_factory=list)
+
+    def note(self, problem: Problem, example: str = "") -> None:
+        """Count one more occurrence of ``problem``."""
+        self.problems.setdefault(problem, Occurrences()).add(example)
+
+    @property
+    def errors(self) -> dict[Problem, Occurrences]:
+        return {problem: found for problem, found in self.problems.items() if problem in ERRORS}
+
+    @property
+    def warnings(self) -> dict[Problem, Occurrences]:
+        return {problem: found for problem, found in self.problems.items() if problem not in ERRORS}
+
+    def wording(self, problem: Problem) -> str:
+        """``problem`` in words."""
+        wording: str = problem.value
+        return wording.format(names=len(self.names or ()))
 
     @property
     def expected_changes(self) -> float:
@@ -136,7 +181,7 @@ class Findings:
 
     @property
     def order(self) -> str:
-        """``shuffled``, ``by class`` or ``grouped``; ``too few`` or ``one class``, where none can be told."""
+        """``shuffled``, ``by class`` or ``grouped``; ``one class`` or ``too few`` where it has no order."""
         if len(self.labels) < 2:
             return "one class"
         if sum(self.labels.values()) < ENOUGH_FOR_ORDER:
@@ -150,11 +195,19 @@ class Findings:
         return self.names[label] if self.names is not None and 0 <= label < len(self.names) else ""
 
 
+@dataclass
+class _Images:
+    """The hash, number and label of every record with an image."""
+
+    digests: bytearray = field(default_factory=bytearray)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    labels: array[int] = field(default_factory=lambda: array("q"))
+
+
 def verify_lmdb(folder: Path, *, workers: int, labels: Path | None = None, sample: int = 0) -> Findings:
     """Read every record of the LMDB ``folder``, decode every image, and return what was found.
 
-    Memory is some 60 bytes a record, and that of the images that are being decoded. The LMDB is opened
-    read-only and without its lock.
+    Memory: some 60 bytes a record, and the images that are being decoded.
 
     Args:
         workers: threads that decode.
@@ -162,220 +215,158 @@ def verify_lmdb(folder: Path, *, workers: int, labels: Path | None = None, sampl
         sample: evenly spaced records to keep, to be shown.
 
     Raises:
-        UserError: the folder is no LMDB, or one that is cut off, empty or damaged.
+        UserError: the LMDB cannot be read.
     """
-    import lmdb
-
     limit_decoder()
-    check_folder(folder)
-    own = folder / "labels.txt"
-    names = read_labels(labels or own) if labels is not None or own.is_file() else None
-    try:
-        with lmdb.open(str(folder), readonly=True, lock=False, readahead=True) as environment:
-            check_not_cut_off(folder, environment)
-            entries: int = environment.stat()["entries"]
-            if not entries:
-                raise UserError(f"LMDB {folder} is empty: make it again")
-            before = environment.info()["last_txnid"]
-            found = Findings(folder, entries, names=names)
-            with environment.begin(buffers=True) as transaction:
-                seen = _read_all(found, transaction, workers, sample)
-                _find_duplicates(found, transaction, *seen)
-            if environment.info()["last_txnid"] != before:
-                _note(found.warnings, "the LMDB was written to while it was read").add("")
-    except lmdb.Error as error:
-        raise UserError(f"{folder} cannot be read as an LMDB ({error}): make it again") from None
-    _judge(found)
+    with LmdbReader(folder) as reader:
+        own = folder / "labels.txt"
+        names = read_labels(labels or own) if labels is not None or own.is_file() else None
+        before = reader.last_change
+        found = Findings(folder, len(reader), names=names)
+        images = _read_all(found, reader, workers, sample)
+        _find_duplicates(found, reader, images)
+        if reader.last_change != before:
+            found.note(LmdbProblem.WRITTEN_TO)
+    _judge_whole(found)
     return found
 
 
-def _read_all(
-    found: Findings, transaction: Any, workers: int, sample: int
-) -> tuple[bytearray, array[int], array[int]]:
-    """Fill ``found`` record by record; returns the images' hashes, and the number and label of each."""
-    digests, numbers, labels = bytearray(), array("q"), array("q")
-    wanted = _spread(found.records, sample)
+def _read_all(found: Findings, reader: LmdbReader, workers: int, sample: int) -> _Images:
+    """Fill ``found`` record by record."""
+    images = _Images()
+    wanted = frozenset(evenly_spaced(0, found.records - 1, min(sample, found.records)))
     kept: dict[int, bytes] = {}
 
-    def records() -> Iterator[tuple[int, bytes, bytes]]:
-        with transaction.cursor() as cursor:
-            for number, (key, value) in enumerate(cursor):
-                content = bytes(value)
-                if number in wanted:
-                    kept[number] = content
-                yield number, bytes(key), content
+    def records() -> Iterator[tuple[bytes, bytes]]:
+        for number, (key, content) in enumerate(reader.records()):
+            if number in wanted:
+                kept[number] = content
+            yield key, content
 
     last: int | None = None
     with image_progress(found.folder.name, found.records, unit="records") as advance:
-        for number, record in enumerate(ahead(lambda item: examine(item[1], item[2]), records(), workers)):
+        for number, record in enumerate(ahead(lambda item: examine(*item), records(), workers)):
             key = os.fsdecode(record.key)
             found.record_bytes += record.size
-            if record.error:
-                _note(found.errors, record.error.split(":")[0]).add(f"{key!r} {record.error}")
+            if record.error is not None:
+                found.note(record.error.problem, f"{key!r} {record.error}")
             if record.form is not None:
                 found.forms[record.form] += 1
             if record.label is not None:
-                _take_label(found, record.label, last, repr(key))
+                _count_label(found, record.label, last, repr(key))
                 last = record.label
             if record.digest:
-                digests += record.digest
-                numbers.append(number)
-                labels.append(-1 if record.label is None else record.label)
+                images.digests += record.digest
+                images.numbers.append(number)
+                images.labels.append(-1 if record.label is None else record.label)
             if number in kept:
-                found.samples.append(Sample(key, record.label, kept.pop(number), record.form, record.error))
+                error = str(record.error or "")
+                found.samples.append(Sample(key, record.label, kept.pop(number), record.form, error))
             advance()
-    return digests, numbers, labels
+    return images
 
 
-def _take_label(found: Findings, label: int, last: int | None, key: str) -> None:
+def _count_label(found: Findings, label: int, last: int | None, key: str) -> None:
     found.labels[label] += 1
     if last is not None and label != last:
         found.changes += 1
     if label < 0:
-        _note(found.errors, "a label below 0").add(f"{key} label {label}")
+        found.note(LmdbProblem.LABEL_BELOW_ZERO, f"{key} label {label}")
     elif found.names is not None and label >= len(found.names):
-        _note(found.errors, f"a label beyond the {len(found.names)} class names").add(f"{key} label {label}")
+        found.note(LmdbProblem.LABEL_BEYOND_NAMES, f"{key} label {label}")
 
 
 def examine(key: bytes, content: bytes) -> Record:
-    """What the record ``content`` holds; its image is decoded as Caffe decodes it."""
+    """The contents of one record; its image is decoded as Caffe decodes it."""
     try:
-        datum = parse_datum("", content)
-    except UserError:
-        return Record(key, len(content), None, None, b"", "not a Datum message")
+        datum = parse_datum(content)
+    except BadRecordError as error:
+        return Record(key, len(content), None, None, b"", error)
     image: bytes = datum.data if datum.data else datum.SerializeToString() if datum.float_data else b""
     digest = blake2b(image, digest_size=DIGEST_BYTES).digest() if image else b""
-    whole = Record(key, len(content), datum.label, None, digest)
-    if datum.encoded:
-        return _examine_encoded(whole, image)
-    values = len(datum.data) or len(datum.float_data)
-    form = Form("raw" if datum.data else "float", datum.channels, datum.height, datum.width)
-    if not values or values != form.channels * form.height * form.width:
-        return whole._replace(
-            error=f"values that do not fill the image's size: {values} for {form.channels} x {form.height} x "
-            f"{form.width} (channels x height x width)"
-        )
-    return whole._replace(form=form)
-
-
-def _examine_encoded(record: Record, image: bytes) -> Record:
-    import cv2
-    import numpy as np
-
-    if image.startswith(GIF_STARTS):
-        return record._replace(error="a GIF image, which Caffe does not read")
-    size = image_size(image)
-    if size is not None and size[0] * size[1] > MAX_PIXELS:
-        return record._replace(
-            error=f"an image of more than {MAX_PIXELS:,} pixels, not decoded: {size[0]} x {size[1]}"
-        )
+    record = Record(key, len(content), datum.label, None, digest)
     try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED) if image else None
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        return record._replace(error="an image that cannot be decoded (cut off, or no image)")
-    channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    kind = "JPEG" if image.startswith(JPEG_START) else "PNG" if image.startswith(PNG_START) else "other"
-    record = record._replace(form=Form(kind, channels, pixels.shape[0], pixels.shape[1]))
-    if pixels.dtype != np.uint8:
-        return record._replace(error=f"an image that is not of 8 bits: {pixels.dtype}")
+        pixels = stored_pixels(datum)
+        record = record._replace(form=Form(_kind(datum), *pixels.shape))
+        if datum.encoded:
+            check_depth(pixels)
+    except BadRecordError as error:
+        return record._replace(error=error)
     return record
 
 
-def _find_duplicates(
-    found: Findings, transaction: Any, digests: bytearray, numbers: array[int], labels: array[int]
-) -> None:
+def _kind(datum: Any) -> str:
+    if not datum.encoded:
+        return "raw" if datum.data else "float"
+    starts = {"JPEG": JPEG_START, "PNG": PNG_START}
+    return next((kind for kind, start in starts.items() if datum.data.startswith(start)), "other")
+
+
+def _find_duplicates(found: Findings, reader: LmdbReader, images: _Images) -> None:
     """Count images that are there more than once, and name some, with their labels where these differ."""
     import numpy as np
 
-    hashes = np.frombuffer(digests, np.dtype((np.void, DIGEST_BYTES)))
+    hashes = np.frombuffer(images.digests, np.dtype((np.void, DIGEST_BYTES)))
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) if len(order) > 1 else np.empty(0, int)
     found.duplicates = len(again)
     if not found.duplicates:
         return
-    of, at = np.frombuffer(labels, np.int64), np.frombuffer(numbers, np.int64)
-    differ = of[order[again]] != of[order[again + 1]]
-    for what, chosen in (
-        ("an image that is there more than once, with the same label", again[~differ]),
-        ("an image that is there more than once, with different labels", again[differ]),
+    labels = np.frombuffer(images.labels, np.int64)
+    differ = labels[order[again]] != labels[order[again + 1]]
+    for problem, chosen in (
+        (LmdbProblem.SAME_IMAGE, again[~differ]),
+        (LmdbProblem.SAME_IMAGE_OTHER_LABEL, again[differ]),
     ):
         if len(chosen):
-            trouble = _note(found.warnings, what)
-            trouble.count = len(chosen)
-            trouble.examples = _pairs(transaction, order, at, of, chosen[:MOST_EXAMPLES])
+            examples = _pairs(reader, order, images, chosen[:MOST_EXAMPLES])
+            found.problems[problem] = Occurrences(len(chosen), examples)
 
 
 def _pairs(
-    transaction: Any,
-    order: NDArray[np.intp],
-    at: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    chosen: NDArray[np.intp],
+    reader: LmdbReader, order: NDArray[np.intp], images: _Images, chosen: NDArray[np.intp]
 ) -> list[str]:
-    """The keys and labels of pairs of equal images."""
+    """The keys of pairs of equal images, and their labels where these differ."""
     pairs = [(int(order[i]), int(order[i + 1])) for i in chosen]
-    wanted = {int(at[number]) for pair in pairs for number in pair}
-    keys: dict[int, bytes] = {}
-    with transaction.cursor() as cursor:
-        for number, key in enumerate(cursor.iternext(keys=True, values=False)):
-            if number in wanted:
-                keys[number] = bytes(key)
-                if len(keys) == len(wanted):
-                    break
-    told = []
-    for first, second in pairs:
-        one, other = (os.fsdecode(keys[int(at[number])]) for number in (first, second))
-        said = f" (labels {labels[first]} and {labels[second]})" if labels[first] != labels[second] else ""
-        told.append(f"{one!r} and {other!r}{said}")
-    return told
+    wanted = {images.numbers[image] for pair in pairs for image in pair}
+    keys = {number: os.fsdecode(key) for number, key in enumerate(reader.read_keys()) if number in wanted}
+    examples = []
+    for pair in pairs:
+        one, other = (keys[images.numbers[image]] for image in pair)
+        first, second = (images.labels[image] for image in pair)
+        labels = f" (labels {first} and {second})" if first != second else ""
+        examples.append(f"{one!r} and {other!r}{labels}")
+    return examples
 
 
-def _judge(found: Findings) -> None:
-    """What is wrong with the whole."""
-    channels = {form.channels for form in found.forms}
+def _judge_whole(found: Findings) -> None:
+    """Note what is wrong with all records together."""
+    channels = sorted({form.channels for form in found.forms})
     if len(channels) > 1:
-        kinds = ", ".join(
-            f"{count_text(sum(n for form, n in found.forms.items() if form.channels == c), 'image')} of {c}"
-            for c in sorted(channels)
-        )
-        _note(found.errors, "images of different numbers of channels").add(kinds)
+        counts = {c: sum(n for form, n in found.forms.items() if form.channels == c) for c in channels}
+        kinds = ", ".join(f"{count_of(n, 'image')} of {c}" for c, n in counts.items())
+        found.note(LmdbProblem.CHANNELS_DIFFER, kinds)
     sizes = {(form.width, form.height) for form in found.forms}
     if len(sizes) > 1:
         small, large = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
-        _note(
-            found.warnings, "images of different sizes: training needs a crop, and cannot use a mean image"
-        ).add(f"{len(sizes):,} sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}")
+        found.note(
+            LmdbProblem.SIZES_DIFFER,
+            f"{len(sizes):,} sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]}",
+        )
     if found.order in ("by class", "grouped"):
-        how = "sorted by class" if found.order == "by class" else "in groups of one class"
-        _note(
-            found.warnings,
-            f"records are {how}: Caffe reads in this order, so do not train on it; make it with --shuffle",
-        ).add(
+        found.note(
+            LmdbProblem.BY_CLASS if found.order == "by class" else LmdbProblem.GROUPED,
             f"the label changes {found.changes:,} times, in a random order about "
-            f"{found.expected_changes:,.0f} times"
+            f"{found.expected_changes:,.0f} times",
         )
     missing = _missing_labels(found)
     if missing:
         shown = ", ".join(map(str, missing[:MOST_EXAMPLES]))
         more = ", ..." if len(missing) > MOST_EXAMPLES else ""
-        _note(found.warnings, "labels without an image").add(f"{len(missing):,} of them: {shown}{more}")
+        found.note(LmdbProblem.NO_IMAGE_OF_LABEL, f"{len(missing):,} of them: {shown}{more}")
 
 
 def _missing_labels(found: Findings) -> list[int]:
     highest = max((label for label in found.labels if label >= 0), default=-1)
     classes = max(highest + 1 if highest < 1_000_000 else 0, len(found.names or ()))
     return [label for label in range(classes) if label not in found.labels]
-
-
-def _note(troubles: dict[str, Trouble], what: str) -> Trouble:
-    return troubles.setdefault(what, Trouble(what))
-
-
-def _spread(records: int, sample: int) -> frozenset[int]:
-    """Numbers of ``sample`` records, evenly spaced from the first to the last."""
-    count = min(sample, records)
-    if count < 2:
-        return frozenset(range(count))
-    return frozenset(step * (records - 1) // (count - 1) for step in range(count))

@@ -1,21 +1,20 @@
-"""What was found in an LMDB, as a table, as JSON, and as a page of its images."""
+"""The findings of a verified LMDB as a table, as JSON, and as a page of its images."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import check_parent, template_folder, write_whole
-from caffe_jacinto.common.progress import count_text
-from caffe_jacinto.common.text import Column, Line, printable, show_table
-from caffe_jacinto.data.check import parse_datum
+from caffe_jacinto.common.text import Column, Line, count_of, printable, show_table
+from caffe_jacinto.data.datum import parse_datum, stored_pixels
 from caffe_jacinto.data.encode import JPEG_START, PNG_START
-from caffe_jacinto.data.verify import Findings, Sample, Trouble
+from caffe_jacinto.data.verify import Findings, Occurrences, Problem, Sample
 
 PAGE_START = b"<!doctype html>"
 """How a page begins, in lower case."""
@@ -33,7 +32,7 @@ BAR = 30
 
 def show(found: Findings, out: TextIO) -> None:
     """Write what was found, for people."""
-    out.write(f"{found.folder}: {count_text(found.records, 'record')}, {found.record_bytes / 1e6:,.1f} MB\n")
+    out.write(f"{found.folder}: {count_of(found.records, 'record')}, {found.record_bytes / 1e6:,.1f} MB\n")
     facts = [("images", text) for text in _forms(found)]
     facts += [("labels", _labels(found)), ("order", _order(found))]
     facts.append(("duplicates", f"{found.duplicates:,}" if found.duplicates else "none"))
@@ -52,20 +51,21 @@ def show(found: Findings, out: TextIO) -> None:
         ],
         _histogram(found),
     )
-    for kind, troubles in (("error", found.errors), ("warning", found.warnings)):
-        for trouble in troubles.values():
-            out.write(f"\n{kind}: {_told(trouble)}\n")
-            out.writelines(f"  {printable(example)}\n" for example in trouble.examples if example)
-            if trouble.count > len(trouble.examples):
-                out.write(f"  and {trouble.count - len(trouble.examples):,} more\n")
+    for kind, problems in (("error", found.errors), ("warning", found.warnings)):
+        for problem, cases in problems.items():
+            times = f" ({cases.count:,})" if cases.count > 1 else ""
+            out.write(f"\n{kind}: {found.wording(problem)}{times}\n")
+            out.writelines(f"  {printable(example)}\n" for example in cases.examples if example)
+            if cases.count > len(cases.examples):
+                out.write(f"  and {cases.count - len(cases.examples):,} more\n")
     out.write(f"\n{verdict(found)}\n")
 
 
 def verdict(found: Findings) -> str:
-    """In a line: whether Caffe can train with it."""
+    """One line: whether Caffe can train with it."""
     if found.errors:
-        return f"{found.folder} is not fit for training: {count_text(len(found.errors), 'kind')} of error"
-    warned = f", with {count_text(len(found.warnings), 'warning')}" if found.warnings else ""
+        return f"{found.folder} is not fit for training: {count_of(len(found.errors), 'kind')} of error"
+    warned = f", with {count_of(len(found.warnings), 'warning')}" if found.warnings else ""
     return f"{found.folder} is whole{warned}"
 
 
@@ -86,14 +86,14 @@ def as_json(found: Findings) -> str:
         "label_changes": found.changes,
         "label_changes_expected": round(found.expected_changes, 1),
         "duplicates": found.duplicates,
-        "errors": [_as_dict(trouble) for trouble in found.errors.values()],
-        "warnings": [_as_dict(trouble) for trouble in found.warnings.values()],
+        "errors": _as_list(found, found.errors),
+        "warnings": _as_list(found, found.warnings),
     }
     return json.dumps(content, indent=1, ensure_ascii=True)
 
 
 def check_page(output: Path) -> None:
-    """Raises UserError unless a page may be put at ``output``: a file that is no page is not replaced."""
+    """Raise UserError unless a page may be written to ``output``: only another page is replaced."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: name the page, like page.html")
     check_parent(output)
@@ -107,11 +107,11 @@ def check_page(output: Path) -> None:
     except OSError as error:
         raise UserError(f"{output} exists and cannot be read: {error.strerror}") from None
     if start.lower() != PAGE_START:
-        raise UserError(f"{output} exists and is no page of images: choose another name")
+        raise UserError(f"{output} exists and is not a page of images: choose another name")
 
 
 def write_page(found: Findings, output: Path) -> None:
-    """Write an HTML page of the samples with their labels, whole in itself.
+    """Write an HTML page of the samples with their labels; it needs no other files.
 
     Raises:
         OSError: it cannot be written.
@@ -131,7 +131,7 @@ def write_page(found: Findings, output: Path) -> None:
 
 
 def _shown(found: Findings, sample: Sample) -> dict[str, Any]:
-    """What the page says of a sample."""
+    """A sample as the page's template takes it."""
     name = "" if sample.label is None else found.name(sample.label)
     return {
         "key": sample.key,
@@ -143,26 +143,21 @@ def _shown(found: Findings, sample: Sample) -> dict[str, Any]:
 
 
 def _data_uri(sample: Sample) -> str:
-    """The image as a data: URI, empty where there is none that can be shown."""
+    """The image as a data: URI; empty where none can be shown."""
     if sample.form is None:
         return ""
-    datum = parse_datum("", sample.content)
-    image: bytes = datum.data
-    if datum.encoded and image.startswith(JPEG_START):
-        return _uri("image/jpeg", image)
-    if datum.encoded and image.startswith(PNG_START):
-        return _uri("image/png", image)
+    datum = parse_datum(sample.content)
+    for kind, start in (("image/jpeg", JPEG_START), ("image/png", PNG_START)):
+        if datum.encoded and datum.data.startswith(start):
+            return _uri(kind, datum.data)
     import cv2
     import numpy as np
 
-    if datum.encoded:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
-    else:
-        values = np.frombuffer(image, np.uint8) if image else np.asarray(datum.float_data, np.float32)
-        pixels = values.reshape(datum.channels, datum.height, datum.width).transpose(1, 2, 0)
+    pixels = stored_pixels(datum).transpose(1, 2, 0)
+    if pixels.dtype != np.uint16:
         pixels = np.clip(np.nan_to_num(pixels), 0, 255).astype(np.uint8)
-        if pixels.shape[2] not in (1, 3, 4):
-            pixels = pixels[:, :, :1]
+    if pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels[:, :, :1]
     encoded = cv2.imencode(".png", np.ascontiguousarray(pixels))[1]
     return _uri("image/png", encoded.tobytes())
 
@@ -176,7 +171,7 @@ def _forms(found: Findings) -> list[str]:
     shown = [f"{count:,} {form.text}" for form, count in common[:MOST_FORMS]]
     rest = common[MOST_FORMS:]
     if rest:
-        images = count_text(sum(count for _, count in rest), "image")
+        images = count_of(sum(count for _, count in rest), "image")
         shown.append(f"{images} of {len(rest):,} other sizes and kinds")
     return shown or ["none that can be decoded"]
 
@@ -189,7 +184,7 @@ def _labels(found: Findings) -> str:
     names = "" if found.names is None else f", {len(found.names):,} names in labels.txt"
     each = f"{counts[0]:,} to {counts[-1]:,} images each (median {counts[len(counts) // 2]:,})"
     if counts[0] == counts[-1]:
-        each = f"{count_text(counts[0], 'image')} each"
+        each = f"{count_of(counts[0], 'image')} each"
     return f"{classes}, {min(found.labels)} to {max(found.labels)}{names}; {each}"
 
 
@@ -229,9 +224,8 @@ def _histogram(found: Findings) -> Sequence[Line]:
     return lines
 
 
-def _told(trouble: Trouble) -> str:
-    return f"{trouble.what} ({trouble.count:,})" if trouble.count > 1 else trouble.what
-
-
-def _as_dict(trouble: Trouble) -> dict[str, Any]:
-    return {"what": trouble.what, "count": trouble.count, "examples": [e for e in trouble.examples if e]}
+def _as_list(found: Findings, problems: Mapping[Problem, Occurrences]) -> list[dict[str, Any]]:
+    return [
+        {"what": found.wording(problem), "count": cases.count, "examples": [e for e in cases.examples if e]}
+        for problem, cases in problems.items()
+    ]

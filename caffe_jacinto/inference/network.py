@@ -1,23 +1,47 @@
-"""What is classified with: a deploy network, its weights, and the preprocessing of its validation network."""
+"""A trained network (of a run, or a deploy prototxt with weights), its preprocessing, and its images."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.encode import ImageForm
-from caffe_jacinto.data.images import Forced, Transform
-from caffe_jacinto.netspec.graph import TEST, messages_in
+from caffe_jacinto.common.files import read_text
+from caffe_jacinto.data.datum import Transform, datum_pixels, parse_datum
+from caffe_jacinto.data.encode import (
+    JPEG_START,
+    ImageForm,
+    UnreadableImageError,
+    form_of,
+    image_record,
+    read_content,
+)
+from caffe_jacinto.data.lmdb_reader import LmdbReader
+from caffe_jacinto.netspec.graph import TEST, messages_in, nodes_of, output_blobs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RUN_FILE = "run.json"
+
+VAL_NAMES = ("val.prototxt", "test.prototxt", "train_val.prototxt")
+"""What validation networks are called, here and by publishers; the first one found is taken."""
+
+
+# ------------------------------------------------------------------------------------------- the network
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A deploy network without its closing softmax: its outputs are scores."""
+    """A deploy network without its final softmax: its outputs are scores."""
 
     text: str
     where: Path
@@ -27,29 +51,17 @@ class TrainedNetwork:
     """Of one input: channels, height, width."""
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the validation network does to images, and what it reads them from."""
-
-    transform: Transform
-    lmdb: Path | None
-    """Of a Data layer."""
-
-    file_form: ImageForm | None
-    """Of an ImageData layer, which reads image files itself."""
-
-
 def trained_network(deploy: Path, weights: Path) -> TrainedNetwork:
     """Read a deploy prototxt; a softmax at its end is left out, since accuracy compares scores.
 
     Raises:
-        UserError: a file is missing, or the network has not one image input and one output.
+        UserError: a file is missing, or the network does not have one image input and one output.
     """
     from google.protobuf import text_format
 
     if not weights.is_file():
-        raise UserError(f"{weights}: there is no such weight file; name a .caffemodel")
-    net = parse_any_net(_text(deploy), str(deploy))
+        raise UserError(f"{weights}: there is no such weight file; give a .caffemodel")
+    net = parse_any_net(read_text(deploy, "the deploy.prototxt comes first, then the weights"), str(deploy))
     if net.layer and net.layer[-1].type == "Softmax":
         del net.layer[-1]
     _check_one_output(net, deploy)
@@ -58,15 +70,11 @@ def trained_network(deploy: Path, weights: Path) -> TrainedNetwork:
 
 
 def _check_one_output(net: Any, deploy: Path) -> None:
-    outputs: dict[str, None] = {}
-    for layer in messages_in(net, TEST):
-        for blob in layer.bottom:
-            outputs.pop(blob, None)
-        outputs.update(dict.fromkeys(layer.top))
+    outputs = output_blobs(nodes_of(messages_in(net, TEST)))
     if len(outputs) != 1:
         raise UserError(
-            f"{deploy}: one output is needed, the scores of the classes; "
-            f"the network has {len(outputs)} ({', '.join(outputs) or 'none'})"
+            f"{deploy}: a network with one output is needed, the scores of the classes; this one has"
+            f" {len(outputs)} ({', '.join(outputs) or 'none'})"
         )
 
 
@@ -76,85 +84,8 @@ def _shape(net: Any, deploy: Path) -> tuple[int, int, int]:
     shapes += [dims[at : at + 4] for at in range(0, len(dims), 4)]
     shapes += [list(shape.dim) for layer in net.layer for shape in layer.input_param.shape]
     if len(shapes) != 1 or len(shapes[0]) != 4 or min(shapes[0]) < 1:
-        raise UserError(f"{deploy}: a deploy network with one image input is needed, of four dimensions")
+        raise UserError(f"{deploy}: a deploy network needs one image input with four dimensions")
     return shapes[0][1], shapes[0][2], shapes[0][3]
-
-
-def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path) -> Preprocessing:
-    """What the data layer of a val.prototxt does in the test phase.
-
-    ``shape`` is that of the deploy network's input; relative paths in the file begin at ``base``.
-
-    Raises:
-        UserError: no such data layer, a crop that is not the deploy network's, or a bad mean.
-    """
-    net = parse_any_net(_text(val), str(val))
-    kinds = ("Data", "ImageData")
-    layer = next((layer for layer in messages_in(net, TEST) if layer.type in kinds), None)
-    if layer is None:
-        raise UserError(
-            f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from; "
-            "name another file with --val"
-        )
-    images = layer.type == "ImageData"
-    transform = _transform(layer.transform_param, shape, val, base, images=images)
-    if images:
-        size = _image_data_size(layer.image_data_param, val)
-        form = ImageForm(*size, colour=layer.image_data_param.is_color, raw=True)
-        return Preprocessing(transform, None, form)
-    source = layer.data_param.source
-    return Preprocessing(transform, base / source if source else None, None)
-
-
-def _transform(
-    settings: Any, shape: tuple[int, int, int], val: Path, base: Path, *, images: bool
-) -> Transform:
-    from caffe_jacinto.data.mean import read_mean
-
-    if settings.crop_size and (settings.crop_size, settings.crop_size) != shape[1:]:
-        raise UserError(
-            f"{val}: crop_size is {settings.crop_size}, but the deploy network takes {shape[1]}x{shape[2]}; "
-            "give the two files of one network"
-        )
-    if settings.force_color and settings.force_gray:
-        raise UserError(f"{val}: has force_color and force_gray; Caffe takes one of them: remove the other")
-    means = tuple(settings.mean_value)
-    if means and settings.mean_file:
-        raise UserError(f"{val}: has mean_file and mean_value; Caffe takes one of them: remove the other")
-    if len(means) not in (0, 1, shape[0]):
-        raise UserError(f"{val}: {len(means)} mean values for {shape[0]} channels; give one, or one for each")
-    forced: Forced | None = "colour" if settings.force_color else "grey" if settings.force_gray else None
-    return Transform(
-        *shape,
-        crop=bool(settings.crop_size),
-        scale=settings.scale,
-        mean_values=means,
-        mean_image=read_mean(base / settings.mean_file) if settings.mean_file else None,
-        forced=None if images else forced,
-    )
-
-
-def _image_data_size(settings: Any, val: Path) -> tuple[int, int]:
-    """Width and height that an ImageData layer resizes to; zeros where it does not."""
-    size = (settings.new_width, settings.new_height)
-    if bool(size[0]) != bool(size[1]):
-        raise UserError(f"{val}: new_height and new_width go together in Caffe; give both or none")
-    return size
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name a prototxt") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: no prototxt; the deploy network comes first, then the weights") from None
-
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-
-VAL_NAMES = ("val.prototxt", "test.prototxt", "train_val.prototxt")
-"""What validation networks are called, here and by publishers; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -165,56 +96,86 @@ class NetworkFiles:
     weights: Path
     val: Path
     base: Path
-    """Where the relative paths in `val` begin."""
+    """The folder that relative paths in ``val`` are relative to."""
 
     folders: tuple[Path, ...]
     """Where a ``labels.txt`` may be, the nearest first."""
 
 
 def network_files(place: Path, weights: Path | None, val: Path | None) -> NetworkFiles:
-    """The files that ``place`` stands for: a run folder, a stage's folder in one, or, with ``weights``, a
-    deploy prototxt.
+    """The files of ``place``: a run folder, a stage's folder in one, or, with ``weights``, a deploy prototxt.
 
-    Of a run, the newest whole weights of its last stage that has any; a line on stderr where that stage is
-    not finished.
+    Of a run they are the newest complete weights of the last stage that has any; a line on stderr says so
+    where that stage is not finished.
 
     Raises:
-        UserError: no such folder or file, a run without weights, or no validation network.
+        UserError: a missing folder or file, a run without weights, or no validation network.
     """
     if place.is_dir():
         return _run_files(place, val)
     if weights is None:
-        raise UserError(f"{place}: no run folder; with a deploy.prototxt give its .caffemodel too")
+        raise UserError(f"{place}: not a run folder; give a deploy.prototxt together with its .caffemodel")
     return NetworkFiles(place, weights, val or _val_beside(place), Path(), (place.parent,))
 
 
 def _run_files(place: Path, val: Path | None) -> NetworkFiles:
-    from caffe_jacinto.runs import folder
-
     run, only = place, None
-    if not (place / folder.RUN_FILE).exists() and (place.absolute().parent / folder.RUN_FILE).exists():
+    if not (place / RUN_FILE).exists() and (place.absolute().parent / RUN_FILE).exists():
         run, only = place.absolute().parent, place.absolute().name
-    record = folder.load(run)
-    stages = [stage for stage in record.recipe.stages if only in (None, stage)]
-    for stage in reversed(stages):
+    record = _read_run(run)
+    for stage, state in reversed(record.states.items()):
+        if only not in (None, stage):
+            continue
         here = place if only else run / stage
-        weights = _newest_weights(here, f"{record.recipe.data.dataset}_{record.recipe.network.name}")
+        weights = _newest_weights(here, record.prefix)
         if weights is not None:
-            if record.stages[stage].state != "finished":
+            if state != "finished":
                 print(f"stage {stage} is not finished; its newest weights: {weights.name}", file=sys.stderr)
-            val = val or here / VAL_NAMES[0]
-            return NetworkFiles(here / "deploy.prototxt", weights, val, Path(record.start_folder), (run,))
+            return NetworkFiles(
+                here / "deploy.prototxt", weights, val or here / VAL_NAMES[0], record.base, (run,)
+            )
     what = f"stage {only} has no weights" if only else "no stage has weights yet"
     raise UserError(f"{place}: {what}; train it first (train --resume {run})")
 
 
-def _newest_weights(stage: Path, name: str) -> Path | None:
-    """The weight file of the most iterations that is whole."""
+class _Run(NamedTuple):
+    """What is needed of a run.json."""
+
+    prefix: str
+    """Of the names of weight files, before ``_iter_N``."""
+
+    base: Path
+    """Where training was started; relative paths in the run's files are relative to it."""
+
+    states: dict[str, str]
+    """The state of each training stage, in their order."""
+
+
+def _read_run(run: Path) -> _Run:
+    path = run / RUN_FILE
+    try:
+        record = json.loads(path.read_bytes())
+        recipe = record["recipe"]
+        return _Run(
+            f"{recipe['data']['dataset']}_{recipe['network']['name']}",
+            Path(record["start_folder"]),
+            {stage: str(record["stages"].get(stage, {}).get("state")) for stage in recipe["stages"]},
+        )
+    except FileNotFoundError:
+        raise UserError(f"{run}: holds no run (no {RUN_FILE}); give the folder that train printed") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged, or of another version of caffe_jacinto") from None
+
+
+def _newest_weights(stage: Path, prefix: str) -> Path | None:
+    """The complete weight file of the highest iteration."""
     from caffe_jacinto.caffemodel.storage import mapped, stored_layers
 
     found = []
     for path in stage.glob("*.caffemodel"):
-        iteration = path.stem.removeprefix(f"{name}_iter_")
+        iteration = path.stem.removeprefix(f"{prefix}_iter_")
         if iteration.isdecimal():
             found.append((int(iteration), path))
     for _, path in sorted(found, reverse=True):
@@ -234,23 +195,21 @@ def _val_beside(deploy: Path) -> Path:
         if (deploy.parent / name).is_file():
             return deploy.parent / name
     raise UserError(
-        f"{deploy.parent}: no {', '.join(VAL_NAMES)} to take the preprocessing from; "
-        "name the validation network with --val"
+        f"{deploy.parent}: no {', '.join(VAL_NAMES)} to take the preprocessing from;"
+        " name the validation network with --val"
     )
 
 
 def class_names(given: Path | None, folders: tuple[Path, ...], classes: int) -> tuple[str, ...]:
-    """The names of the classes: of the file ``given``, or of the first of ``folders`` with a labels.txt;
-    else none, and their numbers stand for them.
+    """The class names in the file ``given``, or in the first labels.txt in ``folders``; else none.
 
     Raises:
         UserError: the labels file is damaged, or ``given`` does not name as many classes as there are.
     """
     from caffe_jacinto.data.listing import read_labels
 
-    path = given or next(
-        (folder / "labels.txt" for folder in folders if (folder / "labels.txt").is_file()), None
-    )
+    beside = (folder / "labels.txt" for folder in folders)
+    path = given or next((path for path in beside if path.is_file()), None)
     if path is None:
         return ()
     names = read_labels(path)
@@ -263,19 +222,194 @@ def class_names(given: Path | None, folders: tuple[Path, ...], classes: int) -> 
     return ()
 
 
+# ------------------------------------------------------------------------------------- its preprocessing
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the validation network does to images, and where it reads them from."""
+
+    transform: Transform
+    shape: tuple[int, int, int]
+    """Of the network's input: channels, height, width."""
+
+    lmdb: Path | None = None
+    """Of a Data layer."""
+
+    file_form: ImageForm | None = None
+    """Of an ImageData layer, which reads image files itself."""
+
+    def input_of(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """The network's input for an image's ``pixels``: cropped in the middle, not mirrored.
+
+        Raises:
+            UnreadableImageError: the image does not fit the network's input or the mean image.
+        """
+        (channels, height, width), crop = pixels.shape, self.transform.crop
+        large_enough = height >= self.shape[1] and width >= self.shape[2]
+        if channels != self.shape[0] or not (large_enough if crop else (height, width) == self.shape[1:]):
+            why = ", and the validation network does not crop" if large_enough and not crop else ""
+            sizes = ["x".join(map(str, shape)) for shape in (pixels.shape, self.shape)]
+            raise UnreadableImageError(
+                f"it is {sizes[0]}, the network takes {sizes[1]} (channels x height x width){why}"
+            )
+        return self.transform.apply(pixels, self.transform.window(height, width))
+
+
+def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path) -> Preprocessing:
+    """What the data layer of a val.prototxt does in the test phase.
+
+    ``shape`` is that of the deploy network's input; relative paths in the file are relative to ``base``.
+
+    Raises:
+        UserError: no such data layer, a crop that is not the deploy network's, or an unusable mean.
+    """
+    from caffe_jacinto.data.batches import read_transform
+
+    net = parse_any_net(read_text(val, "name the validation network with --val"), str(val))
+    kinds = ("Data", "ImageData")
+    layer = next((layer for layer in messages_in(net, TEST) if layer.type in kinds), None)
+    if layer is None:
+        raise UserError(
+            f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from;"
+            " name another file with --val"
+        )
+    transform = read_transform(layer.transform_param, str(val), base=base)
+    if transform.crop and (transform.crop, transform.crop) != shape[1:]:
+        raise UserError(
+            f"{val}: crop_size is {transform.crop}, but the deploy network takes {shape[1]}x{shape[2]};"
+            " give the two files of one network"
+        )
+    if transform.mean_image is None:
+        try:
+            transform.mean_for(shape)
+        except UnreadableImageError as error:
+            raise UserError(f"{val}: {error}") from None
+    if layer.type == "ImageData":
+        form = _image_data_form(layer.image_data_param, val)
+        return Preprocessing(replace(transform, colour=None), shape, file_form=form)
+    source = layer.data_param.source
+    return Preprocessing(transform, shape, base / source if source else None)
+
+
+def _image_data_form(settings: Any, val: Path) -> ImageForm:
+    """The form to which an ImageData layer brings its files; its size is 0 where it does not resize."""
+    size = (settings.new_width, settings.new_height)
+    if bool(size[0]) != bool(size[1]):
+        raise UserError(f"{val}: new_height and new_width go together in Caffe; give both or neither")
+    return ImageForm(*size, colour=settings.is_color, raw=True)
+
+
+# -------------------------------------------------------------------------------------------- the images
+
+
+class Sample(NamedTuple):
+    """An image ready for the network, or why it is not."""
+
+    name: str
+    label: int | None
+    image: NDArray[np.float32] | None
+    """Channels (blue, green, red) x height x width."""
+
+    reason: str = ""
+
+
 def image_files(sources: list[Path]) -> list[Path]:
     """The files among ``sources``, and the images in the folders among them, sorted.
 
     Raises:
         UserError: a folder has no images.
     """
+    from caffe_jacinto.data.listing import IMAGE_SUFFIXES, is_image_name
+
     paths = []
     for source in sources:
         if not source.is_dir():
             paths.append(source)
             continue
-        inside = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+        inside = [path for path in sorted(source.rglob("*")) if is_image_name(path.name)]
         if not inside:
-            raise UserError(f"{source}: no images in this folder ({', '.join(IMAGE_ENDINGS)})")
+            raise UserError(f"{source}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
         paths += inside
     return paths
+
+
+def file_samples(paths: list[Path], done: Preprocessing, form: ImageForm) -> Iterator[Sample]:
+    """Image files as they would be in an LMDB of ``form``, one at a time."""
+    for path in paths:
+        try:
+            record = image_record(os.fsencode(path), read_content(path), 0, form)
+            yield _sample(str(path), record, done)._replace(label=None)
+        except UnreadableImageError as error:
+            yield Sample(str(path), None, None, str(error))
+
+
+def lmdb_samples(folder: Path, done: Preprocessing) -> tuple[int, Iterator[Sample]]:
+    """The number of records of the LMDB at ``folder``, and the records in key order, one at a time.
+
+    Raises:
+        UserError: the LMDB cannot be read.
+    """
+    reader = LmdbReader(folder)
+
+    def samples() -> Iterator[Sample]:
+        with reader:
+            for key, record in reader.records():
+                yield _sample(key.decode(errors="replace"), record, done)
+
+    return len(reader), samples()
+
+
+def _sample(name: str, record: bytes, done: Preprocessing) -> Sample:
+    label = None
+    try:
+        datum = parse_datum(record)
+        label = datum.label
+        return Sample(name, label, done.input_of(datum_pixels(datum, done.transform.colour)))
+    except UnreadableImageError as error:
+        return Sample(name, label, None, str(error))
+
+
+def file_form(done: Preprocessing, resize: tuple[int, int] | None) -> ImageForm:
+    """The form to which image files are brought: that of the validation LMDB, or the size ``resize``.
+
+    Raises:
+        UserError: ``resize`` is smaller than the network's input.
+    """
+    channels, height, width = done.shape
+    form = done.file_form or (lmdb_file_form(done.lmdb) if done.lmdb else None)
+    if resize:
+        if resize[0] < width or resize[1] < height:
+            raise UserError(
+                f"--resize {resize[0]}x{resize[1]} is smaller than the network's input of {width}x{height}"
+            )
+        return replace(
+            form or ImageForm(0, 0, colour=channels == 3), width=resize[0], height=resize[1], shorter=0
+        )
+    if form is not None:
+        return form
+    mean = done.transform.mean_image
+    size = (width, height) if mean is None else (mean.shape[2], mean.shape[1])
+    print(
+        f"the size of images before the crop is unknown ({done.lmdb or 'the val LMDB'} is not there): they"
+        f" are resized to {size[0]}x{size[1]}; set another size with --resize WIDTHxHEIGHT",
+        file=sys.stderr,
+    )
+    return ImageForm(size[0], size[1], colour=channels == 3)
+
+
+def lmdb_file_form(folder: Path) -> ImageForm | None:
+    """The form of an LMDB's images, as create_lmdb noted it or else by the first one; None if unknown."""
+    from caffe_jacinto.data.lmdb_writer import noted_form
+
+    noted = form_of(noted_form(folder) or "")
+    if noted is not None:
+        return noted
+    try:
+        with LmdbReader(folder) as reader:
+            datum = parse_datum(next(reader.records())[1])
+            channels, height, width = datum_pixels(datum).shape
+    except (UserError, OSError, UnreadableImageError):
+        return None
+    jpeg = datum.encoded and datum.data.startswith(JPEG_START)
+    return ImageForm(width, height, colour=channels == 3, raw=not jpeg)

@@ -93,7 +93,7 @@ def _check_names(run: RunPlan) -> None:
 
 
 def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
-    from caffe_jacinto.data.check import check_lmdb
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
 
     facts = check_lmdb(
         run.recipe.data.train_lmdb,
@@ -108,7 +108,7 @@ def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
 
 
 def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
-    from caffe_jacinto.data.check import check_lmdb
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
 
     batch = run.recipe.training.val_batch_size
     facts = check_lmdb(

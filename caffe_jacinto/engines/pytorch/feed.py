@@ -18,8 +18,8 @@ from torch import Tensor
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
-from caffe_jacinto.data.mean import read_mean
-from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
+from caffe_jacinto.data.encode import UnreadableImageError
+from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, TRAIN, Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.netspec.graph import messages_in
 
@@ -137,35 +137,24 @@ class Feed:
         return result, labels
 
     def _transformed(self, images: Tensor, windows: Tensor) -> Tensor:
-        layer = self._images.layer
+        transform = self._images.layer.transform
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        if layer.mean_file is not None and self._mean is not None:
+        if transform.mean_image is not None and self._mean is not None:
             height, width = images.shape[1:3]
             for i, (top, left, mirrored) in enumerate(windows.tolist()):
                 mean = self._mean[:, top : top + height, left : left + width]
                 pixels[i] -= mean.flip(2) if mirrored else mean
         elif self._mean is not None:
             pixels -= self._mean
-        return pixels.mul_(layer.scale) if layer.scale != 1 else pixels
+        return pixels.mul_(transform.scale) if transform.scale != 1 else pixels
 
     def _mean_on(self, device: torch.device) -> Tensor | None:
-        layer, (height, width, channels) = self._images.layer, self._images.stored_shape
-        if layer.mean_file is not None:
-            mean = read_mean(layer.mean_file)
-            if mean.shape != (channels, height, width):
-                sizes = "x".join(map(str, mean.shape)), f"{channels}x{height}x{width}"
-                raise UserError(
-                    f"{layer.mean_file}: the mean image is {sizes[0]}, the LMDB's images {sizes[1]}"
-                )
-            return torch.from_numpy(mean.copy()).to(device)
-        values = layer.mean_values
-        if not any(values):
-            return None
-        if len(values) not in (1, channels):
-            raise UserError(
-                f"{layer.where}: {len(values)} of mean_value for {channels} channels; give one for each"
-            )
-        return torch.tensor(values, device=device).reshape(1, -1, 1, 1)
+        layer = self._images.layer
+        try:
+            mean = layer.transform.mean_for(self._images.stored_shape)
+        except UnreadableImageError as error:
+            raise UserError(f"{layer.where}: {error}") from None
+        return None if mean is None else torch.from_numpy(mean.copy()).to(device)
 
     def _check_labels(self, slot: int) -> None:
         if self._classes is None:
@@ -284,7 +273,7 @@ class Inputs:
         try:
             for layer in layers:
                 if layer.type == "Data":
-                    self._add(data_layer(layer, phase, where), seed, count, shuffle)
+                    self._add(data_layer(layer, where, training=phase == TRAIN), seed, count, shuffle)
         except BaseException:
             self.close()
             raise
