@@ -1,4 +1,4 @@
-"""How far a long job over images is: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a long job over images: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from caffe_jacinto.common.text import duration
 
 LINE_SECONDS = 5.0
 """Time between two plain lines."""
@@ -76,7 +78,7 @@ def _plain_lines(what: str, total: int, before: int, unit: str) -> Callable[...,
         if now >= next_line and before + done < total and done:
             next_line = now + LINE_SECONDS
             speed = done / (now - start)
-            left = time_text((total - before - done) / speed)
+            left = duration((total - before - done) / speed)
             print(
                 f"{what}: {before + done:,} of {total:,} {unit}, {speed:,.0f} {unit}/s, {left} left",
                 file=sys.stderr,
@@ -84,20 +86,3 @@ def _plain_lines(what: str, total: int, before: int, unit: str) -> Callable[...,
             )
 
     return advance
-
-
-def time_text(seconds: float) -> str:
-    """A duration as a person reads it: '0.8 s', '12 s', '3 min 20 s', '2 h 05 min'."""
-    if seconds < 9.95:
-        return f"{max(seconds, 0.1):.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def count_text(count: int, what: str) -> str:
-    """A number of things as a person reads it: '1 image', '1,200 images'."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
