@@ -5,7 +5,7 @@
     python -m caffe_jacinto.report RUN1 RUN2 --plot curves.svg
 
 A PATH is a log file, a stage's folder, a run's folder or a folder of runs, of this project, stock Caffe,
-NVCaffe or caffe-jacinto; finished, still running or cut off.
+NVCaffe or caffe-jacinto: finished, still running or cut off.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import USER_ERROR, UserError, run_command
+from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, find_runs
 
@@ -25,10 +26,10 @@ PLOT_KINDS = (".png", ".svg")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report; returns 2 if a path could not be reported, 0 otherwise.
+    """Print the report. Returns 2 if a path could not be reported, 0 otherwise.
 
     Raises:
-        UserError: the file to plot to is of an unknown kind or cannot be written.
+        UserError: the file of --plot has an unknown kind or cannot be written.
     """
     arguments = _arguments(argv)
     plot = arguments.plot
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_KINDS)}")
     runs, problems = find_runs(arguments.paths, curves=plot is not None)
     for problem in problems:
-        print(f"{PROGRAM}: error: {tables.printable(str(problem))}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
         _print(runs, arguments.format)
     if plot is not None and runs:
@@ -66,9 +67,7 @@ def _print(runs: Sequence[Run], form: str) -> None:
     elif form == "markdown":
         print(tables.as_markdown(tables.tables(runs)))
     else:
-        from caffe_jacinto.logs.tables import show
-
-        show(tables.tables(runs), sys.stdout)
+        tables.show(tables.tables(runs), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -33,35 +33,27 @@ def main(arguments: Sequence[str]) -> int:
 
         print("\n".join(status_lines(Path(options.status))))
         return 0
+    from caffe_jacinto.runs.start import Options, resume, start
+
     overrides = _overrides(options)
-    if options.resume is not None:
-        from caffe_jacinto.runs.start import resume
-
-        if overrides or options.output or options.dry_run or options.dialect or options.precision:
-            raise UserError(
-                "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
-                "be given with it; to change more, start a new run"
-            )
-        return resume(
-            Path(options.resume),
-            gpus=options.gpus,
-            caffe=options.caffe,
-            engine_kind=options.engine,
-            keep=options.keep,
-        )
-    from caffe_jacinto.runs.start import start
-
-    return start(
-        options.recipe,
-        overrides,
+    wanted = Options(
         gpus=options.gpus,
         caffe=options.caffe,
-        engine_kind=options.engine,
+        engine=options.engine,
         dialect=None if options.dialect is None else Dialect(options.dialect),
         precision=options.precision,
         output=None if options.output is None else Path(options.output),
+        keep=options.keep,
         dry_run=options.dry_run,
     )
+    if options.resume is None:
+        return start(options.recipe, overrides, wanted)
+    if overrides or options.output or options.dry_run or options.dialect or options.precision:
+        raise UserError(
+            "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
+            "be given with it; to change more, start a new run"
+        )
+    return resume(Path(options.resume), wanted)
 
 
 def _parser() -> Parser:

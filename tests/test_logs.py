@@ -13,8 +13,8 @@ from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.curves import MOST_POINTS, Curve
 from caffe_jacinto.logs.glog import elapsed
+from caffe_jacinto.logs.plot import MOST_POINTS, Curve
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
@@ -348,8 +348,8 @@ def test_time_between_two_lines(first: str, last: str, year: int | None, seconds
 def test_files_that_are_no_logs(tmp_path: Path) -> None:
     for content, words in (
         (b"", "is empty"),
-        (b"hello\n", "is no Caffe log"),
-        (bytes(range(256)), "is no Caffe log"),
+        (b"hello\n", "is not a Caffe log"),
+        (bytes(range(256)), "is not a Caffe log"),
     ):
         path = tmp_path / "some.log"
         path.write_bytes(content)

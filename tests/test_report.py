@@ -142,7 +142,7 @@ def test_bad_paths_are_told_one_by_one_and_the_others_reported(
     bad = [tmp_path / "missing", tmp_path / "empty", no_log, nothing]
     code, out, errors = report(*bad, good, capsys=capsys)
     assert code == 2
-    words = ["no such file or folder", "holds no log", "is no Caffe log", "is empty"]
+    words = ["no such file or folder", "holds no log", "is not a Caffe log", "is empty"]
     assert len(errors) == len(bad)
     for path, error, word in zip(bad, errors, words, strict=True):
         assert error.startswith(f"caffe_jacinto.report: error: {path}: ")

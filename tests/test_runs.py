@@ -16,21 +16,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from log_text import Log
 from test_snapshots import write_pair
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.logs.stage import SolverTest, StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.failure import last_words
 from caffe_jacinto.runs.folder import RunRecord, StageState
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import shell_script
 from caffe_jacinto.runs.process import Child, describe_exit
-from caffe_jacinto.runs.progress import Place, Progress, duration, progress, time_left
-from caffe_jacinto.runs.retention import Keeper, kept_iterations, remove_others
+from caffe_jacinto.runs.progress import Place, Progress, outputs_line, progress, stage_summary, time_left
+from caffe_jacinto.runs.retention import Keeper, comparable_top1, kept_iterations, remove_others
 from caffe_jacinto.runs.screen import LastingStream, Screen, live_lines
-from caffe_jacinto.runs.watch import StageView, Tail
+from caffe_jacinto.runs.watch import StageView, Tail, last_words, read_log
 
 
 def line(second: float, text: str, source: str = "solver.cpp:239") -> str:
@@ -49,43 +50,58 @@ def displays(*losses: float) -> bytes:
 
 
 def test_progress_is_read_from_the_log() -> None:
-    view = StageView()
-    view.feed(displays(2.3, 1.5) + line(3, "Iteration 10, lr = 0.05", "sgd_solver.cpp:112").encode())
-    assert (view.iteration, view.loss, view.learning_rate) == (10, 1.5, 0.05)
-    assert view.seconds_per_iteration() == pytest.approx(0.2)
+    log = StageLog(live=True)
+    log.feed(displays(2.3, 1.5) + line(3, "Iteration 10, lr = 0.05", "sgd_solver.cpp:112").encode())
+    assert (log.iteration, log.loss, log.learning_rate) == (10, 1.5, 0.05)
+    assert log.seconds_per_iteration() == pytest.approx(0.2)
     place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=60"]), "initial")
-    shown = progress(view, place)
+    shown = progress(log, place)
     assert shown.fields() == [
         *("stage 1/4 initial", "iteration 10/60", "loss 1.5", "lr 0.05"),
         "320 images/s",  # 64 images an iteration of 0.2 s
-        *("10 s left", "2 min for the run"),
+        *("10 s left", "1 min 42 s for the run"),
     ]
-    assert progress(view, place, running=False).fields() == shown.fields()[:4]
+    assert progress(log, place, running=False).fields() == shown.fields()[:4]
 
 
 def test_a_log_that_says_nothing_for_a_while() -> None:
-    view = StageView()
-    view.feed(displays(2.3, 1.5))
+    log = StageLog(live=True)
+    log.feed(displays(2.3, 1.5))
     place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=610"]), "initial")
-    assert time_left(view, place) == ["2 min left", "4 min for the run"]
-    assert progress(view, place, silent=29).figures == ["loss 1.5", "320 images/s"]
-    shown = progress(view, place, silent=60)
-    assert shown.figures[-1] == "last line 60 s ago"
-    assert shown.left == ["60 s left", "3 min for the run"]
-    assert progress(view, place, silent=1000).left[0] == "0 s left"
+    assert time_left(log, place) == ["2 min 0 s left", "3 min 32 s for the run"]
+    assert progress(log, place, silent=29).figures == ["loss 1.5", "320 images/s"]
+    shown = progress(log, place, silent=60)
+    assert shown.figures[-1] == "last line 1 min 0 s ago"
+    assert shown.left == ["1 min 0 s left", "2 min 32 s for the run"]
+    assert progress(log, place, silent=1000).left[0] == "0.0 s left"
 
 
 def test_tests_are_kept_by_iteration() -> None:
-    view = StageView()
-    view.feed(
-        line(1, "Iteration 50, Testing net (#0)").encode()
-        + line(2, "    Test net output #0: accuracy/top1 = 0.75").encode()
-    )
-    assert view.in_test
-    view.feed(line(3, "    Test net output #1: loss = 0.9 (* 1 = 0.9 loss)").encode() + displays(1.0))
-    assert not view.in_test
-    assert view.tests == {50: {"accuracy/top1": 0.75, "loss": 0.9}}
-    assert view.top1() == {50: 0.75}
+    log = StageLog(live=True)
+    log.feed(Log().start().test(50, 0.75, 0.95, 0.9).text.encode())
+    assert (log.in_test, log.tests) == (True, {})
+    log.feed(displays(1.0))
+    assert not log.in_test
+    outputs = {"loss": 0.9, "nearly right": 0.95, "right": 0.75}
+    assert log.tests == {50: SolverTest(outputs, top1=0.75, recalibrated=False)}
+    assert outputs_line(log, outputs) == "top-1 0.75, top-5 0.95, loss 0.9"
+
+
+def test_of_a_network_that_glog_has_cut_the_stages_own_file_names_the_accuracies(tmp_path: Path) -> None:
+    text = Log().start().sparsity(0.805, 0.5).test(50, 0.75, 0.95, 0.9).end().text
+    network = text[text.index('name: "tiny"\nstate {\n  phase: TEST') :]
+    network = network[: network.index("\nI0815")]
+    (tmp_path / "run.log").write_text(text.replace(network, network[: len(network) // 2]))
+    log = read_log(tmp_path)
+    assert (log.tests[50].top1, list(log.tests[50].outputs)) == (None, ["loss", "nearly right", "right"])
+    (tmp_path / "val.prototxt").write_text(network.replace("state {\n  phase: TEST\n}\n", ""))
+    log = read_log(tmp_path)
+    assert (log.tests[50].top1, log.sparsity) == (0.75, 0.805)
+
+
+def test_a_test_of_many_outputs_is_shown_in_one_line() -> None:
+    outputs = {f"class[{number}]": 0.5 for number in range(1000)}
+    assert outputs_line(StageLog(live=True), outputs).endswith(", and 992 more")
 
 
 @pytest.mark.parametrize(
@@ -109,16 +125,25 @@ def test_a_loss_that_goes_wrong(losses: tuple[float, ...], trouble: str | None, 
 def test_a_new_part_forgets_how_the_one_before_ended() -> None:
     view = StageView()
     view.feed(displays(2.3, float("nan")) + b"F1123 10:00:09.000000  77 solver.cpp:1] Check failed: x\n")
-    assert (view.trouble is None, view.fatal) == (False, "Check failed: x")
+    assert (view.trouble is None, view.log.fatal) == (False, "Check failed: x")
     view.begin_part(4)
-    assert (view.trouble, view.fatal, view.iteration) == (None, None, 4)
+    assert (view.trouble, view.log.fatal, view.log.iteration) == (None, None, 4)
 
 
-def test_a_published_log(published: Path) -> None:
+def test_of_a_published_log_the_live_line_shows_what_the_report_does(published: Path) -> None:
     view = StageView()
-    view.feed_file(published / "logs" / "imagenet_jacintonet11_sparse.log")
-    assert (view.iteration, view.max_iter, view.sparsity) == (160000, 160000, 0.661)
-    assert view.trouble is None
+    view.feed((published / "logs" / "imagenet_jacintonet11_sparse.log").read_bytes())
+    log = view.log
+    assert (log.iteration, log.max_iter, view.trouble) == (160000, 160000, None)
+    # The log's own total counts the inner product too.
+    assert (log.sparsity, log.sparsity_logged) == (0.805, 0.661)
+    assert log.figures().sparsity == log.sparsity
+    assert log.tests[160000].top1 == log.figures().top1 == 0.596824
+    recipe = load_recipe("imagenet_jacintonet11")
+    assert "sparsity 0.805" in progress(log, Place(recipe, "sparse"), running=False).figures
+    assert stage_summary(log, Place(recipe, "sparse"), 33166.0).endswith(
+        "finished, 160,000 iterations in 9 h 12 min, top-1 0.5968, sparsity 0.805"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,10 +157,10 @@ def test_a_published_log(published: Path) -> None:
 def test_the_pace_over_the_end_of_a_year_and_of_summer_time(
     first: str, last: str, pace: float | None
 ) -> None:
-    view = StageView()
+    log = StageLog(live=True)
     for stamp, iteration in ((first, 0), (last, 10)):
-        view.feed(f"I{stamp}  77 solver.cpp:239] Iteration {iteration} (5 iter/s), loss = 1\n".encode())
-    assert view.seconds_per_iteration() == (None if pace is None else pytest.approx(pace))
+        log.feed(f"I{stamp}  77 solver.cpp:239] Iteration {iteration} (5 iter/s), loss = 1\n".encode())
+    assert log.seconds_per_iteration() == (None if pace is None else pytest.approx(pace))
 
 
 @given(
@@ -150,8 +175,16 @@ def test_a_log_of_anything_is_read_in_any_pieces(data: bytes, cuts: list[int], e
     whole.feed(text)
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(text)], strict=True):
         pieces.feed(text[start:end])
-    assert pieces == whole
-    assert (whole.iteration, whole.loss, whole.displays >= 4) == (710, 4.0, True)
+    assert facts(pieces) == facts(whole)
+    assert (whole.log.iteration, whole.log.loss, whole.log.displays >= 4) == (710, 4.0, True)
+
+
+def facts(view: StageView) -> str:
+    """All that a view shows."""
+    log = view.log
+    shown = (log.iteration, log.loss, log.learning_rate, log.displays, log.in_test, log.batches, log.fatal)
+    kept = (log.tests, log.snapshots, log.seconds_per_iteration(), log.figures())
+    return repr((view.trouble, view.sound, *shown, *kept))
 
 
 def test_tail_reads_what_is_new(tmp_path: Path) -> None:
@@ -205,9 +238,78 @@ def test_weights_that_are_not_numbers_push_no_good_snapshot_out(tmp_path: Path) 
     for iteration in (30, 40):
         model = tmp_path / f"net_iter_{iteration}.caffemodel"
         model.write_bytes(model.read_bytes().replace(struct.pack("<f", 0.5), struct.pack("<f", float("nan"))))
-    assert not Keeper(prefix, Dialect.BVLC, 1, 100, 0).clean(view)
+    assert not Keeper(prefix, Dialect.BVLC, 1, 100, 0).clean(view.log)
     left = {path.stem for path in tmp_path.glob("*.caffemodel")}
     assert left == {"net_iter_20", "net_iter_30", "net_iter_40"}
+
+
+RECALIBRATED = "    Test statistics: recalibrated over 30 batches"
+
+
+def snapshot_and_test(log: Log, iteration: int, top1: float, *, recalibrated: bool = False) -> None:
+    """A snapshot and a test of the same iteration; top-1 is the output called ``right``."""
+    log.line("solver.cpp", f"Snapshotting to binary proto file net_iter_{iteration}.caffemodel")
+    log.line("solver.cpp", f"Iteration {iteration}, Testing net (#0)")
+    if recalibrated:
+        log.line("solver.py", RECALIBRATED)
+    log.outputs(top1, 0.9, 0.5)
+
+
+def snapshots_left(folder: Path, log: Log, iterations: tuple[int, ...]) -> set[int]:
+    """The iterations whose snapshots are left of those that the stage took, with ``training.keep`` 1."""
+    for iteration in iterations:
+        write_pair(folder / "net", iteration)
+    view = StageView()
+    view.feed(log.iterate(100, 100).text.encode())
+    Keeper(folder / "net", Dialect.BVLC, 1, 1000, 0).clean(view.log)
+    return {int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("*.caffemodel")}
+
+
+def test_the_best_is_found_whatever_the_networks_output_is_called(tmp_path: Path) -> None:
+    log = Log().start()
+    for iteration, top1 in ((10, 0.5), (20, 0.9), (30, 0.7), (40, 0.6)):
+        snapshot_and_test(log, iteration, top1)
+    assert snapshots_left(tmp_path, log, (10, 20, 30, 40)) == {20, 40}
+
+
+def test_the_best_is_of_tests_that_were_taken_alike(tmp_path: Path) -> None:
+    log = Log().start()
+    # A log of an older version, resumed: its tests had running statistics, and 0.95 was luck.
+    for iteration, top1 in ((10, 0.4), (20, 0.95)):
+        snapshot_and_test(log, iteration, top1)
+    for iteration, top1 in ((30, 0.8), (40, 0.7), (50, 0.6)):
+        snapshot_and_test(log, iteration, top1, recalibrated=True)
+    assert snapshots_left(tmp_path, log, (10, 20, 30, 40, 50)) == {30, 50}
+
+
+def test_tests_taken_alike() -> None:
+    running, recalibrated = (
+        {n: SolverTest({}, top1, recalibrated=how) for n, top1 in {10 + how: 0.5, 20 + how: None}.items()}
+        for how in (False, True)
+    )
+    assert comparable_top1(running) == {10: 0.5}
+    assert comparable_top1(running | recalibrated) == comparable_top1(recalibrated) == {11: 0.5}
+    assert comparable_top1(running | {30: SolverTest({}, None, recalibrated=True)}) == {10: 0.5}
+
+
+@pytest.mark.parametrize("word", ["Re-estimating", "Recalibrating"])
+def test_the_test_at_the_end_of_a_stage_is_of_recalibrated_statistics(word: str) -> None:
+    log = Log().start().test(20, 0.6, 0.9, 0.8).iterate(30, 30).done(40).test(40, 0.7, 0.9, 0.5).end()
+    log.line("_caffe.cpp", "Use CPU.").line(
+        "_caffe.cpp", f"{word} the statistics of 13 batch-norm layers over 30 batches"
+    )
+    stage = StageLog(live=True)
+    stage.feed(log.text.encode())
+    assert {n: test.recalibrated for n, test in stage.tests.items()} == {20: False, 40: False}
+    place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=40"]), "initial")
+    assert stage_summary(stage, place, 5).endswith("in 5.0 s, top-1 0.7")
+    stage.feed(Log().test(40, 0.978, 0.9, 0.5).text.encode())
+    stage.close()
+    assert stage.tests[40] == SolverTest(
+        {"loss": 0.5, "nearly right": 0.9, "right": 0.978}, top1=0.978, recalibrated=True
+    )
+    assert stage_summary(stage, place, 5).endswith("top-1 0.978 with recalibrated batch-norm statistics")
+    assert stage.figures().top1 == 0.978
 
 
 # ------------------------------------------------------------------------------------------------- the lock
@@ -252,19 +354,19 @@ def test_the_lock_lives_as_long_as_the_child(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- processes
 
 
-def test_each_wish_to_stop_is_harder(tmp_path: Path) -> None:
+def test_each_request_to_stop_escalates(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     code = "trap 'echo INT' INT; trap 'echo TERM' TERM; echo ready; while :; do sleep 0.05; done"
     child = Child(["sh", "-c", code], tmp_path / "log", lock.descriptor)
     child.stop(0)
-    for wish, said in enumerate(("ready", "INT", "TERM"), start=1):
+    for request, said in enumerate(("ready", "INT", "TERM"), start=1):
         give_up = time.monotonic() + 20
         while said not in (tmp_path / "log").read_text():
             assert time.monotonic() < give_up
             time.sleep(0.02)
-        child.stop(wish)
-        child.stop(wish)
+        child.stop(request)
+        child.stop(request)
     assert child.exit_code == -signal.SIGKILL
     child.stop(4)
 
@@ -352,6 +454,33 @@ def test_a_folder_without_a_good_record(tmp_path: Path, content: str | None, mes
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=message):
         run_folder.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparse": None}, "stages: lacks sparse; it must have initial, l1reg, sparse, finetune, test"),
+        ({"sparse": None, "test": None}, "stages: lacks sparse, test; "),
+        ({"mine": {}}, "stages: mine is not a stage of the run's recipe; "),
+    ],
+)
+def test_run_json_with_other_stages_than_its_recipe(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    from caffe_jacinto.train import main as train
+
+    run_folder.save(tmp_path, record(initial=StageState(state="running")))
+    content = json.loads((tmp_path / "run.json").read_text())
+    for name, state in changes.items():
+        content["stages"].pop(name, None)
+        if state is not None:
+            content["stages"][name] = state
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    for option in ("--status", "--resume"):
+        with pytest.raises(UserError) as refused:
+            train([option, str(tmp_path)])
+        assert str(refused.value).startswith(f"{tmp_path / 'run.json'}: {message}")
+        assert str(refused.value).endswith("correct it, or start a new run")
 
 
 def test_a_folder_that_a_killed_train_left_with_its_lock_alone_is_free(tmp_path: Path) -> None:
@@ -474,12 +603,3 @@ def test_all_of_an_imagenet_runs_progress_is_seen(width: int, count: int) -> Non
     lines = live_lines(shown, 0.77, width)
     assert len(lines) == count
     assert all(field in "".join(lines) for field in shown.fields())
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (45, 600, 3 * 3600 + 300, 3 * 86400)] == [
-        "45 s",
-        "10 min",
-        "3 h 05 min",
-        "3 d 0 h",
-    ]

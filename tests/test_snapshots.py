@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from caffe_jacinto.engines.snapshots import (
     is_handed_over,
     iteration_of,
     record_handover,
+    start_point,
     survey,
 )
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -86,8 +88,8 @@ def test_a_file_cut_off_anywhere_is_passed_over(
     file.write_bytes(content[: int(share * len(content))])
     found = survey(prefix, Dialect.BVLC)
     assert [snapshot.iteration for snapshot in found.complete] == [10]
-    (reason,) = found.skipped
-    assert "snapshot of iteration 20 is passed over" in reason
+    ((iteration, reason),) = found.skipped
+    assert iteration == 20
     assert str(file) in reason or "of another network" in reason
     assert "\n" not in reason
 
@@ -105,13 +107,13 @@ def test_files_that_do_not_belong_together(tmp_path: Path, mistake: dict[str, ob
     write_pair(tmp_path / "a", 20, **mistake)  # type: ignore[arg-type]
     found = survey(tmp_path / "a", Dialect.BVLC)
     assert not found.complete
-    assert reason in found.skipped[0]
+    assert reason in found.skipped[0].reason
 
 
 def test_one_file_of_two(tmp_path: Path) -> None:
     write_pair(tmp_path / "a", 20)
     (tmp_path / "a_iter_20.solverstate").unlink()
-    assert "a_iter_20.solverstate is missing" in survey(tmp_path / "a", Dialect.BVLC).skipped[0]
+    assert "a_iter_20.solverstate is missing" in survey(tmp_path / "a", Dialect.BVLC).skipped[0].reason
 
 
 def test_adam_has_two_histories(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_the_forks_weights_are_held_against_the_network_beside_them(tmp_path: Pa
     (tmp_path / "train.prototxt").write_text(data + layers)
     found = survey(tmp_path / "a", Dialect.CAFFE_JACINTO)
     assert not found.complete
-    assert "later: not in the weight file" in found.skipped[0]
+    assert "later: not in the weight file" in found.skipped[0].reason
 
 
 def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None:
@@ -143,8 +145,8 @@ def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None
     damaged.write_bytes(damaged.read_bytes()[:-30])
     found = survey(tmp_path / "a", Dialect.BVLC)
     assert [snapshot.iteration for snapshot in found.complete] == [20, 10]
-    assert "a_iter_40.masks.npz cannot be used" in found.skipped[0]
-    assert "a_iter_30.masks.npz is missing" in found.skipped[1]
+    assert "a_iter_40.masks.npz cannot be used" in found.skipped[0].reason
+    assert "a_iter_30.masks.npz is missing" in found.skipped[1].reason
 
 
 def test_a_prefix_of_any_characters_has_its_masks(tmp_path: Path) -> None:
@@ -154,7 +156,26 @@ def test_a_prefix_of_any_characters_has_its_masks(tmp_path: Path) -> None:
     save_masks(Path(f"{prefix}_iter_2.solverstate"), Masks(), 0.5)
     found = survey(prefix, Dialect.BVLC)
     assert [snapshot.iteration for snapshot in found.complete] == [2]
-    assert "a[1]*_iter_20.masks.npz is missing" in found.skipped[0]
+    assert "a[1]*_iter_20.masks.npz is missing" in found.skipped[0].reason
+
+
+def test_a_stage_goes_on_from_its_newest_good_snapshot_and_names_the_newer_ones(tmp_path: Path) -> None:
+    prefix = tmp_path / "a_7"
+    for iteration in (5, 10, 20, 30, 40):
+        write_pair(prefix, iteration)
+    (tmp_path / "a_7_iter_5.solverstate").unlink()
+    model = tmp_path / "a_7_iter_20.caffemodel"
+    model.write_bytes(model.read_bytes().replace(struct.pack("<f", 0.5), struct.pack("<f", float("nan"))))
+    (tmp_path / "a_7_iter_30.solverstate").unlink()
+    found = start_point(prefix, Dialect.BVLC, 35)
+    assert found.iteration == 10
+    reasons = {skipped.iteration: skipped.reason for skipped in found.skipped}
+    assert sorted(reasons) == [20, 30, 40]
+    assert "not numbers" in reasons[20]
+    assert "a_7_iter_30.solverstate is missing" in reasons[30]
+    assert reasons[40] == "it is beyond iteration 35"
+    nothing = start_point(tmp_path / "b", Dialect.BVLC, 35)
+    assert (nothing.snapshot, nothing.iteration, nothing.skipped) == (None, 0, ())
 
 
 def test_final_weights(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
     assert trainer.run(*arguments, "--dry-run")[0] == 0
     code, said = trainer.run(*arguments)
     assert code == 2
-    assert "dry is there already, from a --dry-run: run that (" in said
+    assert "dry already exists, from a --dry-run: run that (" in said
 
 
 def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:

@@ -249,7 +249,7 @@ def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:
         os.kill(trainer.pid("hand over", "initial"), signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "before its weights were handed over" in said
+    assert "before the stage was marked complete" in said
     assert "to go on: python -m caffe_jacinto.train --resume 'hand over'" in said
     assert trainer.run("--resume", "hand over")[0] == 0
 
@@ -262,9 +262,7 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_its_caffe(trainer: Tra
         record.mkdir()
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(
-        r"run\.json.*: Is a directory; once that is mended, go on: python -m .*--resume", said
-    ), said
+    assert re.search(r"run\.json.*: Is a directory; fix that, then go on: python -m .*--resume", said), said
     assert not is_held(trainer.folder / "no record")
     record.rmdir()
     kept.rename(record)

@@ -11,9 +11,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.storage import StoredLayer, StoredState, mapped, stored_layers, stored_state
+from caffe_jacinto.caffemodel.storage import (
+    StoredLayer,
+    StoredState,
+    mapped,
+    read_weights,
+    stored_layers,
+    stored_state,
+)
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -58,13 +66,57 @@ class Snapshot:
     solverstate: Path
 
 
+class Skipped(NamedTuple):
+    """A snapshot that training cannot go on from."""
+
+    iteration: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class Survey:
     """The snapshots under a prefix, newest first."""
 
     complete: tuple[Snapshot, ...]
-    skipped: tuple[str, ...]
-    """One line for each that training cannot go on from: which, and why."""
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """The snapshot that a stage goes on from (None: it starts anew), and the newer ones that are skipped."""
+
+    snapshot: Snapshot | None
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def iteration(self) -> int:
+        return 0 if self.snapshot is None else self.snapshot.iteration
+
+
+def start_point(prefix: Path, dialect: Dialect, last: int) -> StartPoint:
+    """The newest complete snapshot ``<prefix>_iter_N``, N up to ``last``, whose weights are all finite."""
+    found = survey(prefix, dialect)
+    skipped = list(found.skipped)
+    for snapshot in found.complete:
+        if snapshot.iteration > last:
+            reason = f"it is beyond iteration {last}"
+        elif not weights_are_finite(snapshot.caffemodel):
+            reason = f"{snapshot.caffemodel} holds weights that are not numbers"
+        else:
+            return StartPoint(snapshot, tuple(s for s in skipped if s.iteration > snapshot.iteration))
+        skipped.append(Skipped(snapshot.iteration, reason))
+    return StartPoint(None, tuple(skipped))
+
+
+def weights_are_finite(caffemodel: Path) -> bool:
+    """Whether the file can be read and every weight in it is finite."""
+    import numpy as np
+
+    try:
+        weights = read_weights(caffemodel)
+    except UserError:
+        return False
+    return all(bool(np.isfinite(blob).all()) for blobs in weights.values() for blob in blobs)
 
 
 def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:
@@ -73,7 +125,7 @@ def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:
 
 
 def survey(prefix: Path, dialect: Dialect) -> Survey:
-    """All snapshots ``<prefix>_iter_N``: those to go on from, and those to pass over with the reason."""
+    """All snapshots ``<prefix>_iter_N``: those that training can go on from, and those that it cannot."""
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
@@ -88,7 +140,7 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
                 check_masks_file(caffemodel)
             complete.append(snapshot)
         except UserError as error:
-            skipped.append(f"snapshot of iteration {iteration} is passed over: {error}")
+            skipped.append(Skipped(iteration, str(error)))
     return Survey(tuple(complete), tuple(skipped))
 
 

@@ -1,4 +1,4 @@
-"""Paths that a user names -> runs, each with its stages read from their logs."""
+"""Paths -> runs, each with its stages read from their logs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.logs.curves import StageCurves
 from caffe_jacinto.logs.glog import moment
+from caffe_jacinto.logs.plot import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
 STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", "quantize", "test")
@@ -26,7 +26,7 @@ _LOG_NAME = re.compile(r".+\.log|.+\.log\.INFO\..+|.+\.INFO", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run: what its log says."""
+    """A stage of a run, as its log describes it."""
 
     name: str
     log: Path
@@ -46,16 +46,16 @@ class Run:
 class _LogFile:
     path: Path
     folder: Path
-    """The run's folder; with `run` it tells which logs belong together."""
+    """The run's folder: logs with the same folder and `run` belong together."""
     run: str
     stage: str | None
-    """None: to be told from the log."""
+    """None: the log decides."""
 
 
 def find_runs(paths: Sequence[Path], *, curves: bool = False) -> tuple[list[Run], list[UserError]]:
     """Read every log under ``paths``: log files, stage folders, run folders, folders of runs.
 
-    Returns the runs in the order of the paths, and what was wrong with the paths that could not be read.
+    Returns the runs in the order of the paths, and the problems of paths that could not be read.
     """
     problems: list[UserError] = []
     groups: dict[tuple[Path, str], list[Stage]] = {}
@@ -75,7 +75,7 @@ def find_runs(paths: Sequence[Path], *, curves: bool = False) -> tuple[list[Run]
             try:
                 log = read_stage(file, curves=curves)
             except UserError as problem:
-                # A stage that has just begun has an empty log: in a folder that is no mistake.
+                # A stage that has just begun has an empty log, which is not a mistake in a folder.
                 if file == path or _size(file) != 0:
                     problems.append(problem)
                 continue
@@ -86,7 +86,7 @@ def find_runs(paths: Sequence[Path], *, curves: bool = False) -> tuple[list[Run]
 
 
 def _log_files(path: Path) -> Iterator[Path]:
-    """The logs that ``path`` names.
+    """The logs that ``path`` stands for.
 
     Raises:
         UserError: it does not exist, cannot be read, or has no log in it.
@@ -101,12 +101,12 @@ def _log_files(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not found:
-        raise UserError(f"{path}: holds no log (no file called *.log in it or below)")
+        raise UserError(f"{path}: holds no log (no file named *.log in it or below)")
     yield from found
 
 
 def _walk(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Logs in ``folder`` and below, by name; of a stage folder, its run.log alone."""
+    """Logs in ``folder`` and below, by name; of a stage folder, only its run.log."""
     real = folder.resolve()
     if real in visited:
         return
@@ -131,7 +131,7 @@ def _size(path: Path) -> int:
 
 
 def _identify(path: Path) -> _LogFile:
-    """Which run and stage a log is of, by its name and place."""
+    """Which run and stage a log belongs to, by its name and place."""
     parent = path.parent.resolve()
     stem = re.sub(r"(\.log|\.txt)$", "", path.name, flags=re.IGNORECASE)
     in_stage_folder = parent.name.lower() in STAGE_ORDER or (parent.parent / RUN_RECORD).is_file()
@@ -151,7 +151,7 @@ def _stage(file: _LogFile, log: StageLog) -> Stage:
 
 
 def _stage_name(figures: StageFigures) -> str:
-    """The stage's name by the folders in its solver's paths; else what was done."""
+    """The stage's name by the folders in its solver's paths; else by what was done."""
     for path in figures.solver_paths:
         for part in reversed(Path(path).parts[:-1]):
             if part.lower() in STAGE_ORDER:
@@ -171,7 +171,7 @@ def _in_order(folder: Path, stages: list[Stage]) -> list[Stage]:
 
 
 def _recorded_order(folder: Path) -> list[str]:
-    """The stages' names in run.json, if there is one that can be read."""
+    """The names of the stages in run.json, if there is a readable one."""
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
         return [str(name).lower() for name in record["stages"]]
@@ -180,7 +180,7 @@ def _recorded_order(folder: Path) -> list[str]:
 
 
 def _start(stage: Stage) -> datetime:
-    """When the log begins; a log without a year is taken to be of the year it was last written to."""
+    """When the log begins. A log without a year is assumed to be of the year it was last written in."""
     year = stage.figures.year
     if year is None:
         try:

@@ -1,4 +1,4 @@
-"""What a log of Caffe's says, as events."""
+"""What the lines of a Caffe log say, as events."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from caffe_jacinto.prototxt import tree
 
 
 class ProcessStarted(NamedTuple):
-    """A Caffe process began here; a log of a resumed stage holds several."""
+    """A Caffe process began here. The log of a resumed stage holds several."""
 
     stamp: str
-    """When: glog's date and time, e.g. ``0815 09:52:55.512455``; see `logs.clock`."""
+    """When: glog's date and time, e.g. ``0815 09:52:55.512455``; see `logs.glog`."""
     previous: str | None
-    """The stamp of the line before, the last that the process before it printed."""
+    """The stamp of the line before: the last line of the process before."""
 
 
 class Version(NamedTuple):
@@ -24,7 +24,7 @@ class Version(NamedTuple):
 
 
 class GpusUsed(NamedTuple):
-    """Devices of a run; none is the CPU."""
+    """The GPUs of a run; none means the CPU."""
 
     ids: tuple[int, ...]
 
@@ -60,7 +60,7 @@ class NetPrinted(NamedTuple):
 
 
 class DataShape(NamedTuple):
-    """The shape (batch, channels, height, width) that a data layer of the network above gives."""
+    """The output shape (batch, channels, height, width) of a data layer in the network above."""
 
     shape: tuple[int, ...]
     thread: int
@@ -112,6 +112,17 @@ class TestOutput(NamedTuple):
     """The value times its loss weight, where it is a loss."""
 
 
+class Recalibrated(NamedTuple):
+    """Batch-norm statistics were recalibrated over so many training batches.
+
+    ``this_test``: a copy of them, for the test that has just begun. Otherwise the network's own, at the end
+    of its stage, and later tests of the process show them.
+    """
+
+    batches: int
+    this_test: bool
+
+
 class TestPlanned(NamedTuple):
     """``caffe test`` will run this many batches."""
 
@@ -125,14 +136,14 @@ class BatchTested(NamedTuple):
 
 
 class TestLoss(NamedTuple):
-    """``caffe test`` is through: its loss, and how many outputs each batch had (0: not known)."""
+    """``caffe test`` is done: its loss, and how many outputs each batch had (0: unknown)."""
 
     loss: float
     outputs: int
 
 
 class Sparsity(NamedTuple):
-    """A listing of sparsity: zeros and weights in all, and the fraction of zeros by blob (three digits).
+    """A listing of sparsity: all zeros, all weights, and the fraction of zeros of each blob (three digits).
 
     ``blobs`` is keyed by (layer, number of the blob in it).
     """
@@ -144,13 +155,13 @@ class Sparsity(NamedTuple):
 
 
 class SnapshotWritten(NamedTuple):
-    """Caffe began to write this file (``.caffemodel`` or ``.solverstate``, ``.h5`` after them or not)."""
+    """Caffe began to write this file: ``.caffemodel`` or ``.solverstate``, perhaps with ``.h5`` appended."""
 
     path: str
 
 
 class SpeedReported(NamedTuple):
-    """NVCaffe's own closing figure, images/s without ``iter_size``; of one GPU or of all."""
+    """NVCaffe's own final figure, in images/s without ``iter_size``, for one GPU or ``overall``."""
 
     images_per_second: float
     overall: bool
@@ -161,13 +172,13 @@ class StoppedEarly(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """``Optimization Done``: also printed after an interruption. Seconds where the line says them."""
+    """``Optimization Done``, also printed after an interruption; with seconds if the line has them."""
 
     seconds: int | None
 
 
 class Fatal(NamedTuple):
-    """Caffe gave up; its own words."""
+    """Caffe gave up, with this message."""
 
     text: str
 
@@ -185,6 +196,7 @@ Event: TypeAlias = (
     | LearningRate
     | TestStarted
     | TestOutput
+    | Recalibrated
     | TestPlanned
     | BatchTested
     | TestLoss

@@ -1,4 +1,4 @@
-"""The form of glog's lines, which Caffe prints:
+"""The form of the lines that Caffe prints through glog:
 
 I0815 09:52:55.512455  8764 solver.cpp:363] message        (glog before 0.6: no year)
 I20260815 09:52:55.512455  8764 solver.cpp:363] message    (glog 0.6 and later)
@@ -10,11 +10,11 @@ import re
 from datetime import datetime, timedelta
 
 _LEAP_YEAR = 2016
-"""Stands in for a year that is not known: 29 February must be a date."""
+"""Used where the year is unknown: 29 February must be a valid date."""
 
 
 def moment(stamp: str, year: int | None = None) -> datetime | None:
-    """The stamp as a date and time; ``year`` is taken where the stamp has none. None if it is no date."""
+    """The stamp as a date and time, with ``year`` where the stamp has none. None if it is not a date."""
     date, _, time = stamp.partition(" ")
     if len(date) == 4:
         date = f"{year or _LEAP_YEAR:04d}{date}"
@@ -27,7 +27,7 @@ def moment(stamp: str, year: int | None = None) -> datetime | None:
 def elapsed(first: str, last: str, year: int | None = None) -> float:
     """Seconds from one stamp of a process to a later one; ``year`` is that of the first, if known.
 
-    Stamps without a year go over New Year; a clock that was set back a little counts as no time.
+    Stamps without a year may cross New Year. A clock that was set back a little counts as no time.
     """
     start = moment(first, year)
     if start is None:
@@ -41,10 +41,10 @@ def elapsed(first: str, last: str, year: int | None = None) -> float:
 
 
 PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d+) ([\w.+-]+):\d+\] ")
-"""What stands before a message; its groups are the thread's number and the source file."""
+"""What glog puts before a message; the groups are the thread's number and the source file."""
 
 MESSAGE_LIMIT = 29_990
-"""glog cuts a message at 30,000 characters, its prefix counted."""
+"""glog cuts a message at 30,000 characters, prefix included."""
 
 
 def stamp(line: bytes) -> str:

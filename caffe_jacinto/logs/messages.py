@@ -1,6 +1,6 @@
 """Caffe's messages, one at a time -> events.
 
-Several threads print at once: which lines are of one text or listing is told by their thread.
+Several threads print at once. Lines of one printed network or one listing have the same thread number.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from caffe_jacinto.logs.events import (
     LearningRate,
     NetPrinted,
     ProcessStarted,
+    Recalibrated,
     Restored,
     SnapshotWritten,
     SolverStarted,
@@ -49,7 +50,7 @@ _MARK = re.compile(
     rb"This is \S*[Cc]affe\S* \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
     rb"|Initializing solver from parameters:"
 )
-"""What only a process that has just started says."""
+"""Lines that only a process that has just started prints."""
 
 _VERSION = re.compile(rb"This is (\S*[Cc]affe\S* \d[\w.+-]*)(?: .*)?$")
 _STARTED = re.compile(rb" started at .* (\d{4})$")
@@ -64,6 +65,10 @@ _TOTAL = re.compile(
 )
 _SHAPE = re.compile(rb"(?:\(\d+\) )?[Oo]utput data size: ([\d, ]+)$")
 _BATCH = re.compile(rb"Batch (\d+), .* = %b$" % NUMBER)
+_RECALIBRATED = re.compile(
+    rb"    Test statistics: recalibrated over (\d+) batches$"
+    rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d+) batches$"
+)
 _PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
 
 _TEXT_LIMIT = 4_000_000
@@ -71,17 +76,17 @@ _TEXT_LIMIT = 4_000_000
 
 
 class MessageReader:
-    """Takes the messages of a log in their order, and gathers the events that they make whole."""
+    """Takes the messages of a log in order, and collects the events that they complete."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        """Not taken yet; for the caller to clear."""
+        """Events that the caller has not taken yet; the caller clears the list."""
         self.header_year: int | None = None
         """The year in the heading of a log file that glog wrote itself."""
         self.texts: dict[int, tuple[bytes, list[bytes], int]] = {}
-        """By thread, the solver or net that it is printing: its kind, its lines, their size."""
+        """For each thread, the solver or net that it is printing: kind, lines, size in bytes."""
         self.results: dict[int, int] = {}
-        """By thread that prints the results of ``caffe test``, how many it has printed."""
+        """For each thread that prints the results of ``caffe test``, how many it has printed."""
         self._text_thread: int | None = None
         self._listings: dict[int, dict[tuple[str, int], float]] = {}
         self._start_rank: int | None = None
@@ -113,7 +118,7 @@ class MessageReader:
                 handler(self, line, message, thread)
 
     def text_line(self, line: bytes) -> None:
-        """A line without glog's prefix: of a text that a thread is printing, or somebody else's."""
+        """A line without glog's prefix: part of a text that a thread is printing, or not Caffe's."""
         line = line.rstrip()
         if line.startswith(b"[libprotobuf ERROR"):
             self._complaint = _text(line.partition(b"] ")[2])
@@ -142,7 +147,7 @@ class MessageReader:
             self.events.append(NetPrinted(text, thread, balanced and size < MESSAGE_LIMIT))
 
     def _process_mark(self, line: bytes, rank: int) -> None:
-        """Marks of a start come in the order version, devices, solver: one that does not is a new process."""
+        """A process prints version, devices, solver in this order; a mark out of order is a new process."""
         if self._start_rank is None or rank <= self._start_rank:
             self.texts.clear()
             self._listings.clear()
@@ -222,11 +227,18 @@ class MessageReader:
 
     def _output(self, line: bytes, message: bytes, thread: int) -> None:
         match = TEST_OUTPUT.match(message)
-        if match is None:
-            if message.lstrip().startswith(b"Solver performance"):
-                self._speed(line, message, thread)
-            return
-        self.add_output(match)
+        if match is not None:
+            self.add_output(match)
+        elif message.startswith(b"    Test statistics"):
+            self._recalibrated(line, message, thread)
+        elif message.lstrip().startswith(b"Solver performance"):
+            self._speed(line, message, thread)
+
+    def _recalibrated(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _RECALIBRATED.match(message)
+        if match is not None:
+            test, stage = match.groups()
+            self.events.append(Recalibrated(int(test or stage), test is not None))
 
     def add_output(self, match: re.Match[bytes]) -> None:
         """``match`` is TEST_OUTPUT's."""
@@ -244,7 +256,7 @@ class MessageReader:
             self._listings[thread] = {}
 
     def _listed(self, thread: int, message: bytes) -> bool:
-        """A line of a thread that is listing sparsity; False if the line is of another kind."""
+        """Read a line of a thread that is listing sparsity; False if it is not part of the listing."""
         match = _PARAMETER.match(message)
         if match is not None:
             layer, number, fraction = match.groups()
@@ -312,7 +324,7 @@ class MessageReader:
             self.results[thread] = 0
 
     def _result(self, thread: int, message: bytes) -> bool:
-        """A line of a thread that is printing the results of ``caffe test``; False after the last."""
+        """Read a line of a thread that prints the results of ``caffe test``; False after the last."""
         match = _TEST_RESULT.match(message)
         if match is None:
             del self.results[thread]
@@ -342,6 +354,8 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"Star": MessageReader._began,
     b"Solv": MessageReader._solving,
     b"Resu": MessageReader._restored,
+    b"Re-e": MessageReader._recalibrated,
+    b"Reca": MessageReader._recalibrated,
     b"Fine": MessageReader._restored,
     b"Rest": MessageReader._restored,
     b"Iter": MessageReader._iteration,
@@ -364,7 +378,7 @@ def _text(raw: bytes) -> str:
 
 
 def _positive(raw: bytes | None) -> float | None:
-    """A speed; stock Caffe prints nonsense (-5e+31 iter/s) before there is one."""
+    """A speed. Stock Caffe prints nonsense (-5e+31 iter/s) before it has measured one."""
     try:
         value = float(raw) if raw is not None else 0.0
     except ValueError:

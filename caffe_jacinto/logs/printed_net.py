@@ -24,7 +24,7 @@ class PrintedNet:
     printed: events.NetPrinted
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
-    @property
+    @cached_property
     def phase(self) -> str | None:
         match = _PHASE.search(self.printed.text)
         return match.group(1) if match else None
@@ -73,12 +73,15 @@ class PrintedNet:
 class PrintedNets:
     """The networks of the process that printed them last."""
 
-    def __init__(self) -> None:
+    def __init__(self, test_net: str | None = None) -> None:
+        """``test_net``: the text of the test network, used where the log does not hold all of it."""
+        self._test_net = test_net
+        self._given: PrintedNet | None = None
         self._nets: list[PrintedNet] = []
         self._all_are_old = False
 
     def start_process(self) -> None:
-        """A new process: its first network takes the place of those that were printed before."""
+        """A new process: its first network replaces those that were printed before."""
         self._all_are_old = True
 
     def add(self, printed: events.NetPrinted) -> None:
@@ -89,7 +92,7 @@ class PrintedNets:
             self._nets.append(PrintedNet(printed))
 
     def add_shape(self, event: events.DataShape) -> None:
-        """A data layer of the network that was printed last says its shape."""
+        """A data layer of the network that was printed last has printed its shape."""
         if self._nets and self._nets[-1].printed.thread == event.thread:
             shapes = self._nets[-1].shapes
             if len(shapes) < _MOST_SHAPES:
@@ -98,10 +101,19 @@ class PrintedNets:
     def of(self, phase: str, number: int = 0) -> PrintedNet | None:
         """The network number ``number`` of a phase, ``TRAIN`` or ``TEST``."""
         found = [net for net in self._nets if net.phase == phase]
-        return found[number] if number < len(found) else None
+        net = found[number] if number < len(found) else None
+        if phase == "TEST" and number == 0 and self._test_net and (net is None or not net.printed.complete):
+            return self._given_net(self._test_net, net.shapes if net else [])
+        return net
+
+    def _given_net(self, text: str, shapes: list[tuple[int, ...]]) -> PrintedNet:
+        """The network of the text that `__init__` was given."""
+        if self._given is None or self._given.shapes != shapes:
+            self._given = PrintedNet(events.NetPrinted(text, thread=0, complete=True), list(shapes))
+        return self._given
 
     def main(self) -> PrintedNet | None:
-        """The network whose layers count: the test net, or where the log has none whole, the train net."""
+        """The network to count: the test net, or where the log has no complete one, the train net."""
         nets = [self.of("TEST"), self.of("TRAIN"), *self._nets]
         return next((net for net in nets if net is not None and net.message is not None), None)
 
@@ -111,16 +123,16 @@ class PrintedNets:
         return net.accuracies() if net else {}
 
     def any_is_cut(self) -> bool:
-        """Whether glog has cut a network off."""
+        """Whether glog has cut a network."""
         return any(not net.printed.complete for net in self._nets)
 
 
 def conv_sparsity(listed: events.Sparsity, net: PrintedNet) -> float | None:
     """Zeros over weights of the convolutions, from a listing and the printed network; None if they differ.
 
-    The listing's total may count inner products too; its fractions by layer have three digits. So the
-    zeros of the other layers are taken from the total, or where those outweigh the convolutions, the
-    convolutions' own fractions are added up: whichever loses fewer digits.
+    The listing's total may count inner products too, and its fractions by layer have three digits only. So
+    the zeros of the other layers are subtracted from the total; or, where the other layers have more weights
+    than the convolutions, the convolutions' own fractions are added up. Either loses fewer digits.
     """
     if not listed.blobs:
         return None

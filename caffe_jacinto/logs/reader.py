@@ -1,9 +1,9 @@
-"""A log's bytes, as they come -> lines -> events.
+"""A log's bytes, as they arrive -> lines -> events.
 
-Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `glog`). Lines come
-from several threads and may stand between each other; a process that was killed leaves a cut line, and the
-next one starts in the middle of it. A line counts once its end is there: the events of a log that is cut
-anywhere are the first of the events of the whole log.
+Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `glog`). Lines of
+several threads are interleaved. A process that was killed leaves a cut line, and the next process starts in
+the middle of it. A line counts once its end has arrived, so that a log cut anywhere gives the first events of
+the whole log.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _CAFFE_SOURCES = re.compile(
 _CLOSED = re.compile(rb"(?:\)|Done\.)$")
 
 _BRACKET = ord(")")
-"""Ends a line that announces a test, and no other line of an iteration."""
+"""Of an iteration's lines, only the one that announces a test ends with it."""
 
 _LINE_LIMIT = 1_000_000
-"""Longer lines are no log lines: they are dropped, so that memory does not grow with them."""
+"""Longer lines are not log lines. They are dropped, so that memory does not grow with them."""
 
 
 class LogReader:
-    """Takes a log in pieces of any size and gives the events that have become whole.
+    """Takes a log in pieces of any size and returns the events that they complete.
 
-    With ``skim``, several times as fast, it leaves out events of which a summary needs only the ends:
-    learning rates, and lines of training with further ones on both sides.
+    ``skim`` is several times as fast. It leaves out what a summary does not need: learning rates, and lines
+    of training that have further ones on both sides.
     """
 
     def __init__(self, *, skim: bool = False) -> None:
@@ -48,7 +48,7 @@ class LogReader:
 
     @property
     def header_year(self) -> int | None:
-        """The year in the heading of a log file that glog wrote itself."""
+        """The year in the header of a log file that glog wrote itself."""
         return self._messages.header_year
 
     def feed(self, data: bytes) -> list[Event]:
@@ -65,7 +65,7 @@ class LogReader:
         return self._take()
 
     def close(self) -> list[Event]:
-        """The log has ended: the event of its last line, if that line is surely whole without its end."""
+        """The log has ended: the event of a last line without its newline, if it is certainly complete."""
         if _CLOSED.search(self._tail.rstrip()):
             self._note_first([self._tail])
             self._read([self._tail])
@@ -81,12 +81,12 @@ class LogReader:
         return events
 
     def _ends(self, lines: list[bytes]) -> Iterator[bytes]:
-        """The lines without those that `skim` leaves out."""
+        """The lines, without those that ``skim`` leaves out."""
         self._note_first(lines)
         first, waiting, last = True, b"", b""
         for line in lines:
             parts = line.split(b"] ")
-            # A third part is of another line, which began where this one was cut.
+            # A third part belongs to another line, which began where this one was cut.
             if len(parts) == 2:
                 message = parts[1]
                 key = message[:9]
@@ -121,7 +121,7 @@ class LogReader:
             self.first_stamp = stamp(found.group()) if found is not None else None
 
     def _read(self, lines: Iterable[bytes]) -> None:
-        """The fast path: lines of training, which are nearly all of a long log."""
+        """The fast path for lines of training, which nearly all of a long log consists of."""
         messages = self._messages
         texts, results = messages.texts, messages.results
         iteration_line, output_line = ITERATION.match, TEST_OUTPUT.match
@@ -149,7 +149,7 @@ class LogReader:
             self._glog_line(line)
 
     def _odd_line(self, line: bytes) -> None:
-        """A line that does not begin as glog's do: printed text, or the rest of a cut line."""
+        """A line that does not begin with glog's prefix: printed text, or the rest of a cut line."""
         match = PREFIX.search(line)
         if match is not None:
             self._messages.text_line(line[: match.start()])
@@ -158,7 +158,7 @@ class LogReader:
         self._messages.text_line(line)
 
     def _glog_line(self, line: bytes) -> None:
-        """Any line with glog's prefix, at its start or, after a cut line, further in."""
+        """A line with glog's prefix at its start or, after a cut line, further in."""
         prefix = PREFIX.match(line)
         if prefix is None:
             self._odd_line(line)

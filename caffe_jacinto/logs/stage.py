@@ -1,28 +1,32 @@
-"""One stage's log -> its figures. What the log does not say is None."""
+"""One stage's log, folded event by event.
+
+The report's figures, the live line and ``train --status`` are views of this one fold. What the log does not
+say is None.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.curves import StageCurves
 from caffe_jacinto.logs.glog import elapsed
+from caffe_jacinto.logs.plot import StageCurves
 from caffe_jacinto.logs.printed_net import PrintedNets, conv_sparsity
 from caffe_jacinto.logs.reader import LogReader
 
 
 @dataclass
 class NetTests:
-    """The outputs of one test net: the test being printed and the whole one before it."""
+    """The outputs of one test net: of the test being printed, and of the complete one before it."""
 
     current: dict[int, events.TestOutput] = field(default_factory=dict)
     ended: bool = False
-    """Whether a later line of the solver shows that all outputs of ``current`` are there."""
+    """Whether a later line of the solver shows that ``current`` has all its outputs."""
     whole: dict[int, events.TestOutput] = field(default_factory=dict)
     expected: int | None = None
 
@@ -32,10 +36,21 @@ class NetTests:
         self.current, self.ended, self.expected = {}, False, expected
 
     def last(self, net_outputs: int | None) -> dict[int, events.TestOutput]:
-        """The last test whose outputs are all there."""
-        # A blob can print several numbers, so that a test before tells more surely than the network.
+        """The last test that has all its outputs."""
+        # A blob can print several numbers, so an earlier test is a better guide than the network.
         needed = self.expected or len(self.whole) or net_outputs or 1
         return self.current if self.current and (self.ended or len(self.current) >= needed) else self.whole
+
+
+@dataclass(frozen=True)
+class SolverTest:
+    """A complete test of the solver."""
+
+    outputs: dict[str, float]
+    top1: float | None
+    """By the printed test network's Accuracy layer."""
+    recalibrated: bool
+    """Whether the batch-norm statistics were recalibrated for it: running ones can lag far behind."""
 
 
 def by_name(outputs: dict[int, events.TestOutput]) -> dict[str, float]:
@@ -78,14 +93,14 @@ class Spent:
 
 
 class Timing:
-    """The time of a log's processes; the gaps between them do not count."""
+    """The time that a log's processes took. The gaps between them do not count."""
 
     def __init__(self) -> None:
         self._process = _Process()
         self._before = Spent()
 
     def start_process(self, event: events.ProcessStarted, first_stamp: str | None, year: int | None) -> None:
-        """The process before, if any, has ended; ``first_stamp`` is the log's, ``year`` its first."""
+        """The process before, if any, has ended. ``first_stamp`` and ``year`` are those of the log."""
         self._before = self.spent(first_stamp, event.previous, year)
         self._process = _Process(first_stamp=event.stamp)
 
@@ -95,11 +110,11 @@ class Timing:
         self._process.last_progress = event
 
     def logged(self, seconds: int) -> None:
-        """What the process itself says that it took."""
+        """The time that the process itself reports."""
         self._process.logged_seconds = seconds
 
     def spent(self, first_stamp: str | None, last_stamp: str | None, year: int | None) -> Spent:
-        """Of all processes, up to ``last_stamp``; ``first_stamp`` begins one whose own start is not told."""
+        """Of all processes, up to ``last_stamp``; ``first_stamp`` is used where a process logged no start."""
         process = self._process
         first = process.first_stamp or first_stamp
         seconds = 0.0
@@ -115,7 +130,13 @@ class Timing:
         )
 
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+PACE_POINTS = 50
+"""Displays that the pace is measured over."""
+
+_MOST_TESTS = 10_000
+"""Tests kept for the live view: more than any training has."""
+
 _SNAPSHOT_ITERATION = re.compile(r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?$")
 
 
@@ -160,27 +181,53 @@ class StageFigures:
 
 
 class StageLog:
-    """Folds the events of one stage's log, in order, into its figures."""
+    """Folds the events of one stage's log, in order."""
 
-    def __init__(self, *, curves: bool = False) -> None:
+    def __init__(self, *, curves: bool = False, live: bool = False, test_net: str | None = None) -> None:
+        """``curves`` collects the curves; ``live`` the facts that the live line and retention need.
+
+        Without either, lines of training are skimmed, which is several times as fast. ``test_net`` is the
+        text of the stage's test network, used where glog has cut the printed one.
+        """
         self.curves = StageCurves() if curves else None
-        self._reader = LogReader(skim=not curves)
+        self.iteration: int | None = None
+        """The iteration reached; in ``caffe test``, the batch."""
+        self.loss: float | None = None
+        """The loss of the last display."""
+        self.learning_rate: float | None = None
+        """Not read when the log is skimmed."""
+        self.displays = 0
+        """How many lines with a training loss have come."""
+        self.in_test = False
+        """Whether a test has begun, and no line of the solver has come after it."""
+        self.batches: int | None = None
+        """Batches that ``caffe test`` runs."""
+        self.fatal: str | None = None
+        """The message that the last process gave up with."""
+        self.tests: dict[int, SolverTest] = {}
+        """Live: the complete tests by iteration."""
+        self.snapshots: set[int] = set()
+        """Live: iterations whose snapshot was begun since `go_on_at`."""
+        self._live = live
+        self._reader = LogReader(skim=not (curves or live))
         self._timing = Timing()
+        self._pace: deque[tuple[int, str]] = deque(maxlen=PACE_POINTS)
         self._version: events.Version | None = None
         self._gpus: tuple[int, ...] = ()
         self._solver: events.SolverStarted | None = None
-        self._nets = PrintedNets()
+        self._nets = PrintedNets(test_net)
         self._tests: dict[int, NetTests] = {}
-        self._iteration: int | None = None
+        self._recalibrated = False
+        """Whether the network's statistics are recalibrated ones, as at the end of a stage."""
+        self._test_recalibrated = False
+        """Whether those of the last test were."""
         self._sparsity: events.Sparsity | None = None
         self._unplotted_sparsity: float | None = None
-        """Of a listing that waits for the line that names its iteration."""
+        """Of a listing whose iteration the next line names."""
         self._speed: float | None = None
         self._speed_is_overall = False
-        self._planned: int | None = None
         self._finished = False
         self._stopped = False
-        self._fatal: str | None = None
         self._trains = False
         """Whether the last process has begun to train."""
         self._trained = 0
@@ -191,33 +238,52 @@ class StageLog:
         """Whether the log has a line of Caffe's."""
         return self._reader.is_caffe
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes of the log."""
-        self._fold(self._reader.feed(data))
+    def feed(self, data: bytes) -> list[events.Event]:
+        """Take the next bytes of the log; returns the events that they completed."""
+        return self._fold(self._reader.feed(data))
 
-    def close(self) -> None:
+    def close(self) -> list[events.Event]:
         """The log ends here, for now."""
-        self._fold(self._reader.close())
+        found = self._fold(self._reader.close())
         self._plot_sparsity()
         tests = self._tests.get(0)
         if tests is not None and not tests.ended and self._last_test(0) is tests.current:
-            self._plot_test(tests)
+            self._take_test(tests)
+        return found
 
-    def _fold(self, found: Iterable[events.Event]) -> None:
+    def _fold(self, found: list[events.Event]) -> list[events.Event]:
         for event in found:
             _FOLDERS[type(event)](self, event)
+        return found
+
+    def go_on_at(self, iteration: int) -> None:
+        """A new process goes on at ``iteration``: what earlier ones did beyond it does not count."""
+        self.iteration = iteration
+        self.tests = {tested: test for tested, test in self.tests.items() if tested <= iteration}
+        self.snapshots.clear()
+        self._new_process()
+
+    def _new_process(self) -> None:
+        self.fatal = None
+        self.in_test = False
+        self._recalibrated = False
+        self._pace.clear()
 
     # --- events -----------------------------------------------------------------------------------------
 
     def _progress(self, event: events.TrainProgress) -> None:
         self._timing.progress(event)
-        self._iteration = event.iteration
+        self._pace.append((event.iteration, event.stamp))
+        self.iteration, self.loss = event.iteration, event.loss
+        self.displays += 1
+        self._recalibrated = False
         self._plot_sparsity()
         self._end_tests()
         if self.curves is not None and event.loss == event.loss:
             self.curves.loss.add(event.iteration, event.loss)
 
     def _learning_rate(self, event: events.LearningRate) -> None:
+        self.learning_rate = event.lr
         if self.curves is not None:
             self.curves.learning_rate.add(event.iteration, event.lr)
 
@@ -227,12 +293,12 @@ class StageLog:
         self._timing.start_process(event, self._reader.first_stamp, self._year())
         self._nets.start_process()
         self._trains = False
-        self._fatal = None
+        self._new_process()
 
     def _year(self) -> int | None:
         return self._version.year if self._version else self._reader.header_year
 
-    def _version_said(self, event: events.Version) -> None:
+    def _version_printed(self, event: events.Version) -> None:
         self._version = event
 
     def _gpus_used(self, event: events.GpusUsed) -> None:
@@ -252,34 +318,63 @@ class StageLog:
             self._trained += 1
         self._trains = True
         self._finished = self._stopped = False
-        self._planned = None
+        self.batches = None
 
     def _restored(self, event: events.Restored) -> None:
         match = _SNAPSHOT_ITERATION.search(event.path)
         if match and "solverstate" in event.path:
-            self._iteration = int(match.group(1))
+            self.iteration = int(match.group(1))
 
     def _test_started(self, event: events.TestStarted) -> None:
         self._end_tests()
-        self._iteration = event.iteration
+        self.iteration = event.iteration
+        self.in_test = True
+        self._test_recalibrated = self._recalibrated
         self._plot_sparsity()
         self._tests.setdefault(event.net, NetTests()).start(None)
+
+    def _statistics_recalibrated(self, event: events.Recalibrated) -> None:
+        if event.this_test:
+            self._test_recalibrated = True
+        else:
+            self._end_tests()
+            self._recalibrated = True
 
     def _test_output(self, event: events.TestOutput) -> None:
         tests = self._tests.setdefault(event.net, NetTests())
         tests.current[event.number] = event
-        if self._planned is not None and event.iteration is None:
+        if self.batches is not None and event.iteration is None:
             self._finished = len(tests.current) >= (tests.expected or 1)
 
     def _end_tests(self) -> None:
+        """Training has gone on: the tests before have all their outputs."""
+        self.in_test = False
         for tests in self._tests.values():
             if tests.current and not tests.ended:
                 tests.ended = tests.expected is None
-                self._plot_test(tests)
+                self._take_test(tests)
 
-    def _plot_test(self, tests: NetTests) -> None:
-        if self.curves is None:
+    def _take_test(self, tests: NetTests) -> None:
+        """Keep a complete test for the live view, and plot it."""
+        first = next(iter(tests.current.values()))
+        if self._live and first.iteration is not None:
+            self._keep_test(first.iteration, first.net, by_name(tests.current))
+        if self.curves is not None:
+            self._plot_test(self.curves, tests)
+
+    def _keep_test(self, iteration: int, net: int, outputs: dict[str, float]) -> None:
+        """Keep the outputs of test net number ``net``, together with those of the nets before it."""
+        if net:
+            before = self.tests.get(iteration)
+            if before is not None:
+                before.outputs.update({f"{name} (#{net})": value for name, value in outputs.items()})
             return
+        top1 = outputs.get(self._nets.accuracies(0).get(1, ""))
+        self.tests[iteration] = SolverTest(outputs, top1, self._test_recalibrated)
+        if len(self.tests) > _MOST_TESTS:
+            del self.tests[next(iter(self.tests))]
+
+    def _plot_test(self, curves: StageCurves, tests: NetTests) -> None:
         accuracies = self._nets.accuracies(0)
         nvcaffe = self._version is not None and self._version.text.startswith("NVCaffe")
         for output in tests.current.values():
@@ -287,17 +382,17 @@ class StageLog:
             if output.net or output.iteration is None or (nvcaffe and output.iteration == 0):
                 continue
             if output.name == accuracies.get(1):
-                self.curves.top1.add(output.iteration, output.value)
+                curves.top1.add(output.iteration, output.value)
             elif output.name == accuracies.get(5):
-                self.curves.top5.add(output.iteration, output.value)
+                curves.top5.add(output.iteration, output.value)
 
     def _test_planned(self, event: events.TestPlanned) -> None:
-        self._planned = event.batches
-        self._iteration = 0
+        self.batches = event.batches
+        self.iteration = 0
         self._finished = False
 
     def _batch_tested(self, event: events.BatchTested) -> None:
-        self._iteration = event.batch + 1
+        self.iteration = event.batch + 1
 
     def _test_loss(self, event: events.TestLoss) -> None:
         self._tests.setdefault(0, NetTests()).start(event.outputs or None)
@@ -305,20 +400,22 @@ class StageLog:
     def _sparsity_listed(self, event: events.Sparsity) -> None:
         self._sparsity = event
         if self.curves is not None:
-            self._unplotted_sparsity = self._conv_sparsity()
+            self._unplotted_sparsity = self.sparsity
 
     def _plot_sparsity(self) -> None:
         """A listing comes just before the first line of its iteration; the last one has none after it."""
-        if self.curves is None or self._unplotted_sparsity is None or self._iteration is None:
+        if self.curves is None or self._unplotted_sparsity is None or self.iteration is None:
             return
-        self.curves.sparsity.add(self._iteration, self._unplotted_sparsity)
+        self.curves.sparsity.add(self.iteration, self._unplotted_sparsity)
         self._unplotted_sparsity = None
 
     def _snapshot_written(self, event: events.SnapshotWritten) -> None:
         self._end_tests()
         match = _SNAPSHOT_ITERATION.search(event.path)
         if match:
-            self._iteration = int(match.group(1))
+            self.iteration = int(match.group(1))
+            if self._live:
+                self.snapshots.add(self.iteration)
 
     def _speed_reported(self, event: events.SpeedReported) -> None:
         self._end_tests()
@@ -336,9 +433,43 @@ class StageLog:
             self._timing.logged(event.seconds)
 
     def _failed(self, event: events.Fatal) -> None:
-        self._fatal = self._fatal or event.text
-        if self._trains or self._planned is not None:
+        self.in_test = False
+        self.fatal = self.fatal or event.text
+        if self._trains or self.batches is not None:
             self._finished = False
+
+    # --- the live view ----------------------------------------------------------------------------------
+
+    @property
+    def max_iter(self) -> int | None:
+        return self._solver.max_iter if self._solver else None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Zeros over weights of the convolutions that count, by the last listing and the printed network."""
+        net = self._nets.main()
+        return conv_sparsity(self._sparsity, net) if self._sparsity is not None and net is not None else None
+
+    @property
+    def sparsity_logged(self) -> float | None:
+        """The total of the last listing, whatever it counts."""
+        return self._sparsity.total if self._sparsity else None
+
+    def accuracy_names(self) -> dict[str, str]:
+        """``top-1``, ``top-5`` by the test net's output that holds it."""
+        return {output: f"top-{top_k}" for top_k, output in sorted(self._nets.accuracies(0).items())}
+
+    def results(self) -> dict[str, float]:
+        """The outputs of ``caffe test``, once it has printed them."""
+        return by_name(self._last_test(0)) if self.batches is not None and self._finished else {}
+
+    def seconds_per_iteration(self) -> float | None:
+        """Over the last displays, with the tests and snapshots between them."""
+        if len(self._pace) < 2:
+            return None
+        (first, first_stamp), (last, last_stamp) = self._pace[0], self._pace[-1]
+        seconds = elapsed(first_stamp, last_stamp)
+        return seconds / (last - first) if last > first and seconds > 0 else None
 
     # --- figures ----------------------------------------------------------------------------------------
 
@@ -357,16 +488,16 @@ class StageLog:
             top5=named.get(accuracies.get(5, "")),
             loss=float(f"{sum(losses):.6g}") if losses else None,
             outputs=self._all_outputs(),
-            sparsity=self._conv_sparsity(),
-            sparsity_logged=self._sparsity.total if self._sparsity else None,
+            sparsity=self.sparsity,
+            sparsity_logged=self.sparsity_logged,
             gigamacs=self._gigamacs(),
             images_per_second=self._images_per_second(),
             images_per_second_logged=self._speed,
             seconds=seconds,
             start_stamp=self._reader.first_stamp,
             year=self._year(),
-            tested=self._planned is not None and not self._trained,
-            fatal=self._fatal,
+            tested=self.batches is not None and not self._trained,
+            fatal=self.fatal,
             solver_paths=self._solver_paths(),
             notes=self._notes(),
         )
@@ -375,11 +506,8 @@ class StageLog:
         return self._timing.spent(self._reader.first_stamp, self._reader.last_stamp, self._year())
 
     def _iterations(self) -> int | None:
-        if self._finished and self._planned is not None:
-            return self._planned
-        if self._finished and self._solver is not None and self._solver.max_iter is not None:
-            return self._solver.max_iter
-        return self._iteration
+        stated = self.max_iter if self.batches is None else self.batches
+        return stated if self._finished and stated is not None else self.iteration
 
     def _last_test(self, number: int) -> dict[int, events.TestOutput]:
         tests = self._tests.get(number)
@@ -416,10 +544,6 @@ class StageLog:
         # Both kinds of Caffe print the batch of one GPU: NVCaffe has divided it before it prints.
         return _speed_digits(spent.iterations / spent.training * batch * max(1, len(self._gpus)) * passes)
 
-    def _conv_sparsity(self) -> float | None:
-        net = self._nets.main()
-        return conv_sparsity(self._sparsity, net) if self._sparsity is not None and net is not None else None
-
     def _solver_paths(self) -> tuple[str, ...]:
         if self._solver is None:
             return ()
@@ -428,9 +552,7 @@ class StageLog:
 
     def _notes(self) -> tuple[str, ...]:
         if self._nets.any_is_cut():
-            return (
-                "the log's printed network is cut off (glog's limit): what is counted from it is missing",
-            )
+            return ("the log's printed network is cut off (glog's limit): figures that need it are missing",)
         return ()
 
 
@@ -442,7 +564,7 @@ _FOLDERS: dict[type, Any] = {
     events.TrainProgress: StageLog._progress,
     events.LearningRate: StageLog._learning_rate,
     events.ProcessStarted: StageLog._process_started,
-    events.Version: StageLog._version_said,
+    events.Version: StageLog._version_printed,
     events.GpusUsed: StageLog._gpus_used,
     events.SolverStarted: StageLog._solver_started,
     events.NetPrinted: StageLog._net_printed,
@@ -451,6 +573,7 @@ _FOLDERS: dict[type, Any] = {
     events.Restored: StageLog._restored,
     events.TestStarted: StageLog._test_started,
     events.TestOutput: StageLog._test_output,
+    events.Recalibrated: StageLog._statistics_recalibrated,
     events.TestPlanned: StageLog._test_planned,
     events.BatchTested: StageLog._batch_tested,
     events.TestLoss: StageLog._test_loss,
@@ -464,7 +587,7 @@ _FOLDERS: dict[type, Any] = {
 
 
 def read_stage(path: Path, *, curves: bool = False) -> StageLog:
-    """Read the log file at ``path`` in pieces; memory does not grow with its length.
+    """Read the log file at ``path`` piece by piece; memory does not grow with its length.
 
     Raises:
         UserError: it cannot be read, is empty, or has no line of Caffe's in it.
@@ -473,14 +596,14 @@ def read_stage(path: Path, *, curves: bool = False) -> StageLog:
     empty = True
     try:
         with path.open("rb") as file:
-            while data := file.read(_CHUNK):
+            while data := file.read(CHUNK):
                 empty = False
                 log.feed(data)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     log.close()
     if empty:
-        raise UserError(f"{path}: is empty; Caffe has not printed anything to it")
+        raise UserError(f"{path}: is empty; Caffe has not written to it yet")
     if not log.is_caffe:
-        raise UserError(f"{path}: is no Caffe log: no line in it is of the form that Caffe prints")
+        raise UserError(f"{path}: is not a Caffe log: no line in it has the form of those that Caffe prints")
     return log

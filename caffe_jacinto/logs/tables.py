@@ -1,4 +1,4 @@
-"""Runs -> the two tables, the CSV and the JSON of the report."""
+"""Runs -> the two tables of the report, its CSV, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from caffe_jacinto.common.text import Column, Line, duration, printable, show_table
 from caffe_jacinto.logs.discover import Run, Stage
 
 UNKNOWN = "-"
@@ -24,7 +25,7 @@ class Published:
     top5: float
     gigamacs: float
     decimals: int
-    """Of the accuracies in percent."""
+    """Decimals of the accuracies in percent."""
 
 
 PUBLISHED = (
@@ -38,7 +39,7 @@ BVLC/caffe models/bvlc_alexnet. Complexity as the first of them gives it."""
 
 @dataclass(frozen=True)
 class Row:
-    """Cells as text, with what the row is for those that colour it."""
+    """Cells as text, and the kind of row, which decides its colour."""
 
     cells: list[str]
     kind: str = ""
@@ -47,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people to read; all but the first column are aligned to the right."""
+    """A table for people to read. All columns but the first are aligned right."""
 
     title: str
     headers: Sequence[str]
@@ -89,7 +90,7 @@ def stage_table(run: Run) -> Table:
             percent(figures.sparsity, 1),
             UNKNOWN if difference is None else f"{100 * difference:+.2f}",
             _speed(figures.images_per_second),
-            duration(figures.seconds),
+            UNKNOWN if figures.seconds is None else duration(figures.seconds, exact=True),
         ]
         table.rows.append(Row(cells, "" if figures.finished else "unfinished"))
         if figures.fatal:
@@ -117,9 +118,9 @@ def result_table(runs: Sequence[Run]) -> Table:
 
 
 def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
-    """Of each run the first and the last stage with an accuracy; else the last whose network is known.
+    """Of each run, the first and the last stage with an accuracy; else the last whose network is known.
 
-    Where stages state a sparsity, the last of those is the result: stock Caffe's test does not state it.
+    Where stages have a sparsity, the last of those is the result: stock Caffe's test does not report it.
     """
     found: list[tuple[Run, Stage]] = []
     for run in runs:
@@ -132,7 +133,7 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
 
 
 def configuration(run: Run, stage: Stage) -> str:
-    """What a row of the result table is called."""
+    """The name of a row of the result table."""
     sparsity = stage.figures.sparsity
     ending = f" ({percent(sparsity, 1)} sparse)" if sparsity else ""
     return f"{printable(run.name)}, {printable(stage.name)}{ending}"
@@ -150,26 +151,8 @@ def complexity(gigamacs: float | None) -> str:
     return f"{gigamacs:.4f}" if gigamacs >= 0.001 else f"{gigamacs:.3g}"
 
 
-def duration(seconds: float | None) -> str:
-    """``50389`` as ``13h 59m 49s``; below a minute with the fraction."""
-    if seconds is None:
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = (f"{days}d " if days else "") + (f"{hours}h " if days or hours else "")
-    return f"{parts}{minutes}m {rest:02d}s"
-
-
-def printable(text: str) -> str:
-    """``text`` without characters that would steer a terminal or break a row: they are shown as escapes."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
-
-
 def _difference(run: Run, stage: Stage) -> float | None:
-    """Top-1 of the stage less that of the run's first stage."""
+    """Top-1 of the stage minus that of the run's first stage."""
     base, value = run.stages[0].figures.top1, stage.figures.top1
     if stage is run.stages[0] or base is None or value is None:
         return None
@@ -213,7 +196,7 @@ def _stage_record(stage: Stage) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no nan and no infinity."""
+    """JSON has neither nan nor infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -265,7 +248,7 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 
 def _csv_cell(value: object) -> object:
-    """Text that a spreadsheet would take for a formula is marked as text."""
+    """Text that a spreadsheet would read as a formula is marked as text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -297,36 +280,23 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    """``text`` with the characters that Markdown or HTML would take for markup escaped."""
+    """``text`` with the characters that Markdown or HTML would read as markup escaped."""
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>|~#" else char for char in text.replace("&", "&amp;"))
 
 
-_PIPE_WIDTH = 10_000
-"""In a pipe no line is folded."""
 _CHANGE = STAGE_HEADERS.index("Change of top-1")
 
 
 def show(found: Sequence[Table], out: TextIO) -> None:
     """Write the tables to ``out``."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(file=out, highlight=False, width=None if out.isatty() else _PIPE_WIDTH)
     for number, table in enumerate(found):
         if number:
-            console.print()
-        # An escape sequence cannot hide in a Text, and nothing in it is taken for markup.
-        console.print(Text(table.title, style="bold"))
-        drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-        for column, header in enumerate(table.headers):
-            drawn.add_column(header, justify="right" if column else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*(Text(cell, style=_style(table, row, at)) for at, cell in enumerate(row.cells)))
-        console.print(drawn)
-        for note in table.notes:
-            console.print(Text(note, style="red"), soft_wrap=True)
+            out.write("\n")
+        columns = [Column(header, words=at == 0) for at, header in enumerate(table.headers)]
+        lines = [
+            Line(row.cells, [_style(table, row, at) for at in range(len(columns))]) for row in table.rows
+        ]
+        show_table(out, table.title, columns, lines, *table.notes, note_style="red")
 
 
 def _style(table: Table, row: Row, column: int) -> str:

@@ -1,9 +1,9 @@
-"""A run folder: its layout and run.json, the record of what runs in it and how far each stage is.
+"""A run folder: its layout, and run.json, the record of its recipe and the state of each stage.
 
 training/<dataset>_<network>_<time>/
     run.json    the recipe in full, the engine, the state of each stage
     lock        held while something trains here
-    labels.txt  the class names, when the data set has them
+    labels.txt  the class names, if the data set has them
     initial/  l1reg/  sparse/  finetune/  test/
         train.prototxt val.prototxt deploy.prototxt solver.prototxt
         run.sh    the commands, runnable by hand
@@ -30,23 +30,23 @@ from caffe_jacinto.runs.lock import LOCK_NAME
 RUN_FILE = "run.json"
 LOG_NAME = "run.log"
 LOG_HEADER = "# caffe_jacinto.train:"
-"""Begins the line above the output of each command in a stage's log."""
+"""Begins the line before the output of each command in a stage's log."""
 
 LABELS_NAME = "labels.txt"
 TEST = "test"
-"""The folder of the last step, which scores the final weights."""
+"""The folder of the last step, the test of the final weights."""
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
 
 
 class StageState(BaseModel):
-    """How far a stage is. A stage that is *running* with nobody holding the lock was cut off."""
+    """The state of a stage. One that is *running* while nothing holds the lock was cut off."""
 
     model_config = ConfigDict(extra="ignore")
 
     state: State = "waiting"
     started: str | None = None
-    """ISO 8601, with the time zone; of the last start."""
+    """The last start: ISO 8601, with the time zone."""
 
     ended: str | None = None
     pid: int | None = None
@@ -57,7 +57,7 @@ class StageState(BaseModel):
 
 
 class EngineRecord(BaseModel):
-    """Which Caffe ran."""
+    """The engine of the run."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,7 +69,7 @@ class EngineRecord(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """What run.json holds."""
+    """The contents of run.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -79,10 +79,10 @@ class RunRecord(BaseModel):
 
     created: str
     start_folder: str
-    """Where train was started: relative paths of the recipe and of the run's files count from here."""
+    """Where train was started. Relative paths in the recipe and in the run's files resolve against it."""
 
     folder: str
-    """The run folder as the run's files name it."""
+    """The run folder, as the run's files name it."""
 
     recipe: Recipe
     engine: EngineRecord
@@ -92,7 +92,7 @@ class RunRecord(BaseModel):
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """``training/<dataset>_<network>_<time>``, one that is not there yet."""
+    """A new ``training/<dataset>_<network>_<time>``."""
     name = f"{recipe.data.dataset}_{recipe.network.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     folder = Path("training") / name
     number = 2
@@ -103,12 +103,12 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def now() -> str:
-    """The time as run.json holds it."""
+    """The time, in the form of run.json."""
     return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
 
 
 def save(folder: Path, record: RunRecord) -> None:
-    """Write run.json; a reader sees the old record or all of the new one."""
+    """Write run.json. A reader sees either the old record or the complete new one."""
     write_whole(folder / RUN_FILE, record.model_dump_json(indent=2) + "\n")
 
 
@@ -116,7 +116,7 @@ def load(folder: Path) -> RunRecord:
     """The record of the run in ``folder``.
 
     Raises:
-        UserError: there is no such folder, it holds no run, or its record is damaged.
+        UserError: there is no such folder, it does not hold a run, or its record is damaged.
     """
     path = folder / RUN_FILE
     try:
@@ -127,19 +127,30 @@ def load(folder: Path) -> RunRecord:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        return RunRecord.model_validate_json(text)
+        record = RunRecord.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
             f"{path}: {field}: {first['msg']}; the record is damaged or of another version: start a new run"
         ) from None
+    wanted = (*record.recipe.stages, TEST)
+    missing = [name for name in wanted if name not in record.stages]
+    unknown = [name for name in record.stages if name not in wanted]
+    if missing or unknown:
+        what = (
+            f"lacks {', '.join(missing)}" if missing else f"{unknown[0]} is not a stage of the run's recipe"
+        )
+        raise UserError(
+            f"{path}: stages: {what}; it must have {', '.join(wanted)}: correct it, or start a new run"
+        )
+    return record
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new run can be made at ``folder``: it is not there, or an empty folder.
+    """Whether a new run can be made at ``folder``: it does not exist, or is empty.
 
-    A lock file alone is what is left of a train that was killed as it began.
+    A folder with only a lock file is left by a train that was killed as it began.
     """
     return not folder.exists() or (
         folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
@@ -147,7 +158,7 @@ def is_free(folder: Path) -> bool:
 
 
 def never_ran(folder: Path) -> bool:
-    """Whether ``folder`` is a run of which nothing was started yet: what a dry run makes."""
+    """Whether ``folder`` is a run that has not started anything yet, as after a dry run."""
     try:
         record = load(folder)
     except UserError:
@@ -156,9 +167,9 @@ def never_ran(folder: Path) -> bool:
 
 
 def start_log(path: Path, header: str) -> int:
-    """Begin a new part of the log at ``path`` with the line ``header``; returns where it starts, in bytes.
+    """Begin a new part of the log at ``path`` with the line ``header``; returns the part's offset in bytes.
 
-    The part starts on a line of its own, also after a log that was cut off in the middle of one.
+    The part begins on a new line, even where the log was cut in the middle of one.
     """
     with path.open("ab+") as log:
         size = log.seek(0, 2)

@@ -1,8 +1,8 @@
 """One trainer per run folder.
 
-The lock is flock's, on a file in the run folder. The commands that a run starts inherit the locked
-descriptor, so the lock lives as long as anything that trains: a Caffe that outlives a killed driver still
-holds it, whatever became of process numbers since. `run.sh` takes the same lock when it is started by hand.
+The lock is an flock on a file in the run folder. The commands that a run starts inherit the locked
+descriptor, so the lock is held as long as anything trains: a Caffe that outlives a killed driver still holds
+it, even if process numbers are reused. `run.sh` takes the same lock when it is started by hand.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 
 LOCK_NAME = "lock"
-HAND_OVER_SECONDS = 0.5
-"""How long to wait for a holder that is just ending."""
+RELEASE_SECONDS = 0.5
+"""How long to wait for a holder that is about to end."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Holder:
 
     @property
     def is_shell(self) -> bool:
-        """A run.sh, which waits for the Caffe that it has started."""
+        """Whether it is a run.sh, which waits for the Caffe that it has started."""
         return bool(self.words) and Path(self.words[0]).name in ("sh", "bash", "dash")
 
     def command(self) -> str:
@@ -49,7 +49,7 @@ class Holder:
 
 
 class RunLock:
-    """The lock of a run folder, held from `acquire` until the last process that has it lets go."""
+    """The lock of a run folder, held from `acquire` until the last process that has it releases it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
@@ -57,7 +57,7 @@ class RunLock:
 
     @property
     def descriptor(self) -> int:
-        """The descriptor that a child inherits, to hold the lock with us."""
+        """The descriptor that a child inherits to hold the lock too."""
         if self._descriptor is None:
             raise RuntimeError("the lock is not held")
         return self._descriptor
@@ -66,7 +66,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: another process has it; the message names it and says what to do.
+            UserError: another process has it; the message names that process and says what to do.
         """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -79,14 +79,14 @@ class RunLock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the lock up; a child that still runs keeps it."""
+        """Release the lock. A child that still runs keeps it."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def is_held(folder: Path) -> bool:
-    """Whether something trains in ``folder`` now (on a file system that shares locks: on any machine)."""
+    """Whether something trains in ``folder`` now; on any machine, if the file system shares locks."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -115,7 +115,7 @@ def holders(folder: Path) -> list[Holder]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    give_up = time.monotonic() + HAND_OVER_SECONDS
+    give_up = time.monotonic() + RELEASE_SECONDS
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a run will do: for each stage its files, its start weights, its devices and its commands."""
+"""What a run will do: each stage's files, start weights, devices and commands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
+from caffe_jacinto.networks.registry import stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import (
     IMAGENET_VAL_IMAGES,
     iterations_per_test,
@@ -24,25 +26,29 @@ from caffe_jacinto.runs.process import ENVIRONMENT
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage of a run: where it is, what it starts from, where it runs."""
+    """A stage of a run: its folder, its start weights, its devices."""
 
     name: str
     stage: Stage
     folder: Path
     prefix: Path
-    """Of its snapshots: ``<prefix>_iter_N.caffemodel``."""
+    """Its snapshots are ``<prefix>_iter_N.caffemodel``."""
 
     start_weights: Path | None
     devices: DevicePlan
 
     @property
     def loaded_weights(self) -> Path | None:
-        """What Caffe is given: the start weights, or a file of them without the layers of `reinit`."""
+        """The file that Caffe loads: the start weights, or a copy without the layers of `reinit`."""
         return self.folder / "start.caffemodel" if self.stage.reinit else self.start_weights
 
     @property
+    def max_iter(self) -> int:
+        return self.stage.solver.max_iter
+
+    @property
     def final_weights(self) -> Path:
-        return final_weights(self.prefix, self.stage)
+        return self.prefix.with_name(f"{self.prefix.name}_iter_{self.max_iter}.caffemodel")
 
     @property
     def log(self) -> Path:
@@ -51,7 +57,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A recipe on an engine, in a run folder."""
+    """A recipe, the engine that carries it out, and the run folder."""
 
     recipe: Recipe
     folder: Path
@@ -69,9 +75,39 @@ class RunPlan:
     def final_weights(self) -> Path:
         return self.stages[-1].final_weights
 
+    def files(
+        self, plan: StagePlan, *, val_images: int | None, start_factor: float | None = None
+    ) -> dict[str, str]:
+        """The stage's prototxt files by name, in the engine's dialect.
+
+        ``val_images`` is the number of validation images, None if unknown. ``start_factor`` is where the
+        fork's sparsity schedule continues after a resume.
+
+        Raises:
+            UserError: the recipe's values do not make a valid network or solver.
+        """
+        return stage_files(
+            self.recipe,
+            plan.name,
+            self.engine.info.dialect,
+            folder=str(plan.folder),
+            gpus=plan.devices.gpus,
+            iter_size=plan.devices.iter_size,
+            solver_mode_gpu=bool(plan.devices.gpus),
+            val_images=val_images,
+            start_factor=start_factor,
+        )
+
+    def left_out(self, plan: StagePlan) -> frozenset[str]:
+        """The layers of the start weights that the stage's `reinit` leaves out."""
+        network = network_of(self.recipe)
+        return stored_names(
+            network, with_batch_norms(network, plan.stage.reinit, f"stages.{plan.name}.reinit")
+        )
+
 
 def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]) -> RunPlan:
-    """Lay a recipe out in a run folder."""
+    """The plan of a recipe in a run folder."""
     stages: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
         if stage.start is not None:
@@ -89,36 +125,8 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
     return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
 
 
-def final_weights(prefix: Path, stage: Stage) -> Path:
-    return prefix.with_name(f"{prefix.name}_iter_{stage.solver.max_iter}.caffemodel")
-
-
-def stage_texts(
-    run: RunPlan, plan: StagePlan, *, val_images: int | None, start_factor: float | None = None
-) -> dict[str, str]:
-    """The stage's prototxt files by name, in the engine's dialect.
-
-    ``val_images`` is the number of validation images, None where it is not known; ``start_factor`` the place
-    in the fork's ramp that a resumed stage goes on from.
-
-    Raises:
-        UserError: the recipe's values make no valid network or solver.
-    """
-    return stage_files(
-        run.recipe,
-        plan.name,
-        run.engine.info.dialect,
-        folder=str(plan.folder),
-        gpus=plan.devices.gpus,
-        iter_size=plan.devices.iter_size,
-        solver_mode_gpu=bool(plan.devices.gpus),
-        val_images=val_images,
-        start_factor=start_factor,
-    )
-
-
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
-    """What the engine is told to do for a stage, from its start or from a ``.solverstate``."""
+    """The engine's job for a stage, from its start or from a ``.solverstate``."""
     batches = run.recipe.training.reestimate_batches if network_of(run.recipe).has_batch_norm else 0
     return TrainJob(
         solver=plan.folder / "solver.prototxt",
@@ -134,7 +142,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
 
 
 def test_job(run: RunPlan, val_images: int | None) -> TestJob:
-    """What the engine is told to do for the test of the final weights."""
+    """The engine's job for the test of the final weights."""
     return TestJob(
         model=run.test_folder / "val.prototxt",
         weights=run.final_weights,
@@ -149,6 +157,25 @@ def write_stage(run: RunPlan, plan: StagePlan, texts: dict[str, str], commands: 
     write_script(run, plan.folder, commands)
 
 
+def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
+    """Where the stage has a `reinit`, write its start weights without those layers.
+
+    Raises:
+        UserError: the start weights are missing or broken, or the file cannot be written.
+    """
+    if not plan.stage.reinit:
+        return
+    from caffe_jacinto.caffemodel.net_file import without_layers
+
+    assert plan.start_weights is not None
+    assert plan.loaded_weights is not None
+    content = without_layers(plan.start_weights, run.left_out(plan))
+    try:
+        write_whole(plan.loaded_weights, content)
+    except OSError as error:
+        raise UserError(f"{plan.loaded_weights}: cannot be written: {error.strerror}") from None
+
+
 def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:
     """Write the files of the test: the last stage's networks, and run.sh."""
     write_stage_files({name: texts[name] for name in ("val.prototxt", "deploy.prototxt")}, run.test_folder)
@@ -161,9 +188,9 @@ def write_script(run: RunPlan, folder: Path, commands: Sequence[list[str]]) -> N
 
 
 def shell_script(start_folder: Path, lock: Path, log: Path, commands: Sequence[Sequence[str]]) -> str:
-    """The text of run.sh: the same commands in the same folder, their output in the same log, under the lock.
+    """The text of run.sh: the same commands in the same folder, with the same log, under the lock.
 
-    Every word is quoted, so that a path may hold anything.
+    Every word is quoted, so that a path may contain any character.
     """
     import jinja2
 

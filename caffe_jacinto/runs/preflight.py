@@ -1,4 +1,4 @@
-"""What is checked before anything is written or run, all of it, so that every mistake is told at once."""
+"""The checks before anything is written or run. All of them run, and every problem is reported together."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.discovery import check_gpus
+from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_batch_norms
+from caffe_jacinto.networks.stage_files import network_of
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.runs.plan import RunPlan, StagePlan, stage_texts, train_job
+from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
 from caffe_jacinto.runs.retention import snapshot_files
-from caffe_jacinto.runs.start_weights import check_start_weights
+
+if TYPE_CHECKING:
+    from caffe_jacinto.caffemodel.fit import Mismatch
 
 BYTES_PER_WEIGHT = 4
 MARGIN = 1.1
 """For logs, masks and the file system's own needs."""
+
+SHOWN = 3
+"""Layers that one message names."""
 
 
 @dataclass
@@ -31,10 +39,10 @@ class Findings:
     """Each would make the run fail."""
 
     notes: list[str] = field(default_factory=list)
-    """Allowed, and to be known."""
+    """Not wrong, but worth knowing."""
 
     files_can_be_made: bool = False
-    """Whether the problems, if any, leave every stage its files and commands: a dry run can show them."""
+    """Whether every stage has its files and commands, despite any problems: a dry run can show them."""
 
     image_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Channels, height and width of the images in each LMDB."""
@@ -43,7 +51,7 @@ class Findings:
     val_images: int | None = None
 
     def attempt(self, check: Callable[[], None]) -> None:
-        """Carry a check out; what it raises is a problem."""
+        """Run a check. What it raises is a problem."""
         try:
             check()
         except UserError as error:
@@ -52,7 +60,7 @@ class Findings:
 
 
 def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Findings:
-    """Check all that ``stages``, those of ``run`` that are still to be trained, need."""
+    """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained."""
     findings = Findings()
     findings.attempt(lambda: check_gpus(run.engine.info, run.gpus))
     findings.attempt(lambda: _check_names(run))
@@ -65,6 +73,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         if plan.name in texts and _starts_from_a_file(plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
+    findings.problems += run.engine.check(texts, findings.image_shapes)
     if texts:
         findings.attempt(
             lambda: _check_disk(run, stages, keep, next(iter(texts.values()))["deploy.prototxt"])
@@ -77,7 +86,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
 
 
 def _starts_from_a_file(plan: StagePlan, stages: tuple[StagePlan, ...]) -> bool:
-    """Whether the weights that the stage starts from must be there already."""
+    """Whether the weights that the stage starts from must already exist."""
     return plan.start_weights is not None and all(
         plan.start_weights != other.final_weights for other in stages
     )
@@ -162,13 +171,79 @@ def _check_labels(run: RunPlan, findings: Findings) -> None:
 
 
 def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[str, dict[str, str]]) -> None:
-    """The stage's files can be made, and the engine can do the job."""
+    """The engine can do the job, and the stage's files can be made."""
     run.engine.train_commands(train_job(run, plan))
-    texts[plan.name] = stage_texts(run, plan, val_images=findings.val_images)
+    texts[plan.name] = run.files(plan, val_images=findings.val_images)
 
 
 def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:
-    findings.notes.extend(check_start_weights(run, plan, texts["train.prototxt"]))
+    """The stage's start weights fit its network; a note for each layer that does not take them.
+
+    Raises:
+        UserError: the file is missing or broken, a layer has another shape there and is not in the stage's
+            `reinit`, a frozen layer is not there, or the file has nothing for the network.
+    """
+    from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
+    from caffe_jacinto.prototxt.schema import parse_net
+
+    assert plan.start_weights is not None
+    if not plan.start_weights.is_file():
+        raise UserError(
+            f"stage {plan.name}: no start weights at {plan.start_weights}; train or name them first"
+        )
+    net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
+    mismatches = {mismatch.layer: mismatch for mismatch in check_fit(plan.start_weights, net)}
+    left_out = run.left_out(plan)
+    wrong = [found for found in mismatches.values() if found.fatal and found.layer not in left_out]
+    if wrong:
+        raise UserError(
+            f"stage {plan.name}: the start weights {plan.start_weights} do not fit the network: "
+            f"{_what_differs(run, plan, wrong)}"
+        )
+    network = network_of(run.recipe)
+    frozen = with_batch_norms(network, run.recipe.network.frozen, "network.frozen")
+    lost = [name for name in mismatches if name in stored_names(network, frozen)]
+    if lost:
+        raise UserError(
+            f"stage {plan.name}: network.frozen keeps layers as they are in {plan.start_weights}, which "
+            f"lacks {_listed(lost)}; take them out of network.frozen, or name other weights"
+        )
+    notes = [
+        f"{layer.name}: starts at random values: {_why(layer.name, mismatches, left_out)}"
+        for layer in net.layer
+        if layer.name in mismatches or layer.name in left_out
+    ]
+    notes += [
+        f"{name}: in the start weights, but not in the network; not used"
+        for name in unused_layers(plan.start_weights, net)
+    ]
+    findings.notes += [f"stage {plan.name}: layer {note}" for note in notes]
+
+
+def _why(layer: str, mismatches: dict[str, Mismatch], left_out: Collection[str]) -> str:
+    if layer not in mismatches:
+        return "reinit names it"
+    return mismatches[layer].reason + (" (reinit)" if layer in left_out else "")
+
+
+def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> str:
+    """The layers that do not fit, and what to do about it."""
+    converted = next((found for found in wrong if found.cause == "other Caffe"), None)
+    if converted is not None:
+        return str(converted)  # true of every layer with batch norm; no layer is to be left out for it
+    names = layers_to_name(network_of(run.recipe), [found.layer for found in wrong if found.cause == "shape"])
+    if not names:
+        return _listed(wrong)
+    shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))
+    return (
+        f"{_listed(wrong)}; if num_classes, crop_size and strides are as meant, train these layers anew with "
+        f"stages.{plan.name}.reinit=[{shown}]"
+    )
+
+
+def _listed(items: Sequence[object]) -> str:
+    more = f"; and {len(items) - SHOWN} more" if items[SHOWN:] else ""
+    return "; ".join(map(str, items[:SHOWN])) + more
 
 
 def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: str) -> None:

@@ -1,4 +1,4 @@
-"""Start a command that outlives a lost terminal, writes to a log file by itself, and takes orders to stop."""
+"""Start a command that survives the loss of the terminal, writes to a log by itself, and can be stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 from caffe_jacinto.common.files import PACKAGE
 
 ENVIRONMENT = {
-    # Caffe's lines go to the log only, all of them: without these, glog keeps copies in /tmp, or a level set
+    # All of Caffe's lines go to the log, and only there. Otherwise glog keeps copies in /tmp, or a level set
     # in the user's environment hides the progress.
     "GLOG_logtostderr": "1",
     "GLOG_minloglevel": "0",
@@ -21,14 +21,14 @@ ENVIRONMENT = {
 }
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-"""What each further wish to stop sends: Caffe writes a snapshot at SIGINT."""
+"""What each further request to stop sends. At SIGINT, Caffe writes a snapshot."""
 
 
 class Child:
-    """A command in a session of its own: no Ctrl-C and no hang-up of our terminal reaches it but by us."""
+    """A command in a session of its own: Ctrl-C and hang-ups of the terminal reach it only through us."""
 
     def __init__(self, argv: Sequence[str], log: Path, lock: int) -> None:
-        """Start ``argv`` with its output appended to ``log``; it inherits the descriptor ``lock``.
+        """Start ``argv``, which inherits the descriptor ``lock``; its output is appended to ``log``.
 
         Raises:
             OSError: it cannot be started.
@@ -43,8 +43,8 @@ class Child:
                 pass_fds=(lock,),
                 start_new_session=True,
             )
-        self._wishes = 0
-        """How many wishes to stop have been sent."""
+        self._requests = 0
+        """How many requests to stop have been sent."""
 
     @property
     def pid(self) -> int:
@@ -59,17 +59,17 @@ class Child:
         return self._process.wait()
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until it has ended."""
         self._process.wait()
 
-    def stop(self, wish: int) -> None:
-        """Ask it to stop, harder with each further ``wish``: the first, 1, lets it write a snapshot.
+    def stop(self, request: int) -> None:
+        """Escalate: SIGINT, SIGTERM, SIGKILL for request 1, 2, 3. At the first, it can write a snapshot.
 
-        A wish that it has been told of is not told again.
+        A request that has been sent is not sent again.
         """
-        if wish > self._wishes:
-            self._wishes = wish
-            self._send(STOP_SIGNALS[min(wish, len(STOP_SIGNALS)) - 1])
+        if request > self._requests:
+            self._requests = request
+            self._send(STOP_SIGNALS[min(request, len(STOP_SIGNALS)) - 1])
 
     def kill(self) -> None:
         """End it at once, without a snapshot."""
@@ -86,7 +86,7 @@ class Child:
 
 
 def _python_path() -> str:
-    """The engines' own programs are found in any folder, also where this package is not installed."""
+    """The engines' programs are found from any folder, even where this package is not installed."""
     return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
@@ -103,37 +103,37 @@ def describe_exit(code: int) -> str:
 
 
 class StopSignals:
-    """Passes Ctrl-C and SIGTERM on to the command that runs, each further one harder; ignores SIGHUP."""
+    """Passes Ctrl-C and SIGTERM on to the running command, escalating each time; ignores SIGHUP."""
 
     def __init__(self) -> None:
         self.count = 0
-        """How often it was asked to stop."""
+        """How often a stop was requested."""
 
         self.number = 0
-        """The signal that asked first."""
+        """The first of the signals."""
 
         self._child: Child | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._asked)
+            signal.signal(number, self._request)
         # The terminal may close; the run goes on.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self.count > 0
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as shells have it."""
+        """128 + the signal's number, as in shells."""
         return 128 + self.number
 
     def pass_on_to(self, child: Child | None) -> None:
-        """From now on signals go to ``child``; one that came while it was started goes there at once."""
+        """Send signals to ``child`` from now on, and at once those that came while it was being started."""
         self._child = child
         if child is not None:
             child.stop(self.count)
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.number = self.number or number
         if self._child is not None:

@@ -1,4 +1,4 @@
-"""Which snapshots of a stage stay: the newest ones, the best by top-1, and the last."""
+"""Which snapshots of a stage are kept: the newest, the best by top-1, and the last."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from caffe_jacinto.engines.snapshots import complete_snapshots
+from caffe_jacinto.engines.snapshots import complete_snapshots, weights_are_finite
+from caffe_jacinto.logs.stage import SolverTest, StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.runs.start_point import weights_are_finite
-from caffe_jacinto.runs.watch import StageView
 
 SECONDS_BETWEEN = 5.0
 """The least time between two looks at a running stage's snapshots."""
 
 
 class Keeper:
-    """Keeps the rule while a stage runs."""
+    """Deletes the other snapshots while a stage runs."""
 
     def __init__(self, prefix: Path, dialect: Dialect, keep: int, max_iter: int, start: int) -> None:
-        """``start`` is the iteration that the stage goes on from; 0: from its beginning."""
+        """``start`` is the iteration that the stage goes on from; 0: its beginning."""
         self._prefix = prefix
         self._dialect = dialect
         self._keep = keep
@@ -29,38 +28,52 @@ class Keeper:
         self._seen: tuple[int, int] | None = None
         self._looked = float("-inf")
 
-    def clean_now_and_then(self, view: StageView) -> None:
-        """`clean`, if the log has told of a snapshot or a test since, and not more often than every 5 s."""
-        seen = (len(view.written), len(view.tests))
+    def clean_now_and_then(self, log: StageLog) -> None:
+        """`clean`, if the log has named a snapshot or a test since, and at most every 5 s."""
+        seen = (len(log.snapshots), len(log.tests))
         if seen != self._seen and time.monotonic() - self._looked >= SECONDS_BETWEEN:
             self._looked = time.monotonic()
-            # A snapshot is told of before it is whole: this look counts only once it has found it.
-            if self.clean(view):
+            # The log names a snapshot before its files are complete: look again until they are.
+            if self.clean(log):
                 self._seen = seen
 
-    def clean(self, view: StageView) -> bool:
-        """Delete what need not stay; False when a snapshot that the log tells of is not whole yet.
+    def clean(self, log: StageLog) -> bool:
+        """Delete what is not kept; False when a snapshot that the log names is not complete yet.
 
-        Snapshots beyond the point that the stage has come to are of an earlier try, and are neither counted
-        nor deleted: it will write them anew.
+        Snapshots beyond the iteration that the stage has reached are of an earlier try. They are neither
+        counted nor deleted: the stage will write them again.
         """
         own = {
             snapshot.iteration
             for snapshot in complete_snapshots(self._prefix, self._dialect)
-            if snapshot.iteration <= self._start or snapshot.iteration in view.written
-            # Weights gone wrong between two displays must not push the last good ones out.
+            if snapshot.iteration <= self._start or snapshot.iteration in log.snapshots
+            # Weights that went wrong between two displays must not push out the last good ones.
             if weights_are_finite(snapshot.caffemodel)
         }
-        remove_others(self._prefix, own, kept_iterations(own, view.top1(), self._keep, self._max_iter))
-        return max(view.written, default=0) in own | {0}
+        kept = kept_iterations(own, comparable_top1(log.tests), self._keep, self._max_iter)
+        remove_others(self._prefix, own, kept)
+        return max(log.snapshots, default=0) in own | {0}
+
+
+def comparable_top1(tests: Mapping[int, SolverTest]) -> dict[int, float]:
+    """Top-1 accuracy by iteration, of tests whose numbers can be compared.
+
+    A test on recalibrated batch-norm statistics and one on running statistics cannot be: running ones lag
+    behind. Where there are tests of both kinds, the recalibrated ones count.
+    """
+    found: dict[bool, dict[int, float]] = {True: {}, False: {}}
+    for iteration, test in tests.items():
+        if test.top1 is not None:
+            found[test.recalibrated][iteration] = test.top1
+    return found[True] or found[False]
 
 
 def kept_iterations(
     complete: Iterable[int], top1: Mapping[int, float], keep: int, max_iter: int
 ) -> frozenset[int]:
-    """The iterations whose snapshots stay, of those whose snapshots are complete.
+    """The iterations whose snapshots are kept, of those with complete snapshots.
 
-    ``top1`` holds the accuracy of the tests by iteration; of equally good snapshots the latest stays.
+    ``top1`` holds the accuracy of the tests by iteration. Of equally good snapshots the latest is kept.
     """
     newest_first = sorted(complete, reverse=True)
     kept = set(newest_first[: max(keep, 1)])
@@ -74,8 +87,8 @@ def kept_iterations(
 def remove_others(prefix: Path, complete: Iterable[int], kept: frozenset[int]) -> list[int]:
     """Delete every snapshot of ``prefix`` that is older than the newest complete one and not kept.
 
-    All files of an iteration go together. What is newer than the newest complete snapshot may still be being
-    written, and stays. Returns the iterations that were removed.
+    All files of an iteration are deleted together. Files newer than the newest complete snapshot may still be
+    being written, and are left alone. Returns the iterations that were removed.
     """
     newest = max(complete, default=0)
     removed = []

@@ -1,4 +1,4 @@
-"""Where a run is shown: a live line or two below what scrolls on a terminal, plain lines anywhere else."""
+"""The display of a run: a live line or two at the bottom of a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ GAP = "  "
 
 
 class LastingStream:
-    """A text stream whose reader (a terminal, a pipe) may go away without ending the program."""
+    """A text stream whose reader (a terminal, a pipe) may disappear without ending the program."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        # Without any (python started with its output closed) there is nothing to write to.
+        # None: Python was started with its output closed, and there is nothing to write to.
         self._lost = stream is None
 
     @property
@@ -62,13 +62,13 @@ class LastingStream:
                 self._try(text.encode(self.encoding, "replace").decode(self.encoding))
         except (OSError, ValueError):
             self._lost = True
-            # What is left in the stream's buffer must not fail once more at the end of the program.
+            # The rest of the stream's buffer must not fail again at the end of the program.
             with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class Screen:
-    """Prints lines that stay, and shows how far the run is."""
+    """Prints lines that stay, and shows the progress of the run."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = LastingStream(stream or sys.stdout)
@@ -79,11 +79,11 @@ class Screen:
             from rich.console import Console
 
             console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
-            # A terminal that cannot go back up a line (TERM=dumb, as in an editor) gets plain lines.
+            # A terminal that cannot move up a line (TERM=dumb, as in an editor) gets plain lines.
             self._console = None if console.is_dumb_terminal else console
 
     def say(self, line: str, *, style: str | None = None) -> None:
-        """Print a line that stays; on a terminal in ``style`` (rich's words, e.g. ``bold``)."""
+        """Print a line that stays; on a terminal in one of rich's styles, e.g. ``bold``."""
         if self._console is None:
             self._stream.write(line + "\n")
         else:
@@ -92,7 +92,7 @@ class Screen:
     def show(self, progress: Progress, fraction: float, *, news: bool) -> None:
         """Show the progress, and how much of the stage is done.
 
-        Without a terminal a line is printed only when there is ``news``, and not more often than every 20 s.
+        Without a terminal, a line is printed only when there is ``news``, and at most every 20 s.
         """
         time_now = time.monotonic()
         if self._console is None:
@@ -104,7 +104,7 @@ class Screen:
             self._draw(progress, fraction)
 
     def clear(self) -> None:
-        """Take the live line away, and let the next progress line come at once."""
+        """Remove the live line, and let the next progress line appear at once."""
         self._shown = float("-inf")
         if self._live is not None:
             self._live.stop()
@@ -126,7 +126,7 @@ class Screen:
 
 
 def live_lines(progress: Progress, fraction: float, width: int) -> list[str]:
-    """A bar and all of the progress in one line where that fits, else the figures in a second one."""
+    """A bar and all of the progress in one line if it fits, else with the figures in a second line."""
     room = width - LEAST_BAR - len(GAP) - 1
     whole = GAP.join(progress.fields())
     if len(whole) <= room:
@@ -138,7 +138,7 @@ def live_lines(progress: Progress, fraction: float, width: int) -> list[str]:
 
 
 def _fitting(fields: list[str], room: int) -> str:
-    """As many of the fields as fit, the first in any case."""
+    """As many of the fields as fit, and always the first."""
     shown = fields[:1]
     for field in fields[1:]:
         if len(GAP.join([*shown, field])) > room:

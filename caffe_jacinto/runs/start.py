@@ -1,4 +1,4 @@
-"""Begin to drive a run: a new one, or one that was stopped."""
+"""Start a new run, or resume one that was stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caffe_jacinto import __version__
@@ -14,6 +15,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.contract import Engine, Precision
 from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.snapshots import weights_are_finite
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
@@ -32,49 +34,51 @@ from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.plan import (
     RunPlan,
     plan_run,
-    stage_texts,
     test_job,
     train_job,
     write_stage,
+    write_start_weights,
     write_test,
 )
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.screen import Screen
-from caffe_jacinto.runs.start_point import weights_are_finite
-from caffe_jacinto.runs.start_weights import write_start_weights
 
 
-def start(
-    recipe_name: str,
-    overrides: Sequence[str],
-    *,
-    gpus: tuple[int, ...] | None,
-    caffe: str | None,
-    engine_kind: str | None,
-    dialect: Dialect | None,
-    precision: Precision | None,
-    output: Path | None,
-    dry_run: bool,
-) -> int:
-    """Start a new run and drive it to its end; returns the exit code. ``gpus`` None: the recipe's.
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for. None leaves it to the recipe, or to the run that is resumed."""
+
+    gpus: tuple[int, ...] | None = None
+    """Empty: the CPU."""
+    caffe: str | None = None
+    engine: str | None = None
+    dialect: Dialect | None = None
+    precision: Precision | None = None
+    output: Path | None = None
+    keep: int | None = None
+    dry_run: bool = False
+
+
+def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
+    """Start a new run and drive it to its end; returns the exit code.
 
     Raises:
-        UserError: something is wrong before anything has run; nothing is written then, but by a dry run.
+        UserError: something is wrong. Nothing has been run then, and only a dry run has written anything.
         RunFailed: a stage failed.
     """
     recipe = load_recipe(recipe_name, overrides)
-    if gpus is not None:
-        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"])
-    folder = output or run_folder.default_folder(recipe)
+    if options.gpus is not None:
+        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(options.gpus)}"])
+    folder = options.output or run_folder.default_folder(recipe)
     if not run_folder.is_free(folder):
-        raise UserError(f"{folder} is there already{_instead(folder)}")
+        raise UserError(f"{folder} already exists{_instead(folder)}")
     screen = Screen()
-    engine = _engine(caffe, engine_kind, dialect, precision, recipe.training.gpus, screen)
+    engine = _engine(options, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
-    _tell(findings, screen)
-    if not (dry_run and findings.files_can_be_made):
+    _show_findings(findings, screen)
+    if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
     record = RunRecord(
         caffe_jacinto=__version__,
@@ -90,11 +94,11 @@ def start(
     lock = RunLock(folder)
     lock.acquire()
     if (folder / run_folder.RUN_FILE).exists():
-        raise UserError(f"{folder} is there already{_instead(folder)}")
+        raise UserError(f"{folder} already exists{_instead(folder)}")
     run_folder.save(folder, record)
     _carry_labels(run)
     screen.say(f"run folder: {folder}")
-    if dry_run:
+    if options.dry_run:
         _write_all(run, findings, screen)
         _refuse(findings)
         screen.say(f"nothing was run; to run it: {resume_command(folder)}")
@@ -102,18 +106,11 @@ def start(
     return _drive(run, record, lock, screen, recipe.training.keep, findings)
 
 
-def resume(
-    folder: Path,
-    *,
-    gpus: tuple[int, ...] | None,
-    caffe: str | None,
-    engine_kind: str | None,
-    keep: int | None,
-) -> int:
-    """Go on with a run where it stopped; returns the exit code. What is None stays as it was.
+def resume(folder: Path, options: Options) -> int:
+    """Go on with a run where it stopped; returns the exit code.
 
     Raises:
-        UserError: there is no run, something trains in it, or it cannot go on as it is.
+        UserError: there is no run, something trains in it, or it cannot go on.
         RunFailed: a stage failed.
     """
     folder = folder.absolute()
@@ -122,19 +119,19 @@ def resume(
     folder = Path(record.folder)
     lock = RunLock(folder)
     lock.acquire()
-    # What another train wrote between our look and the lock counts.
+    # Another train may have changed it before the lock was taken.
     record = run_folder.load(folder)
-    recipe = _changed(record.recipe, gpus, keep)
+    recipe = _changed(record.recipe, options)
     screen = Screen()
     if all(state.state == "finished" for state in record.stages.values()):
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
-    engine = _same_engine(record, caffe, engine_kind, recipe.training.gpus, screen)
+    engine = _same_engine(record, options, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
     findings = preflight(run, waiting, recipe.training.keep)
-    _tell(findings, screen)
+    _show_findings(findings, screen)
     _refuse(findings)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
     run_folder.save(folder, record)
@@ -166,16 +163,9 @@ def _instead(folder: Path) -> str:
     return " and is not an empty folder: give another --output"
 
 
-def _engine(
-    caffe: str | None,
-    kind: str | None,
-    dialect: Dialect | None,
-    precision: Precision | None,
-    gpus: tuple[int, ...],
-    screen: Screen,
-) -> Engine:
-    """Find the engine and say which it is."""
-    engine = find_engine(caffe, kind, dialect, precision)
+def _engine(options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
+    """Find the engine and show which it is."""
+    engine = find_engine(options.caffe, options.engine, options.dialect, options.precision)
     info = engine.info
     devices = f"GPUs {','.join(map(str, gpus))}" if gpus else "the CPU"
     version = f" {info.version}" if info.version else ""
@@ -186,26 +176,24 @@ def _engine(
     return engine
 
 
-def _same_engine(
-    record: RunRecord, caffe: str | None, kind: str | None, gpus: tuple[int, ...], screen: Screen
-) -> Engine:
-    """The engine that the run has used, unless another is asked for or it is gone."""
-    before = record.engine
-    dialect, precision = None, None
+def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
+    """The engine that the run has used, unless the options name another or it is gone."""
+    before, caffe, kind = record.engine, options.caffe, options.engine
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
-        kind, dialect, precision = "torch", Dialect(before.dialect), before.precision
+        dialect = Dialect(before.dialect)
+        options = replace(options, engine="torch", dialect=dialect, precision=before.precision)
     elif before.kind == "torch":
         raise UserError(
             f"this run was begun on PyTorch, and {'--caffe' if caffe else f'--engine {kind}'} is a Caffe,"
-            " whose files are not the same: leave that out, or start anew"
+            " whose files are different: leave that out, or start a new run"
         )
     elif caffe is None and kind != "torch" and Path(before.executable).exists():
-        caffe = before.executable
-    engine = _engine(caffe, kind, dialect, precision, gpus, screen)
+        options = replace(options, caffe=before.executable)
+    engine = _engine(options, gpus, screen)
     if engine.info.kind != before.kind:
         raise UserError(
             f"this run was begun with {before.kind} ({before.executable}), and {engine.info.executable} is "
-            f"{engine.info.kind}, whose files are not the same: name the former with --caffe, or start anew"
+            f"{engine.info.kind}, whose files are different: name the former with --caffe, or start a new run"
         )
     if str(engine.info.executable) != before.executable or engine.info.version != before.version:
         screen.say(
@@ -226,7 +214,7 @@ def _engine_record(engine: Engine) -> EngineRecord:
 
 
 def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
-    """Train on a finished stage whose final weights are needed and are no longer there whole."""
+    """Reopen a finished stage whose final weights are needed and are missing or damaged."""
     wanted = {run.final_weights} if record.stages[TEST].state != "finished" else set()
     for plan in reversed(run.stages):
         state = record.stages[plan.name]
@@ -242,15 +230,15 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
             wanted.add(plan.start_weights)
 
 
-def _changed(recipe: Recipe, gpus: tuple[int, ...] | None, keep: int | None) -> Recipe:
-    """The recipe with other GPUs or another number of snapshots, checked as a whole again."""
+def _changed(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with the options' GPUs and number of snapshots, validated again as a whole."""
     from pydantic import ValidationError
 
     content = recipe.model_dump(mode="json")
-    if gpus is not None:
-        content["training"]["gpus"] = list(gpus)
-    if keep is not None:
-        content["training"]["keep"] = keep
+    if options.gpus is not None:
+        content["training"]["gpus"] = list(options.gpus)
+    if options.keep is not None:
+        content["training"]["keep"] = options.keep
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -259,25 +247,25 @@ def _changed(recipe: Recipe, gpus: tuple[int, ...] | None, keep: int | None) -> 
 
 
 def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
-    """Work where the run was started: its relative paths count from there.
+    """Change to the folder that the run was started in: relative paths resolve against it.
 
     Raises:
-        UserError: that folder is gone, or the run is no longer where its files say.
+        UserError: that folder is gone, or the run folder has been moved.
     """
     try:
         os.chdir(record.start_folder)
     except OSError as error:
         raise UserError(
-            f"the run was started in {record.start_folder}, and its paths count from there: {error.strerror}"
+            f"the run was started in {record.start_folder}, which its paths resolve against: {error.strerror}"
         ) from None
     if Path(record.folder).resolve() != folder.resolve():
         raise UserError(
-            f"{folder} was made as {Path(record.folder).absolute()}, a path that Caffe's solver states hold: "
-            "move it back, or put a link there"
+            f"{folder} was created as {Path(record.folder).absolute()}, a path that Caffe's solver states "
+            "contain: move it back, or put a link there"
         )
 
 
-def _tell(findings: Findings, screen: Screen) -> None:
+def _show_findings(findings: Findings, screen: Screen) -> None:
     if findings.train_images is not None and findings.val_images is not None:
         screen.say(
             f"data: {findings.train_images:,} training images, {findings.val_images:,} validation images"
@@ -287,7 +275,7 @@ def _tell(findings: Findings, screen: Screen) -> None:
 
 
 def _refuse(findings: Findings) -> None:
-    """Tell every problem, each on a line of its own as errors are told; the last one is raised."""
+    """Report every problem, each as an error line of its own. The last one is raised."""
     if findings.problems:
         *others, last = (UserError(problem) for problem in findings.problems)
         for problem in others:
@@ -296,7 +284,7 @@ def _refuse(findings: Findings) -> None:
 
 
 def _carry_labels(run: RunPlan) -> None:
-    """Copy the class names, where the data set has them, into the run folder."""
+    """Copy the class names into the run folder, if the data set has them."""
     given = run.recipe.data.labels
     source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS_NAME
     if source.is_file():
@@ -304,10 +292,10 @@ def _carry_labels(run: RunPlan) -> None:
 
 
 def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
-    """Write the files of every stage and of the test, and show their commands."""
+    """Write the files of all stages and of the test, and show the commands."""
     for plan in run.stages:
         commands = run.engine.train_commands(train_job(run, plan))
-        texts = stage_texts(run, plan, val_images=findings.val_images)
+        texts = run.files(plan, val_images=findings.val_images)
         write_stage(run, plan, texts, commands)
         if not findings.problems:
             write_start_weights(run, plan)
@@ -324,15 +312,14 @@ def _show_commands(name: str, commands: Sequence[list[str]], screen: Screen) -> 
 
 
 def _show_result(run: RunPlan, screen: Screen) -> None:
-    """The report's tables, where the result is, and what to do next."""
+    """Show the report's tables, the result's files, and what to do next."""
     from caffe_jacinto.logs import tables
     from caffe_jacinto.logs.discover import find_runs
-    from caffe_jacinto.logs.tables import show
 
     screen.say("")
     if sys.stdout is not None:
         with suppress(OSError):
-            show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
+            tables.show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")

@@ -1,22 +1,23 @@
-"""How far a run is, told from its files alone: for a look from another terminal, or after the fact."""
+"""How far a run is, read from its files alone: from another terminal, or after it has ended."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
-from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, test_line
-from caffe_jacinto.runs.watch import StageView
+from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, sparsity_field
+from caffe_jacinto.runs.watch import read_log
 
 
 def status_lines(folder: Path) -> list[str]:
-    """The state of the run in ``folder``: of the whole, then of each stage.
+    """The state of the run in ``folder``, then of each stage.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or its record is damaged.
     """
     record = run_folder.load(folder)
     held = is_held(folder)
@@ -46,11 +47,11 @@ def _whole(folder: Path, record: RunRecord, held: bool) -> str:
 
 
 def _alone(folder: Path) -> str:
-    """What to say of a Caffe that no train watches."""
+    """A remark on a Caffe that no train watches."""
     found = holders(folder)
     if not found or any(holder.is_driver for holder in found):
         return ""
-    return f" (process {found[0].pid}, without train, which was killed or never there)"
+    return f" (process {found[0].pid}, without train, which was killed or never started)"
 
 
 def _finished(record: RunRecord) -> bool:
@@ -61,34 +62,30 @@ def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: 
     shown = "cut off" if state.state == "running" and not held else state.state
     if state.state == "waiting":
         return f"{name}: {shown}"
-    log = folder / name / LOG_NAME
-    view = StageView()
-    view.feed_file(log)
+    log = read_log(folder / name)
     running = shown == "running"
-    silent = _silent(log) if running else 0.0
+    silent = _silent(folder / name / LOG_NAME) if running else 0.0
     if name == TEST:
-        return ", ".join([f"{name}: {shown}", *_test(view, silent)])
+        return ", ".join([f"{name}: {shown}", *_test(log, silent)])
     place = Place(record.recipe, name)
     if state.state == "finished":
-        outputs = view.tests.get(place.max_iter)
-        return ", ".join([f"{name}: {shown}", *([test_line(outputs)] if outputs else []), *_sparsity(view)])
-    said = progress(view, place, running=running, silent=silent).fields()[1:]
-    return ", ".join([f"{name}: {shown}", *said])
+        test = log.tests.get(place.max_iter)
+        outputs = [f"test: {outputs_line(log, test.outputs)}"] if test else []
+        return ", ".join([f"{name}: {shown}", *outputs, *sparsity_field(log)])
+    fields = progress(log, place, running=running, silent=silent).fields()[1:]
+    return ", ".join([f"{name}: {shown}", *fields])
 
 
-def _test(view: StageView, silent: float) -> list[str]:
-    if view.final_outputs:
-        return [outputs_line(view.final_outputs)]
-    batches = [f"batch {view.batches_done:,}/{view.batches:,}"] if view.batches else []
+def _test(log: StageLog, silent: float) -> list[str]:
+    results = log.results()
+    if results:
+        return [outputs_line(log, results)]
+    batches = [f"batch {log.iteration or 0:,}/{log.batches:,}"] if log.batches else []
     return [*batches, *last_heard(silent)]
 
 
-def _sparsity(view: StageView) -> list[str]:
-    return [] if view.sparsity is None else [f"sparsity {view.sparsity:.3f}"]
-
-
 def _silent(log: Path) -> float:
-    """Seconds since the log has grown."""
+    """Seconds since the log last grew."""
     try:
         return max(time.time() - log.stat().st_mtime, 0.0)
     except OSError:

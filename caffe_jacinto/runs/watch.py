@@ -1,29 +1,40 @@
-"""What a stage's log says so far: how far it is, how good, and whether it goes wrong."""
+"""Watch a stage through its log: what the log says, whether the loss goes wrong, and why a stage failed."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import deque
-from dataclasses import dataclass, field
+import shutil
 from pathlib import Path
 
+from caffe_jacinto.engines.snapshots import Skipped, start_point
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.glog import elapsed
-from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.stage import CHUNK, StageLog
+from caffe_jacinto.runs.folder import LOG_HEADER, LOG_NAME, resume_command
+from caffe_jacinto.runs.plan import RunPlan, StagePlan
+from caffe_jacinto.runs.process import describe_exit
 
-CHUNK = 1 << 20
+STUCK_LOSS = 87.3365
+"""-log of the smallest normal float32: SoftmaxWithLoss where every true class has probability 0."""
+
+STUCK_DISPLAYS = 3
+"""As many displays in a row at `STUCK_LOSS` are not a coincidence."""
+
+FULL_DISK = 1 << 20
+"""With fewer bytes free, the disk is the reason."""
+
+WORDS = 300
+"""Characters shown of a log's last line."""
 
 
 class Tail:
-    """What is appended to a file from byte ``start`` on; the file need not be there yet."""
+    """What is appended to a file from byte ``start`` on. The file need not exist yet."""
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self._path = path
         self._position = start
 
     def read(self) -> bytes:
-        """What is new, up to 1 MiB; empty when nothing is."""
+        """The next bytes, up to 1 MiB; empty when there are none."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._position)
@@ -34,133 +45,50 @@ class Tail:
         return data
 
 
-STUCK_LOSS = 87.3365
-"""-log of the smallest normal float32: what SoftmaxWithLoss says where every true class has probability 0."""
+def read_log(folder: Path) -> StageLog:
+    """The log of a stage or of the test, as it is now; an empty one if there is none yet."""
+    log = StageLog(live=True, test_net=read_test_net(folder))
+    tail = Tail(folder / LOG_NAME)
+    while data := tail.read():
+        log.feed(data)
+    log.close()
+    return log
 
-STUCK_DISPLAYS = 3
-"""So many displays in a row at `STUCK_LOSS` are no chance."""
 
-PACE_POINTS = 50
-"""Displays that the pace is measured over."""
+def read_test_net(folder: Path) -> str | None:
+    """The text of the test network in a stage's folder."""
+    try:
+        return (folder / "val.prototxt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
-@dataclass
 class StageView:
-    """A stage as its log shows it; it is fed the log's bytes as they come."""
+    """A running stage: its log as it grows, and what is wrong with its loss."""
 
-    iteration: int = 0
-    max_iter: int | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    sparsity: float | None = None
-    """Zeros over weights, as the log last said."""
-
-    tests: dict[int, dict[str, float]] = field(default_factory=dict)
-    """The outputs of each test of the solver, by its iteration."""
-
-    final_outputs: dict[str, float] | None = None
-    """The results of ``caffe test``."""
-
-    batches: int = 0
-    """How many batches ``caffe test`` will score, and has scored."""
-
-    batches_done: int = 0
-
-    written: set[int] = field(default_factory=set)
-    """Iterations whose snapshot was begun in this part of the log."""
-
-    fatal: str | None = None
-    """Caffe's own words as it gave up."""
-
-    trouble: str | None = None
-    """What is wrong with the loss."""
-
-    sound: int = 0
-    """The last iteration that was displayed with nothing wrong with its loss."""
-
-    in_test: bool = False
-    """A test has begun, and nothing that comes after it has been seen."""
-
-    displays: int = 0
-    """How many progress lines have come."""
-
-    def __post_init__(self) -> None:
-        self._reader = LogReader()
+    def __init__(self, log: StageLog | None = None) -> None:
+        """``log`` holds what earlier processes of the stage have printed."""
+        self.log = log or StageLog(live=True)
+        self.trouble: str | None = None
+        """What is wrong with the loss."""
+        self.sound = 0
+        """The last iteration displayed with nothing wrong with its loss."""
         self._stuck = 0
-        self._pace: deque[tuple[int, str]] = deque(maxlen=PACE_POINTS)
-
-    def feed(self, data: bytes) -> None:
-        for event in self._reader.feed(data):
-            self._take(event)
-
-    def feed_file(self, path: Path) -> None:
-        """Read all that a log holds now; a log that is not there says nothing."""
-        tail = Tail(path)
-        while data := tail.read():
-            self.feed(data)
 
     def begin_part(self, iteration: int) -> None:
-        """A new process goes on at ``iteration``: what the ones before it came to after that is past."""
-        self.iteration = self.sound = iteration
-        self.tests = {tested: outputs for tested, outputs in self.tests.items() if tested <= iteration}
-        self.written.clear()
-        self._new_process()
+        """A new process goes on at ``iteration``: what earlier ones did beyond it does not count."""
+        self.log.go_on_at(iteration)
+        self.trouble, self.sound, self._stuck = None, iteration, 0
 
-    def seconds_per_iteration(self) -> float | None:
-        """Of the last displays, with the tests and snapshots between them."""
-        if len(self._pace) < 2:
-            return None
-        (first, first_stamp), (last, last_stamp) = self._pace[0], self._pace[-1]
-        seconds = elapsed(first_stamp, last_stamp)
-        return seconds / (last - first) if last > first and seconds > 0 else None
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the log."""
+        for event in self.log.feed(data):
+            if isinstance(event, events.TrainProgress):
+                self._check_loss(event)
+            elif isinstance(event, events.TestOutput) and event.loss is not None and math.isnan(event.value):
+                self.trouble = f"the loss is not a number in the test at iteration {event.iteration}"
 
-    def top1(self) -> dict[int, float]:
-        """Top-1 accuracy by iteration, of the tests that have it."""
-        found = {iteration: top1_of(outputs) for iteration, outputs in self.tests.items()}
-        return {iteration: value for iteration, value in found.items() if value is not None}
-
-    def _new_process(self) -> None:
-        self.fatal = self.trouble = None
-        self.in_test = False
-        self._stuck = 0
-        self._pace.clear()
-
-    def _take(self, event: events.Event) -> None:
-        if isinstance(event, events.TestStarted):
-            self.in_test = True
-        elif not isinstance(event, events.TestOutput):
-            self.in_test = False
-        match event:
-            case events.TrainProgress():
-                self._progress(event)
-            case events.LearningRate():
-                self.learning_rate = event.lr
-            case events.TestOutput():
-                self._output(event)
-            case events.TestPlanned():
-                self.batches = event.batches
-            case events.BatchTested():
-                self.batches_done = event.batch + 1
-            case events.Sparsity():
-                self.sparsity = event.total
-            case events.SnapshotWritten():
-                if number := re.search(r"_iter_(\d+)\.", event.path):
-                    self.written.add(int(number[1]))
-                    self.iteration = max(self.iteration, int(number[1]))
-            case events.SolverStarted():
-                self.max_iter = event.max_iter
-            case events.ProcessStarted():
-                self._new_process()
-            case events.Fatal():
-                self.fatal = self.fatal or event.text
-            case _:
-                pass
-
-    def _progress(self, event: events.TrainProgress) -> None:
-        self.iteration = event.iteration
-        self.loss = event.loss
-        self.displays += 1
-        self._pace.append((event.iteration, event.stamp))
+    def _check_loss(self, event: events.TrainProgress) -> None:
         self._stuck = self._stuck + 1 if abs(event.loss - STUCK_LOSS) < 1e-3 else 0
         if not math.isfinite(event.loss):
             self.trouble = f"the loss is not a number ({event.loss}) at iteration {event.iteration}"
@@ -169,16 +97,66 @@ class StageView:
         elif not self._stuck:
             self.sound = event.iteration
 
-    def _output(self, event: events.TestOutput) -> None:
-        if event.iteration is None:
-            self.final_outputs = {**(self.final_outputs or {}), event.name: event.value}
-            return
-        self.iteration = max(self.iteration, event.iteration)
-        self.tests.setdefault(event.iteration, {})[event.name] = event.value
-        if event.loss is not None and math.isnan(event.value):
-            self.trouble = f"the loss is not a number in the test at iteration {event.iteration}"
+
+def skipped_line(skipped: Skipped) -> str:
+    """A snapshot that a stage does not go on from, in one line."""
+    return f"snapshot of iteration {skipped.iteration} is passed over: {skipped.reason}"
 
 
-def top1_of(outputs: dict[str, float]) -> float | None:
-    """The top-1 accuracy among a test's outputs, as the networks name it."""
-    return outputs.get("accuracy/top1", outputs.get("accuracy"))
+def why_failed(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
+    """Why a stage failed and what to do about it, in one line. ``code`` is its last command's exit code."""
+    reason = _reason(run, plan, view, code)
+    full = shutil.disk_usage(run.folder).free < FULL_DISK
+    return f"{reason}; the disk is full" if full else reason
+
+
+def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
+    go_on = f"to go on: {resume_command(run.folder)}"
+    log = view.log
+    if view.trouble is not None:
+        return _trouble(run, plan, view.trouble, view.sound)
+    if log.fatal is not None:
+        return log.fatal + _if_out_of_memory(plan, log.fatal)
+    if code != 0:
+        return f"{describe_exit(code)}{last_words(plan.log)}; {go_on}"
+    if (log.iteration or 0) < plan.max_iter:
+        where = f"at iteration {log.iteration or 0:,}"
+        return f"Caffe ended early, {where}, as it does when it is interrupted; {go_on}"
+    skipped = start_point(plan.prefix, run.engine.info.dialect, plan.max_iter).skipped
+    if skipped:
+        return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {go_on}"
+    return f"it ended before the stage was marked complete, as it does when it is interrupted; {go_on}"
+
+
+def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
+    good = start_point(plan.prefix, run.engine.info.dialect, sound).snapshot
+    rate = plan.stage.solver.base_lr
+    named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
+    return (
+        f"{trouble}, so it was stopped; {named}; a new run with a lower learning rate may train, such as "
+        f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g})"
+    )
+
+
+def _if_out_of_memory(plan: StagePlan, fatal: str) -> str:
+    """What to do when the batch does not fit on the GPU."""
+    if "out of memory" not in fatal.lower():
+        return ""
+    passes = plan.devices.iter_size
+    return (
+        f"; a new run with more passes, such as --iter-size {2 * passes} (now {passes}), or a smaller "
+        "training.val_batch_size needs less memory"
+    )
+
+
+def last_words(log: Path) -> str:
+    """The last line of a command that died without a fatal line of Caffe's, before glog's stack trace."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in map(str.strip, reversed(lines)):
+        if line.startswith(LOG_HEADER):
+            return ""
+        if line and not line.startswith(("@ ", "*** ")):
+            return f", its last line: {line[:WORDS]}"
+    return ""
