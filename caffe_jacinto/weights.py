@@ -1,4 +1,4 @@
-"""Look into weight files, compare, convert and thin them; Caffe is not needed.
+"""Show, compare, convert, sparsify and export weight files; Caffe is not needed.
 
     python -m caffe_jacinto.weights show trained.caffemodel
     python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
@@ -7,8 +7,8 @@
     python -m caffe_jacinto.weights merge-bn trained.caffemodel deploy.prototxt --output merged
     python -m caffe_jacinto.weights export trained.caffemodel deploy.prototxt --onnx trained.onnx
 
-Files of stock Caffe and of caffe-jacinto, with blobs in the old form or the new. A file is never changed in
-place: --output names a new one, which appears whole or not at all.
+Files of stock Caffe and of caffe-jacinto are read, with blobs in the old form or the new. A file is never
+changed in place: --output names a new one, which appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.arguments import Parser, fraction
 from caffe_jacinto.common.errors import UserError, run_command
+from caffe_jacinto.common.files import check_parent, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 
 DIALECTS = [dialect.value for dialect in Dialect]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the arguments and do what the command says; `diff` returns 1 where the files differ."""
+    """Read the arguments and run the command; `diff` returns 1 where the files differ."""
     options = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
@@ -43,31 +44,31 @@ def _parser() -> Parser:
         sub.set_defaults(command=command)
         return sub
 
-    show = add("show", "layers, shapes, zeros, ranges, numbers that are not finite", _show)
+    show = add("show", "list layers: shapes, zeros, ranges, numbers that are not finite", _show)
     show.add_argument("file", type=Path, metavar="FILE")
     show.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
     _add_dialect(show)
 
-    diff = add("diff", "what differs between two files, by layer; exit code 1 where they do", _diff)
+    diff = add("diff", "compare two files layer by layer; exit code 1 where they differ", _diff)
     diff.add_argument("a", type=Path, metavar="A")
     diff.add_argument("b", type=Path, metavar="B")
 
-    convert = add("convert", "from one Caffe's form of batch normalisation to the other's", _convert)
+    convert = add("convert", "convert a file between the two Caffes' forms of batch normalization", _convert)
     convert.add_argument("file", type=Path, metavar="FILE")
     convert.add_argument("--from", dest="origin", choices=DIALECTS, required=True)
     convert.add_argument("--to", choices=DIALECTS, required=True)
     _add_output(convert)
 
-    sparsify = add("sparsify", "zero small weights by the training's rule, once, for trying", _sparsify)
+    sparsify = add("sparsify", "zero small weights once, by the rule of training, to try it", _sparsify)
     sparsify.add_argument("file", type=Path, metavar="FILE")
     sparsify.add_argument(
-        "--target", type=_fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
+        "--target", type=fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
     )
     sparsify.add_argument(
         "--by",
         choices=["channel", "layer"],
         default="channel",
-        help="what has a threshold (default: channel)",
+        help="one threshold for each output channel, or for each layer (default: channel)",
     )
     sparsify.add_argument(
         "--caps",
@@ -78,57 +79,45 @@ def _parser() -> Parser:
     _add_output(sparsify)
     _add_dialect(sparsify)
 
-    merge = add("merge-bn", "batch norms folded into the convolutions, for stock Caffe and OpenCV", _merge_bn)
+    merge = add("merge-bn", "fold batch norms into the convolutions, for stock Caffe and OpenCV", _merge_bn)
     _add_network(merge)
     merge.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel, made if missing",
+        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing",
     )
 
-    export = add("export", "a trained network as an ONNX file", _export)
+    export = add("export", "write a trained network as an ONNX file", _export)
     _add_network(export)
-    export.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the new ONNX file")
+    export.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
     return parser
 
 
 def _add_network(parser: Any) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the weights")
     parser.add_argument("deploy", type=Path, metavar="DEPLOY", help="the network, its deploy.prototxt")
-    parser.add_argument("--dialect", choices=DIALECTS, help="of DEPLOY (default: told from its text)")
+    parser.add_argument("--dialect", choices=DIALECTS, help="of DEPLOY (default: recognized from its text)")
 
 
 def _add_output(parser: Any) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the new weight file")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the weight file to write")
 
 
 def _add_dialect(parser: Any) -> None:
-    parser.add_argument("--dialect", choices=DIALECTS, help="of the file (default: told from the file)")
+    parser.add_argument("--dialect", choices=DIALECTS, help="of the file (default: recognized from it)")
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no fraction between 0 and 1, like 0.8")
-    return value
-
-
-def _dialect(options: argparse.Namespace, path: Path) -> Dialect:
-    from caffe_jacinto.caffemodel.net_file import find_dialect
-
-    named = getattr(options, "dialect", None)
-    return Dialect(named) if named else find_dialect(path)
+def _named_dialect(options: argparse.Namespace) -> Dialect | None:
+    return Dialect(options.dialect) if options.dialect else None
 
 
 def _show(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
+    from caffe_jacinto.caffemodel.net_file import find_dialect
 
-    facts = show.blob_facts(options.file, _dialect(options, options.file))
+    facts = show.blob_facts(options.file, _named_dialect(options) or find_dialect(options.file))
     if options.format == "json":
         print(show.as_json(facts, str(options.file)))
     elif options.format == "csv":
@@ -140,8 +129,9 @@ def _show(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import diff
+    from caffe_jacinto.caffemodel.net_file import find_dialect
 
-    dialects = (_dialect(options, options.a), _dialect(options, options.b))
+    dialects = find_dialect(options.a), find_dialect(options.b)
     found, same = diff.differences(options.a, options.b, *dialects)
     diff.show(found, same, sys.stdout)
     return 1 if found else 0
@@ -153,39 +143,36 @@ def _convert(options: argparse.Namespace) -> int:
     if options.origin == options.to:
         raise UserError(f"--from and --to are both {options.to}; there is nothing to convert")
     _check_output(options.output, options.file)
-    done = convert(options.file, options.output, Dialect(options.to))
-    print(
-        f"{options.output}: {options.file} as {options.to} has it; {'; '.join(done) or 'nothing to change'}"
-    )
+    done = "; ".join(convert(options.file, options.output, Dialect(options.to)))
+    print(f"{options.output}: {options.file} in the form of {options.to}; {done or 'nothing to change'}")
     return 0
 
 
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
+    from caffe_jacinto.caffemodel.net_file import find_dialect
     from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX
     from caffe_jacinto.pruning.weight_file import sparsify
 
     _check_output(options.output, options.file)
-    dialect = _dialect(options, options.file)
-    caps = (MAXRATIO, VALUE_MAX) if options.caps == "on" else (1.0, float("inf"))
-    thinned = sparsify(
+    dialect = _named_dialect(options) or find_dialect(options.file)
+    maxratio, value_max = (MAXRATIO, VALUE_MAX) if options.caps == "on" else (1.0, float("inf"))
+    pruned = sparsify(
         options.file,
         options.output,
         dialect,
-        fraction=options.target,
+        factor=options.target,
         by=options.by,
-        maxratio=caps[0],
-        value_max=caps[1],
+        maxratio=maxratio,
+        value_max=value_max,
     )
-    facts = [fact for fact in show.blob_facts(options.output, dialect) if fact.type == "Convolution"]
-    facts = [fact for fact in facts if fact.blob == "weights"]
+    facts = [fact for fact in show.blob_facts(options.output, dialect) if fact.counts]
     show.show(facts, str(options.output), sys.stdout)
-    print(f"thinned: {', '.join(thinned) or 'no layer takes part'}")
-    sparsity = sum(fact.zeros for fact in facts) / max(sum(fact.count for fact in facts), 1)
-    if thinned and options.caps == "on" and sparsity < options.target - 0.01:
+    print(f"pruned: {', '.join(pruned) or 'no layer; the rule leaves all of them out'}")
+    if pruned and options.caps == "on" and show.sparsity(facts).fraction < options.target - 0.01:
         print(
             f"below {options.target:.0%}: the published caps keep larger weights (--caps off lifts them), "
-            "and of layers with fewer than 32 inputs or outputs half as many are taken"
+            "and layers with fewer than 32 inputs or outputs lose half as many"
         )
     return 0
 
@@ -193,7 +180,7 @@ def _sparsify(options: argparse.Namespace) -> int:
 def _merge_bn(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.merge_bn import merge_bn
 
-    merged = merge_bn(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
+    merged = merge_bn(_deploy_text(options), str(options.deploy), _named_dialect(options), options.file)
     deploy = options.output / "deploy_merged.prototxt"
     weights = options.output / f"{options.file.stem}_merged.caffemodel"
     if options.output.exists() and not options.output.is_dir():
@@ -203,7 +190,7 @@ def _merge_bn(options: argparse.Namespace) -> int:
         _check_output(output, source)
     merged.write(deploy, weights)
     for name, layers in merged.merged.items():
-        print(f"{name} takes in {', '.join(layers)}")
+        print(f"merged into {name}: {', '.join(layers)}")
     for line in merged.left:
         print(line)
     count = sum(map(len, merged.merged.values()))
@@ -212,28 +199,19 @@ def _merge_bn(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from caffe_jacinto.common.files import write_whole
     from caffe_jacinto.export.onnx import export_onnx
 
     for source in (options.file, options.deploy):
         _check_output(options.onnx, source, "--onnx")
-    content = export_onnx(_text(options.deploy), str(options.deploy), _named_dialect(options), options.file)
+    text = _deploy_text(options)
+    content = export_onnx(text, str(options.deploy), _named_dialect(options), options.file)
     write_whole(options.onnx, content)
     print(f"{options.onnx}: {options.deploy} with the weights of {options.file}, {len(content):,} bytes")
     return 0
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: no prototxt; give the deploy.prototxt after the weight file") from None
-
-
-def _named_dialect(options: argparse.Namespace) -> Dialect | None:
-    return Dialect(options.dialect) if options.dialect else None
+def _deploy_text(options: argparse.Namespace) -> str:
+    return read_text(options.deploy, "give the deploy.prototxt after the weight file")
 
 
 def _check_output(output: Path, source: Path, argument: str = "--output") -> None:
@@ -241,8 +219,7 @@ def _check_output(output: Path, source: Path, argument: str = "--output") -> Non
         raise UserError(f"{argument} {output} is the file itself; name another")
     if output.is_dir():
         raise UserError(f"{argument} {output} is a folder; name a file in it")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"{argument} {output}: its folder is not there; make it first")
+    check_parent(output, f"{argument} ")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,35 @@ def test_the_network_is_the_published_one_message_for_message(
         assert ours == theirs
 
 
+def test_without_arguments_it_writes_the_published_network_and_says_how_to_train_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "into training/jacintonet11:" in said
+    assert "  caffe train -solver training/jacintonet11/solver.prototxt\n" in said
+    assert said.endswith("  python -m caffe_jacinto.train imagenet_jacintonet11\n")
+    first = {name: Path("training/jacintonet11", name).read_text() for name in FILES}
+    assert build(Path("training/jacintonet11"), "--network", "jacintonet11") == first
+    assert main(["--network", "resnet10"]) == 0
+    assert sorted(path.name for path in Path("training").iterdir()) == ["jacintonet11", "resnet10"]
+
+
+def test_to_look_at_a_network_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--summary"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_list_of_gpus_selects_the_cpu(tmp_path: Path) -> None:
+    for network in ("resnet10", "jacintonet11"):
+        arguments = ("--network", network, "--dialect", "bvlc")
+        files = build(tmp_path, *arguments, "--gpus", "")
+        assert "solver_mode: CPU" in files["solver.prototxt"]
+        assert files == build(tmp_path, *arguments, "--cpu")
+
+
 @pytest.mark.parametrize(
     ("stage", "file"), [("initial", "solver.prototxt"), ("sparse", "solver_sparse.prototxt")]
 )

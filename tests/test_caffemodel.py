@@ -19,7 +19,6 @@ from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
-from caffe_jacinto.pruning.weight_file import conv_sparsity, total_sparsity
 
 NET = """
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
@@ -156,7 +155,7 @@ def test_foreign_files_and_sizes_that_are_not_there_are_refused_at_once(
     path = tmp_path / "other.caffemodel"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"other\.caffemodel: (cut off or no weight file|no layer with weights)"
+        UserError, match=r"other\.caffemodel: (cut off or not a weight file|no layer with weights)"
     ):
         read_weights(path)
 
@@ -253,20 +252,6 @@ def test_channels_that_only_the_lmdb_knows_fit_any(tmp_path: Path) -> None:
     )
     assert blob_shapes(net(text), "TRAIN")["conv"] == [(4, None, 3, 3)]
     assert check_fit(write(tmp_path / "w.caffemodel", weights_of(SHAPES)), net(text)) == []
-
-
-def test_sparsity_is_of_convolutions_not_before_the_softmax(tmp_path: Path) -> None:
-    weights = weights_of({**SHAPES, "head": [(2, 4, 1, 1)]})
-    weights["conv"][0].ravel()[:27] = 0
-    weights["fc"][0][:] = 0
-    weights["head"][0][:] = 0
-    text = NET.replace('bottom: "fc" top: "loss"', 'bottom: "head" top: "loss"') + (
-        'layer { name: "head" type: "Convolution" bottom: "conv" top: "head"\n'
-        "  convolution_param { num_output: 2 } }"
-    )
-    layers = conv_sparsity(write(tmp_path / "w.caffemodel", weights), net(text))
-    assert [(layer.name, layer.zeros, layer.weights) for layer in layers] == [("conv", 27, 108)]
-    assert total_sparsity(layers) == 0.25
 
 
 def test_published_networks_have_their_known_numbers_of_weights(published: Path) -> None:

@@ -378,7 +378,7 @@ def test_a_network_that_gives_no_scores_is_refused(network: Path, tmp_path: Path
         (["deploy.prototxt", "w.caffemodel"], "no images: give files"),
         (["deploy.prototxt", "none.caffemodel", "a.png"], "there is no such weight file"),
         (["w.caffemodel", "deploy.prototxt", "a.png"], "the deploy.prototxt comes first"),
-        (["deploy.prototxt", "a.png", "a.png"], "cut off or no weight file"),
+        (["deploy.prototxt", "a.png", "a.png"], "cut off or not a weight file"),
         (["deploy.prototxt", "w.caffemodel", "empty"], "no images in this folder"),
         (["deploy.prototxt", "w.caffemodel", "lmdb", "a.png"], "give one LMDB alone"),
         (["deploy.prototxt", "w.caffemodel", "lmdb", "--resize", "70"], "--resize is for image files"),

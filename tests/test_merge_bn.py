@@ -141,13 +141,13 @@ def test_the_forks_numbers_are_those_of_a_formula(tmp_path: Path) -> None:
         (after("data", NORM) + conv("c", "data"), "data/bn (BatchNorm) stays: it reads the network's input"),
         (
             conv("c", "data") + after("c", RELU, NORM, SCALE),
-            "c/bn (BatchNorm) stays: it reads c, which c/relu (ReLU) gives",
+            "c/bn (BatchNorm) stays: it reads c, the output of c/relu (ReLU)",
         ),
         (
             conv("c", "data")
             + 'layer { name: "n" type: "BatchNorm" bottom: "c" top: "n" }'
             + 'layer { name: "sum" type: "Eltwise" bottom: "c" bottom: "n" top: "sum" }',
-            "n (BatchNorm) stays: c is read by sum, too",
+            "n (BatchNorm) stays: sum reads c, too",
         ),
     ],
 )
@@ -283,11 +283,11 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["merge-bn", str(weights), str(tmp_path / "deploy.prototxt"), "--output"]
     assert main([*arguments, str(tmp_path / "new" / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "c takes in c/bn, c/scale"
-    assert printed[1] == "c/bn2 (BatchNorm) stays: it reads c, which c/relu (ReLU) gives"
+    assert printed[0] == "merged into c: c/bn, c/scale"
+    assert printed[1] == "c/bn2 (BatchNorm) stays: it reads c, the output of c/relu (ReLU)"
     parse_net((tmp_path / "new/out/deploy_merged.prototxt").read_text(), STOCK, "merged")
     assert list(read_weights(tmp_path / "new/out/w_merged.caffemodel")) == ["c", "c/bn2"]
-    with pytest.raises(UserError, match="no prototxt; give the deploy"):
+    with pytest.raises(UserError, match=r"not UTF-8 text .*; give the deploy"):
         main(["merge-bn", str(weights), str(weights), "--output", str(tmp_path)])
 
 

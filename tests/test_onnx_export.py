@@ -232,7 +232,7 @@ def test_the_model_says_what_it_is(tmp_path: Path) -> None:
             r"layer x \(Pooling\): its stride cannot be exported: .* a window lies outside the image",
         ),
         (CONV + layer("x", "Concat", "c c", "concat_param { axis: 0 }"), r"concat_param.axis cannot"),
-        (CONV + layer("x", "ReLU", "missing"), "layer x reads missing, which no layer before it gives"),
+        (CONV + layer("x", "ReLU", "missing"), "layer x reads missing, which no layer before it writes"),
         (CONV + layer("x", "Eltwise", "c c", "eltwise_param { operation: MAX coeff: 1 coeff: 2 }"), "coeff"),
     ],
 )
@@ -264,5 +264,5 @@ def test_the_command_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert by_onnx((tmp_path / "new.onnx").read_bytes(), images((4, 3, 9, 9)))["c"].shape == (4, 4, 9, 9)
     with pytest.raises(UserError, match="is the file itself"):
         main([*arguments, str(weights)])
-    with pytest.raises(UserError, match="its folder is not there"):
+    with pytest.raises(UserError, match=r"its folder .* does not exist"):
         main([*arguments, str(tmp_path / "missing" / "new.onnx")])

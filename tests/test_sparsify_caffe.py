@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
+from caffe_jacinto.caffemodel.show import blob_facts, sparsity
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import Engine, TrainJob
 from caffe_jacinto.engines.snapshots import complete_snapshots, survey
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.pruning.masks import load_masks
-from caffe_jacinto.pruning.weight_file import conv_sparsity, total_sparsity
 
 pytestmark = pytest.mark.caffe
 
@@ -77,17 +76,13 @@ def test_sparse_stage_reaches_its_target_and_says_so(
     log = (sparse.folder / "run.log").read_text()
     assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
     assert caffe_engine.finished(here(sparse, sparse_job(sparse, initial)))
-    net = parse_net((sparse.folder / "train.prototxt").read_text(), Dialect.BVLC, "train.prototxt")
-    layers = conv_sparsity(sparse.folder / "small_iter_20.caffemodel", net)
-    # conv1 has one input, so that it is thinned by half: 2 of its 9 weights a channel, at 0.3.
-    assert layers[0].sparsity == pytest.approx(2 / 9)
-    assert total_sparsity(layers) >= 0.5
+    facts = blob_facts(sparse.folder / "small_iter_20.caffemodel", Dialect.BVLC)
+    # conv1 has one input, so that it is pruned by half: 2 of its 9 weights a channel, at 0.3.
+    assert facts[0].sparsity == pytest.approx(2 / 9)
+    total = sparsity(facts)
+    assert total.fraction >= 0.5
     said = re.findall(r"Total Sparsity \(zero_weights/count\) =  \((\S+)/(\S+)\) (\S+)", log)[-1]
-    assert said == (
-        f"{sum(layer.zeros for layer in layers):g}",
-        f"{sum(layer.weights for layer in layers):g}",
-        f"{total_sparsity(layers):.3g}",
-    )
+    assert said == (f"{total.zeros:g}", f"{total.weights:g}", f"{total.fraction:.3g}")
 
 
 def test_frozen_zeros_never_move_with_momentum_from_before_the_threshold(sparse: SmallStage) -> None:

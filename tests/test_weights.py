@@ -111,7 +111,7 @@ def test_there_and_back_gives_the_same_numbers(tmp_path: Path) -> None:
     stock = write(tmp_path / "stock", stock_net(factor=1))
     assert convert(stock, tmp_path / "fork", FORK) == [
         "input shifts made biases: 1",
-        "batch norms and their scales made one: 1",
+        "batch norms merged with their scales: 1",
     ]
     assert (find_dialect(stock), find_dialect(tmp_path / "fork")) == (STOCK, FORK)
     convert(tmp_path / "fork", tmp_path / "back", STOCK)
@@ -297,9 +297,9 @@ def test_the_old_form_of_layers_is_read(tmp_path: Path) -> None:
     [
         (["show", "nowhere"], "nowhere: No such file"),
         (["show", "empty"], "empty: the file is empty"),
-        (["show", "text"], "text: cut off or no weight file"),
-        (["show", "cut"], "cut: cut off or no weight file"),
-        (["show", "huge"], "huge: cut off or no weight file"),
+        (["show", "text"], "text: cut off or not a weight file"),
+        (["show", "cut"], "cut: cut off or not a weight file"),
+        (["show", "huge"], "huge: cut off or not a weight file"),
         (["convert", "stock", "--from", "bvlc", "--to", "bvlc", "--output", "x"], "nothing to convert"),
         (
             ["convert", "stock", "--from", "caffe_jacinto", "--to", "bvlc", "--output", "x"],
@@ -311,9 +311,9 @@ def test_the_old_form_of_layers_is_read(tmp_path: Path) -> None:
         ),
         (
             ["convert", "stock", "--from", "bvlc", "--to", "caffe_jacinto", "--output", "no/x"],
-            "folder is not there",
+            "its folder no does not exist",
         ),
-        (["sparsify", "stock", "--target", "1.5", "--output", "x"], "no fraction between 0 and 1"),
+        (["sparsify", "stock", "--target", "1.5", "--output", "x"], "is not a fraction between 0 and 1"),
         (["sparsify", "stock", "--target", "0.5", "--output", "."], ". is a folder; name a file in it"),
         (["frobnicate"], "invalid choice"),
     ],

@@ -1,21 +1,23 @@
-"""Weight files from one dialect to the other: batch normalisation and the input's bias said the other way.
+"""Weight files converted from one dialect to the other: batch normalization and the input's bias.
 
-Stock Caffe: BatchNorm of three blobs (mean and variance times a factor, and the factor), then Scale of two.
-caffe-jacinto: one BatchNorm with ``scale_bias`` of five blobs, its statistics plain averages and its factor
-1. Stock Caffe's network shifts the images by a Power layer, which has no weights; the fork's by a Bias layer.
+Stock Caffe has a BatchNorm of three blobs (mean and variance times a factor, and the factor), then a Scale
+of two. caffe-jacinto has one BatchNorm with ``scale_bias`` and five blobs: its statistics are plain averages,
+its factor is 1. To shift the images, stock Caffe's networks have a Power layer, which has no weights, and the
+fork's have a Bias layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.netspec.graph import nodes_of, scale_after
+from caffe_jacinto.prototxt.dialects import Dialect, scale_name
+from caffe_jacinto.prototxt.schema import translated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,16 +27,16 @@ if TYPE_CHECKING:
 
 
 MOST_CHANNELS = 1 << 16
-"""More than any image has; what a damaged file says."""
+"""More than any image has: a file that claims more is damaged."""
 
 
 def convert(source: Path, target: Path, to: Dialect) -> list[str]:
-    """Write the weights of ``source``, which is of the other dialect, to ``target`` as ``to`` has them.
+    """Write the weights of ``source``, which is in the other dialect, to ``target`` in the dialect ``to``.
 
     Returns what was done, a line for each kind of change. All other layers are copied byte for byte.
 
     Raises:
-        UserError: the file is none of the other dialect, or its layers cannot be said in ``to``.
+        UserError: the file is not in the other dialect, or its layers cannot be expressed in ``to``.
     """
     origin = Dialect.BVLC if to is Dialect.CAFFE_JACINTO else Dialect.CAFFE_JACINTO
     with open_net(source, origin) as (name, layers):
@@ -45,19 +47,13 @@ def convert(source: Path, target: Path, to: Dialect) -> list[str]:
     return [f"{what}: {count}" for what, count in done.items()]
 
 
-def scale_name(norm: str) -> str:
-    """The Scale layer's name that goes with a BatchNorm's: its last ``bn`` becomes ``scale``."""
-    start, found, end = norm.rpartition("bn")
-    return f"{start}scale{end}" if found else f"{norm}/scale"
-
-
 def _check_origin(source: Path, layers: list[NetLayer], to: Dialect) -> None:
-    """Refuse a file that is of the dialect already."""
+    """Refuse a file that is in the dialect already."""
     own = 5 if to is Dialect.CAFFE_JACINTO else 3
     for layer in layers:
         if layer.type == "BatchNorm" and len(layer.blobs) == own and _is_of(layer, to):
             raise UserError(
-                f"{source}: layer {layer.name} is a batch norm of {own} blobs, as {to.value} has it; "
+                f"{source}: layer {layer.name} is a batch norm of {own} blobs, the form of {to.value}; "
                 "the file needs no conversion, or --from and --to are the wrong way round"
             )
 
@@ -67,10 +63,10 @@ def _is_of(layer: NetLayer, to: Dialect) -> bool:
 
 
 def as_fork(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
-    """The fork's layers of stock Caffe's; ``done`` counts what was changed, in words.
+    """Stock Caffe's layers as the fork's; ``done`` counts the changes by their description.
 
     Raises:
-        UserError: blobs of a batch norm and its scale do not fit, or a shift's channels are not known.
+        UserError: the blobs of a batch norm and its scale do not fit, or a shift's channels are not known.
     """
     scale_of = _scales(layers)
     folded = {id(scale) for scale in scale_of.values()}
@@ -79,13 +75,13 @@ def as_fork(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Itera
             continue
         if layer.type == "BatchNorm" and len(layer.blobs) == 3:
             _check_norm(source, layer)
-            _count(done, "batch norms and their scales made one")
-            yield _folded(source, layer, scale_of.get(layer.name))
+            _count(done, "batch norms merged with their scales")
+            yield _folded(source, layer, scale_of.get(at))
         elif shift := _shift_of(layer):
             channels = _channels_of(layer.header.top[0], layers[at + 1 :])
             if channels is None or channels > MOST_CHANNELS:
                 raise UserError(
-                    f"{source}: layer {layer.name}: the file does not tell how many channels it shifts"
+                    f"{source}: layer {layer.name}: the file does not say how many channels it shifts"
                 )
             _count(done, "input shifts made biases")
             yield _as_bias(layer, shift, channels)
@@ -97,7 +93,7 @@ def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
     import numpy as np
 
     mean, variance = averages(norm)
-    header = _translated(norm.header, Dialect.CAFFE_JACINTO)
+    header, _ = translated(norm.header, Dialect.CAFFE_JACINTO)
     one = np.ones(1, np.float32)
     if scale is None:
         return NewLayer(header, [mean, variance, one])
@@ -113,18 +109,18 @@ def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
 
 
 def _check_norm(source: Path, norm: NetLayer) -> None:
-    """Refuse a batch norm whose blobs are not a number for each channel, and one."""
+    """Refuse a batch norm whose blobs are not one number per channel, and the factor."""
     counts = [prod(blob.shape) for blob in norm.blobs]
     channels = counts[0]
     if counts not in ([channels, channels, 1], [channels, channels, 1, channels, channels]) or not channels:
         raise UserError(
             f"{source}: layer {norm.name}: a batch norm with blobs of {', '.join(map(str, counts))} numbers; "
-            "the file is damaged or of another kind"
+            "the file is damaged or was written by another Caffe"
         )
 
 
 def averages(norm: NetLayer) -> tuple[Values, Values]:
-    """Mean and variance of a BatchNorm of stock Caffe's, which takes a factor of 0 for statistics of 0."""
+    """Mean and variance of stock Caffe's BatchNorm; as in Caffe, with a factor of 0 both are 0."""
     import numpy as np
 
     mean, variance, factors = (norm.values(index).reshape(-1) for index in range(3))
@@ -134,30 +130,24 @@ def averages(norm: NetLayer) -> tuple[Values, Values]:
     return (mean, variance) if factor == 1 else (mean / factor, variance / factor)
 
 
-def _scales(layers: list[NetLayer]) -> dict[str, NetLayer]:
-    """The Scale layer that reads each BatchNorm's output first and alone changes it, by the norm's name."""
-    found = {}
-    for at, norm in enumerate(layers):
-        if norm.type != "BatchNorm" or not norm.header.top:
-            continue
-        readers = (layer for layer in layers[at + 1 :] if norm.header.top[0] in layer.header.bottom)
-        reader = next(readers, None)
-        if reader is not None and reader.type == "Scale" and reader.blobs and len(reader.header.bottom) == 1:
-            found[norm.name] = reader
-    return found
+def _scales(layers: list[NetLayer]) -> dict[int, NetLayer]:
+    """The Scale layer that goes with a BatchNorm, by the BatchNorm's index."""
+    nodes = nodes_of(layer.header for layer in layers)
+    pairs = {at: scale_after(nodes, at) for at, node in enumerate(nodes) if node.type == "BatchNorm"}
+    return {at: layers[scale] for at, scale in pairs.items() if scale is not None and layers[scale].blobs}
 
 
 def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
-    """Stock Caffe's layers of the fork's."""
+    """The fork's layers as stock Caffe's."""
     import numpy as np
 
     for layer in layers:
         if layer.type == "BatchNorm" and len(layer.blobs) == 5:
             _check_norm(source, layer)
             _count(done, "batch norms split from their scales")
-            # The fork passes its factor over; old files hold the channels as 1xCx1x1.
+            # The fork ignores its factor; old files store the channels as 1xCx1x1.
             mean, variance, gain, shift = (layer.values(index).reshape(-1) for index in (0, 1, 3, 4))
-            header = _translated(layer.header, Dialect.BVLC)
+            header, _ = translated(layer.header, Dialect.BVLC)
             yield NewLayer(header, [mean, variance, np.ones(1, np.float32)])
             scale = type(header)(name=scale_name(layer.name), type="Scale")
             scale.bottom.append(header.top[0] if header.top else layer.name)
@@ -167,10 +157,11 @@ def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterat
         elif layer.type == "BatchNorm" and layer.blobs:
             _check_norm(source, layer)
             mean, variance = (layer.values(index).reshape(-1) for index in (0, 1))
-            yield NewLayer(_translated(layer.header, Dialect.BVLC), [mean, variance, np.ones(1, np.float32)])
+            header, _ = translated(layer.header, Dialect.BVLC)
+            yield NewLayer(header, [mean, variance, np.ones(1, np.float32)])
         elif layer.type == "Bias" and layer.blobs and _is_uniform(values := layer.values(0)):
             _count(done, "input biases made shifts")
-            header = _translated(layer.header, Dialect.BVLC)
+            header, _ = translated(layer.header, Dialect.BVLC)
             header.type = "Power"
             header.ClearField("bias_param")
             header.ClearField("param")
@@ -185,7 +176,7 @@ def _is_uniform(values: Values) -> bool:
 
 
 def _shift_of(layer: NetLayer) -> float:
-    """What a Power layer adds, if that is all that it does; else 0."""
+    """What a Power layer adds, if it does nothing else; otherwise 0."""
     parameters = layer.header.power_param
     only_shifts = layer.type == "Power" and parameters.power == 1 and parameters.scale == 1
     return float(parameters.shift) if only_shifts and layer.header.top else 0.0
@@ -194,7 +185,7 @@ def _shift_of(layer: NetLayer) -> float:
 def _as_bias(layer: NetLayer, shift: float, channels: int) -> NewLayer:
     import numpy as np
 
-    header = _translated(layer.header, Dialect.CAFFE_JACINTO)
+    header, _ = translated(layer.header, Dialect.CAFFE_JACINTO)
     header.type = "Bias"
     header.ClearField("power_param")
     header.ClearField("param")
@@ -214,26 +205,7 @@ def _channels_of(blob: str, layers: list[NetLayer]) -> int | None:
 
 
 def _copied(layer: NetLayer, to: Dialect) -> NewLayer:
-    return NewLayer(_translated(layer.header, to), [(layer.view, blob) for blob in layer.blobs])
-
-
-def _translated(header: Any, to: Dialect) -> Any:
-    """A layer's message in the other dialect; fields that it does not have are left out.
-
-    By their names: the numbers of fields collide between the dialects.
-    """
-    from google.protobuf import text_format
-
-    target = messages(to).NetParameter().layer.add()
-    text = text_format.MessageToString(header, as_utf8=True, print_unknown_fields=False)
-    parse: Callable[..., Any] = text_format.Parse
-    try:
-        parse(text, target, allow_unknown_field=True)
-    except text_format.ParseError:
-        raise UserError(
-            f"layer {header.name!r}: its settings are damaged; take another weight file"
-        ) from None
-    return target
+    return NewLayer(translated(layer.header, to)[0], [(layer.view, blob) for blob in layer.blobs])
 
 
 def _count(done: dict[str, int], what: str) -> None:

@@ -1,4 +1,4 @@
-"""What differs between two weight files, blob by blob."""
+"""The differences between two weight files, blob by blob."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from caffe_jacinto.caffemodel.convert import as_fork, averages
-from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, squeezed
-from caffe_jacinto.caffemodel.show import blob_name
+from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net
 from caffe_jacinto.caffemodel.storage import blob_values
 from caffe_jacinto.common.text import Column, Line, show_table
+from caffe_jacinto.netspec.layer_types import blob_name
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ class Difference:
     layer: str
     blob: str
     what: str
-    """In words, where the numbers cannot be compared; else empty."""
+    """In words where the numbers cannot be compared, otherwise empty."""
 
     changed: int = 0
-    """How many numbers differ; one that is not a number in both files does not."""
+    """How many numbers differ; two NaN count as the same."""
 
     count: int = 0
     largest: float = 0.0
     """The largest difference between two numbers."""
 
     relative: float = 0.0
-    """That over the largest magnitude in the blob of the first file."""
+    """``largest`` over the largest magnitude in the first file's blob."""
 
     zeros_gained: int = 0
     """Numbers that are zero in the second file only."""
@@ -50,7 +50,7 @@ class Difference:
 
 
 class _Blob(NamedTuple):
-    """A blob to be compared."""
+    """A blob to compare."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,10 +61,10 @@ def differences(a: Path, b: Path, dialect_a: Dialect, dialect_b: Dialect) -> tup
     """The differences in the order of ``a``'s layers, then those only in ``b``; and how many blobs agree.
 
     Statistics of batch norms are compared as averages, without the factor that stock Caffe stores them with.
-    Of two dialects, stock Caffe's file is compared as `convert` makes it the fork's.
+    Where the dialects differ, stock Caffe's file is compared as `convert` would write it for the fork.
 
     Raises:
-        UserError: a file is missing, cut off or no weight file, or cannot be said in the other's dialect.
+        UserError: a file is missing, cut off or not a weight file, or cannot be converted.
     """
     found: list[Difference] = []
     same = 0
@@ -88,7 +88,7 @@ def differences(a: Path, b: Path, dialect_a: Dialect, dialect_b: Dialect) -> tup
 def _comparable(
     path: Path, layers: list[NetLayer], dialect: Dialect, other: Dialect
 ) -> dict[str, list[_Blob]]:
-    """The blobs of each layer that has any, by its name, as they are compared with a file of ``other``."""
+    """The blobs of each layer that has any, by its name, as compared with a file in ``other``."""
     if dialect is Dialect.BVLC and other is Dialect.CAFFE_JACINTO:
         return {
             layer.header.name: _converted_blobs(layer) for layer in as_fork(path, layers, {}) if layer.blobs
@@ -136,7 +136,7 @@ def _given(values: Values) -> Values:
 def _compare(layer: str, ours: _Blob, theirs: _Blob) -> Difference | None:
     import numpy as np
 
-    if squeezed(ours.shape) != squeezed(theirs.shape):
+    if _squeezed(ours.shape) != _squeezed(theirs.shape):
         first, second = ("x".join(map(str, blob.shape)) for blob in (ours, theirs))
         return Difference(layer, ours.name, f"{first}, and {second} in the second")
     a, b = ours.values().reshape(-1), theirs.values().reshape(-1)
@@ -163,8 +163,16 @@ def _compare(layer: str, ours: _Blob, theirs: _Blob) -> Difference | None:
     )
 
 
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the leading 1s of the old form, which always has four axes."""
+    kept = list(shape)
+    while len(kept) > 1 and kept[0] == 1:
+        kept.pop(0)
+    return tuple(kept)
+
+
 def show(found: list[Difference], same: int, out: TextIO) -> None:
-    """Write the table of what differs."""
+    """Write the table of the differences."""
     if not found:
         out.write(f"the same: all {same} blobs agree\n")
         return

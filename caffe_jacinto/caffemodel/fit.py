@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_layers
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import TRAIN
 from caffe_jacinto.netspec.layer_types import Shape
 from caffe_jacinto.netspec.shapes import blob_shapes
@@ -21,11 +22,11 @@ class Mismatch:
     layer: str
     reason: str
     cause: Literal["missing", "shape", "other Caffe"]
-    """The file lacks the layer, has it in another shape, or is of the other kind of Caffe."""
+    """The file lacks the layer, has it in another shape, or was written by the other kind of Caffe."""
 
     fatal: bool
-    """Caffe would stop at it. A layer that the file lacks is not fatal: it keeps its random values, which is
-    wanted for a new head on a trained network."""
+    """Whether Caffe would refuse the file. It does not where a layer is missing: that keeps its random
+    values, as a new head on a trained network should."""
 
     def __str__(self) -> str:
         return f"{self.layer}: {self.reason}"
@@ -34,11 +35,11 @@ class Mismatch:
 def check_fit(weights: Path, net: Any) -> list[Mismatch]:
     """The layers of ``net`` (a NetParameter message, in the TRAIN phase) that ``weights`` does not fill.
 
-    Caffe takes weights by the layer's name, and ignores layers that the network does not have. A file that
-    fills no layer at all is fatal for each of them.
+    Caffe matches layers by name, and ignores those that the network does not have. Where the file fills no
+    layer at all, every mismatch is fatal.
 
     Raises:
-        UserError: the file is missing, cut off or no weight file.
+        UserError: the file is missing, cut off or not a weight file.
     """
     with mapped(weights) as view:
         stored = {layer.name: layer for layer in stored_layers(view, weights)}
@@ -55,8 +56,15 @@ def check_fit(weights: Path, net: Any) -> list[Mismatch]:
     return mismatches
 
 
+def require_fit(weights: Path, net: Any, where: str) -> None:
+    """Raise `UserError` unless ``weights`` fills all of ``net``, whose prototxt messages call ``where``."""
+    wrong = check_fit(weights, net)
+    if wrong:
+        raise UserError(f"{weights} does not fit {where}: {wrong[0]}; give the weights of this network")
+
+
 def unused_layers(weights: Path, net: Any) -> list[str]:
-    """The layers of ``weights`` that ``net`` does not have: Caffe takes no notice of them.
+    """The layers of ``weights`` that ``net`` does not have, which Caffe ignores.
 
     Raises:
         UserError: as `check_fit`.
@@ -68,13 +76,13 @@ def unused_layers(weights: Path, net: Any) -> list[str]:
 
 
 def _other_caffe(layer: StoredLayer, shapes: list[Shape]) -> str | None:
-    """How the stored layer shows that it was written by the other kind of Caffe; None if it does not."""
+    """Why the stored layer must have been written by the other kind of Caffe; None where it need not."""
     counts = (len(layer.blobs), len(shapes))
     if counts not in ((3, 5), (5, 3)):
         return None
     return (
-        f"its batch normalisation is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
-        "the weights are of the other kind of Caffe; convert them first: "
+        f"its batch normalization is {_FORMS[counts[0]]}, the network's is {_FORMS[counts[1]]}: "
+        "the weights were written by the other kind of Caffe; convert them first: "
         "python -m caffe_jacinto.weights convert"
     )
 
@@ -100,7 +108,7 @@ def _fills(blob: Blob, shape: Shape) -> bool:
 
 
 def _per_channel(blob: Blob, shape: Shape) -> bool:
-    """Whether both hold one number a channel: old NVCaffe files store them as 1 x C x 1 x 1."""
+    """Whether both have one number per channel: old NVCaffe files store these as 1 x C x 1 x 1."""
     return len(shape) == 1 and len(blob.shape) == 4 and _equal(blob.shape, (1, shape[0], 1, 1))
 
 

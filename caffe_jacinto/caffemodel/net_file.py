@@ -1,7 +1,7 @@
-"""A ``.caffemodel`` of either dialect, layer by layer: what each layer is, and where its numbers lie.
+"""A ``.caffemodel`` of either dialect, layer by layer: its settings, and where its numbers are stored.
 
-Numbers are read when they are asked for, one blob at a time, and written from where they lie: a file of any
-size is read, changed and written in little memory.
+Numbers are read when they are asked for, one blob at a time, and written straight from the file that they are
+in: a file of any size is read, changed and written in little memory.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.storage import (
+    BLOB_DATA,
+    LAYER_BLOBS,
     LENGTH,
+    NET_LAYER,
+    NET_NAME,
+    NET_V1_LAYER,
     Blob,
     NotWholeError,
     blob_values,
     blobs_field,
+    damaged,
     fields,
-    layer_in,
+    layer_fields,
     mapped,
-    stored_layers,
+    text,
 )
-from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -38,16 +43,11 @@ if TYPE_CHECKING:
 
 Part = bytes | memoryview
 
-_NET_NAME, _NET_LAYER, _NET_V1_LAYER = 1, 100, 2
-_LAYER_BLOBS, _BLOB_DATA = 7, 5
-"""Field numbers, the same in both dialects: NetParameter's name, layer and layers (the V1 form),
-LayerParameter's blobs, BlobProto's data."""
-
 _V1_TYPES = {4: "Convolution", 14: "InnerProduct", 15: "LRN", 17: "Pooling", 18: "ReLU", 20: "Softmax"}
-"""V1LayerParameter.LayerType of the layers that matter to weights, by number."""
+"""V1LayerParameter.LayerType, for the types that matter here."""
 
 _MOST_HEADER_BYTES = 1 << 20
-"""A layer without its numbers is far smaller; what is larger is no layer of Caffe's."""
+"""A layer without its numbers is far smaller; anything larger is not a layer."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class NetLayer:
 
     blobs: list[Blob]
     view: memoryview
-    """The file's bytes, which the blobs lie in; they are there as long as `open_net` holds the file open."""
+    """The file's bytes, in which the blobs are; valid as long as `open_net` holds the file open."""
 
     def values(self, index: int) -> Values:
         """The numbers of a blob, a copy in its shape."""
@@ -79,39 +79,34 @@ class NewLayer:
     """A LayerParameter message, without blobs."""
 
     blobs: Sequence[Values | tuple[memoryview, Blob]]
-    """Arrays, or blobs of a file, which are copied as they stand."""
+    """Arrays, or blobs of a file, which are copied as they are."""
 
 
 @contextmanager
 def open_net(path: Path, dialect: Dialect) -> Iterator[tuple[str, list[NetLayer]]]:
-    """The network's name and all its layers, those without blobs too.
+    """The network's name and all its layers, those without blobs included.
 
     Raises:
-        UserError: the file is missing, cut off, or no weight file of the dialect.
+        UserError: the file is missing, cut off, or not a weight file of the dialect.
     """
     with mapped(path) as view:
-        name = ""
         layers: list[NetLayer] = []
-        try:
-            for item in fields(view):
-                if item.number == _NET_NAME and item.wire_type == LENGTH:
-                    name = bytes(view[item.start : min(item.end, item.start + 1000)]).decode(errors="replace")
-                layer = layer_in(view, item)
-                if layer is not None:
-                    header = _header(view, item.start, item.end, dialect, v1=item.number == _NET_V1_LAYER)
-                    layers.append(NetLayer(layer.name, header, list(layer.blobs), view))
-        except NotWholeError:
-            size = f"{path.stat().st_size:,} bytes"
-            raise UserError(
-                f"{path}: cut off or no weight file (.caffemodel) ({size}); take another one"
-            ) from None
-        if not any(layer.blobs for layer in layers):
-            raise UserError(f"{path}: no layer with weights in it; is it a .caffemodel?")
-        yield name, layers
+        for field, layer in layer_fields(view, path):
+            try:
+                header = _header(view, field.start, field.end, dialect, v1=field.number == NET_V1_LAYER)
+            except NotWholeError:
+                raise damaged(path) from None
+            layers.append(NetLayer(layer.name, header, list(layer.blobs), view))
+        yield _net_name(view), layers
+
+
+def _net_name(view: memoryview) -> str:
+    names = [field for field in fields(view) if field.number == NET_NAME and field.wire_type == LENGTH]
+    return text(view, names[-1]._replace(end=min(names[-1].end, names[-1].start + 1000))) if names else ""
 
 
 def _header(view: memoryview, start: int, end: int, dialect: Dialect, *, v1: bool) -> Any:
-    """The layer's message without its blobs; of the V1 form, its name, type, bottoms and tops."""
+    """The layer's message without its blobs; of the V1 form, what is needed to read its weights."""
     from google.protobuf.message import DecodeError
 
     parts = []
@@ -154,8 +149,8 @@ def net_parts(name: str, layers: Iterable[NewLayer], dialect: Dialect) -> Iterat
     for layer in layers:
         content: list[Part] = [layer.header.SerializeToString()]
         for blob in layer.blobs:
-            content += field_parts(_LAYER_BLOBS, _blob_parts(blob, dialect))
-        yield from field_parts(_NET_LAYER, content)
+            content += field_parts(LAYER_BLOBS, _blob_parts(blob, dialect))
+        yield from field_parts(NET_LAYER, content)
 
 
 def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> list[Part]:
@@ -163,17 +158,17 @@ def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> lis
         view, stored = blob
         if stored.number_format == "<f4":
             data: list[Part] = [view[start:end] for start, end in stored.ranges]
-            return [_shape_bytes(stored.shape, dialect), *field_parts(_BLOB_DATA, data)]
+            return [_shape_bytes(stored.shape, dialect), *field_parts(BLOB_DATA, data)]
         blob = blob_values(view, stored)
     return array_parts(blob, dialect)
 
 
 def array_parts(values: Values, dialect: Dialect = Dialect.BVLC) -> list[Part]:
-    """A BlobProto of an array, its numbers where they lie."""
+    """A BlobProto of an array, which is not copied."""
     import numpy as np
 
     flat = np.ascontiguousarray(values, "<f4").reshape(-1)
-    return [_shape_bytes(values.shape, dialect), *field_parts(_BLOB_DATA, [flat.data.cast("B")])]
+    return [_shape_bytes(values.shape, dialect), *field_parts(BLOB_DATA, [flat.data.cast("B")])]
 
 
 def _shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
@@ -197,16 +192,8 @@ def _varint(value: int) -> bytes:
     return bytes(parts)
 
 
-def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without the leading 1s of the old form, which always has four axes."""
-    kept = list(shape)
-    while len(kept) > 1 and kept[0] == 1:
-        kept.pop(0)
-    return tuple(kept)
-
-
 def find_dialect(path: Path) -> Dialect:
-    """The dialect that a weight file is of, by its batch norm; stock Caffe's where it has none.
+    """The dialect of a weight file, by its batch norms; stock Caffe's where it has none.
 
     Raises:
         UserError: the file cannot be read.
@@ -217,18 +204,17 @@ def find_dialect(path: Path) -> Dialect:
 
 
 def without_layers(weights: Path, names: Collection[str]) -> bytes:
-    """The bytes of ``weights`` but for the layers ``names``; all others stay as they are, in their order.
+    """The bytes of ``weights`` without the layers ``names``; the rest stays as it is, in its order.
 
     Raises:
-        UserError: the file is missing, cut off or no weight file.
+        UserError: the file is missing, cut off or not a weight file.
     """
     with mapped(weights) as view:
-        stored_layers(view, weights)
+        dropped = {field.start for field, layer in layer_fields(view, weights) if layer.name in names}
         kept = BytesIO()
         position = 0
         for field in fields(view):
-            layer = layer_in(view, field)
-            if layer is None or layer.name not in names:
+            if field.start not in dropped:
                 kept.write(view[position : field.end])
             position = field.end
         return kept.getvalue()

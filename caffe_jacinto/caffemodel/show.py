@@ -1,4 +1,4 @@
-"""What is in a weight file: each blob's shape, zeros and range."""
+"""The contents of a weight file: shape, zeros and range of each blob, and the sparsity of the network."""
 
 from __future__ import annotations
 
@@ -6,27 +6,19 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from caffe_jacinto.caffemodel.net_file import NetLayer, open_net
+from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
+from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+from caffe_jacinto.netspec.layer_types import blob_name
 from caffe_jacinto.prototxt.dialects import Dialect
 
 CHUNK = 1 << 16
-"""Numbers that are looked at together: they stay in the processor's cache from one look to the next."""
-
-KINDS = {
-    "Convolution": ("weights", "bias"),
-    "Deconvolution": ("weights", "bias"),
-    "InnerProduct": ("weights", "bias"),
-    "BatchNorm": ("mean", "variance", "factor", "scale", "bias"),
-    "Scale": ("scale", "bias"),
-    "Bias": ("bias",),
-    "PReLU": ("slope",),
-}
-"""What the blobs of a layer are, by its type."""
+"""Numbers examined at a time: they stay in the processor's cache for all that is computed of them."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +32,67 @@ class BlobFacts:
     count: int
     zeros: int
     smallest: float | None
-    """Of the numbers that are finite; None where there are none."""
+    """Among the finite numbers; None where there are none."""
 
     largest: float | None
     mean_magnitude: float | None
     not_finite: int
-    """Infinite ones and those that are not numbers."""
+    """Infinities and NaN."""
+
+    counts: bool
+    """Whether its zeros count as the network's sparsity: the weights of most convolutions do."""
 
     @property
     def sparsity(self) -> float:
         return self.zeros / self.count if self.count else 0.0
 
 
+class Sparsity(NamedTuple):
+    """The zeros among the weights of the convolutions that count."""
+
+    zeros: int
+    weights: int
+    layers: int
+
+    @property
+    def fraction(self) -> float:
+        return self.zeros / max(self.weights, 1)
+
+
 def blob_facts(path: Path, dialect: Dialect) -> list[BlobFacts]:
     """The facts of every blob in a weight file, in the file's order. One blob is in memory at a time.
 
     Raises:
-        UserError: the file is missing, cut off or no weight file.
+        UserError: the file is missing, cut off or not a weight file.
     """
     with open_net(path, dialect) as (_, layers):
-        return [_facts(layer, index) for layer in layers for index in range(len(layer.blobs))]
+        counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
+        return [
+            _facts(layer, index, index == 0 and layer.name in counted)
+            for layer in layers
+            for index in range(len(layer.blobs))
+        ]
 
 
-def blob_name(layer_type: str, index: int) -> str:
-    """What a layer's blob of this number is."""
-    names = KINDS.get(layer_type, ())
-    return names[index] if index < len(names) else f"blob {index}"
+def sparsity(facts: Iterable[BlobFacts]) -> Sparsity:
+    """The sparsity of a network, as training and the report count it."""
+    counted = [fact for fact in facts if fact.counts]
+    return Sparsity(sum(fact.zeros for fact in counted), sum(fact.count for fact in counted), len(counted))
 
 
-def _facts(layer: NetLayer, index: int) -> BlobFacts:
+def layer_zeros(weights: Path) -> dict[str, int]:
+    """The zeros in the first blob of each layer of a weight file, by the layer's name.
+
+    Raises:
+        UserError: as `blob_facts`.
+    """
+    zeros: dict[str, int] = {}
+    for fact in blob_facts(weights, find_dialect(weights)):
+        zeros.setdefault(fact.layer, fact.zeros)
+    return zeros
+
+
+def _facts(layer: NetLayer, index: int, counts: bool) -> BlobFacts:
     import numpy as np
 
     values = layer.values(index)
@@ -79,7 +103,7 @@ def _facts(layer: NetLayer, index: int) -> BlobFacts:
         for start in range(0, flat.size, CHUNK):
             part = flat[start : start + CHUNK]
             zeros += part.size - int(np.count_nonzero(part))
-            # Not a number and infinity both survive this sum, which is much faster than to ask each one.
+            # NaN and infinity both survive this sum, which is much faster than to test each number.
             if not np.isfinite(magnitude := float(np.abs(part).sum(dtype=np.float64))):
                 part = part[np.isfinite(part)]
                 broken += min(CHUNK, flat.size - start) - part.size
@@ -99,11 +123,12 @@ def _facts(layer: NetLayer, index: int) -> BlobFacts:
         largest=high if finite else None,
         mean_magnitude=total / finite if finite else None,
         not_finite=broken,
+        counts=counts,
     )
 
 
 def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
-    """Write a table; blobs with numbers that are not finite in red."""
+    """Write the table; blobs with numbers that are not finite are in red."""
     total = sum(fact.count for fact in facts)
     columns = [
         Column("Layer", words=True, total="total"),
@@ -122,11 +147,10 @@ def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
 
 
 def sparsity_line(facts: list[BlobFacts]) -> str:
-    """Zeros over weights of the convolutions, and what is broken, in words."""
-    convolutions = [fact for fact in facts if fact.type == "Convolution" and fact.blob == "weights"]
-    zeros, weights = sum(fact.zeros for fact in convolutions), sum(fact.count for fact in convolutions)
-    line = f"sparsity of the {len(convolutions)} convolutions: {zeros:,} of {weights:,} weights"
-    line = f"{line}, {zeros / weights:.1%}" if weights else "no convolutions"
+    """The sparsity, and how many numbers are not finite, in words."""
+    found = sparsity(facts)
+    line = f"sparsity of the {found.layers} convolutions: {found.zeros:,} of {found.weights:,} weights"
+    line = f"{line}, {found.fraction:.1%}" if found.weights else "no convolutions"
     broken = sum(fact.not_finite for fact in facts)
     return f"{line}; {broken:,} numbers are not finite" if broken else line
 
@@ -157,12 +181,14 @@ def as_json(facts: list[BlobFacts], name: str) -> str:
 def as_csv(facts: list[BlobFacts]) -> str:
     """A line for each blob."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*BlobFacts.__dataclass_fields__, "sparsity"], lineterminator="\n")
+    rows = [{**_plain(fact), "shape": "x".join(map(str, fact.shape))} for fact in facts]
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
     writer.writeheader()
-    for fact in facts:
-        writer.writerow({**_plain(fact), "shape": "x".join(map(str, fact.shape))})
+    writer.writerows(rows)
     return out.getvalue()
 
 
 def _plain(fact: BlobFacts) -> dict[str, Any]:
-    return {**asdict(fact), "sparsity": fact.sparsity}
+    figures = {**asdict(fact), "sparsity": fact.sparsity}
+    del figures["counts"]
+    return figures

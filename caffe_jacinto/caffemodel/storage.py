@@ -1,4 +1,7 @@
-"""The numbers of a ``.caffemodel``, without Caffe."""
+"""The bytes of ``.caffemodel`` and ``.solverstate`` files: protobuf's wire format, layers, blobs, values.
+
+Files are mapped, and the numbers of a blob read when they are asked for: large files take little memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 
 
 class NotWholeError(ValueError):
-    """The bytes end in the middle of a field, or are no protobuf message."""
+    """The bytes end in the middle of a field, or are not a protobuf message."""
 
 
 class Field(NamedTuple):
@@ -40,7 +43,7 @@ class Field(NamedTuple):
 
 
 def varint(buffer: memoryview, position: int, end: int) -> tuple[int, int]:
-    """The varint at ``position`` and the position behind it."""
+    """The varint at ``position``, and the position after it."""
     value = shift = 0
     while position < end and shift < 70:
         byte = buffer[position]
@@ -56,7 +59,7 @@ def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterat
     """The fields of the message in ``buffer[start:end]``, in the order of the file.
 
     Raises:
-        NotWholeError: a field reaches beyond ``end``, or there is something that is no field.
+        NotWholeError: a field reaches beyond ``end``, or the bytes are not a field.
     """
     stop = len(buffer) if end is None else end
     position = start
@@ -80,7 +83,7 @@ def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterat
 
 
 def integers(buffer: memoryview, field: Field) -> list[int]:
-    """The integers of a repeated field's one occurrence, packed or not."""
+    """The integers of one occurrence of a repeated field, packed or not."""
     if field.wire_type == VARINT:
         return [field.value]
     values = []
@@ -96,14 +99,18 @@ def text(buffer: memoryview, field: Field) -> str:
     return bytes(buffer[field.start : field.end]).decode(errors="replace")
 
 
-_NET_LAYER, _NET_V1_LAYER = 100, 2
-_LAYER_NAME, _LAYER_BLOBS = 1, 7
+NET_NAME, NET_LAYER, NET_V1_LAYER = 1, 100, 2
+LAYER_BLOBS, BLOB_DATA = 7, 5
+"""Field numbers, the same in both dialects: NetParameter's name, layer and layers (the V1 form),
+LayerParameter's blobs, BlobProto's data."""
+
+_LAYER_NAME = 1
 _V1_NAME, _V1_BLOBS = 4, 6
-_DATA, _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 5, 7, 8, 10, 12
+_SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 7, 8, 10, 12
 _STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
 
 _MOST_SHAPE_BYTES = 400
-"""More than a shape of Caffe's 32 axes at most takes."""
+"""More than a shape of Caffe's at most 32 axes takes."""
 
 _RAW_FORMATS = {0: ("<f8", 8), 1: ("<f4", 4), 2: ("<f2", 2)}
 """The fork's ``Type``: DOUBLE, FLOAT, FLOAT16."""
@@ -111,22 +118,22 @@ _RAW_FORMATS = {0: ("<f8", 8), 1: ("<f4", 4), 2: ("<f2", 2)}
 
 @dataclass(frozen=True)
 class Blob:
-    """One blob of a file: its shape, and where and how its numbers are stored."""
+    """One blob in a file: its shape, and where and how its numbers are stored."""
 
     shape: tuple[int, ...]
     number_format: str
-    """As numpy writes it: ``<f4``, ``<f8``, ``<f2``."""
+    """As a numpy dtype: ``<f4``, ``<f8``, ``<f2``."""
 
     ranges: tuple[tuple[int, int], ...]
-    """The byte ranges of the numbers, in order; one, unless a writer did not pack them."""
+    """The byte ranges of the numbers, in order: one, or several where a writer did not pack them."""
 
     four_axes: bool
-    """Stored in the old form, always num, channels, height, width: of fewer axes, the first are 1."""
+    """Stored in the old form: num, channels, height, width. A blob of fewer axes has 1 in the first ones."""
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer of a weight file that has blobs."""
+    """A layer of a weight file."""
 
     name: str
     blobs: tuple[Blob, ...]
@@ -134,7 +141,7 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredState:
-    """A ``.solverstate``: the iteration, the weight file it belongs to, the history's blobs."""
+    """A ``.solverstate``: the iteration, the weight file that it belongs to, the blobs of the history."""
 
     iteration: int
     learned_net: str
@@ -155,7 +162,7 @@ def mapped(path: Path) -> Iterator[memoryview]:
         try:
             yield view
         finally:
-            # What an error on its way out still holds a part of is unmapped with that.
+            # An error on its way out may still hold a part of the view; that is unmapped with the error.
             with suppress(BufferError):
                 view.release()
                 pages.close()
@@ -167,30 +174,35 @@ def mapped(path: Path) -> Iterator[memoryview]:
         raise UserError(f"{path}: {error.strerror or error}") from error
 
 
-def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
-    """The layers with blobs of the weight file in ``view``, in order; ``path`` is for messages.
+def layer_fields(view: memoryview, path: Path) -> Iterator[tuple[Field, StoredLayer]]:
+    """Each layer of the weight file in ``view``, those without blobs included, and the field that holds it.
 
     Raises:
-        UserError: the file is cut off, is no weight file, or a blob's numbers do not fill its shape.
+        UserError: the file is cut off or not a weight file, or a blob's numbers do not fill its shape.
     """
-    layers = []
+    has_blobs = False
     try:
         for field in fields(view):
-            layer = layer_in(view, field)
-            if layer is not None and layer.blobs:
-                layers.append(layer)
+            layer = _layer_in(view, field)
+            if layer is not None:
+                has_blobs = has_blobs or bool(layer.blobs)
+                yield field, layer
     except NotWholeError:
-        raise UserError(_cut_off(path, "weight file (.caffemodel)")) from None
-    if not layers:
+        raise damaged(path) from None
+    if not has_blobs:
         raise UserError(f"{path}: no layer with weights in it; is it a .caffemodel?")
-    return layers
+
+
+def stored_layers(view: memoryview, path: Path) -> list[StoredLayer]:
+    """The layers with blobs of the weight file in ``view``, in order; as `layer_fields`."""
+    return [layer for _, layer in layer_fields(view, path) if layer.blobs]
 
 
 def stored_state(path: Path) -> StoredState:
-    """What the ``.solverstate`` at ``path`` holds.
+    """The contents of the ``.solverstate`` at ``path``.
 
     Raises:
-        UserError: the file is cut off, or is no solver state.
+        UserError: the file is cut off or not a solver state.
     """
     iteration, learned_net, history = None, "", []
     try:
@@ -203,40 +215,36 @@ def stored_state(path: Path) -> StoredState:
                 elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
                     history.append(_blob(view, field))
     except NotWholeError:
-        raise UserError(_cut_off(path, "solver state (.solverstate)")) from None
+        raise damaged(path, "solver state (.solverstate)") from None
     if iteration is None or not history:
         raise UserError(f"{path}: no iteration or no history in it; is it a .solverstate?")
     return StoredState(iteration, learned_net, tuple(history))
 
 
-def _cut_off(path: Path, kind: str) -> str:
-    return f"{path}: cut off or no {kind} ({path.stat().st_size:,} bytes); take another one"
+def damaged(path: Path, kind: str = "weight file (.caffemodel)") -> UserError:
+    """The error to raise for a file whose bytes are not a whole ``kind``."""
+    return UserError(f"{path}: cut off or not a {kind} ({path.stat().st_size:,} bytes); use another one")
 
 
-def layer_in(view: memoryview, field: Field) -> StoredLayer | None:
-    """The layer that a field of a NetParameter holds, of either form; None: the field is something else.
-
-    Raises:
-        NotWholeError: the layer is cut off, or a blob's numbers do not fill its shape.
-    """
-    if field.wire_type != LENGTH or field.number not in (_NET_LAYER, _NET_V1_LAYER):
+def _layer_in(view: memoryview, field: Field) -> StoredLayer | None:
+    """The layer that a field of a NetParameter holds, in either form; None where it holds something else."""
+    if field.wire_type != LENGTH or field.number not in (NET_LAYER, NET_V1_LAYER):
         return None
-    v1 = field.number == _NET_V1_LAYER
-    name_number, blobs_number = (_V1_NAME, _V1_BLOBS) if v1 else (_LAYER_NAME, _LAYER_BLOBS)
+    v1 = field.number == NET_V1_LAYER
     name, blobs = "", []
     for inner in fields(view, field.start, field.end):
         if inner.wire_type != LENGTH:
             continue
-        if inner.number == name_number:
+        if inner.number == (_V1_NAME if v1 else _LAYER_NAME):
             name = text(view, inner)
-        elif inner.number == blobs_number:
+        elif inner.number == blobs_field(v1=v1):
             blobs.append(_blob(view, inner))
     return StoredLayer(name, tuple(blobs))
 
 
 def blobs_field(*, v1: bool) -> int:
     """The number of the field that holds a layer's blobs."""
-    return _V1_BLOBS if v1 else _LAYER_BLOBS
+    return _V1_BLOBS if v1 else LAYER_BLOBS
 
 
 def _blob(view: memoryview, field: Field) -> Blob:
@@ -257,7 +265,7 @@ def _blob(view: memoryview, field: Field) -> Blob:
                 if part.number == 1
                 for dim in integers(view, part)
             ]
-        elif inner.number in (_DATA, _DOUBLE_DATA, _RAW_DATA):
+        elif inner.number in (BLOB_DATA, _DOUBLE_DATA, _RAW_DATA):
             ranges.append((inner.start, inner.end))
             if inner.number == _DOUBLE_DATA:
                 number_format, size = "<f8", 8
@@ -270,7 +278,7 @@ def _blob(view: memoryview, field: Field) -> Blob:
             raise NotWholeError
         number_format, size = _RAW_FORMATS[raw_type]
     if shape is None and ranges and not any(old_shape):
-        shape = []  # one number, without axes: Caffe writes no shape then
+        shape = []  # one number, without axes: Caffe then writes no shape
     dims = tuple(old_shape if shape is None else shape)
     if sum(end - start for start, end in ranges) != prod(dims) * size:
         raise NotWholeError
@@ -280,11 +288,11 @@ def _blob(view: memoryview, field: Field) -> Blob:
 def read_weights(path: Path) -> dict[str, list[NDArray[np.float32]]]:
     """The blobs of each layer that has any, by the layer's name, in the file's order.
 
-    Arrays are copies, in the shapes of the file; memory is that of the weights themselves. Both forms of a
-    blob's shape are read, and the fork's raw and half-precision numbers.
+    Arrays are copies in the shapes of the file. Both forms of a blob's shape are read, and the fork's raw and
+    half-precision numbers.
 
     Raises:
-        UserError: the file is missing, cut off or no weight file.
+        UserError: the file is missing, cut off or not a weight file.
     """
     with mapped(path) as view:
         return {

@@ -1,8 +1,8 @@
-"""Batch norms, scales and input biases folded into the convolutions and inner products beside them.
+"""Batch norms, scales and input biases folded into the neighbouring convolutions and inner products.
 
-What comes out is for stock Caffe and for OpenCV 4's reader of Caffe files, which knows no Bias layer. A
-folded layer computes ``gain * (w x + b) + shift``, so that its weights become ``gain * w`` and its bias
-``gain * b + shift``: zero weights stay zero.
+The result is for stock Caffe and for OpenCV 4's reader of Caffe files, which does not support Bias layers. A
+folded layer computes ``gain * (w x + b) + shift``: its weights become ``gain * w`` and its bias
+``gain * b + shift``, so zero weights stay zero.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from caffe_jacinto.caffemodel.net_file import NewLayer, net_parts
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.export.stock_net import StockLayer, StockNet, stock_net
+from caffe_jacinto.netspec.graph import Node, nodes_of, readers, writer
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ _WEIGHTED = ("Convolution", "InnerProduct")
 
 @dataclass
 class Merged:
-    """The network after merging, and what was done."""
+    """The network after merging, and what was merged."""
 
     net: StockNet
     merged: dict[str, list[str]] = field(default_factory=dict)
-    """The layers that each convolution or inner product took in, by its name."""
+    """The layers merged into each convolution or inner product, by its name."""
 
     left: list[str] = field(default_factory=list)
-    """A line for each batch norm that stays and for each bias that is said in another way: which, and why."""
+    """A line for each batch norm that stays, and for each bias that is written as another layer, and why."""
 
     def deploy(self) -> str:
         """The deploy prototxt, for stock Caffe."""
@@ -56,9 +57,9 @@ class Merged:
 
 
 def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> Merged:
-    """The deploy network ``deploy_text`` with all that can be folded exactly folded into its convolutions.
+    """The deploy network ``deploy_text`` with everything folded into its convolutions that can be, exactly.
 
-    ``where`` names the text in messages; ``dialect`` None: whichever the text is of.
+    ``where`` names the text in messages. Where ``dialect`` is None, the text may be in either.
 
     Raises:
         UserError: as `stock_net`; or the merged weights are not finite.
@@ -73,12 +74,12 @@ def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Pat
             _fold_forward(result, layer, weights)
     for layer in net.layers:
         if layer.type == "Bias":
-            _say_otherwise(result, layer)
+            _write_as_another(result, layer)
     return result
 
 
 def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
-    """Fold ``layer`` into the convolution or inner product that it alone reads, or say why not."""
+    """Fold ``layer`` into the convolution or inner product whose output it alone reads, or note why not."""
     import numpy as np
 
     layers = result.net.layers
@@ -87,7 +88,7 @@ def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
         if layer.type == "BatchNorm":
             result.left.append(f"{layer.name} (BatchNorm) stays: {reason}")
         return
-    producer = layers[_producer(layers, layer)]
+    producer = layers[_producer(_nodes(layers), layers.index(layer))]
     with np.errstate(all="ignore"):
         _scale_outputs(producer, *_gain_and_shift(layer))
     _check_finite(producer, layer, weights)
@@ -97,32 +98,32 @@ def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
 
 
 def _check_finite(layer: StockLayer, taken: StockLayer, weights: Path) -> None:
-    """Raises UserError where the weights of ``layer`` are no numbers, after it took in ``taken``."""
+    """Raise UserError where weights of ``layer`` are not finite, after ``taken`` was merged into it."""
     import numpy as np
 
     if not all(np.isfinite(blob).all() for blob in layer.blobs):
         raise UserError(
             f"{weights}: {layer.name} with {taken.name} ({taken.type}) has weights that are not finite; the "
-            "training went wrong, take an earlier snapshot"
+            "training went wrong, use an earlier snapshot"
         )
 
 
 def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
     """Why ``layer`` cannot be folded into the layer before it; None if it can."""
-    message = layer.message
+    message, nodes = layer.message, _nodes(layers)
     if not _by_channel(layer):
         return "it does not work channel by channel on one input"
-    at = _producer(layers, layer)
+    at = _producer(nodes, layers.index(layer))
     if at < 0:
         return "it reads the network's input"
     producer = layers[at]
     if producer.type not in _WEIGHTED:
-        return f"it reads {message.bottom[0]}, which {producer.name} ({producer.type}) gives"
+        return f"it reads {message.bottom[0]}, the output of {producer.name} ({producer.type})"
     if len(producer.message.bottom) != 1 or not _along_channels(producer):
-        return f"{producer.name} ({producer.type}) has no outputs by channel"
-    others = [other.name for other in _readers(layers, at) if other is not layer]
+        return f"the outputs of {producer.name} ({producer.type}) are not its channels"
+    others = [nodes[other].name for other in readers(nodes, at) if layers[other] is not layer]
     if others:
-        return f"{message.bottom[0]} is read by {others[0]}, too"
+        return f"{others[0]} reads {message.bottom[0]}, too"
     return None
 
 
@@ -137,7 +138,7 @@ def _by_channel(layer: StockLayer) -> bool:
 
 
 def _along_channels(layer: StockLayer) -> bool:
-    """Whether axis 1 of the output is the layer's own outputs."""
+    """Whether axis 1 of the output has one place for each of the layer's outputs."""
     parameters = (
         layer.message.convolution_param if layer.type == "Convolution" else layer.message.inner_product_param
     )
@@ -145,7 +146,7 @@ def _along_channels(layer: StockLayer) -> bool:
 
 
 def _gain_and_shift(layer: StockLayer) -> tuple[Doubles, Doubles]:
-    """What ``layer`` multiplies each channel by, and then adds."""
+    """The factor by which ``layer`` multiplies each channel, and what it then adds."""
     import numpy as np
 
     values = [blob.reshape(-1).astype(np.float64) for blob in layer.blobs]
@@ -180,7 +181,7 @@ def _set_bias(layer: StockLayer, bias: Doubles) -> None:
 
 
 def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
-    """Fold what ``layer`` adds to its input into the bias of the one layer that reads it, where exact.
+    """Fold what ``layer`` adds to its input into the bias of its only reader, where that is exact.
 
     It is not where the reader pads: the zeros of the padding come after the shift.
     """
@@ -189,10 +190,11 @@ def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
     layers = result.net.layers
     shift = _shift_of(layer)
     at = layers.index(layer)
-    readers = _readers(layers, at)
-    if shift is None or len(readers) != 1 or len(layer.message.top) != 1:
+    nodes = _nodes(layers)
+    found = readers(nodes, at)
+    if shift is None or len(found) != 1 or len(layer.message.top) != 1:
         return
-    reader = readers[0]
+    reader = layers[found[0]]
     bottom = layer.message.bottom[0]
     if (
         reader.type not in _WEIGHTED
@@ -200,7 +202,7 @@ def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
         or not _along_channels(reader)
         or _pads(reader)
         or not _reads_channels(reader, len(shift))
-        or _written_by(layers, at, bottom) != _original_writer(layers, layer, layers.index(reader), bottom)
+        or writer(nodes, at, bottom) != _writer_without(nodes, at, found[0], bottom)
     ):
         return
     with np.errstate(all="ignore"):
@@ -214,7 +216,7 @@ def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
 
 
 def _shift_of(layer: StockLayer) -> Doubles | None:
-    """What ``layer`` adds to each channel (one number: to all); None if it does more than add."""
+    """What ``layer`` adds to each channel (one number: to all); None if it does anything else."""
     import numpy as np
 
     if layer.type == "Bias":
@@ -231,7 +233,7 @@ def _pads(layer: StockLayer) -> bool:
 
 
 def _reads_channels(layer: StockLayer, channels: int) -> bool:
-    """Whether the weights of ``layer`` are for an input of so many channels, or for any (1)."""
+    """Whether the weights of ``layer`` take an input of ``channels`` channels (1: of any number)."""
     weights = layer.blobs[0]
     if layer.type == "Convolution":
         return channels in (1, weights.shape[1] * layer.message.convolution_param.group)
@@ -240,7 +242,7 @@ def _reads_channels(layer: StockLayer, channels: int) -> bool:
 
 
 def _through_weights(layer: StockLayer, shift: Doubles) -> Doubles:
-    """What a shift of the input channels comes to in each output: shift times the sum of the weights."""
+    """What a shift of the input channels adds to each output: the shift times the sum of the weights."""
     import numpy as np
 
     weights = layer.blobs[0].astype(np.float64)
@@ -256,14 +258,14 @@ def _through_weights(layer: StockLayer, shift: Doubles) -> Doubles:
     return by_group.reshape(-1)
 
 
-def _say_otherwise(result: Merged, layer: StockLayer) -> None:
-    """A Bias layer that stays, in words that OpenCV knows: Power, or Scale where channels differ."""
+def _write_as_another(result: Merged, layer: StockLayer) -> None:
+    """Write a Bias layer that stays as one that OpenCV reads: Power, or Scale where channels differ."""
     import numpy as np
 
     message = layer.message
     if not _by_channel(layer):
         result.left.append(
-            f"{layer.name} (Bias) stays, which OpenCV does not read: it has two inputs or axes"
+            f"{layer.name} (Bias) stays, since it has two inputs or axes; OpenCV does not read it"
         )
         return
     values = layer.blobs[0].reshape(-1)
@@ -276,33 +278,20 @@ def _say_otherwise(result: Merged, layer: StockLayer) -> None:
         message.type = "Scale"
         message.scale_param.bias_term = True
         layer.blobs = [np.ones_like(values), values]
-    result.left.append(f"{layer.name} (Bias) is written as {message.type}: no layer can take it in exactly")
+    result.left.append(f"{layer.name} (Bias) is written as {message.type}: it cannot be merged exactly")
 
 
-def _written_by(layers: list[StockLayer], before: int, blob: str) -> int:
-    """The last layer before ``before`` that writes ``blob``; -1: it is an input of the network."""
-    return next((at for at in range(before - 1, -1, -1) if blob in layers[at].message.top), -1)
+def _nodes(layers: list[StockLayer]) -> list[Node]:
+    return nodes_of(layer.message for layer in layers)
 
 
-def _original_writer(layers: list[StockLayer], layer: StockLayer, before: int, blob: str) -> int:
-    """As `_written_by`, as if ``layer`` were not there."""
-    at = _written_by(layers, before, blob)
-    return _written_by(layers, at, blob) if at >= 0 and layers[at] is layer else at
+def _writer_without(nodes: list[Node], removed: int, before: int, blob: str) -> int | None:
+    """As `writer`, as if layer ``removed`` were not there."""
+    at = writer(nodes, before, blob)
+    return writer(nodes, removed, blob) if at == removed else at
 
 
-def _producer(layers: list[StockLayer], layer: StockLayer) -> int:
-    """The index of the layer that gives what ``layer`` reads; -1: the network's input."""
-    at = _written_by(layers, layers.index(layer), layer.message.bottom[0])
-    return -1 if at >= 0 and layers[at].type == "Input" else at
-
-
-def _readers(layers: list[StockLayer], at: int) -> list[StockLayer]:
-    """The layers that read what layer ``at`` gives, before another one writes over it."""
-    found = []
-    for blob in layers[at].message.top:
-        for later in layers[at + 1 :]:
-            if blob in later.message.bottom:
-                found.append(later)
-            if blob in later.message.top:
-                break
-    return found
+def _producer(nodes: list[Node], at: int) -> int:
+    """The layer whose output layer ``at`` reads; -1 for the network's input."""
+    producer = writer(nodes, at, nodes[at].bottoms[0])
+    return -1 if producer is None or nodes[producer].type == "Input" else producer

@@ -1,7 +1,7 @@
 """A deploy network and its weights as an ONNX model, made with onnx's own helpers.
 
-Batches of any size are read; height and width are those of the deploy network, since Caffe's pooling rounds
-its sizes up, which ONNX says with padding. Weights keep their layout and their zeros.
+The model takes batches of any size. Height and width are those of the deploy network: Caffe's pooling rounds
+its sizes up, and in ONNX that takes explicit padding. Weights keep their layout and their zeros.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.export.stock_net import StockLayer, StockNet, stock_net
+from caffe_jacinto.netspec.graph import nodes_of, scale_after
 from caffe_jacinto.netspec.layer_types import geometry
 from caffe_jacinto.netspec.shapes import FullShape as Shape
 from caffe_jacinto.netspec.shapes import LayerShapes, layer_shapes
@@ -28,27 +29,27 @@ if TYPE_CHECKING:
     Values = NDArray[np.float32]
 
 OPSET = 13
-"""Of ONNX's operators, as old as serves: importers for embedded processors follow slowly."""
+"""The oldest version of ONNX's operators that suffices: importers for embedded processors lag behind."""
 
 IR_VERSION = 7
 """The file format that came with opset 13."""
 
 REQUIREMENT = "onnx>=1.15"
-"""What pip has to install; the extra `onnx` in pyproject.toml."""
+"""The package to install; the extra `onnx` in pyproject.toml."""
 
 _BATCH = "batch"
 _MOST_NUMBERS = 2**31 - 1
-"""In one blob: Caffe counts them in an int."""
+"""In one blob, which Caffe counts in an int."""
 
 
 def export_onnx(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> bytes:
-    """The deploy network ``deploy_text`` with the numbers of the file ``weights``: a ``.onnx`` file's bytes.
+    """The bytes of a ``.onnx`` file: the deploy network ``deploy_text`` with the weights of a file.
 
-    Inputs and outputs have the names of Caffe's blobs. ``where`` names the text in messages; ``dialect``
-    None: whichever the text is of.
+    Inputs and outputs have the names of Caffe's blobs. ``where`` names the text in messages. Where
+    ``dialect`` is None, the text may be in either.
 
     Raises:
-        UserError: as `stock_net`; a layer or a field has no counterpart here (it is named); onnx is missing.
+        UserError: as `stock_net`; a layer or field cannot be exported (it is named); onnx is missing.
     """
     try:
         import onnx
@@ -62,7 +63,9 @@ def export_onnx(deploy_text: str, where: str, dialect: Dialect | None, weights: 
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: as ONNX it is not valid: {reason}; mend the network") from error
+        raise UserError(
+            f"{where}: the ONNX model would not be valid: {reason}; correct the network"
+        ) from error
     return bytes(model.SerializeToString())
 
 
@@ -74,12 +77,13 @@ class _Graph:
         self.net = net
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
+        self.layer_graph = nodes_of(layer.message for layer in net.layers)
         self.inputs: dict[str, Shape] = {}
         self.current: dict[str, str] = {}
         """The ONNX value that each of Caffe's blobs holds at this point."""
 
         self.unread: dict[str, Shape] = {}
-        """The values that no layer has read so far, which are the outputs in the end."""
+        """The values that no layer has read so far: in the end, the outputs."""
 
         self.taken: set[str] = set()
         self._name_free_batch()
@@ -117,7 +121,7 @@ class _Graph:
         )
 
     def _name_free_batch(self) -> None:
-        """Say the batch in Reshape layers as that of their input, so that the model takes any batch."""
+        """Let Reshape layers take the batch of their input, so that the model takes any batch."""
         net = self.net.message
         batch = net.input_shape[0].dim[0] if net.input_shape else (net.input_dim or [0])[0]
         for layer in self.net.layers:
@@ -142,22 +146,16 @@ class _Graph:
                 shapes.update(zip(layer.message.top, shaped.tops, strict=True))
         for name, shape in shapes.items():
             if not shape or min(shape) < 1:
-                raise UserError(f"{self.where}: the shape of the input {name} is not known; state it")
+                raise UserError(f"{self.where}: the shape of the input {name} is not known; specify it")
             self.inputs[name] = shape
             self.current[name] = name
             self.taken.add(name)
 
     def _scale_after(self, at: int) -> StockLayer | None:
-        """The Scale that alone reads a BatchNorm's output: one ONNX node does both."""
-        blob = self.net.layers[at].message.top[0]
-        readers = []
-        for later in self.net.layers[at + 1 :]:
-            if blob in later.message.bottom:
-                readers.append(later)
-            if blob in later.message.top:
-                break
-        alone = len(readers) == 1 and readers[0].type == "Scale" and len(readers[0].message.bottom) == 1
-        return readers[0] if alone and _channelwise(readers[0].message.scale_param) else None
+        """The Scale that goes with a BatchNorm, where one ONNX node can do both."""
+        found = scale_after(self.layer_graph, at)
+        scale = self.net.layers[found] if found is not None else None
+        return scale if scale is not None and _channelwise(scale.message.scale_param) else None
 
     def _add_layer(self, layer: StockLayer, shaped: LayerShapes, scale: StockLayer | None) -> None:
         if layer.type not in _LAYERS:
@@ -168,7 +166,7 @@ class _Graph:
         for blob, shape in zip(layer.message.bottom, shaped.bottoms, strict=True):
             if blob not in self.current:
                 raise UserError(
-                    f"{self.where}: layer {layer.name} reads {blob}, which no layer before it gives"
+                    f"{self.where}: layer {layer.name} reads {blob}, which no layer before it writes"
                 )
             if shape is None:
                 raise UserError(
@@ -192,7 +190,7 @@ class _Graph:
         self.unread[output] = shaped.tops[0] or ()
 
     def _value_name(self, top: str, layer: StockLayer) -> str:
-        """The blob's own name for what it holds in the end, others after the layer that writes them."""
+        """The blob's own name for its final value; values before that are named after the layer, too."""
         last = [other for other in self.net.layers if top in other.message.top][-1]
         name = top if last is layer and top not in self.taken else f"{top}:{layer.name}"
         while name in self.taken:
@@ -206,7 +204,7 @@ class _Graph:
         )
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
-        """Add a node, called as what it gives."""
+        """Add a node, named after its output."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
@@ -229,7 +227,7 @@ class _Graph:
         return self.constant(f"{layer.name}:{name}", np.array(value, np.float32))
 
     def inner(self, output: str, step: str) -> str:
-        """A name for what is between two nodes of one layer."""
+        """A name for a value between two nodes of one layer."""
         name = f"{output}:{step}"
         while name in self.taken:
             name += "'"
@@ -246,7 +244,7 @@ def _shape(shaped: LayerShapes) -> Shape:
 
 
 def _by_channel(values: Values, rank: int) -> Values:
-    """One number a channel, in a shape that numpy and ONNX spread over a blob of ``rank`` axes."""
+    """One number per channel, in a shape that broadcasts over a blob of ``rank`` axes."""
     return values.reshape(-1, *[1] * (rank - 2))
 
 
@@ -311,7 +309,7 @@ def _batch_norm(
 
 def _scale(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
     if not _channelwise(layer.message.scale_param):
-        graph.refuse(layer, "scale_param.axis and num_axes", "only one number a channel")
+        graph.refuse(layer, "scale_param.axis and num_axes", "only one number per channel")
     gain, *shifts = (_by_channel(blob, len(_shape(shaped))) for blob in layer.blobs)
     scaled = graph.inner(output, "scaled") if shifts else output
     graph.node("Mul", [*bottoms, graph.constant(f"{layer.name}:scale", gain)], scaled)
@@ -321,7 +319,7 @@ def _scale(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[
 
 def _bias(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
     if not _channelwise(layer.message.bias_param):
-        graph.refuse(layer, "bias_param.axis and num_axes", "only one number a channel")
+        graph.refuse(layer, "bias_param.axis and num_axes", "only one number per channel")
     values = _by_channel(layer.blobs[0], len(_shape(shaped)))
     graph.node("Add", [*bottoms, graph.constant(f"{layer.name}:bias", values)], output)
 
@@ -368,7 +366,7 @@ def _pooling(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: lis
     if len(sizes) != 2:
         graph.refuse(layer, "input", "only images, of four axes")
     kernel, stride, pad, _ = geometry(shaped.layer)
-    # Where the last window ends, counted from the image's own end: Caffe rounds the number of windows up.
+    # How far the last window reaches beyond the image: Caffe rounds the number of windows up.
     ends = [
         max((pooled[axis] - 1) * stride[axis] + kernel[axis] - sizes[axis] - pad[axis], 0) for axis in (0, 1)
     ]
@@ -378,8 +376,8 @@ def _pooling(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: lis
     if method == "MAX":
         graph.node("MaxPool", bottoms, output, pads=[*pad, *ends], **shape)
         return
-    # Caffe divides by what of the window lies in the image and its padding. ONNX counts all padding or none:
-    # so the padding is made zeros of the image, and only what reaches beyond it is padding to ONNX.
+    # Caffe divides by the part of the window inside the image and its padding. ONNX counts all padding or
+    # none, so the padding becomes zeros of the image, and only what reaches beyond it is padding to ONNX.
     zeros = [min(end, own) for end, own in zip(ends, pad, strict=True)]
     beyond = [end - zero for end, zero in zip(ends, zeros, strict=True)]
     if not any(beyond):
@@ -412,7 +410,7 @@ def _lrn(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[st
 
 
 def _dropout(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
-    # Caffe scales in training, and does nothing afterwards.
+    # Caffe scales in training, so there is nothing to do here.
     graph.node("Identity", bottoms, output)
 
 
@@ -443,17 +441,17 @@ def _concat(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list
     axis = parameters.concat_dim if parameters.HasField("concat_dim") else parameters.axis
     axis %= len(_shape(shaped))
     if axis == 0:
-        graph.refuse(layer, "concat_param.axis", "the batch is free")
+        graph.refuse(layer, "concat_param.axis", "the size of the batch is not fixed")
     graph.node("Concat", bottoms, output, axis=axis)
 
 
 def _reshape(graph: _Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
-    """Of Flatten and Reshape: the shape that comes out is known, but for the batch."""
+    """Flatten and Reshape: the output's shape is known but for the batch."""
     import numpy as np
 
     shape = shaped.tops[0] or ()
     if shape[0] != 1:  # the shapes are those of a batch of one
-        graph.refuse(layer, "first axis", "it has to be that of the batch")
+        graph.refuse(layer, "first axis", "it has to be the batch")
     target = graph.constant(f"{layer.name}:shape", np.array([0, *shape[1:]], np.int64))
     graph.node("Reshape", [*bottoms, target], output)
 

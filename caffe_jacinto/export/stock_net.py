@@ -1,7 +1,7 @@
-"""A deploy network with its weights, of either dialect, as stock Caffe says it.
+"""A deploy network of either dialect with its weights, in stock Caffe's form.
 
-What tools that write a network for others (`merge_bn.py`, `onnx_export.py`) begin with: one form of every
-layer, and of every blob the shape that the network gives it.
+`merge_bn.py` and `onnx.py` start from it: there is one form of every layer, and each blob has the shape that
+the network gives it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.caffemodel.convert import scale_name
-from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.netspec.layer_types import Shape, role_of
 from caffe_jacinto.netspec.shapes import blob_shapes
-from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import PACKAGES, messages, parse_any_net
+from caffe_jacinto.prototxt.dialects import FORK_MIN_EPS, Dialect, scale_name
+from caffe_jacinto.prototxt.schema import dialect_of, messages, parse_any_net, translated
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
-
-_FORK_MIN_EPS = 1e-5
-"""The fork takes no smaller ``eps`` (CUDNN_BN_MIN_EPSILON)."""
 
 _NO_EFFECT = frozenset(
     {
@@ -38,15 +34,15 @@ _NO_EFFECT = frozenset(
         *("batch_norm_param.scale_filler", "dropout_param.engine"),
     }
 )
-"""Fields of the fork alone that do not change what a trained layer gives, beyond rounding."""
+"""Fields that only the fork has and that do not change a trained layer's output, beyond rounding."""
 
 
 @dataclass(eq=False)
 class StockLayer:
-    """A layer of stock Caffe's and its blobs."""
+    """A layer in stock Caffe's schema and its blobs."""
 
     message: Any
-    """Its LayerParameter message, without phases and without what matters to training only."""
+    """Its LayerParameter message, without phases and without fields that only training reads."""
 
     blobs: list[Values]
     """In the network's shapes; of a BatchNorm, plain averages and a factor of 1."""
@@ -82,17 +78,15 @@ class StockNet:
 def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> StockNet:
     """The deploy network ``deploy_text`` with the numbers of the file ``weights``.
 
-    ``where`` names the text in messages; ``dialect`` None: whichever the text is of. Of several phases in one
-    text the test phase is taken.
+    ``where`` names the text in messages. Where ``dialect`` is None, the text may be in either. Of a text with
+    several phases this is the test phase.
 
     Raises:
-        UserError: the text is no deploy network, the weights do not fit it, or stock Caffe cannot say it.
+        UserError: the text is not a deploy network, the weights do not fit, or stock Caffe cannot express it.
     """
     net = parse_any_net(deploy_text, where, dialect)
     _check_deploy(net, where)
-    wrong = check_fit(weights, net)
-    if wrong:
-        raise UserError(f"{weights} does not fit {where}: {wrong[0]}; give the weights of this network")
+    require_fit(weights, net, where)
     stored = read_weights(weights)
     shapes = blob_shapes(net, TEST)
     result = StockNet(messages(Dialect.BVLC).NetParameter(name=net.name), [])
@@ -117,12 +111,12 @@ def _check_deploy(net: Any, where: str) -> None:
         if role_of(layer.type) == "convolution" and (group < 1 or outputs % group):
             raise UserError(
                 f"{where}: layer {layer.name} ({layer.type}): its {outputs} outputs do not divide into "
-                f"{group} groups; mend num_output or group"
+                f"{group} groups; correct num_output or group"
             )
 
 
 def _shaped(stored: list[Values], shapes: list[Shape]) -> list[Values]:
-    """The blobs in the network's shapes, which `check_fit` has found them to fill."""
+    """The blobs in the network's shapes, which they fill: `require_fit` has checked that."""
     if not shapes:
         return stored
     result = []
@@ -135,8 +129,14 @@ def _shaped(stored: list[Values], shapes: list[Shape]) -> list[Values]:
 
 
 def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[StockLayer]:
-    """The layer in stock Caffe's words: itself, or two where the fork has one."""
-    message = _translated(layer, where)
+    """The layer in stock Caffe's schema: one layer, or two where the fork has one."""
+    message, unknown = translated(layer, Dialect.BVLC)
+    lost = [field for field in unknown if field not in _NO_EFFECT]
+    if lost:
+        raise UserError(
+            f"{where}: layer {layer.name} ({layer.type}): stock Caffe has no field {lost[0]}; "
+            "the network cannot be written without it"
+        )
     for field in ("param", "include", "exclude", "phase", "propagate_down", "loss_weight"):
         message.ClearField(field)
     if layer.type != "BatchNorm" or not blobs:
@@ -152,9 +152,9 @@ def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[Stock
     message.batch_norm_param.ClearField("use_global_stats")
     message.batch_norm_param.ClearField("moving_average_fraction")
     one = np.ones(1, np.float32)
-    if _is_fork(layer):
-        # The fork passes over its correction factor.
-        message.batch_norm_param.eps = max(layer.batch_norm_param.eps, _FORK_MIN_EPS)
+    if dialect_of(layer) is Dialect.CAFFE_JACINTO:
+        # The fork ignores its correction factor.
+        message.batch_norm_param.eps = max(layer.batch_norm_param.eps, FORK_MIN_EPS)
         yield StockLayer(message, [blobs[0], blobs[1], one])
     else:
         factor = blobs[2].reshape(-1)[0]
@@ -166,35 +166,3 @@ def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[Stock
         scale.top.extend(message.top)
         scale.scale_param.bias_term = True
         yield StockLayer(scale, blobs[3:])
-
-
-def _is_fork(message: Any) -> bool:
-    return str(message.DESCRIPTOR.full_name).startswith(PACKAGES[Dialect.CAFFE_JACINTO] + ".")
-
-
-def _translated(layer: Any, where: str) -> Any:
-    """A copy of the layer's message in stock Caffe's schema, by the names of its fields."""
-    from google.protobuf import text_format
-
-    target = messages(Dialect.BVLC).NetParameter().layer.add()
-    unknown = [field for field in _fields_unknown(layer, target.DESCRIPTOR) if field not in _NO_EFFECT]
-    if unknown:
-        raise UserError(
-            f"{where}: layer {layer.name} ({layer.type}): stock Caffe has no field {unknown[0]}; "
-            "the network cannot be written without it"
-        )
-    text = text_format.MessageToString(layer, as_utf8=True)
-    text_format.Parse(text, target, allow_unknown_field=True)
-    return target
-
-
-def _fields_unknown(message: Any, known: Any, prefix: str = "") -> Iterator[str]:
-    """The fields set in ``message`` that the descriptor ``known`` has not, as paths."""
-    for field, value in message.ListFields():
-        path = prefix + field.name
-        if field.name not in known.fields_by_name:
-            yield path
-        elif field.message_type is not None:
-            inner = known.fields_by_name[field.name].message_type
-            for part in value if hasattr(value, "append") or hasattr(value, "add") else [value]:
-                yield from _fields_unknown(part, inner, f"{path}.")

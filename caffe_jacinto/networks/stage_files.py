@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.common.text import count_of, did_you_mean
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
@@ -22,11 +23,12 @@ from caffe_jacinto.networks.layers import (
     Network,
     Softmax,
 )
-from caffe_jacinto.networks.registry import build_network, for_finetuning
+from caffe_jacinto.networks.registry import PUBLISHED_WITH_THE_FORK, build_network, for_finetuning
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
 from caffe_jacinto.prototxt.render import render
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
 
 if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import Recipe, Stage
@@ -131,6 +133,81 @@ def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
         raise UserError(f"{folder} is not a folder; choose another one for the files") from None
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+
+
+def published_recipe(network: str) -> Recipe:
+    """The published training of ``network``; for one without, JacintoNet11's with that network in it."""
+    if f"imagenet_{network}" in built_in_recipes():
+        return load_recipe(f"imagenet_{network}")
+    recipe = load_recipe("imagenet_jacintonet11")
+    settings = recipe.network.model_copy(update={"name": network, "strides": None})
+    return recipe.model_copy(update={"network": settings})
+
+
+def published_dialect(network: str) -> Dialect:
+    """The dialect that the network was published in; stock Caffe's for one that was not."""
+    return Dialect.CAFFE_JACINTO if network in PUBLISHED_WITH_THE_FORK else Dialect.BVLC
+
+
+def default_on_gpu(network: str, dialect: Dialect) -> bool:
+    """Whether the solver names a GPU by default: always for the fork, otherwise as published."""
+    published = f"imagenet_{network}" in built_in_recipes()
+    return dialect is Dialect.CAFFE_JACINTO or (published and dialect is published_dialect(network))
+
+
+def check_caffe_train_suffices(recipe: Recipe, stage_name: str) -> None:
+    """Refuse stock Caffe's files of a stage that `caffe train` would carry out without its pruning."""
+    stage = recipe.stages.get(stage_name)
+    if stage and (stage.sparse or stage.freeze_zeros):
+        raise UserError(
+            f"--stage {stage_name}: stock Caffe's solver has no field for sparsity (sparse_mode and others); "
+            f"train it with python -m caffe_jacinto.train {recipe.name}, or use --dialect caffe_jacinto"
+        )
+
+
+def what_was_written(
+    recipe: Recipe, stage_name: str, dialect: Dialect, folder: str, device: str, val_images: int
+) -> str:
+    """What the files in ``folder`` are, in a few lines; ``device``: ``GPU 0,1`` or ``the CPU``."""
+    network, data, training = recipe.network, recipe.data, recipe.training
+    strides = f", strides {','.join(map(str, network.strides))}" if network.strides else ""
+    tests = iterations_per_test(val_images, training.val_batch_size)
+    twice = tests * training.val_batch_size - val_images
+    wraps = f"; the last batch wraps round, so {twice} images count twice" if twice else ""
+    batch = f"{training.batch_size} images an update, in {count_of(training.iter_size, 'pass')} on {device}"
+    return (
+        f"Wrote {TRAIN}, {VAL}, {DEPLOY}, {SOLVER} into {folder}:\n"
+        f"  network  {network.name}, {count_of(data.num_classes, 'class')}, "
+        f"{network.crop_size}x{network.crop_size} crops{strides}\n"
+        f"  dialect  {dialect.value} ({_CAFFE[dialect]})\n"
+        f"  stage    {stage_name}, {count_of(recipe.stages[stage_name].solver.max_iter, 'iteration')}\n"
+        f"  batch    {batch}\n"
+        f"  test     {count_of(val_images, 'image')} in {count_of(tests, 'batch')} of "
+        f"{training.val_batch_size}{wraps}"
+    )
+
+
+def how_to_train(
+    recipe: Recipe, stage_name: str, dialect: Dialect, folder: str, gpus: tuple[int, ...]
+) -> str:
+    """The command that trains the files in ``folder``, and a way without that Caffe."""
+    start = recipe.stages[stage_name].start
+    command = ["caffe", "train", "-solver", str(Path(folder, SOLVER))]
+    if start:
+        command += ["-weights", f"{start.upper()}.caffemodel"]
+    if gpus:
+        command += ["-gpu", ",".join(map(str, gpus))]
+    weights = f" ({start.upper()}.caffemodel: the final weights of {start})" if start else ""
+    said = f"Train it with {_CAFFE[dialect]}{weights}:\n  {shlex.join(command)}"
+    if dialect is Dialect.CAFFE_JACINTO:
+        said += (
+            "\nWithout a build of that Caffe, train the recipe with stock Caffe or PyTorch:\n"
+            f"  python -m caffe_jacinto.train {recipe.name}"
+        )
+    return said
+
+
+_CAFFE = {Dialect.BVLC: "stock Caffe 1.0", Dialect.CAFFE_JACINTO: "the fork caffe-jacinto"}
 
 
 def iterations_per_test(val_images: int, val_batch: int) -> int:
