@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets the project up (tools/utils/setup.sh) and runs everything in bench/, whose tables docs/benchmarks.md shows. Each
-# prints what it measured and ends with an exit code that is not zero where a limit is broken; so does this script.
+# Sets the project up (tools/utils/setup.sh) and runs everything in bench/ that measures, whose tables docs/benchmarks.md
+# shows. Each prints what it measured and ends with an exit code that is not zero where a limit is broken; so does this
+# script. bench/same_results.py, which compares two revisions, is run by itself.
 #
 #   tools/utils/bench.sh [NAME...]     NAME: only bench/NAME.py
 set -euo pipefail
@@ -14,7 +15,9 @@ for name in "$@"; do
   [ -f "$root/bench/$name.py" ] || fail "there is no bench/$name.py"
   benches+=("$root/bench/$name.py")
 done
-[ ${#benches[@]} -gt 0 ] || benches=("$root"/bench/*.py)
+[ ${#benches[@]} -gt 0 ] || for bench in "$root"/bench/*.py; do
+  [ "${bench##*/}" = same_results.py ] || benches+=("$bench")
+done
 
 "$root/tools/utils/setup.sh" --torch
 cd "$root"
