@@ -79,7 +79,7 @@ def test_quality_and_what_contradicts(folder: Path, tmp_path: Path) -> None:
     assert sum(map(len, records(tmp_path / "low").values())) < 0.8 * sum(
         map(len, records(tmp_path / "high").values())
     )
-    assert "--quality is of JPEG files" in mistake([*command, tmp_path / "p", "--quality", 30, "--raw"])
+    assert "--quality is for JPEG files" in mistake([*command, tmp_path / "p", "--quality", 30, "--raw"])
     assert "'0' is not a whole number from 1 to 100" in mistake([*command, tmp_path / "p", "--quality", 0])
     assert "not allowed with" in mistake([*command, tmp_path / "p", "--shorter-side", 9])
 

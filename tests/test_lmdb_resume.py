@@ -100,7 +100,7 @@ def test_going_on_gives_the_records_of_an_uninterrupted_run(
     capsys.readouterr()
     create(*command, tmp_path / "o")
     told = capsys.readouterr().out
-    assert "going on after an interruption: " in told and " of 124 images were done" in told
+    assert "continuing after an interruption: " in told and " of 124 images were done" in told
     assert everything_in(tmp_path / "o") == everything_in(tmp_path / "whole")
     assert len((tmp_path / "o" / "skipped.txt").read_text().splitlines()) == 4
     assert names_in(tmp_path) == ["o", "train", "whole"]
@@ -258,7 +258,7 @@ def test_stopped_in_the_middle(archive: Path, tmp_path: Path, kind: signal.Signa
     going_on = start(*command)
     told, errors = going_on.communicate(timeout=60)
     assert going_on.returncode == 0, errors
-    assert "going on after an interruption" in told
+    assert "continuing after an interruption" in told
     create("--images", archive, "--size", 64, "--output", tmp_path / "whole")
     assert everything_in(tmp_path / "o") == everything_in(tmp_path / "whole")
     assert names_in(tmp_path) == [archive.name, "o", "whole"]
@@ -331,7 +331,7 @@ def test_shards_that_do_not_fit_together(images: Path, tmp_path: Path, small_bat
     assert message == f"{output}.shard-2-of-3 is missing: make it with --shard 2/3"
     create(*command, "2/3", "--quality", 50)
     message = mistake(["--join", "--output", output])
-    assert "o.shard-2-of-3 is of another making than" in message and "(form: 32x32 colour JPEG" in message
+    assert "o.shard-2-of-3 was made differently from" in message and "(form: 32x32 colour JPEG" in message
     create(*command, "2/3", "--force")
     create("--join", "--output", output)
     create(*command[:4], "--output", tmp_path / "whole")

@@ -153,7 +153,7 @@ def test_an_output_that_is_there_stays_unless_forced(
     assert output.read_bytes() == b"mine"
     make(folder, output, "--force")
     assert read_mean(output).shape == (1, 3, 4, 4)
-    assert "is no file" in mistake("--mean", folder, tmp_path)
+    assert "is not a file" in mistake("--mean", folder, tmp_path)
     assert "does not exist" in mistake("--mean", folder, tmp_path / "none" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lmdb", "out"]
 

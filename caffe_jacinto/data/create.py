@@ -1,21 +1,27 @@
-"""What the user gave (folder or archive; list, labels or development kit) -> images with labels."""
+"""Making an LMDB, or a shard of one, from images: finding them and storing them."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import count_of, duration
 from caffe_jacinto.data.archives import list_class_archive, list_flat_archive, list_from_archive
 from caffe_jacinto.data.datum import ahead
 from caffe_jacinto.data.devkit import read_devkit
-from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, image_record
+from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, form_of, image_record, limit_decoder
 from caffe_jacinto.data.index import Folder, ImageIndex
-from caffe_jacinto.data.journal import Skipped
 from caffe_jacinto.data.listing import (
     check_folder_exists,
     list_class_folders,
@@ -23,26 +29,104 @@ from caffe_jacinto.data.listing import (
     list_from_file,
     read_labels,
 )
-from caffe_jacinto.data.lmdb_writer import SKIPPED, LmdbWriter
+from caffe_jacinto.data.lmdb_reader import check_lmdb
+from caffe_jacinto.data.lmdb_writer import SKIPPED, LmdbWriter, new_lmdb, noted_form
+from caffe_jacinto.data.shards import Shard
+
+DEFAULT_SEED = 33
+"""Of the order in which the images of classes are shuffled."""
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What became of the images.
+class MaxBad:
+    """How many images may be left out because they cannot be read."""
 
-    Attributes:
-        images: stored.
-        record_bytes: of their records.
-        skipped: left out.
-        resumed: images that an earlier, interrupted run had dealt with.
-        done: images that this one dealt with.
+    number: float
+    percent: bool = False
+    """Whether ``number`` is a percentage of all images."""
+
+    least: int = 0
+    """So many always may be."""
+
+    def of(self, images: int) -> int:
+        """The number for ``images`` in all."""
+        return max(self.least, int(images * self.number / 100) if self.percent else int(self.number))
+
+    @staticmethod
+    def parse(text: str) -> MaxBad:
+        """An argument type: ``100`` or ``0.5%``."""
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(%?)", text)
+        if match is None or (not match[2] and "." in text) or (match[2] and float(match[1]) > 100):
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not a number of images, nor a percentage: give 100, or 0.5%"
+            )
+        return MaxBad(float(match[1]), bool(match[2]))
+
+
+DEFAULT_MAX_BAD = MaxBad(1, percent=True, least=10)
+
+
+def make_lmdb(
+    output: Path,
+    images: tuple[ImageIndex, str],
+    form: ImageForm,
+    shard: Shard | None,
+    workers: int,
+    max_bad: MaxBad,
+    *,
+    replace: bool,
+    restart: bool,
+) -> None:
+    """Store images in the LMDB ``output``, from where an interrupted run stopped; prints what happens.
+
+    Args:
+        images: as `find_images` returns them.
+        shard: the part that is stored; None for all.
+        replace: whether an LMDB that exists may be replaced.
+        restart: whether what an interrupted run left is discarded.
+
+    Raises:
+        UserError: ``output`` cannot be made, or too many images cannot be read.
+        RunFailed: the disk is full or refuses to write.
     """
+    limit_decoder()
+    import cv2
 
-    images: int
-    record_bytes: int
-    skipped: tuple[Skipped, ...]
-    resumed: int
-    done: int
+    index, order = images
+    places = shard.places(len(index)) if shard else range(len(index))
+    if shard and not places:
+        raise UserError(f"--shard {shard.text} holds none of {count_of(len(index), 'image')}")
+    ignored = f" ({count_of(index.ignored, 'other item')} left out)" if index.ignored else ""
+    part = f"shard {shard.text}, " if shard else ""
+    print(
+        f"{index.place.path}: {count_of(len(index), 'image')}, {index.source}{ignored}, {order}, {part}"
+        f"{form.text}, {workers} at a time",
+        flush=True,
+    )
+    made_from = {
+        "images": f"{len(index)}, {index.source}",
+        "listing": index.digest(),
+        "order": order,
+        "form": form.text,
+        "OpenCV": cv2.__version__,
+        **({"shard": shard.text} if shard else {}),
+    }
+    start = time.monotonic()
+    with (
+        _saying_how_to_continue(),
+        new_lmdb(output, made_from, replace=replace, restart=restart) as writer,
+    ):
+        if writer.resumed:
+            print(
+                f"continuing after an interruption: {writer.resumed:,} of {count_of(len(places), 'image')}"
+                " were done and have been checked",
+                flush=True,
+            )
+        convert(
+            index, places, form, writer, workers=workers, max_bad=max_bad.of(len(places)), name=output.name
+        )
+        writer.add_made_from(made_from)
+    _summarize(writer, output, len(places) - writer.resumed, time.monotonic() - start)
 
 
 def convert(
@@ -54,7 +138,7 @@ def convert(
     workers: int,
     max_bad: int,
     name: str,
-) -> Conversion:
+) -> None:
     """Store the readable images at ``places`` of the order of ``index``, from where ``writer`` is.
 
     Keys are ``%08d_<path>`` with the place in the order, images that are left out counted.
@@ -93,7 +177,6 @@ def convert(
         )
     if index.names is not None:
         writer.add_file("labels.txt", "".join(f"{name}\n" for name in index.names))
-    return Conversion(writer.images, writer.record_bytes, tuple(writer.skipped), writer.resumed, len(left))
 
 
 def _check_bad(writer: LmdbWriter, images: int, max_bad: int) -> None:
@@ -108,18 +191,87 @@ def _check_bad(writer: LmdbWriter, images: int, max_bad: int) -> None:
     )
 
 
+def _summarize(writer: LmdbWriter, output: Path, done: int, seconds: float) -> None:
+    print(
+        f"{output}: {count_of(writer.images, 'image')}, {writer.record_bytes / 1e6:,.1f} MB,"
+        f" in {duration(seconds)} ({done / seconds:,.0f} images/s)",
+        flush=True,
+    )
+    if not writer.skipped:
+        return
+    first = writer.skipped[0]
+    print(
+        f"warning: {count_of(len(writer.skipped), 'image')} left out, listed in {output / SKIPPED}; the"
+        f" first, {first.path}: {first.reason}",
+        file=sys.stderr,
+    )
+    reasons = Counter(image.reason for image in writer.skipped)
+    if len(reasons) > 1:
+        for reason, count in reasons.most_common(10):
+            print(f"  {count:,}: {reason}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _saying_how_to_continue() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; start the same command again to continue", file=sys.stderr)
+        raise
+
+
+def keep_lmdb(output: Path, form: ImageForm | None) -> None:
+    """Print what an existing LMDB holds; raise UserError if it is not of ``form`` (None: of any).
+
+    Size and channels are those of some of its images, the other particulars those that it notes itself.
+    """
+    noted = noted_form(output)
+    asked = form or form_of(noted or "")
+    channels = 1 if asked and not asked.colour else 3
+    facts = check_lmdb(str(output), num_classes=None, min_images=1, min_size=1, sample=8, channels=channels)
+    if form and form.width and (facts.width, facts.height) != (form.width, form.height):
+        raise UserError(
+            f"LMDB {output} holds images of {facts.width}x{facts.height} pixels, not"
+            f" {form.width}x{form.height}: --force replaces it"
+        )
+    if form and noted not in (None, form.text):
+        raise UserError(f"LMDB {output} was made as {noted}, not as {form.text}: --force replaces it")
+    print(
+        f"{output}: kept, {count_of(facts.images, 'image')} of {facts.width}x{facts.height}"
+        " (--force makes it again)"
+    )
+
+
 def find_images(
-    images: Path, *, list_file: Path | None = None, labels: Path | None = None, devkit: Path | None = None
-) -> ImageIndex:
-    """The images below ``images``, a folder or a tar archive, in the order of their names or of the list.
+    images: Path,
+    list_file: Path | None = None,
+    labels: Path | None = None,
+    devkit: Path | None = None,
+    *,
+    shuffle: int | None = None,
+    no_shuffle: bool = False,
+) -> tuple[ImageIndex, str]:
+    """The images below ``images``, a folder or a tar archive, in the order to store them, and its name.
 
     Args:
         list_file: names the images and their labels; without it and ``devkit`` they come from classes.
         labels: the class names, line N for label N.
         devkit: ILSVRC's development kit; the images are its validation set.
+        shuffle: the seed of a random order; by default only images of classes are shuffled.
+        no_shuffle: whether those are stored sorted by name, too.
 
-    Raises UserError for whatever is missing, unfit or contradictory.
+    Raises:
+        UserError: something is missing, unfit or contradictory.
     """
+    index = _unordered(images, list_file, labels, devkit)
+    if shuffle is None and not (no_shuffle or list_file or devkit):
+        shuffle = DEFAULT_SEED
+    if shuffle is None:
+        return index, "in the list's order" if list_file else "sorted by name"
+    return index.shuffled(shuffle), f"shuffled with seed {shuffle}"
+
+
+def _unordered(images: Path, list_file: Path | None, labels: Path | None, devkit: Path | None) -> ImageIndex:
     names = read_labels(labels) if labels else None
     archived = images.is_file()
     if devkit is not None:

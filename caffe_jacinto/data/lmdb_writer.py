@@ -105,6 +105,10 @@ class LmdbWriter:
         """Put a text file beside data.mdb (Caffe looks at no other file of the folder)."""
         write_whole(self._folder / name, text.encode("utf-8", "surrogateescape"))
 
+    def add_made_from(self, made_from: Mapping[str, str]) -> None:
+        """Note beside data.mdb what the LMDB is made from."""
+        self.add_file(MADE_FROM, json.dumps(made_from, indent=1) + "\n")
+
     def finish(self) -> None:
         """Write what is left and wait until all of it is on the disk."""
         if self.position != self._position_written:

@@ -1,11 +1,12 @@
-"""The mean image of an LMDB, bit for bit as Caffe's compute_image_mean makes it.
+"""The mean image of an LMDB, bit for bit as Caffe's compute_image_mean computes it.
 
-That program adds the images up in the LMDB's order and in 32-bit numbers, and divides by their number.
+That program sums the images in the LMDB's order in 32-bit numbers, and divides by their number.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import check_parent, write_whole
 from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import count_of, duration
 from caffe_jacinto.data.datum import ahead, read_record
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -32,16 +33,38 @@ class Mean:
     """Channels (blue, green, red) x height x width."""
 
     images: int
-    """Of how many."""
+    """The number of them."""
 
 
-def check_place(output: Path, *, replace: bool) -> None:
-    """Raises UserError unless a file may be put at ``output``."""
+def make_mean(folder: Path, output: Path, *, workers: int, replace: bool, keep: bool) -> None:
+    """Write the mean image of the LMDB ``folder`` to ``output``; prints what it is.
+
+    Args:
+        replace: whether a file that exists may be replaced.
+        keep: whether a file that exists is kept, and nothing is done.
+
+    Raises:
+        UserError: the mean cannot be made of this LMDB, or not be written to ``output``.
+        RunFailed: the disk is full or refuses to write.
+    """
+    if keep and output.is_file():
+        print(f"{output}: kept (--force makes it again)")
+        return
     check_parent(output)
     if output.exists() and not output.is_file():
-        raise UserError(f"{output} exists and is no file: give the name of a file, like mean.binaryproto")
+        raise UserError(f"{output} exists and is not a file: give a file name, like mean.binaryproto")
     if output.exists() and not replace:
         raise UserError(f"{output} exists already: --force replaces it")
+    start = time.monotonic()
+    mean = mean_image(folder, workers=workers)
+    write_mean(mean, output)
+    channels, height, width = mean.image.shape
+    print(
+        f"{output}: mean of {count_of(mean.images, 'image')}, {width}x{height},"
+        f" {count_of(channels, 'channel')} with means"
+        f" {', '.join(f'{value:.2f}' for value in mean.image.mean(axis=(1, 2), dtype=float))},"
+        f" in {duration(time.monotonic() - start)}"
+    )
 
 
 def write_mean(mean: Mean, output: Path) -> None:
@@ -74,7 +97,7 @@ def read_mean(path: Path) -> NDArray[np.float32]:
     except OSError as error:
         raise UserError(f"mean file {path} cannot be read: {error.strerror}") from None
     except DecodeError:
-        raise UserError(f"{path} is no mean file: make it with create_lmdb --mean") from None
+        raise UserError(f"{path} is not a mean file: make it with create_lmdb --mean") from None
     dims = (
         tuple(blob.shape.dim)
         if blob.HasField("shape")
@@ -83,7 +106,7 @@ def read_mean(path: Path) -> NDArray[np.float32]:
     values = np.array(blob.data, np.float32)
     if len(dims) != 4 or dims[0] != 1 or values.size != math.prod(dims) or not values.size:
         raise UserError(
-            f"{path} is no mean file: {values.size} values in the shape {' x '.join(map(str, dims))}; "
+            f"{path} is not a mean file: {values.size} values in the shape {' x '.join(map(str, dims))}; "
             "make it with create_lmdb --mean"
         )
     return values.reshape(dims[1:])

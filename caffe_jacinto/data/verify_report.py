@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +15,7 @@ from caffe_jacinto.common.files import check_parent, template_folder, write_whol
 from caffe_jacinto.common.text import Column, Line, count_of, printable, show_table
 from caffe_jacinto.data.datum import parse_datum, stored_pixels
 from caffe_jacinto.data.encode import JPEG_START, PNG_START
-from caffe_jacinto.data.verify import Findings, Occurrences, Problem, Sample
+from caffe_jacinto.data.verify import Findings, Occurrences, Problem, Sample, verify_lmdb
 
 PAGE_START = b"<!doctype html>"
 """How a page begins, in lower case."""
@@ -28,6 +29,34 @@ ENDS = 5
 MOST_FORMS = 5
 BAR = 30
 """Characters of the longest bar of the histogram."""
+
+
+def verify_and_report(
+    folder: Path, workers: int, labels: Path | None, page: Path | None, samples: int, json_form: bool
+) -> bool:
+    """Verify the LMDB ``folder`` and print its findings as a table, or as JSON.
+
+    Args:
+        workers, labels: as in `verify_lmdb`.
+        page: where to write a page of ``samples`` images; None for no page.
+
+    Returns whether the LMDB is fit for training.
+
+    Raises:
+        UserError: the LMDB cannot be read, or the page not be written.
+    """
+    if page is not None:
+        check_page(page)  # Before minutes are spent on the records.
+    found = verify_lmdb(folder, workers=workers, labels=labels, sample=samples if page else 0)
+    if json_form:
+        print(as_json(found), flush=True)
+    else:
+        show(found, sys.stdout)
+    if page is not None:
+        write_page(found, page)
+        if not json_form:
+            print(f"{page}: {count_of(len(found.samples), 'image')} with their labels")
+    return not found.errors
 
 
 def show(found: Findings, out: TextIO) -> None:
