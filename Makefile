@@ -1,14 +1,14 @@
-# Short names for the scripts in tools/utils, which need nothing but bash.
+# Short names for the scripts in tools/utils, which need only bash.
 .PHONY: help setup demo test test-fast bench
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 - \2/p' $(MAKEFILE_LIST)
 setup: ## install what is missing: system packages, .venv, Caffe
 	@tools/utils/setup.sh
 demo: ## set up, then train a sparse JacintoNet11 on real digits with real Caffe, and report
 	@tools/utils/demo.sh
-test: ## set up, then all checks and tests
+test: ## set up, then run all checks and tests
 	@tools/utils/test.sh
-test-fast: ## set up, then all checks, and the tests that take seconds
+test-fast: ## set up, then run all checks and the quick tests
 	@tools/utils/test.sh --fast
-bench: ## set up, then measure what docs/benchmarks.md shows
+bench: ## set up, then run the benchmarks of docs/benchmarks.md
 	@tools/utils/bench.sh

@@ -1,15 +1,15 @@
-"""`create_lmdb` against Caffe's convert_imageset, and against the limit of this machine.
+"""Speed of `create_lmdb` compared with Caffe's convert_imageset and with OpenCV alone.
 
     python bench/create_lmdb.py [--caffe PATH] [--rounds 3] [--photographs FOLDER] [--memory]
 
-Both are whole processes that write an LMDB of 256x256 JPEG files from the same list. The limit is OpenCV
-decoding, resizing and encoding alone, on files that are in memory, in one thread on each core. Rounds of the
-three are interleaved, and the ratios are medians over the rounds: other work on the machine then disturbs
-all of them. The images of 500x375 are crops of the real photographs that scikit-image and scikit-learn carry,
-with sensor noise; see `_photograph`. Those of 12 megapixels are photographs of 10 to 16 megapixels from
-Debian's package of `PHOTOGRAPHS` (fetched by apt-get; or JPEG files of that size in FOLDER), stored as a
-camera does, and crops with noise again, which have more bytes a pixel. `--memory` measures the peak of
-anonymous memory, summed over the processes, too. Prints Markdown tables; exit code 1 where a limit is broken.
+Both are whole processes that write an LMDB of 256x256 JPEG files from the same list. OpenCV alone only
+decodes, resizes and encodes files in memory, in one thread per core. Rounds of the three are interleaved,
+and ratios are medians over the rounds, so that other work on the machine affects all of them. The 500x375
+images are crops of the photographs in scikit-image and scikit-learn, with sensor noise (see
+`_photograph`). The large images are photographs of 10 to 16 megapixels from the Debian package
+`PHOTOGRAPHS` (fetched with apt-get; or JPEG files of that size in FOLDER), stored as a camera does, and
+crops with noise again, which have more bytes per pixel. `--memory` also measures the peak anonymous
+memory, summed over the processes. Prints Markdown tables; the exit code is 1 if a limit is broken.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def _usual(folder: Path, peer: Path, rounds: int, cores: int) -> bool:
     print(
         f"\nlimits: exact {EXACT_LIMIT} times convert_imageset (this run: {exact:.2f}) and {SHARE_LIMIT:.0%}"
     )
-    print(f"of the limit ({share:.0%}); --fast {FAST_LIMIT} times ({fast:.2f})\n")
+    print(f"of OpenCV alone ({share:.0%}); --fast {FAST_LIMIT} times ({fast:.2f})\n")
     _quality(folder / "usual")
     return exact >= EXACT_LIMIT and share >= SHARE_LIMIT and fast >= FAST_LIMIT
 
 
 def _large(place: Path, listed: int, peer: Path, rounds: int) -> float:
-    """How many times as fast as convert_imageset ``--fast`` is."""
+    """Speed of ``--fast``, as a multiple of convert_imageset's."""
     times = {"peer": list[float](), "exact": list[float](), "fast": list[float]()}
     for _ in range(rounds):
         times["peer"].append(listed / _convert_imageset(peer, place))
@@ -119,7 +119,7 @@ def _large(place: Path, listed: int, peer: Path, rounds: int) -> float:
 
 
 def _quality(place: Path) -> None:
-    """What --fast does to pixels: against the exact LMDB, and both against an average over areas."""
+    """How --fast changes pixels: compared with the exact LMDB, and both with averaging over areas."""
     _create(place)
     exact = _decoded(place / "lmdb")
     _create(place, "--fast")
@@ -133,8 +133,8 @@ def _quality(place: Path) -> None:
     print("|---|---:|")
     for what, first, second in (
         ("--fast against exact", fast, exact),
-        ("--fast against the average over areas (INTER_AREA)", fast, areas),
-        ("exact against the average over areas", exact, areas),
+        ("--fast against averaging over areas (INTER_AREA)", fast, areas),
+        ("exact against averaging over areas", exact, areas),
     ):
         values = [cv2.PSNR(a, b) for a, b in zip(first, second, strict=True)]
         print(f"| {what} | {statistics.mean(values):.1f} |")
@@ -167,7 +167,7 @@ def _table(speeds: dict[str, list[float]], shares: dict[str, str]) -> None:
         "fast": "create_lmdb --fast",
         "limit": "decoding, resizing, encoding alone",
     }
-    print("| program | images/s | times convert_imageset | of the limit |")
+    print("| program | images/s | times convert_imageset | of OpenCV alone |")
     print("|---|---:|---:|---:|")
     for key, values in speeds.items():
         ratio = _ratio(values, speeds["peer"])
@@ -182,7 +182,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _write_images(place: Path, *, count: int, width: int, height: int, listed: int) -> int:
-    """Write ``count`` images, and a list that names each of them as often as it takes; returns ``listed``."""
+    """Write ``count`` images and a list that repeats them up to ``listed`` lines; returns ``listed``."""
     place.mkdir()
     sources = _sources()
     chooser = np.random.default_rng(33)
@@ -195,7 +195,7 @@ def _write_images(place: Path, *, count: int, width: int, height: int, listed: i
 
 
 def _fetched_photographs(folder: Path) -> Path:
-    """A folder with the files of the Debian package; nothing is installed."""
+    """The unpacked Debian package; nothing is installed."""
     try:
         subprocess.run(
             ["apt-get", "-q", "download", PHOTOGRAPHS], cwd=folder, check=True, capture_output=True
@@ -211,7 +211,7 @@ def _fetched_photographs(folder: Path) -> Path:
 
 
 def _write_camera_files(place: Path, photographs: Path, *, listed: int) -> int:
-    """Store photographs as a camera does, baseline JPEG of quality 95: the package's are progressive."""
+    """Store photographs as a camera does: baseline JPEG of quality 95. The package's are progressive."""
     place.mkdir()
     count = 0
     for file in sorted(photographs.rglob("*.jp*g")):
@@ -222,7 +222,7 @@ def _write_camera_files(place: Path, photographs: Path, *, listed: int) -> int:
             raise RunFailed(f"cannot write {place / f'{count}.jpg'}")
         count += 1
     if not count:
-        raise RunFailed(f"{photographs} holds no JPEG file of 10 to 16 megapixels")
+        raise RunFailed(f"{photographs} has no JPEG file of 10 to 16 megapixels")
     (place / "list.txt").write_text("".join(f"{n % count}.jpg {n % 10}\n" for n in range(listed)))
     return listed
 
@@ -236,9 +236,9 @@ def _sources() -> list[Pixels]:
 
 
 def _photograph(source: Pixels, width: int, height: int, chooser: np.random.Generator) -> Pixels:
-    """A crop of a photograph at that size, with noise of 3 of 255, as a camera's small pixels have it.
+    """A crop of a photograph, resized, with noise of 3 of 255 like that of a camera's small pixels.
 
-    Enlarged photographs alone would be too smooth: the noise gives the files a photograph's bytes.
+    Enlarged photographs alone would be too smooth: the noise gives the files a realistic size.
     """
     rows, columns = source.shape[:2]
     share = chooser.uniform(0.7, 1.0)
@@ -270,7 +270,7 @@ def _convert_imageset(peer: Path, place: Path) -> float:
 
 
 def _seconds(command: Sequence[str]) -> float:
-    """Of a whole process."""
+    """Run time of a whole process."""
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -308,7 +308,7 @@ def _decoded(folder: Path) -> list[Pixels]:
 
 
 def _peak_memory(command: Sequence[str]) -> int:
-    """Bytes of anonymous memory at their most, summed over the process and those that it starts."""
+    """Peak anonymous memory in bytes, summed over the process and its children."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
@@ -322,7 +322,7 @@ def _peak_memory(command: Sequence[str]) -> int:
 
 def _anonymous(pid: int) -> int:
     total = 0
-    with contextlib.suppress(OSError, ValueError):  # It may end at any moment.
+    with contextlib.suppress(OSError, ValueError):  # the process may end at any time
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 total = int(line.split()[1]) * 1024

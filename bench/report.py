@@ -1,13 +1,13 @@
-"""The report on a long log, against Caffe's own parse_log.py, and how fast the commands start.
+"""Speed of the report on long logs, compared with Caffe's parse_log.py, and start-up time of the commands.
 
     python bench/report.py [--log FILE] [--parse-log tools/extra/parse_log.py] [--megabytes 75] [--runs 3]
 
-A real log (``--log``; else of a small training with Caffe, made now) is repeated with its iterations counted
-on until it has the size, and once more ten times as long. Both programs run as whole processes, in turn; the
-fastest run of each counts. parse_log.py is Python 2: its print statements are converted while this runs, and
-the year in the dates of glog 0.6 and later, which it cannot read, is left out of the log. Prints Markdown
-tables; exit code 1 where a limit is broken: the report at least 3 times as fast, its memory not growing with
-the log, `--help` of a command within 0.5 s.
+A real log (``--log``; by default that of a small training with Caffe, made for the occasion) is repeated,
+with increasing iteration numbers, until it has the size, and again until it is ten times as long. Both
+programs run as whole processes, in turn; the fastest run of each counts. parse_log.py is Python 2, so its
+print statements are converted; it cannot read the year in the dates of glog 0.6 and later, so the year is
+removed from the log. Prints Markdown tables; the exit code is 1 if a limit is broken: the report at least
+3 times as fast, its memory independent of the length of the log, `--help` of a command within 0.5 s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from caffe_jacinto.engines.discovery import find_engine
 SPEED_LIMIT = 3.0
 START_LIMIT = 0.5
 GROWTH_LIMIT = 1.2
-"""Peak memory on the log of ten times the length over that on the log itself."""
+"""Peak memory on the log ten times as long, as a multiple of that on the shorter one."""
 
 ROOT = Path(__file__).resolve().parents[1]
 _PROGRESS = re.compile(rb"^I.*\] Iteration (\d+)[ ,(].*loss = .*\n", re.MULTILINE)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compare(folder: Path, log: Path, parse_log: Path, megabytes: int, runs: int) -> bool:
-    """Print the table of both programs on both logs; whether the limits hold."""
+    """Print the table of both programs on both logs; returns whether the limits hold."""
     theirs = [sys.executable, str(_converted(parse_log, folder)), "{}", str(folder)]
     ours = [sys.executable, "-m", "caffe_jacinto.report", "{}", "--format", "json"]
     within, ours_peak = True, 0.0
@@ -90,7 +90,7 @@ def _compare(folder: Path, log: Path, parse_log: Path, megabytes: int, runs: int
 
 
 def _starts() -> bool:
-    """Print how long `--help` of the commands takes; whether the limit holds."""
+    """Print how long `--help` of the commands takes; returns whether the limit holds."""
     within = True
     print("\n| command | start |\n| --- | ---: |")
     for module in ("caffe_jacinto.build_net", "caffe_jacinto.report"):
@@ -118,11 +118,11 @@ def _run(command: Sequence[str], log: Path | None = None) -> tuple[float, float]
 
 
 def _repeat(log: Path, into: Path, size: int) -> int:
-    """Write ``log`` to ``into`` with its training repeated up to ``size`` bytes; the number of lines."""
+    """Write ``log`` to ``into``, its training repeated up to ``size`` bytes; returns the number of lines."""
     text = _YEAR.sub(rb"\1", log.read_bytes())
     lines = list(_PROGRESS.finditer(text))
     if len(lines) < 100:
-        raise UserError(f"--log {log}: is no log of a training with 100 lines of progress or more")
+        raise UserError(f"--log {log}: not a training log with at least 100 lines of progress")
     begin, end, step = lines[0].start(), lines[-1].start(), int(lines[-1][1])
     written = count = repeats = 0
     with into.open("wb") as file:
@@ -143,7 +143,7 @@ def _counted_on(text: bytes, offset: int) -> bytes:
 
 
 def _train(folder: Path) -> Path:
-    """A log of a small training with the Caffe that is found."""
+    """The log of a small training with the Caffe that is found."""
     (folder / "net.prototxt").write_text(NET)
     (folder / "solver.prototxt").write_text(SOLVER)
     caffe = find_engine(None, None).info.executable
@@ -165,7 +165,7 @@ def _parse_log() -> Path:
 
 
 def _converted(parse_log: Path, folder: Path) -> Path:
-    """parse_log.py and the module beside it, print statements made calls, in ``folder``."""
+    """Copy parse_log.py and its module to ``folder``, with print statements converted to calls."""
     for name in ("parse_log.py", "extract_seconds.py"):
         text = (parse_log.parent / name).read_text()
         (folder / name).write_text(re.sub(r"^( *)print (.*)$", r"\1print(\2)", text, flags=re.MULTILINE))

@@ -1,10 +1,10 @@
-"""What holding zeros costs with stock Caffe, on JacintoNet11: masks, and a threshold step.
+"""The cost of pruning with stock Caffe, on JacintoNet11: applying the masks, and a threshold step.
 
     python bench/sparsify.py [--caffe PATH] [--iterations 6]
 
-Limits: masks at most 2 % of an iteration, a threshold step over all layers at most 0.08 s. Images are noise:
-their content costs nothing. Prints a Markdown table; exit code 1 where a limit is broken. The times are
-medians, but on a machine that does other work they are that work's, too.
+Limits: masks at most 2 % of an iteration, a threshold step over all layers at most 0.08 s. The images are
+noise, since their content does not affect the time. Times are medians, but still depend on other work on
+the machine. Prints a Markdown table; the exit code is 1 if a limit is broken.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES = (
     ("224x224, strides 2,2,2,2,2", 224, (2, 2, 2, 2, 2), 16),
     ("32x32, strides 1,2,2,2,2", 32, (1, 2, 2, 2, 2), 64),
 )
-RAMP = tuple(step / 10 for step in range(1, 9))
+FACTORS = tuple(step / 10 for step in range(1, 9))
 """The factors of the threshold steps that are timed, up to the published target."""
 
 BATCHES = 2
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _caffe_log_in(path: Path) -> Iterator[None]:
-    """Caffe, which logs to standard error, logs to a file instead, shown only when something goes wrong."""
+    """Send Caffe's log, which goes to standard error, to a file, and show it only after an error."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with path.open("wb") as log:
@@ -134,7 +134,7 @@ def _measure(stepper: Stepper, iterations: int) -> tuple[float, float, float]:
     assert sparse is not None
     stepper.solver.step(1)
     thresholds, steps, holds = [], [], []
-    for factor in RAMP:
+    for factor in FACTORS:
         begin = time.perf_counter()
         apply_thresholds(stepper.layers, sparse, factor)
         stepper.masks.freeze_zeros(stepper.weights())

@@ -1,14 +1,14 @@
-"""`caffe-torch train` against stock Caffe, and against a hand-written PyTorch loop.
+"""Speed of `caffe-torch train`, compared with stock Caffe and with a hand-written PyTorch loop.
 
     python bench/torch_train.py [--caffe PATH] [--batch 8 32 64] [--images 384] [--rounds 3]
 
-JacintoNet11 at 224x224, from the same prototxts and the same LMDB of 256x256 JPEG files, each program as a
-process of its own, one after the other: images a second between the log's first and last iterations. The
-hand-written loop is the same network in torch.nn, channels last, on one batch that is in memory already; it
-says what PyTorch itself can do here. The share of the peak counts three times the forward pass's
-multiply-accumulates, and the peak is that of a large matrix product. Rounds of all programs are interleaved,
-speeds and ratios are medians over the rounds: other work on the machine then disturbs all of them. Prints a
-Markdown table for each batch; exit code 1 where a limit is broken.
+JacintoNet11 at 224x224, from the same prototxts and the same LMDB of 256x256 JPEG files. Each program is a
+separate process, one after the other; images/s are measured between the log's first and last iterations.
+The hand-written loop is the same network in torch.nn, channels last, on one batch that is already in
+memory; it shows what PyTorch itself can reach. The share of the peak counts training as three times the
+forward pass's multiply-accumulates; the peak is that of a large matrix product. Rounds of all programs are
+interleaved, and speeds and ratios are medians over the rounds, so that other work on the machine affects
+all of them. Prints a Markdown table per batch size; the exit code is 1 if a limit is broken.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from caffe_jacinto.data.encode import datum_record
 from caffe_jacinto.engines.discovery import find_engine
 
 LIMITS = {"fp32": 2.6, "bf16": 4.5}
-"""Times stock Caffe."""
+"""Least speed, as a multiple of stock Caffe's."""
 
 LOOP_LIMIT = 0.92
-"""Of the hand-written loop."""
+"""Least speed, as a fraction of the hand-written loop's."""
 
 TORCH = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
 
 GIGAMACS = 0.4058
-"""Of JacintoNet11's convolutions, forward, one image (docs/complexity.md)."""
+"""JacintoNet11's convolutions, forward, for one image (docs/complexity.md)."""
 
 WARM_UP = 2
-"""Iterations before the clock runs."""
+"""Iterations that are not timed."""
 
 LOOP = """
 import sys, time
@@ -104,13 +104,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--caffe")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--images", type=int, default=384, help="that each program is timed over")
+    parser.add_argument("--images", type=int, default=384, help="images that each program is timed over")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
     caffe = find_engine(arguments.caffe, "bvlc").info.executable
     kept = [_bench(caffe, batch, arguments.images, arguments.rounds) for batch in arguments.batch]
     limits = ", ".join(f"{precision} {limit} times" for precision, limit in LIMITS.items())
-    missing = "" if HAS_BF16 else " (this processor has no bf16 instructions: not asked for)"
+    missing = "" if HAS_BF16 else " (bf16 not required: this processor has no bf16 instructions)"
     print(f"limits: {limits} stock Caffe{missing}; {LOOP_LIMIT:.0%} of the hand-written loop")
     return 0 if all(kept) else 1
 
@@ -122,7 +122,7 @@ def _bench(caffe: Path, batch: int, images: int, rounds: int) -> bool:
         folder = Path(name)
         _write_images(folder / "lmdb", 4 * batch)
         solver = _write_solver(folder, batch, iterations + WARM_UP)
-        # Stock Caffe is as even as it is slow: a third of the images tells its speed.
+        # Stock Caffe is slow but steady: a third of the images is enough.
         few = _write_solver(folder / "few", batch, max(3, iterations // 3) + WARM_UP, folder / "lmdb")
         stock, ours, loops = list[float](), defaultdict(list[float]), defaultdict(list[float])
         for _ in range(rounds):
@@ -168,7 +168,7 @@ def _write_images(folder: Path, count: int) -> None:
 
 
 def _write_solver(folder: Path, batch: int, iterations: int, images: Path | None = None) -> Path:
-    """The solver file of a training from the LMDB ``images``; without it, from that in ``folder``."""
+    """The solver file of a training from the LMDB ``images``, by default the one in ``folder``."""
     source = str(images or folder / "lmdb")
     arguments = ["--dialect", "bvlc", "--cpu", "--output", str(folder), "--batch-size", str(batch)]
     arguments += ["--iter-size", "1", "--train-lmdb", source, "--val-lmdb", source]
@@ -188,7 +188,7 @@ def _write_solver(folder: Path, batch: int, iterations: int, images: Path | None
 
 
 def _speed(command: list[str], batch: int) -> float:
-    """Images a second between the iterations that the program's log tells of, the first ones left out."""
+    """Images per second between the iterations in the program's log, without the first ones."""
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     times = re.findall(r"(\d\d:\d\d:\d\d\.\d{6}) .*\] Iteration \d+ \(", ran.stderr)
     if ran.returncode != 0 or len(times) <= WARM_UP + 1:

@@ -1,10 +1,11 @@
-"""`weights show` and `weights convert` on files of 250 MB, against pycaffe reading and writing them.
+"""Speed of `weights show` and `weights convert` on files of 250 MB, compared with pycaffe.
 
     python bench/weights.py [--caffe PATH] [--runs 3]
 
-pycaffe's part is `Net.copy_from` and `Net.save` alone, on a network that is there; ours is the whole process,
-start and output included. The fastest run of each counts. Prints Markdown tables; exit code 1 where a limit
-is broken: at most twice pycaffe's time, memory at most 2.5 times the file.
+For pycaffe only `Net.copy_from` and `Net.save` are timed, on a network that is already built; for
+`weights` the whole process, including start and output. The fastest run of each counts. Prints Markdown
+tables; the exit code is 1 if a limit is broken: at most twice pycaffe's time, memory at most 2.5 times the
+file.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             ("convert", [*convert, str(folder / "fork.caffemodel")], "reading and writing", both),
         )
         size = weights.stat().st_size
-        print(f"A weight file of {size / 1e6:.0f} MB, of convolutions with batch norm.\n")
+        print(f"A weight file of {size / 1e6:.0f} MB: convolutions with batch norm.\n")
         print("| command | whole process | its memory | of the file | pycaffe | its time | times its time |")
         print("|---|---:|---:|---:|---|---:|---:|")
         within = True

@@ -246,14 +246,18 @@ def test_a_second_installer_waits_for_the_first_and_finds_its_caffe(installed: P
         shutil.copytree(installed, tmp_path / "new", symlinks=True)
         (tmp_path / "new").rename(prefix)
     assert second.process.wait(timeout=10) == 0
-    assert f"Caffe is there: {prefix}/bin/caffe" in second.output.read_text()
+    assert f"Caffe is already installed: {prefix}/bin/caffe" in second.output.read_text()
 
 
 @pytest.mark.caffe
 def test_a_second_run_finds_caffe_and_does_nothing_else(installed: Path) -> None:
     before = changed_at(installed.parent, "caffe*")
     done = run(UTILS / "install_caffe.sh", "--python", sys.executable)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"Caffe is there: {installed}/bin/caffe\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"Caffe is already installed: {installed}/bin/caffe\n",
+        "",
+    )
     assert changed_at(installed.parent, "caffe*") == before
 
 
@@ -268,7 +272,7 @@ def test_a_second_set_up_installs_nothing(caffe_engine: Engine, arguments: tuple
     before = changed_at(ROOT / ".venv", "*")
     done = run(UTILS / "setup.sh", *arguments)
     assert done.returncode == 0, done.stderr
-    only_line = rf"Set-up is complete \(.+\)\. Caffe: {re.escape(str(caffe_engine.info.executable))}\n"
+    only_line = rf"Setup is complete \(.+\)\. Caffe: {re.escape(str(caffe_engine.info.executable))}\n"
     assert re.fullmatch(only_line, done.stdout)
     assert changed_at(ROOT / ".venv", "*") == before
 

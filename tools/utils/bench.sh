@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets the project up (tools/utils/setup.sh) and runs everything in bench/ that measures, whose tables docs/benchmarks.md
-# shows. Each prints what it measured and ends with an exit code that is not zero where a limit is broken; so does this
-# script. bench/same_results.py, which compares two revisions, is run by itself.
+# Sets the project up (tools/utils/setup.sh) and runs the benchmarks in bench/, whose tables are in docs/benchmarks.md.
+# Each benchmark prints its results and exits with a nonzero code if a limit is broken; so does this script.
+# bench/same_results.py, which compares two revisions, is run separately.
 #
-#   tools/utils/bench.sh [NAME...]     NAME: only bench/NAME.py
+#   tools/utils/bench.sh [NAME...]     NAME: run only bench/NAME.py
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
@@ -26,4 +26,4 @@ for bench in "${benches[@]}"; do
   say "== ${bench#"$root"/}"
   "$root/.venv/bin/python" "$bench" || failed+=("${bench#"$root"/}")
 done
-[ ${#failed[@]} = 0 ] || fail "a limit is broken, or it failed: ${failed[*]}"
+[ ${#failed[@]} = 0 ] || fail "failed, or broke a limit: ${failed[*]}"

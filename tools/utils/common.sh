@@ -1,7 +1,7 @@
-# Sourced by the scripts beside it: what they share.
+# Functions shared by the scripts in this folder, which source it.
 
-# find_python REPOSITORY: print the Python to use, $PYTHON if set, else the repository's own virtual
-# environment, else python3; fail with a message where that one lacks this project.
+# find_python REPOSITORY: print the Python to use: $PYTHON if set, else the repository's virtual environment, else
+# python3. Fail with a message if it lacks this project's packages.
 find_python() {
     local python="${PYTHON:-}"
     if [ -z "$python" ]; then

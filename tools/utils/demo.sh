@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole path on a small real data set: sets the project up (tools/utils/setup.sh), writes 5,000 handwritten digits as
-# JPEG files in ImageNet's layout, puts them into LMDBs, trains a sparse JacintoNet11 through all its stages, reports.
+# The whole workflow on a small real data set: sets the project up (tools/utils/setup.sh), writes 5,000 handwritten digits
+# as JPEG files in ImageNet's layout, makes LMDBs of them, trains a sparse JacintoNet11 through all stages, and reports.
 #
-#   tools/utils/demo.sh [OPTION...]     options go to the training,
+#   tools/utils/demo.sh [OPTION...]     options are passed to the training,
 #                                       e.g. --set stages.initial.solver.max_iter=300
-#   tools/utils/demo.sh --engine torch  the same training on PyTorch, which the set-up then installs, too
+#   tools/utils/demo.sh --engine torch  trains on PyTorch, which the setup then installs too
 #
-# The run is training/digits_jacintonet11_<time>. About 10 minutes on two cores, after the set-up; less on PyTorch.
+# The run folder is training/digits_jacintonet11_<time>. About 10 minutes on two cores after the setup; less on PyTorch.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
@@ -33,5 +33,5 @@ say "3/4 Training: $run"
 "$python" -m caffe_jacinto.train demo_digits --output "$run" "$@"
 
 say "4/4 Curves: $run/curves.png"
-"$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png" >/dev/null # train has shown the tables
+"$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png" >/dev/null # train has printed the tables
 say "The demo took $(duration $((EPOCHSECONDS - started)))"

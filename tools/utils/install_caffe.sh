@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Builds stock Caffe 1.0 for CPU, with pycaffe, and installs it where every checkout of this project finds it.
+# Builds stock Caffe 1.0 for the CPU, with pycaffe, and installs it where every checkout of this project finds it.
 #
 #   tools/utils/install_caffe.sh [--prefix DIR] [--python PYTHON] [--jobs N]
 #
-#   --prefix DIR     where to (default: ${CAFFE_JACINTO_HOME:-~/.local/share/caffe_jacinto}/caffe-1.0-cpu-py<version>)
+#   --prefix DIR     install here (default: ${CAFFE_JACINTO_HOME:-~/.local/share/caffe_jacinto}/caffe-1.0-cpu-py<version>)
 #   --python PYTHON  the distribution's Python, or a virtual environment of it (default: /usr/bin/python3);
-#                    Boost.Python, which pycaffe is made with, exists for that version only
-#   --jobs N         compilers at once (default: one per core, if there is 1 GB of memory for each)
+#                    pycaffe needs Boost.Python, which exists for that version only
+#   --jobs N         parallel compilers (default: one per core, if there is 1 GB of memory for each)
 #
-# In the prefix: bin/{caffe,convert_imageset,compute_image_mean}, lib/libcaffe.so*, python/caffe, and under src/ the
-# source package, Caffe's license, caffe.proto and tools/extra. It is built and tried out in a temporary folder beside
-# the prefix and then renamed, so a prefix that exists is whole: an install that was interrupted, at whatever moment, left
-# nothing but a folder that the next one removes. About 7 minutes of one core's time and 1 GB of disk while it builds.
+# The prefix gets bin/{caffe,convert_imageset,compute_image_mean}, lib/libcaffe.so*, python/caffe, and in src/ the source
+# package, Caffe's license, caffe.proto and tools/extra. Caffe is built and tested in a temporary folder beside the prefix,
+# which is then renamed. A prefix that exists is therefore complete: an interrupted installation leaves only a temporary
+# folder, which the next one removes. The build takes about 7 minutes of CPU time and 1 GB of disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$here/steps.sh"
 
-# Official Caffe 1.0 (commit 9b89154) with one protobuf call brought up to date and weights not read from HDF5.
+# Official Caffe 1.0 (commit 9b89154) with one protobuf call updated and without reading weights from HDF5.
 package=brocolli-caffe version=3.0.0
 sha256=ad7ba487552f4343df25044a9fa14812a96add48ea2ff993b53bf2dafe8248e2
 source_files=116 # steps of the build, for the first estimate
@@ -28,12 +28,12 @@ while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --prefix | --python | --jobs)
-      [ $# -ge 2 ] || fail "$1 needs a value; --help tells more"
+      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
       printf -v "${1#--}" '%s' "$2"; shift 2 ;;
-    *) fail "unknown argument '$1'; --help tells more" ;;
+    *) fail "unknown argument '$1'; see --help" ;;
   esac
 done
-[[ $jobs =~ ^([1-9][0-9]*)?$ ]] || fail "--jobs takes a number of 1 or more, not '$jobs'"
+[[ $jobs =~ ^([1-9][0-9]*)?$ ]] || fail "--jobs must be a number of 1 or more, not '$jobs'"
 command -v "$python" >/dev/null || fail "no Python at $python; tools/utils/setup.sh installs one"
 python=$(command -v "$python")
 python_version=$(python_version "$python")
@@ -43,7 +43,7 @@ prefix=${prefix%/}
 base=$(dirname "$prefix")
 
 installed() { [ -f "$prefix/installed.txt" ] && caffe_runs "$prefix/bin/caffe"; }
-already() { say "Caffe is there: $prefix/bin/caffe"; exit 0; }
+already() { say "Caffe is already installed: $prefix/bin/caffe"; exit 0; }
 
 if installed; then already; fi
 [ -f "$prefix/installed.txt" ] || [ ! -e "$prefix" ] || rmdir "$prefix" 2>/dev/null ||
@@ -51,20 +51,20 @@ if installed; then already; fi
 missing=$(missing_packages "${caffe_packages[@]}" | xargs)
 [ -z "$missing" ] || fail "building Caffe needs system packages that are missing. Install them:
     sudo apt-get update && sudo apt-get install -y --no-install-recommends $missing
-(tools/utils/setup.sh does that, and installs all else that the project needs)"
-mkdir -p "$base" 2>/dev/null && [ -w "$base" ] || fail "may not write to $base: choose another --prefix"
+(tools/utils/setup.sh does that, and installs everything else that the project needs)"
+mkdir -p "$base" 2>/dev/null && [ -w "$base" ] || fail "cannot write to $base: choose another --prefix"
 
-# One installer at a time. The lock is the script's own (9>&- below): it is free as soon as the script is gone.
+# One installer at a time. Child processes do not inherit the lock (9>&- below), so it is released when the script ends.
 exec 9>"$base/.caffe-install.lock"
 if ! flock -n 9; then
   say "Another installer is building Caffe: waiting for it"
   flock 9
   if installed; then already; fi
 fi
-rm -rf "$base"/.caffe-install.tmp-* 2>/dev/null || true # what interrupted installs left
+rm -rf "$base"/.caffe-install.tmp-* 2>/dev/null || true # leftovers of interrupted installations
 
 free_mb=$(df -Pm "$base" | awk 'NR == 2 {print $4}')
-[ "$free_mb" -ge 1000 ] || fail "building Caffe needs 1 GB of disk in $base, and $free_mb MB are free"
+[ "$free_mb" -ge 1000 ] || fail "building Caffe needs 1 GB of disk in $base, but only $free_mb MB are free"
 cores=$(nproc)
 memory_gb=$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
 jobs=${jobs:-$((memory_gb < 1 ? 1 : memory_gb < cores ? memory_gb : cores))}
@@ -85,7 +85,7 @@ trap 'exit 129' HUP
 work=$(mktemp -d "$base/.caffe-install.tmp-XXXXXX")
 log=$work/log
 
-# quietly COMMAND...: its output goes to the log; a signal to this script ends it at once
+# quietly COMMAND...: run it with its output in the log; a signal to this script ends it at once
 quietly() {
   "$@" >>"$log" 2>&1 9>&- &
   child=$!
@@ -97,14 +97,14 @@ give_up() {
   cp "$log" "$base/caffe-install.log"
   end_progress
   tail -n 15 "$log" >&2
-  fail "$1 failed; all that it printed is in $base/caffe-install.log"
+  fail "$1 failed; its full output is in $base/caffe-install.log"
 }
 
 say "Building Caffe 1.0 for Python $python_version with $jobs jobs, about $(duration $((source_files * seconds_per_step / jobs))), into $prefix"
 
-# pycaffe's headers must be those of NumPy 2: what is built with them works with both, not the other way round.
+# pycaffe must be built with the headers of NumPy 2: it then works with NumPy 1 as well, but not the other way round.
 if ! "$python" -c 'import pip, numpy, google.protobuf, six, skimage; assert numpy.__version__ >= "2"' 2>/dev/null; then
-  say "  making a Python to build with (about 30 s)"
+  say "  creating a virtual environment for the build (about 30 s)"
   quietly "$python" -m venv "$work/venv"
   python=$work/venv/bin/python
   quietly "$python" -m pip install -q 'numpy>=2' protobuf six scikit-image
@@ -115,16 +115,16 @@ echo "$package==$version --hash=sha256:$sha256" >"$work/requirements.txt"
 quietly "$python" -m pip download -q --no-deps --no-binary "$package" --require-hashes -r "$work/requirements.txt" -d "$work"
 mkdir "$work/source" "$work/build"
 quietly tar -xf "$work/$package-$version.tar.gz" -C "$work/source" --strip-components=1 --no-same-owner
-mkdir -p "$work/source/examples" # which the package lacks and CMake asks for
+mkdir -p "$work/source/examples" # missing in the package, but required by CMake
 : >"$work/source/examples/CMakeLists.txt"
 
 say "  configuring"
 options=(
   -DCMAKE_BUILD_TYPE=Release -DCPU_ONLY=ON -DBLAS=open -DUSE_LEVELDB=OFF -DBUILD_docs=OFF -Dpython_version=3
   "-DPYTHON_EXECUTABLE=$python"
-  # two constants that OpenCV 4 dropped; <cstdint>, which GCC 13's own headers no longer bring along
+  # two constants that OpenCV 4 dropped; <cstdint>, which GCC 13's headers no longer include
   "-DCMAKE_CXX_FLAGS=-DCV_LOAD_IMAGE_COLOR=1 -DCV_LOAD_IMAGE_GRAYSCALE=0 -include cstdint"
-  # libraries are found from where the file itself lies, so that the folder can be tried out and then renamed
+  # libraries are found relative to the file itself, so that the folder can be tested and then renamed
   -DCMAKE_SKIP_RPATH=ON
   "-DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath,'\$ORIGIN/../lib'"
   "-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,'\$ORIGIN/../../lib'"
@@ -147,7 +147,7 @@ child=''
 [ "$finished" = yes ] || give_up "the build"
 end_progress
 
-say "  trying it out"
+say "  testing it"
 new=$work/prefix
 mkdir -p "$new"/{bin,lib,python,src/src/caffe/proto,src/tools}
 cp "$work"/build/tools/{caffe,convert_imageset,compute_image_mean} "$new/bin/"
@@ -160,7 +160,7 @@ cp -r "$work/source/tools/extra" "$new/src/tools/"
 cp "$work/source/src/caffe/proto/caffe.proto" "$new/src/src/caffe/proto/"
 cp "$work/source/LICENSE" "$work/$package-$version.tar.gz" "$new/src/"
 
-# The protoc of Ubuntu 22.04 writes Python that today's protobuf package refuses. This is what newer ones write.
+# Ubuntu 22.04's protoc writes Python that today's protobuf package rejects. This is what newer versions write.
 quietly protoc -I "$work/source/src/caffe/proto" --descriptor_set_out="$work/caffe.binpb" caffe.proto
 cat >"$work/write_pb2.py" <<'PYTHON'
 import sys
@@ -205,7 +205,7 @@ source $package $version sha256 $sha256
 made by install_caffe.sh on $(date -u +%Y-%m-%dT%H:%M:%SZ)
 TEXT
 chmod -R a+rX "$new"
-sync -f "$new" # on the disk before it has its name, should the power fail
-[ ! -e "$prefix" ] || mv -T "$prefix" "$work/replaced" # one of ours that no longer runs
+sync -f "$new" # on disk before it gets its name, in case of a power failure
+[ ! -e "$prefix" ] || mv -T "$prefix" "$work/replaced" # an installation of ours that no longer runs
 mv -T "$new" "$prefix"
 say "Caffe is installed: $prefix/bin/caffe"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the scripts that install: how they tell what they do, which system packages the project needs, and where
-# its Caffe lies.
+# Shared by the scripts that install, which source it: messages, the system packages that the project needs, and where its
+# Caffe is installed.
 
-HOME=${HOME:-~} # from the user database where a job's environment lacks it
+HOME=${HOME:-~} # from the user database if the environment lacks it
 
 say() { printf '%s\n' "$*"; }
 fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
@@ -10,8 +10,8 @@ fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 # duration SECONDS: "45 s" or "3 min 20 s"
 duration() { if [ "$1" -lt 60 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi; }
 
-# progress LABEL DONE TOTAL STARTED: one line that is rewritten on a terminal, a line for each tenth elsewhere.
-# STARTED is the value of EPOCHSECONDS when the step began; the time left assumes that the step goes on as it began.
+# progress LABEL DONE TOTAL STARTED: one line that is rewritten on a terminal; without one, a line for each tenth.
+# STARTED is the value of EPOCHSECONDS when the step began; the time left assumes constant speed.
 progress_shown=
 progress() {
   local label=$1 done=$2 total=$3 elapsed=$((EPOCHSECONDS - $4)) left=
@@ -38,8 +38,8 @@ caffe_packages=(
   libboost-python-dev libprotobuf-dev libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev libopenblas-dev libopencv-dev
 )
 
-# missing_packages NAME...: those of these packages that are not installed, one a line. Without dpkg it looks for a
-# command or header that each one brings, so that other distributions are told exactly what they lack.
+# missing_packages NAME...: prints the packages that are not installed, one per line. Without dpkg it looks for a command
+# or header of each package, so that users of other distributions get an exact list too.
 missing_packages() {
   local name
   if command -v dpkg-query >/dev/null; then
@@ -53,7 +53,7 @@ missing_packages() {
   fi
 }
 
-# package_by_sight DEBIAN_NAME: whether what that package brings can be seen, whatever the distribution calls it.
+# package_by_sight DEBIAN_NAME: whether the contents of that package are present, whatever the distribution calls it.
 package_by_sight() {
   case $1 in
     ca-certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -d /etc/pki/tls/certs ] || [ -e /etc/ssl/cert.pem ] ;;
@@ -83,13 +83,13 @@ have_header() {
     compgen -G "/usr/local/include/$1" >/dev/null
 }
 
-# default_prefix PYTHON_VERSION: where the project's own Caffe lies, the same for all checkouts of a user.
+# default_prefix PYTHON_VERSION: where the project's own Caffe is installed, the same for all checkouts of a user.
 default_prefix() {
   echo "${CAFFE_JACINTO_HOME:-${XDG_DATA_HOME:-$HOME/.local/share}/caffe_jacinto}/caffe-1.0-cpu-py$1"
 }
 
-# python_version PYTHON: its "3.11"
+# python_version PYTHON: prints its version, e.g. "3.11"
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
-# caffe_runs EXECUTABLE: whether it is Caffe and starts on this machine
+# caffe_runs EXECUTABLE: whether it is a Caffe that runs on this machine
 caffe_runs() { [[ $("$1" --version 2>&1) == *"caffe version"* ]]; }

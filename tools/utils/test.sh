@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets the project up (tools/utils/setup.sh) and runs every check: formatting, lint, types, and all tests, those with
-# real Caffe included. Ends with an exit code that is not zero when one fails; each is run, whatever the others say.
+# Sets the project up (tools/utils/setup.sh) and runs every check: formatting, lint, types, and all tests, including those
+# with real Caffe. Every check runs even if another fails; the exit code is nonzero if any fails.
 #
-#   tools/utils/test.sh [--fast]     --fast: without the tests marked `caffe`, in seconds
+#   tools/utils/test.sh [--fast]     --fast: skip the tests marked `caffe`
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
@@ -13,7 +13,7 @@ case ${1:-} in
   '') ;;
   --fast) tests=(-m 'not caffe') estimate="about 1 min" ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  *) fail "unknown argument '$1'; --help tells more" ;;
+  *) fail "unknown argument '$1'; see --help" ;;
 esac
 "$root/tools/utils/setup.sh" --torch
 cd "$root"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Train a sparse JacintoNet11 on ImageNet: initial, l1reg, sparse, finetune, then the test and the result table.
 # recipe=imagenet_resnet10 and the like train the other published networks (docs/recipes.md).
-# Edit the settings, or set them from the environment: gpus="0" batch_size=128 ./tools/utils/...
-# More arguments go to train, e.g. --dry-run, --output training/mine, --set stages.initial.solver.max_iter=1000.
+# Edit the settings below, or set them in the environment: gpus="0" batch_size=128 ./tools/utils/...
+# Arguments are passed to train, e.g. --dry-run, --output training/mine, --set stages.initial.solver.max_iter=1000.
 set -euo pipefail
 
 #---------------------------------------------------------------------------------------------- settings
-gpus="${gpus-0,1}"                      # GPU numbers as Caffe's -gpu takes them; empty: the CPU
-batch_size="${batch_size:-}"            # images behind one update of the weights, over all GPUs and passes
-iter_size="${iter_size:-}"              # passes that the batch is spread over: more of them need less memory
-                                        # (both empty: the recipe's; 256 and 2 for JacintoNet11, as published)
+gpus="${gpus-0,1}"                      # GPU numbers, as for Caffe's -gpu; "" selects the CPU
+batch_size="${batch_size:-}"            # images per update of the weights, over all GPUs and passes
+iter_size="${iter_size:-}"              # passes per update: more passes need less memory
+                                        # (both default to the recipe's; 256 and 2 for JacintoNet11, as published)
 DATA="${DATA:-./data}"                  # the folder that holds the two LMDBs
 TRAIN_LMDB="${TRAIN_LMDB:-$DATA/ilsvrc12_train_lmdb}"
 VAL_LMDB="${VAL_LMDB:-$DATA/ilsvrc12_val_lmdb}"
-recipe="${recipe:-imagenet_jacintonet11}" # a recipe's name, or the path of a .toml file
-caffe="${caffe:-}"                      # the caffe executable or its tree; empty: $CAFFE_ROOT, PATH, the installed one
+recipe="${recipe:-imagenet_jacintonet11}" # the name of a built-in recipe, or the path of a .toml file
+caffe="${caffe:-}"                      # the caffe executable or its tree; default: $CAFFE_ROOT, PATH, the installed one
 #--------------------------------------------------------------------------------------------------------
 
 repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
