@@ -21,13 +21,14 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import StopRequests
+from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.pycaffe.net import start_caffe
-from caffe_jacinto.engines.pycaffe.solver_file import read_solver
-from caffe_jacinto.engines.pycaffe.stepper import Job, Stepper, apply_thresholds
+from caffe_jacinto.engines.pycaffe.stepper import Job, Stepper
 from caffe_jacinto.networks.stage_files import stage_files, write_stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.prototxt.solver import read_solver
 from caffe_jacinto.recipes.load import load_recipe
 
 MASK_LIMIT = 0.02
@@ -52,12 +53,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("; ".join(info.notes))
     rows, within = [], True
     with tempfile.TemporaryDirectory() as scratch, _caffe_log_in(Path(scratch) / "caffe.log"):
-        caffe = start_caffe(info.pycaffe, ())
+        caffe, log = start_caffe(info.pycaffe, ())
         for number, (label, size, strides, batch) in enumerate(CASES):
             folder = Path(scratch) / str(number)
             folder.mkdir()
             step, hold, threshold = _measure(
-                _stepper(caffe, folder, size, strides, batch), arguments.iterations
+                _stepper(caffe, log, folder, size, strides, batch), arguments.iterations
             )
             share = hold / (step + hold)
             within = within and share <= MASK_LIMIT and threshold <= THRESHOLD_LIMIT
@@ -93,7 +94,9 @@ def _caffe_log_in(path: Path) -> Iterator[None]:
         os.close(terminal)
 
 
-def _stepper(caffe: object, folder: Path, size: int, strides: tuple[int, ...], batch: int) -> Stepper:
+def _stepper(
+    caffe: object, log: CaffeLog, folder: Path, size: int, strides: tuple[int, ...], batch: int
+) -> Stepper:
     """A sparse stage of JacintoNet11 on noise, before its first threshold."""
     _noise(folder / "noise", size, batch * BATCHES)
     values = {
@@ -109,8 +112,10 @@ def _stepper(caffe: object, folder: Path, size: int, strides: tuple[int, ...], b
         recipe, "sparse", Dialect.BVLC, folder=str(folder), gpus=(), iter_size=1, solver_mode_gpu=False
     )
     write_stage_files(files, folder)
-    job = Job(read_solver(folder / "solver.prototxt"), None, None, recipe.stages["sparse"].sparse, 0)
-    return Stepper(caffe, job, StopRequests())
+    job = Job(
+        read_solver(folder / "solver.prototxt", Dialect.BVLC), None, None, recipe.stages["sparse"].sparse, 0
+    )
+    return Stepper(caffe, job, StopRequests(), log)
 
 
 def _noise(folder: Path, size: int, images: int) -> None:
@@ -136,14 +141,13 @@ def _measure(stepper: Stepper, iterations: int) -> tuple[float, float, float]:
     thresholds, steps, holds = [], [], []
     for factor in FACTORS:
         begin = time.perf_counter()
-        apply_thresholds(stepper.layers, sparse, factor)
-        stepper.masks.freeze_zeros(stepper.weights())
+        stepper.pruner.apply_threshold(sparse, factor)
         thresholds.append(time.perf_counter() - begin)
     for _ in range(iterations):
         begin = time.perf_counter()
         stepper.solver.step(1)
         middle = time.perf_counter()
-        stepper.masks.hold(stepper.weights())
+        stepper.pruner.zero_weights()
         steps.append(middle - begin)
         holds.append(time.perf_counter() - middle)
     return statistics.median(steps), statistics.median(holds), statistics.median(thresholds)

@@ -13,15 +13,15 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.snapshots import (
     complete_snapshots,
     final_is_complete,
-    is_handed_over,
+    is_marked_complete,
     iteration_of,
-    record_handover,
+    mark_complete,
     start_point,
     survey,
 )
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
-from caffe_jacinto.pruning.masks import Masks, save_masks
+from caffe_jacinto.pruning.pruner import save_masks
 
 SHAPES = ((4, 3, 3, 3), (4,))
 
@@ -139,7 +139,7 @@ def test_the_forks_weights_are_held_against_the_network_beside_them(tmp_path: Pa
 def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 40):
         write_pair(tmp_path / "a", iteration)
-        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", Masks(), 0.5)
+        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", {}, 0.5)
     (tmp_path / "a_iter_30.masks.npz").unlink()
     damaged = tmp_path / "a_iter_40.masks.npz"
     damaged.write_bytes(damaged.read_bytes()[:-30])
@@ -153,7 +153,7 @@ def test_a_prefix_of_any_characters_has_its_masks(tmp_path: Path) -> None:
     prefix = tmp_path / "a[1]*"
     write_pair(prefix, 2)
     write_pair(prefix, 20)
-    save_masks(Path(f"{prefix}_iter_2.solverstate"), Masks(), 0.5)
+    save_masks(Path(f"{prefix}_iter_2.solverstate"), {}, 0.5)
     found = survey(prefix, Dialect.BVLC)
     assert [snapshot.iteration for snapshot in found.complete] == [2]
     assert "a[1]*_iter_20.masks.npz is missing" in found.skipped[0].reason
@@ -190,11 +190,11 @@ def test_final_weights(tmp_path: Path) -> None:
 def test_hand_over_record_is_of_just_these_weights(tmp_path: Path) -> None:
     final = tmp_path / "a_iter_20.caffemodel"
     write_pair(tmp_path / "a", 20)
-    assert not is_handed_over(final)
-    record_handover(final, 30)
-    assert is_handed_over(final)
+    assert not is_marked_complete(final)
+    mark_complete(final, 30)
+    assert is_marked_complete(final)
     final.write_bytes(final.read_bytes() + b"x")
-    assert not is_handed_over(final)
+    assert not is_marked_complete(final)
     for broken in ("", "[]", '{"sha256": 1}', "{"):
         (tmp_path / "a_iter_20.handover.json").write_text(broken)
-        assert not is_handed_over(final)
+        assert not is_marked_complete(final)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.prototxt.solver import learning_rate
-from caffe_jacinto.pruning.masks import Masks, load_masks, masks_file, save_masks
+from caffe_jacinto.pruning.pruner import Pruner, load_masks, masks_file, save_masks
 from caffe_jacinto.pruning.rule import (
     factor_cap,
     fork_start_factor,
@@ -183,13 +184,49 @@ def test_fork_start_factor_of_the_published_log(published: Path) -> None:
     assert fork_start_factor(PUBLISHED, 150000, log) == 0.81
 
 
+class ArrayPruner(Pruner):
+    """Prunes one convolution ``conv``, whose weights are an array."""
+
+    def __init__(self, weights: np.ndarray, sparse: SparseSettings | None = None, **options: object) -> None:
+        net = messages(Dialect.BVLC).NetParameter()
+        net.layer.add(name="conv", type="Convolution", top=["conv"])
+        self.weights, self.held, self.reports = weights, dict[str, np.ndarray](), list[str]()
+        unchanged = ["conv"] if options.get("unchanged") else []
+        super().__init__(net.layer, sparse, unchanged, self.reports.append)
+
+    def read(self, layer: str) -> np.ndarray:
+        return self.weights
+
+    def write(self, layer: str, weights: np.ndarray) -> None:
+        self.weights = weights
+
+    def hold(self, masks: Mapping[str, np.ndarray]) -> None:
+        self.held = dict(masks)
+
+
 @given(WEIGHTS)
-def test_masks_hold_what_was_zero(weights: np.ndarray) -> None:
-    masks = Masks()
-    masks.freeze_zeros({"a/b": weights})
-    moved = weights + 1
-    masks.hold({"a/b": moved})
-    assert ((moved == 0) == ((weights == 0) | (weights == -1))).all()
+def test_what_is_zero_is_frozen(weights: np.ndarray) -> None:
+    pruner = ArrayPruner(weights)
+    pruner.freeze_zeros()
+    assert ((pruner.held["conv"] == 0) == (weights == 0)).all()
+    assert pruner.counts() == ({"conv": int((weights == 0).sum())}, {"conv": weights.size})
+
+
+def test_the_schedule_prunes_at_its_steps_and_ends_at_its_target() -> None:
+    weights = np.arange(1, 32 * 32 * 9 + 1, dtype=np.float32).reshape(32, 32, 3, 3)
+    caps = {"threshold_maxratio": 10.0, "threshold_value_max": 1e9}
+    sparse = SparseSettings(target=0.5, start_iter=2, step_iter=2, step_factor=0.25, **caps)
+    pruner, sparsity = ArrayPruner(weights, sparse), []
+    for iteration in range(8):
+        pruner.after_update(iteration)
+        sparsity.append(pruner.sparsity())
+    assert sparsity == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]
+    assert [line for line in pruner.reports if "applying" in line] == [
+        f"Finding and applying sparsity: {factor}" for factor in ("0.25", "0.5")
+    ]
+    unchanged = ArrayPruner(weights, sparse, unchanged=True)
+    unchanged.after_update(2)
+    assert unchanged.factor == 0.25 and unchanged.sparsity() == 0
 
 
 @given(values=WEIGHTS, factor=st.floats(0, 1))
@@ -197,13 +234,14 @@ def test_masks_and_factor_come_back_from_their_file(
     tmp_path_factory: pytest.TempPathFactory, values: np.ndarray, factor: float
 ) -> None:
     snapshot = tmp_path_factory.getbasetemp() / "a_iter_7.solverstate"
-    weights = {"res2a_branch2a/conv": values}
-    masks = Masks()
-    masks.freeze_zeros(weights)
-    save_masks(snapshot, masks, factor)
-    back, place = load_masks(snapshot, weights)
-    assert place == factor
-    assert all((back.free[name] == masks.free[name]).all() for name in weights)
+    pruner = ArrayPruner(values)
+    pruner.freeze_zeros()
+    pruner.factor = factor
+    pruner.save(snapshot)
+    back = ArrayPruner(values)
+    back.load(snapshot)
+    assert back.factor == factor
+    assert (back.held["conv"] == pruner.held["conv"]).all()
 
 
 def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -211,9 +249,7 @@ def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     weights = {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}
     with pytest.raises(UserError, match="is missing"):
         load_masks(snapshot, weights)
-    masks = Masks()
-    masks.freeze_zeros(weights)
-    save_masks(snapshot, masks, 0.5)
+    save_masks(snapshot, {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}, 0.5)
     with pytest.raises(UserError, match="1 frozen weights are not zero"):
         load_masks(snapshot, {"conv": np.ones((1, 1, 1, 2), np.float32)})
     with pytest.raises(UserError, match="cannot be used"):

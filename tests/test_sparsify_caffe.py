@@ -19,7 +19,7 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import Engine, TrainJob
 from caffe_jacinto.engines.snapshots import complete_snapshots, survey
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.masks import load_masks
+from caffe_jacinto.pruning.pruner import load_masks
 
 pytestmark = pytest.mark.caffe
 
@@ -267,7 +267,7 @@ def test_killed_at_any_moment_it_goes_on(
     stage.solver(max_iter=end, snapshot=1, test_interval=1000)
     job = stage.job(end, snapshot=Path(newest.solverstate.name), sparse=sparse_settings())
     log_of_rest = stage.run(caffe_engine.train_commands(job))
-    assert "The ramp goes on from 0.6" in log_of_rest
+    assert "The sparsity schedule goes on from 0.6" in log_of_rest
     assert "Finding and applying" not in log_of_rest
     after = conv_weights(tmp_path / job.final_weights)
     assert all((after[name][frozen[name] == 0] == 0).all() for name in LAYERS)

@@ -16,7 +16,7 @@ from small_stage import SmallStage, write_digits
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.engines.pytorch.distributed import devices
+from caffe_jacinto.engines.pytorch.__main__ import main
 
 PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 RANKS = (
@@ -38,11 +38,9 @@ def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
 
 
 def test_gpu_lists() -> None:
-    assert devices("") == ()
-    assert devices("0,2") == (0, 2)
     for wrong in ("0,", "a", "-1", "0,0", "0 1"):
         with pytest.raises(UserError, match="-gpu"):
-            devices(wrong)
+            main(["train", "-solver", "s", f"-gpu={wrong}"])
 
 
 @pytest.mark.caffe

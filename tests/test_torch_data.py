@@ -16,10 +16,10 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import Order
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.engines.pytorch.feed import Inputs
-from caffe_jacinto.engines.pytorch.layer_setup import TEST, TRAIN
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.solver import TEST, TRAIN
 
 HEIGHT, WIDTH = 27, 32
 

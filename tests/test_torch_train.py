@@ -18,7 +18,6 @@ from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
-from caffe_jacinto.engines.contract import sparse_arguments
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.caffe
 
 PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
 ENOUGH = 60
-SPARSE = sparse_arguments(sparse_settings())
+SPARSE = [part for name, value in sparse_settings().by_name().items() for part in (f"-{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_killed_while_statistics_are_estimated(digits: Path, tmp_path: Path) -> 
         stage.solver()
     whole.run([[*PROGRAM, "-reestimate_batches", "5"]])
     process = start(killed, "-reestimate_batches", "1000000")
-    wait_for(lambda: "Re-estimating" in (killed.folder / "killed.log").read_text(), process)
+    wait_for(lambda: "Recalibrating" in (killed.folder / "killed.log").read_text(), process)
     process.kill()
     process.wait()
     assert not (killed.folder / "small_iter_20.handover.json").exists()
@@ -201,7 +200,7 @@ def test_frozen_zeros_never_move(initial: SmallStage, digits: Path, tmp_path: Pa
     start_weights = str(initial.folder / "small_iter_20.caffemodel")
     log = stage.run([[*PROGRAM, "-weights", start_weights, *SPARSE, "-reestimate_batches", "5"]])
     assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
-    assert "Re-estimating the statistics of 2 batch-norm layers over 5 batches" in log
+    assert "Recalibrating the statistics of 2 batch-norm layers over 5 batches" in log
     zeros = {name: weights_of(stage, 9)[name][0] == 0 for name in LAYERS}
     assert all(mask.any() for mask in zeros.values())
     for iteration in (10, 20, 30):
@@ -323,7 +322,7 @@ def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
         assert (finals[name][0][mask] == 0).all()
 
     log = torchrun(stage, "-dialect", "caffe_jacinto", "-snapshot", "small_iter_5.solverstate")
-    assert "The ramp goes on from 0.2" in log
+    assert "The sparsity schedule goes on from 0.2" in log
     again = weights_of(stage, 20)
     for name in LAYERS:
         np.testing.assert_array_equal(again[name][0], finals[name][0])

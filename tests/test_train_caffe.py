@@ -120,7 +120,7 @@ def test_status_from_elsewhere(trainer: Trainer, whole: tuple[int, str]) -> None
         (("initial", "l1reg"), "_iter_4.solverstate"),
         (("sparse",), "_iter_2.caffemodel"),
         (("finetune",), "Iteration 5"),
-        (("initial",), "Re-estimating"),
+        (("initial",), "Recalibrating"),
     ],
 )
 def test_both_killed_and_resumed(
@@ -245,7 +245,7 @@ def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:
     with trainer.running(
         *tiny(recipe_of(trainer.folder, "initial"), ("initial",)), "--output", "hand over"
     ) as process:
-        wait_for(lambda: "Re-estimating" in trainer.log("hand over", "initial"), "hand-over")
+        wait_for(lambda: "Recalibrating" in trainer.log("hand over", "initial"), "hand-over")
         os.kill(trainer.pid("hand over", "initial"), signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1

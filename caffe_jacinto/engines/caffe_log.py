@@ -1,7 +1,6 @@
-"""Log lines of the trainings that are written here: through Caffe's own logger, or as it would write them.
+"""Caffe's log lines, for the training loops that are written here.
 
-The wording of each line is Caffe's, or the fork's where stock Caffe has none, so that one reader serves all
-logs.
+The wording is Caffe's, or the fork's where stock Caffe has no such line, so that one reader serves all logs.
 """
 
 from __future__ import annotations
@@ -10,9 +9,15 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 
-def write_line(severity: str, message: str, source: str = "solver.py:0") -> None:
+def number(value: float) -> str:
+    """A float as C++ streams print it: six digits, no trailing zeros."""
+    return f"{value:g}"
+
+
+def write_line(severity: str, message: str, source: str) -> None:
     """A line on stderr in the form of Caffe's logger, glog; ``severity`` is I, W, E or F."""
     line = (
         f"{severity}{datetime.now():%Y%m%d %H:%M:%S.%f} {threading.get_native_id():5d} {source}] {message}\n"
@@ -20,65 +25,79 @@ def write_line(severity: str, message: str, source: str = "solver.py:0") -> None
     os.write(2, line.encode(errors="replace"))
 
 
-def _through_caffe(message: str) -> None:
-    """Caffe has to be started."""
-    from caffe import log
+class CaffeLog:
+    """Writes what a training reports as lines of Caffe's log."""
 
-    log(message)
+    def __init__(self, write: Callable[[str], None], source: str = "solver.py:0") -> None:
+        """``write`` writes an I line; ``source`` is the file and line that the other lines name."""
+        self.info = write
+        self._source = source
+
+    def warning(self, message: str) -> None:
+        """A W line."""
+        write_line("W", message, self._source)
+
+    def fatal(self, message: str) -> None:
+        """An F line; ending the program is the caller's part."""
+        write_line("F", message, self._source)
+
+    def using_devices(self, gpus: Sequence[int]) -> None:
+        """Where the solver runs."""
+        self.info(f"Using GPUs {', '.join(map(str, gpus))}" if gpus else "Use CPU.")
+
+    def solver(self, parameters: Any) -> None:
+        """The settings of a SolverParameter message."""
+        self.info(f"Initializing solver from parameters: \n{_text(parameters)}")
+
+    def net(self, definition: Any, data_shapes: Sequence[Sequence[int]], outputs: Sequence[str]) -> None:
+        """A NetParameter message, the shapes of its data layers' images, and its outputs."""
+        self.info(f"Initializing net from parameters: \n{_text(definition)}")
+        for shape in data_shapes:
+            self.info(f"output data size: {','.join(map(str, shape))}")
+        for name in outputs:
+            self.info(f"This network produces output {name}")
+        self.info("Network initialization done.")
+
+    def train_progress(self, iteration: int, seconds: float, iterations: int, loss: float) -> None:
+        """``iterations`` counts those since the last such line, which took ``seconds``."""
+        rate = iterations / seconds if seconds > 0 else 0.0
+        self.info(
+            f"Iteration {iteration} ({number(rate)} iter/s, {number(seconds)}s/{iterations} iter), "
+            f"loss = {number(loss)}"
+        )
+
+    def test_begins(self, iteration: int, index: int, recalibrated_over: int = 0) -> None:
+        """A test of net ``index``; ``recalibrated_over``: batches of its statistics, 0 for running ones."""
+        self.info(f"Iteration {iteration}, Testing net (#{index})")
+        if recalibrated_over:
+            self.info(f"    Test statistics: recalibrated over {recalibrated_over} batches")
+
+    def outputs(self, kind: str, values: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> None:
+        """The numbers of each output of the ``Train`` or ``Test`` net; ``weights`` has those of losses."""
+        listed = [(name, value) for name, numbers in values.items() for value in numbers]
+        for index, (name, value) in enumerate(listed):
+            self.info(f"    {kind} net output #{index}: {name} = {weighted(value, weights.get(name, 0.0))}")
+
+    def sparsity(self, zeros: Mapping[str, int], counts: Mapping[str, int]) -> None:
+        """Zeros and weights of each layer by name, and over all."""
+        self.info("Sparsity after update:")
+        self.info(f"Num Params({len(counts)}), Sparsity (zero_weights/count): ")
+        for name in sorted(counts):
+            self.info(f"{name}_param_0({zeros[name] / counts[name]:.3g}) ")
+        total, count = sum(zeros.values()), sum(counts.values())
+        self.info(
+            f"Total Sparsity (zero_weights/count) =  ({number(total)}/{number(count)}) "
+            f"{total / count if count else 0:.3g}"
+        )
 
 
-_write_info: Callable[[str], None] = _through_caffe
-
-
-def log_with(write: Callable[[str], None]) -> None:
-    """Write I lines with ``write`` from now on, and not through Caffe."""
-    global _write_info
-    _write_info = write
-
-
-def info(message: str) -> None:
-    """An I line."""
-    _write_info(message)
-
-
-def fatal(message: str) -> None:
-    """An F line; ending the program is the caller's (pycaffe's logger has no such lines)."""
-    write_line("F", message)
-
-
-def number(value: float) -> str:
-    """As C++ streams print a float: six digits, no trailing zeros."""
-    return f"{value:g}"
-
-
-def train_progress(iteration: int, seconds: float, iterations: int, loss: float) -> None:
-    """``iterations`` are those since the last such line, done in ``seconds``."""
-    rate = iterations / seconds if seconds > 0 else 0.0
-    info(
-        f"Iteration {iteration} ({number(rate)} iter/s, {number(seconds)}s/{iterations} iter), "
-        f"loss = {number(loss)}"
-    )
-
-
-def net_output(kind: str, index: int, name: str, value: float, loss_weight: float) -> None:
-    """One output of the ``Train`` or ``Test`` net."""
+def weighted(value: float, loss_weight: float) -> str:
+    """An output's value, with its part of the loss if it is one."""
     loss = f" (* {number(loss_weight)} = {number(loss_weight * value)} loss)" if loss_weight else ""
-    info(f"    {kind} net output #{index}: {name} = {number(value)}{loss}")
+    return f"{number(value)}{loss}"
 
 
-def sparsity(zeros: Mapping[str, int], counts: Mapping[str, int]) -> None:
-    """Zeros and weights of each layer by name, and over all."""
-    info("Sparsity after update:")
-    info(f"Num Params({len(counts)}), Sparsity (zero_weights/count): ")
-    for name in sorted(counts):
-        info(f"{name}_param_0({zeros[name] / counts[name]:.3g}) ")
-    total, count = sum(zeros.values()), sum(counts.values())
-    info(
-        f"Total Sparsity (zero_weights/count) =  ({number(total)}/{number(count)}) "
-        f"{total / count if count else 0:.3g}"
-    )
+def _text(message: Any) -> str:
+    from google.protobuf import text_format
 
-
-def using_devices(gpus: Sequence[int]) -> None:
-    """Where the solver runs."""
-    info(f"Using GPUs {', '.join(map(str, gpus))}" if gpus else "Use CPU.")
+    return str(text_format.MessageToString(message, as_utf8=True)).rstrip()

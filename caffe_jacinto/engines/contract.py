@@ -1,20 +1,22 @@
-"""The contract of the engines: what is asked of a Caffe, whichever kind it is.
+"""The contract of the engines: what a stage needs of a Caffe, whichever kind it is.
 
-An engine turns a job into commands (argument lists, never shell text). Whoever holds the job runs them one
-after the other and asks `Engine.finished` how it ended: Caffe exits with 0 when it was interrupted, too, so
-that an exit code alone does not say that a stage is done.
+An engine turns a job into commands (argument lists, never shell text). The driver runs them one after the
+other and then asks `Engine.finished`: Caffe exits with 0 when it is interrupted, too, so that an exit code
+alone does not show that a stage is done.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from caffe_jacinto.common.arguments import whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.recipes.model import SparseSettings, Stage
+from caffe_jacinto.recipes.model import SparseSettings, Stage, sparse_fields, sparse_settings
 
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
@@ -37,7 +39,7 @@ class EngineInfo:
     """The ``caffe`` program; of the engine on PyTorch, the Python that runs it."""
 
     version: str | None
-    """As the executable itself says it, e.g. ``1.0.0``; None if it says nothing of the kind."""
+    """What the executable reports, e.g. ``1.0.0``; None if it reports none."""
 
     dialect: Dialect
     gpu: bool
@@ -50,13 +52,13 @@ class EngineInfo:
     """Reads its training LMDB from the beginning after a resume."""
 
     own_rule: bool
-    """Zeros are taken and counted, and statistics re-estimated, by this project's code, not by the fork's."""
+    """Pruning, counting and recalibration are this project's code, not the fork's."""
 
     pycaffe: Path | None
-    """The folder to put on ``sys.path`` for ``import caffe``; None if this Python can import none."""
+    """The folder to put on ``sys.path`` for ``import caffe``; None if this Python cannot import one."""
 
     notes: tuple[str, ...]
-    """What the user should know of it, one line each."""
+    """What the user should know about it, one line each."""
 
     precision: Precision = "fp32"
     """bf16: only on PyTorch."""
@@ -64,14 +66,14 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The devices a stage really runs on, and the passes behind one update there."""
+    """The devices that a stage really runs on, and the passes of one update there."""
 
     gpus: tuple[int, ...]
     """Empty: the CPU."""
 
     iter_size: int
     note: str | None
-    """Why this is not what was asked for; None if it is."""
+    """Why this is not what was requested; None if it is."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class TrainJob:
 
     solver: Path
     weights: Path | None
-    """Start from these weights; None with ``snapshot`` None: from random ones."""
+    """Start from these weights; random ones if this and ``snapshot`` are None."""
 
     snapshot: Path | None
-    """Go on from this ``.solverstate``; ``weights`` is not used then."""
+    """Go on from this ``.solverstate``, without ``weights``."""
 
     gpus: tuple[int, ...]
     final_weights: Path
@@ -102,9 +104,9 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TestJob:
-    """Weights to score with a network's own accuracy layers."""
+    """Weights to evaluate with a network's own accuracy layers."""
 
-    __test__ = False  # its name is no sign for pytest
+    __test__ = False  # not a test, whatever pytest makes of its name
 
     model: Path
     weights: Path
@@ -119,7 +121,7 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
-        """Where ``stage`` runs when the recipe asks for ``gpus`` and ``iter_size`` passes an update."""
+        """Where ``stage`` runs if the recipe requests ``gpus`` and ``iter_size`` passes for each update."""
         ...
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
@@ -140,7 +142,7 @@ class Engine(Protocol):
         ...
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the stage's final weights are there, whole, and ready to be handed over."""
+        """Whether the stage is complete: its final weights exist, whole and recalibrated."""
         ...
 
     def test_command(self, job: TestJob) -> list[str]: ...
@@ -148,7 +150,7 @@ class Engine(Protocol):
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         """``sparsity_start_factor`` for a solver file that goes on from the snapshot of ``iteration``.
 
-        ``log`` is what the stage has printed so far. None: the snapshot itself carries the place in the ramp.
+        ``log`` is what the stage has printed so far. None: the snapshot itself holds the schedule's factor.
         """
         ...
 
@@ -157,7 +159,7 @@ def caffe_train(executable: Path, job: TrainJob) -> list[str]:
     """``caffe train`` for ``job``.
 
     Raises:
-        UserError: the path of the weights has a comma, which Caffe takes for the end of one of several paths.
+        UserError: the path of the weights has a comma, which separates paths for Caffe.
     """
     command = [str(executable), "train", "-solver", str(job.solver)]
     if job.snapshot is not None:
@@ -182,17 +184,60 @@ def gpu_arguments(gpus: tuple[int, ...]) -> list[str]:
     return ["-gpu", ",".join(map(str, gpus))] if gpus else []
 
 
-def sparse_arguments(sparse: SparseSettings) -> list[str]:
-    """What stock Caffe's solver has no fields for, named as the fork's; of ``by`` it has none."""
-    values = {
-        "sparsity_target": sparse.target,
-        "sparsity_start_iter": sparse.start_iter,
-        "sparsity_step_iter": sparse.step_iter,
-        "sparsity_step_factor": sparse.step_factor,
-        "sparsity_start_factor": sparse.start_factor,
-        "sparsity_by": sparse.by,
-        "sparsity_threshold_maxratio": sparse.threshold_maxratio,
-        "sparsity_threshold_value_max": sparse.threshold_value_max,
-        "display_sparsity": sparse.display,
-    }
-    return [part for name, value in values.items() for part in (f"-{name}", str(value))]
+def pruning_arguments(job: TrainJob) -> list[str]:
+    """The flags for what stock Caffe's solver file has no fields for; `pruning_settings` reads them."""
+    if job.sparse is None:
+        return ["-freeze_zeros"] if job.freeze_zeros else []
+    return [part for name, value in job.sparse.by_name().items() for part in (f"-{name}", str(value))]
+
+
+def recalibration_arguments(job: TrainJob) -> list[str]:
+    """The flags for batch-norm statistics."""
+    arguments = ["-reestimate_batches", str(job.reestimate_batches)]
+    return (
+        [*arguments, "-recalibrate_tests"] if job.recalibrate_tests and job.reestimate_batches else arguments
+    )
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, *, batches: int) -> None:
+    """The flags that our own programs have beyond Caffe's; ``batches`` is the default of one."""
+    parser.add_argument(
+        *("-reestimate_batches", "--reestimate_batches"),
+        type=whole_number(0),
+        default=batches,
+        metavar="N",
+        help="training batches to recalibrate batch-norm statistics over at the end (default: %(default)s)",
+    )
+    parser.add_argument(
+        *("-recalibrate_tests", "--recalibrate_tests"),
+        action="store_true",
+        default=False,
+        help="also before each scheduled test; training goes on with its own statistics",
+    )
+    parser.add_argument(
+        *("-freeze_zeros", "--freeze_zeros"),
+        action="store_true",
+        default=False,
+        help="hold the zeros that the convolutions' weights start with",
+    )
+    for key, field in sparse_fields().items():
+        annotation = SparseSettings.model_fields[key].annotation
+        kind: type = int if annotation is int else float if annotation is float else str
+        names = (f"-{field.name}", f"--{field.name}")
+        parser.add_argument(*names, type=kind, metavar="NAME" if kind is str else "N", help=field.help)
+
+
+def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
+    """What the flags of `add_stage_arguments` say of pruning; None where they ask for none.
+
+    Raises:
+        UserError: a value out of its range, or settings without a target.
+    """
+    names = [field.name for field in sparse_fields().values()]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    if "sparsity_target" not in given:
+        alone = [name for name in given if name != "display_sparsity"]
+        if alone:
+            raise UserError(f"-{alone[0]} is a setting of pruning, and -sparsity_target is missing: add it")
+        return None
+    return sparse_settings(given, "-")

@@ -1,7 +1,7 @@
-"""Snapshots of a stage that training can go on from, and why others cannot.
+"""A stage's snapshots: which of them training can go on from, and whether the stage is complete.
 
-Caffe writes a snapshot's two files one after the other, under their final names: after a kill either may be
-cut off, or be left from an earlier try.
+Caffe writes a snapshot's two files one after the other, under their final names. After a kill either may be
+cut off, or be left from an earlier attempt.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from caffe_jacinto.caffemodel.storage import (
     stored_state,
 )
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import looked_for, write_whole
+from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
-from caffe_jacinto.pruning.masks import MASKS_SUFFIX, check_masks_file
+from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, check_masks_file
 
 
-def handover_record(final_weights: Path) -> Path:
-    """The record's path, ``<prefix>_iter_N.handover.json``."""
+def completion_record(final_weights: Path) -> Path:
+    """The file that marks a stage complete, ``<prefix>_iter_N.handover.json``."""
     return final_weights.with_suffix(".handover.json")
 
 
-def record_handover(final_weights: Path, reestimated_batches: int) -> None:
-    """Say that ``final_weights`` are final, their statistics re-estimated over so many batches."""
-    content = {"sha256": _sha256(final_weights), "reestimated_batches": reestimated_batches}
-    write_whole(handover_record(final_weights), json.dumps(content, indent=1) + "\n")
+def mark_complete(final_weights: Path, recalibrated_batches: int) -> None:
+    """Record that ``final_weights`` are final, their statistics recalibrated over so many batches."""
+    content = {"sha256": _sha256(final_weights), "reestimated_batches": recalibrated_batches}
+    write_whole(completion_record(final_weights), json.dumps(content, indent=1) + "\n")
 
 
-def is_handed_over(final_weights: Path) -> bool:
-    """Whether there is a record of just these weights."""
+def is_marked_complete(final_weights: Path) -> bool:
+    """Whether there is a record of exactly these weights."""
     try:
-        content = json.loads(handover_record(final_weights).read_text())
+        content = json.loads(completion_record(final_weights).read_text())
         return bool(content["sha256"] == _sha256(final_weights))
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -129,7 +129,7 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
-    # Where zeros are held, every snapshot has its masks: written first, whole.
+    # A stage that holds zeros writes the masks of each snapshot first, whole.
     masked = any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
     complete, skipped = [], []
     for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
@@ -145,21 +145,12 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
 
 
 def final_is_complete(final_weights: Path, dialect: Dialect) -> bool:
-    """Whether ``<prefix>_iter_N.caffemodel`` and its solver state are there, whole."""
+    """Whether ``<prefix>_iter_N.caffemodel`` and its solver state exist, whole."""
     try:
         _checked(iteration_of(final_weights), final_weights, dialect)
     except UserError:
         return False
     return True
-
-
-def check_prefix(solver: Path, prefix: str) -> None:
-    """Raises UserError unless the folder is there that ``solver``'s snapshot_prefix puts snapshots into."""
-    folder = Path(prefix).parent
-    if not prefix or not folder.is_dir():
-        raise UserError(
-            f"{solver}: snapshot_prefix {prefix!r}: its folder is missing{looked_for(folder)}; make it first"
-        )
 
 
 def iteration_of(snapshot: Path) -> int:

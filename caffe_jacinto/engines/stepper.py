@@ -1,4 +1,4 @@
-"""The name of before of `engines.pycaffe.stepper`, which the run.sh of older run folders starts."""
+"""The old name of `engines.pycaffe.stepper`, which the run.sh of older run folders starts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The name of before of `engines.pytorch`, which the run.sh of older run folders starts."""
+"""The old name of `engines.pytorch`, which the run.sh of older run folders starts."""
 
 from caffe_jacinto.engines.pytorch.__main__ import main, script
 

@@ -26,7 +26,7 @@ from caffe_jacinto.networks.layers import (
 from caffe_jacinto.networks.registry import PUBLISHED_WITH_THE_FORK, build_network, for_finetuning
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
-from caffe_jacinto.prototxt.render import render
+from caffe_jacinto.prototxt.render import Name, render
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
 
@@ -287,12 +287,14 @@ def _solver(
 ) -> str:
     if val_images < 1:
         raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
-    if stage.sparse and start_factor is None:
-        start_factor = stage.sparse.start_factor
+    sparse = stage.sparse
+    if sparse and start_factor is not None:
+        sparse = sparse.model_copy(update={"start_factor": start_factor})
+    fields = sparse.by_name(solver=True) if sparse else {}
     return render(
         "solver.j2",
         solver=stage.solver,
-        sparse=stage.sparse,
+        sparse={Name(name): value for name, value in fields.items()},
         freeze_zeros=stage.freeze_zeros,
         dialect=dialect.value,
         train_net=str(Path(folder, TRAIN)),
@@ -303,7 +305,6 @@ def _solver(
         iter_size=iter_size,
         gpu=device is not None,
         device_id=device,
-        start_factor=start_factor,
     )
 
 

@@ -15,6 +15,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for, read_text
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.recipes.model import SparseSettings, sparse_fields, sparse_settings
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,31 @@ class SolverFile:
     def snapshot(self, iteration: int, extension: str) -> Path:
         """The file of a snapshot of ``iteration``."""
         return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}")
+
+    def pruning(self) -> SparseSettings | None:
+        """The sparsity schedule in caffe-jacinto's own fields; None where they do not prune.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        from caffe_jacinto.prototxt.render import number
+
+        fields = self.parameters
+        if not self.holds_zeros or fields.sparsity_target <= 0:
+            return None
+        names = [field.name for field in sparse_fields().values() if field.in_solver]
+        values: dict[str, Any] = {name: getattr(fields, name) for name in names}
+        for name, value in values.items():
+            if isinstance(value, float):  # what the file says, which float32 holds only nearly
+                values[name] = float(number(value))
+        values["sparsity_step_iter"] = max(fields.sparsity_step_iter, 1)
+        values["display_sparsity"] = fields.display_sparsity or 1000
+        return sparse_settings(values, f"{self.path}: ")
+
+    @property
+    def holds_zeros(self) -> bool:
+        """Whether caffe-jacinto's own fields hold zeros."""
+        return self.dialect is Dialect.CAFFE_JACINTO and bool(self.parameters.sparse_mode)
 
     def frozen_layers(self) -> frozenset[str]:
         """The layers of the training network that training leaves as they are."""

@@ -5,10 +5,14 @@ Types are strict: a string is never converted to a number, nor a number to a str
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from caffe_jacinto.common.errors import UserError
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4e38
@@ -166,29 +170,114 @@ class SolverSettings(_Settings):
         return self
 
 
+@dataclass(frozen=True)
+class SparseField:
+    """How a setting of a sparse stage is called outside of recipes."""
+
+    name: str
+    """The solver field of caffe-jacinto, and the command-line flag of our own programs."""
+
+    help: str
+    in_solver: bool = True
+    """Whether caffe-jacinto's solver has the field; our programs have the flag in any case."""
+
+
 class SparseSettings(_Settings):
-    """The ramp of thresholds that brings weights to zero, and its caps (the fork's ``sparsity_*`` fields)."""
+    """The sparsity schedule and the caps of its thresholds.
 
-    target: PositiveFraction = 0.8
-    """Zeros over weights, in the convolutions' weights, at which no more are taken."""
+    This is the one table of these settings. The flags of our own programs, the fields of caffe-jacinto's
+    solver and the order in which templates/prototxt/solver.j2 writes them follow from it.
+    """
 
-    start_iter: NaturalInt
-    step_iter: PositiveInt = 1000
-    step_factor: PositiveFraction = 0.01
-    start_factor: Fraction = 0.0
-    """The ramp's fraction before the first threshold, which applies this plus ``step_factor``."""
+    display: Annotated[
+        PositiveInt, SparseField("display_sparsity", "iterations between two reports of sparsity in the log")
+    ] = 1000
+    target: Annotated[
+        PositiveFraction,
+        SparseField("sparsity_target", "prune until this fraction of the convolutions' weights is zero"),
+    ] = 0.8
+    step_factor: Annotated[
+        PositiveFraction,
+        SparseField("sparsity_step_factor", "growth of the fraction from one threshold to the next"),
+    ] = 0.01
+    step_iter: Annotated[
+        PositiveInt, SparseField("sparsity_step_iter", "iterations between two thresholds")
+    ] = 1000
+    start_iter: Annotated[NaturalInt, SparseField("sparsity_start_iter", "iteration of the first threshold")]
+    start_factor: Annotated[
+        Fraction,
+        SparseField(
+            "sparsity_start_factor", "fraction that the first threshold adds sparsity_step_factor to"
+        ),
+    ] = 0.0
+    threshold_maxratio: Annotated[
+        PositiveFloat,
+        SparseField("sparsity_threshold_maxratio", "no threshold above this fraction of the largest weight"),
+    ] = 0.2
+    threshold_value_max: Annotated[
+        PositiveFloat, SparseField("sparsity_threshold_value_max", "no threshold above this value")
+    ] = 0.2
+    by: Annotated[
+        Literal["channel", "layer"],
+        SparseField(
+            "sparsity_by", "one threshold for each output channel, or for each layer", in_solver=False
+        ),
+    ] = "channel"
 
-    by: Literal["channel", "layer"] = "channel"
-    """What has one threshold: each output channel of a convolution, or each convolution as a whole."""
+    def by_name(self, *, solver: bool = False) -> dict[str, Any]:
+        """The settings by their names outside of recipes; with ``solver``, those that a solver file has."""
+        fields = sparse_fields().items()
+        return {field.name: getattr(self, key) for key, field in fields if field.in_solver or not solver}
 
-    threshold_maxratio: PositiveFloat = 0.2
-    """No threshold above this fraction of the largest weight of the channel (or layer)."""
 
-    threshold_value_max: PositiveFloat = 0.2
-    """No threshold above this value."""
+def sparse_fields() -> dict[str, SparseField]:
+    """The table of `SparseSettings`, by recipe key."""
+    return {
+        key: field
+        for key, info in SparseSettings.model_fields.items()
+        for field in info.metadata
+        if isinstance(field, SparseField)
+    }
 
-    display: PositiveInt = 1000
-    """Iterations between two lines of sparsity in the log."""
+
+def sparse_settings(values: Mapping[str, Any], prefix: str) -> SparseSettings:
+    """The settings that ``values`` has by their names outside of recipes.
+
+    Raises:
+        UserError: a value is missing or out of its range; the message has ``prefix`` before the name.
+    """
+    fields = sparse_fields()
+    try:
+        return SparseSettings(
+            **{key: values[field.name] for key, field in fields.items() if field.name in values}
+        )
+    except ValidationError as error:
+        problems = [(fields[str(problem["loc"][0])].name, problem) for problem in error.errors()]
+        raise UserError(
+            "; ".join(
+                f"{prefix}{name} is missing: add it"
+                if problem["type"] == "missing"
+                else f"{prefix}{name} is {problem['input']}; it has to be {_allowed(name)}"
+                for name, problem in problems
+            )
+        ) from None
+
+
+def _allowed(name: str) -> str:
+    """The values that a setting may have, in words."""
+    info = next(
+        SparseSettings.model_fields[key] for key, field in sparse_fields().items() if field.name == name
+    )
+    choices = get_args(info.annotation)
+    if choices:
+        return " or ".join(map(str, choices))
+    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}"}
+    return " and ".join(
+        text.format(getattr(limit, kind))
+        for limit in info.metadata
+        for kind, text in words.items()
+        if getattr(limit, kind, None) is not None
+    )
 
 
 class Stage(_Settings):

@@ -1,7 +1,6 @@
-"""Stock Caffe 1.0: ``caffe train`` where that is enough, its solver stepped through pycaffe where zeros must
-hold.
+"""Stock Caffe 1.0: ``caffe train``, or its solver stepped through pycaffe in stages that hold zeros.
 
-Batch-norm statistics are re-estimated at the end of every stage: they lag behind weights that change fast.
+Batch-norm statistics are recalibrated at the end of every stage: they lag behind weights that change fast.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from caffe_jacinto.engines.contract import (
     caffe_test,
     caffe_train,
     gpu_arguments,
-    sparse_arguments,
+    pruning_arguments,
+    recalibration_arguments,
 )
-from caffe_jacinto.engines.snapshots import final_is_complete, is_handed_over
+from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 
@@ -34,7 +34,7 @@ class BvlcEngine:
         self.info = info
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
-        """One device where zeros are held in place; the other GPUs' share of the batch by more passes."""
+        """One device if zeros are held in place; more passes make up for the other GPUs."""
         if len(gpus) < 2 or not (stage.sparse or stage.freeze_zeros):
             return DevicePlan(gpus, iter_size, None)
         passes = iter_size * len(gpus)
@@ -48,22 +48,22 @@ class BvlcEngine:
         return []
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
-        """``caffe train`` and the hand-over, or the stepper, which does both.
+        """``caffe train`` and then the recalibration, or the stepper, which does both.
 
-        Only the hand-over where the snapshot is the final one.
+        Only the recalibration if the snapshot is the final one.
         """
         if job.snapshot is not None and job.snapshot.stem == job.final_weights.stem:
-            return [self._reestimate(job)] if job.reestimate_batches else []
+            return [self._recalibrate(job)] if job.reestimate_batches else []
         if job.sparse or job.freeze_zeros:
             return [self._stepper(job)]
         training = caffe_train(self.info.executable, job)
-        return [training, self._reestimate(job)] if job.reestimate_batches else [training]
+        return [training, self._recalibrate(job)] if job.reestimate_batches else [training]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is complete and its statistics, if the job says so, re-estimated."""
+        """Whether the final snapshot is complete and, if the job says so, recalibrated."""
         if not final_is_complete(job.final_weights, self.info.dialect):
             return False
-        return job.reestimate_batches == 0 or is_handed_over(job.final_weights)
+        return job.reestimate_batches == 0 or is_marked_complete(job.final_weights)
 
     def test_command(self, job: TestJob) -> list[str]:
         return caffe_test(self.info.executable, job)
@@ -72,7 +72,7 @@ class BvlcEngine:
         """None: the stepper's snapshots hold the factor."""
         return None
 
-    def _reestimate(self, job: TrainJob) -> list[str]:
+    def _recalibrate(self, job: TrainJob) -> list[str]:
         return [
             *self._python("recalibrate", job),
             *("-weights", str(job.final_weights), "-batches", str(job.reestimate_batches)),
@@ -85,11 +85,7 @@ class BvlcEngine:
             command += ["-snapshot", str(job.snapshot)]
         elif job.weights is not None:
             command += ["-weights", str(job.weights)]
-        command += ["-reestimate_batches", str(job.reestimate_batches)]
-        if job.sparse:
-            command += sparse_arguments(job.sparse)
-        else:
-            command += ["-freeze_zeros"]
+        command += [*recalibration_arguments(job), *pruning_arguments(job)]
         return command + gpu_arguments(job.gpus[:1])
 
     def _python(self, module: str, job: TrainJob) -> list[str]:
@@ -101,7 +97,7 @@ class BvlcEngine:
     def _pycaffe(self) -> Path:
         if self.info.pycaffe is None:
             raise UserError(
-                "holding zeros and re-estimating batch-norm statistics need pycaffe, and "
+                "holding zeros and recalibrating batch-norm statistics need pycaffe, and "
                 f"{self.info.executable} has none that {sys.executable} can import "
                 f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh; "
                 "training.reestimate_batches=0 leaves the statistics as they are"

@@ -1,24 +1,28 @@
-"""A solver's test nets, run as Caffe runs them, on the weights of the train net."""
+"""Caffe's networks in memory, through pycaffe: their outputs, and the test networks of a solver."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.engines import caffe_log
-from caffe_jacinto.engines.pycaffe.solver_file import SolverFile
+from caffe_jacinto.engines.caffe_log import CaffeLog
+from caffe_jacinto.prototxt.solver import SolverFile
+from caffe_jacinto.pruning.pruner import Pruner
+from caffe_jacinto.recipes.model import SparseSettings
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from caffe_jacinto.pruning.pruner import Arrays
 
-def start_caffe(pycaffe: Path, gpus: tuple[int, ...]) -> Any:
-    """The ``caffe`` module from the folder ``pycaffe``, logging to stderr, on the first of ``gpus``.
+
+def start_caffe(pycaffe: Path, gpus: Sequence[int]) -> tuple[Any, CaffeLog]:
+    """The ``caffe`` module from the folder ``pycaffe``, on the first of ``gpus``, and its log (stderr).
 
     Raises:
         UserError: this Python cannot import it from there.
@@ -30,113 +34,106 @@ def start_caffe(pycaffe: Path, gpus: tuple[int, ...]) -> Any:
         raise UserError(f"{pycaffe}: {sys.executable} cannot import pycaffe from there: {error}") from error
 
     caffe.init_log(0, True)
-    caffe_log.info(f"This is Caffe {caffe.__version__} with pycaffe in {pycaffe}")
-    caffe_log.using_devices(gpus[:1])
+    log = CaffeLog(caffe.log)
+    log.info(f"This is Caffe {caffe.__version__} with pycaffe in {pycaffe}")
+    log.using_devices(gpus[:1])
+    use_device(caffe, gpus)
+    return caffe, log
+
+
+def use_device(caffe: Any, gpus: Sequence[int]) -> None:
+    """Compute on the first of ``gpus``, or on the CPU, in this thread: Caffe keeps its mode per thread."""
     if gpus:
         caffe.set_device(gpus[0])
         caffe.set_mode_gpu()
     else:
         caffe.set_mode_cpu()
-    return caffe
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution of a net in memory."""
+class CaffePruner(Pruner):
+    """Prunes a network of Caffe's, whose weights are NumPy views."""
 
-    name: str
-    group: int
-    blob: Any
-    """Of the weights: outputs, inputs / group, height, width."""
+    def __init__(
+        self,
+        net: Any,
+        solver: SolverFile,
+        layers: Sequence[Any],
+        sparse: SparseSettings | None,
+        log: CaffeLog,
+    ) -> None:
+        """``layers`` are the messages of the layers of ``net``, the train net of ``solver``."""
+        super().__init__(layers, sparse, solver.frozen_layers(), log.info)
+        self._blobs = {layer: net.params[layer][0] for layer in self.groups}
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.blob.shape)
+    def read(self, layer: str) -> NDArray[np.float32]:
+        return self._blobs[layer].data  # type: ignore[no-any-return]
 
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """A view, fetched from the device if they are there."""
-        return self.blob.data  # type: ignore[no-any-return]
+    def write(self, layer: str, weights: NDArray[np.float32]) -> None:
+        self._blobs[layer].data[...] = weights
 
-    @property
-    def gradients(self) -> NDArray[np.float32]:
-        """A view, as `weights`."""
-        return self.blob.diff  # type: ignore[no-any-return]
+    def hold(self, masks: Arrays) -> None:
+        """Nothing: the stepper zeroes the weights after each update."""
 
+    def zero_weights(self) -> None:
+        """Set the frozen weights to zero."""
+        import numpy as np
 
-def convolutions(net: Any) -> list[Convolution]:
-    """The convolutions of ``net``, but for one whose output goes straight into the softmax."""
-    types = [layer.type for layer in net.layers]
-    scores = {
-        blob for i, kind in enumerate(types) if kind.startswith("Softmax") for blob in net._bottom_ids(i)
-    }
-    for i, kind in enumerate(types):
-        # Caffe puts a Split between a blob and its several readers.
-        if kind == "Split" and scores.intersection(net._top_ids(i)):
-            scores.update(net._bottom_ids(i))
-    found = []
-    for i, (name, layer) in enumerate(zip(net._layer_names, net.layers, strict=True)):
-        if types[i] == "Convolution" and not scores.intersection(net._top_ids(i)):
-            channels = net._blobs[net._bottom_ids(i)[0]].shape[1]
-            found.append(Convolution(name, channels // layer.blobs[0].shape[1], layer.blobs[0]))
-    return found
+        for layer, mask in self.masks.items():
+            weights = self._blobs[layer].data
+            np.multiply(weights, mask, out=weights)
 
+    def zero_gradients(self) -> None:
+        """Set the gradients of the frozen weights to zero."""
+        import numpy as np
 
-@dataclass(frozen=True)
-class Output:
-    """One number that a net puts out."""
-
-    name: str
-    loss_weight: float
+        for layer, mask in self.masks.items():
+            gradients = self._blobs[layer].diff
+            np.multiply(gradients, mask, out=gradients)
 
 
-def outputs(net: Any) -> list[Output]:
-    """What the numbers of `output_values` are, in Caffe's order."""
-    weights = net.blob_loss_weights
-    return [
-        Output(name, float(weights.get(name, 0)))
-        for name in net.outputs
-        for _ in range(net.blobs[name].count)
-    ]
+def output_values(net: Any) -> dict[str, list[float]]:
+    """The numbers that the last forward pass put out, by output, in Caffe's order."""
+    return {name: [float(value) for value in net.blobs[name].data.flat] for name in net.outputs}
 
 
-def output_values(net: Any) -> list[float]:
-    """The numbers that the last forward pass put out."""
-    return [float(value) for name in net.outputs for value in net.blobs[name].data.flat]
+def loss_weights(net: Any) -> dict[str, float]:
+    """The weight of each blob that is a loss."""
+    return {name: float(weight) for name, weight in net.blob_loss_weights.items() if weight}
 
 
 def loss(net: Any) -> float:
     """The weighted loss of the last forward pass."""
-    return sum(
-        float(weight) * float(net.blobs[name].data.sum())
-        for name, weight in net.blob_loss_weights.items()
-        if weight
-    )
+    return sum(weight * float(net.blobs[name].data.sum()) for name, weight in loss_weights(net).items())
 
 
 class TestNets:
     """The test nets of ``solver``, sharing the weights of ``train_net``."""
 
-    __test__ = False  # its name is no sign for pytest
+    __test__ = False  # not a test, whatever pytest makes of its name
 
-    def __init__(self, caffe: Any, solver: SolverFile, train_net: Any) -> None:
-        self._train_net = train_net
+    def __init__(self, caffe: Any, solver: SolverFile, train_net: Any, log: CaffeLog) -> None:
+        self._train_net, self._log = train_net, log
         self._nets = []
-        for index, (file, batches) in enumerate(solver.test_nets):
-            caffe_log.info(f"Creating test net (#{index}) specified by test_net file: {file}")
-            self._nets.append((caffe.Net(file, caffe.TEST), batches))
+        for index, test in enumerate(solver.tests):
+            log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
+            self._nets.append((caffe.Net(str(test.file), caffe.TEST), test.batches))
 
-    def test(self, iteration: int, requests: StopRequests) -> None:
-        """Log the outputs of every net, averaged over its batches; a request to stop ends it."""
+    def test(self, iteration: int, requests: StopRequests, recalibrated_over: int = 0) -> None:
+        """Log the outputs of every net, averaged over its batches; a request to stop ends it.
+
+        ``recalibrated_over``: the batches that the statistics were recalibrated over; 0: running averages.
+        """
         for index, (net, batches) in enumerate(self._nets):
-            caffe_log.info(f"Iteration {iteration}, Testing net (#{index})")
+            self._log.test_begins(iteration, index, recalibrated_over)
             net.share_with(self._train_net)
-            sums = [0.0] * len(outputs(net))
+            sums: dict[str, list[float]] = {}
             for _ in range(batches):
                 if requests.stop:
-                    caffe_log.info("Test interrupted.")
+                    self._log.info("Test interrupted.")
                     return
                 net.forward()
-                sums = [total + value for total, value in zip(sums, output_values(net), strict=True)]
-            for number, (output, total) in enumerate(zip(outputs(net), sums, strict=True)):
-                caffe_log.net_output("Test", number, output.name, total / batches, output.loss_weight)
+                for name, values in output_values(net).items():
+                    before = sums.get(name, [0.0] * len(values))
+                    sums[name] = [total + value for total, value in zip(before, values, strict=True)]
+            means = {name: [total / batches for total in totals] for name, totals in sums.items()}
+            self._log.outputs("Test", means, loss_weights(net))

@@ -1,66 +1,124 @@
-"""Hand a stage's final weights over: batch-norm statistics estimated anew, the final test, the record.
+"""Recalibrate batch-norm statistics, run the final test, and mark a stage complete.
 
     python -m caffe_jacinto.engines.pycaffe.recalibrate -pycaffe DIR -solver solver.prototxt
         -weights final.caffemodel [-batches 30] [-gpu 0]
 
-Running averages lag behind weights that change fast, so that a network that trains well can test at chance.
+Running averages lag behind weights that change fast: a network that trains well can test at chance.
+Recalibrated statistics are averages over training batches with the weights as they are.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.arguments import Parser, whole_number
 from caffe_jacinto.common.errors import RunFailed, run_command
 from caffe_jacinto.common.files import sync_folder
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.engines import caffe_log
-from caffe_jacinto.engines.pycaffe.net import TestNets, start_caffe
-from caffe_jacinto.engines.pycaffe.solver_file import read_solver
-from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, record_handover
+from caffe_jacinto.engines.caffe_log import CaffeLog
+from caffe_jacinto.engines.pycaffe.net import TestNets, start_caffe, use_device
+from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 
 
-def hand_over(
+def complete_stage(
     net: Any,
     tests: TestNets,
     final_weights: Path,
     batches: int,
     requests: StopRequests,
-    frozen: Collection[str] = (),
+    frozen: Collection[str],
+    log: CaffeLog,
 ) -> bool:
-    """Estimate the statistics of ``net`` (in the TRAIN phase, with the final weights) over so many batches,
-    put them into ``final_weights``, test, and record that the weights are ready.
+    """Recalibrate ``net``, put its statistics into ``final_weights``, test, and mark the stage complete.
 
-    Batch-norm layers that are ``frozen`` keep their statistics.
+    ``net`` is in the TRAIN phase and has the final weights; the statistics become averages over ``batches``.
+    Batch-norm layers that are ``frozen`` keep their statistics. False: a request to stop came first.
 
-    Killed at any moment, it can be done again: nothing of the old statistics goes into the new, and the other
-    weights stay as they are. False: a request to stop came first, and there is no record.
+    After a kill at any moment it can be repeated: nothing of the old statistics goes into the new, and the
+    other weights stay as they are.
     """
-    if batches and not _reestimate(net, batches, requests, frozen):
-        return False
+    statistics = _statistics(net, frozen)
+    if batches and not statistics:
+        log.info("No batch-norm statistics to recalibrate")
+    if batches and statistics:
+        log.info(
+            f"Recalibrating the statistics of {len(statistics)} batch-norm layers over {batches} batches"
+        )
+        if not _recalibrate(statistics, batches, net.forward, requests):
+            return False
     if batches:
-        _replace_weights(net, final_weights)
-    tests.test(iteration_of(final_weights), requests)
+        _replace_weights(net, final_weights, log)
+    tests.test(iteration_of(final_weights), requests, batches if statistics else 0)
     if requests.stop:
         return False
-    record_handover(final_weights, batches)
+    mark_complete(final_weights, batches)
     return True
 
 
-def _reestimate(net: Any, batches: int, requests: StopRequests, frozen: Collection[str]) -> bool:
-    """Set the batch-norm statistics of ``net`` to averages over the next ``batches`` training batches."""
+class TestStatistics:
+    """Recalibrated statistics for the tests within a stage, which leave no trace in its training.
+
+    The batches go through a network of their own, with a place of its own in the data, that shares the blobs
+    of the training network. It lives in a thread of its own, since Caffe keeps random numbers for each
+    thread: building it and running it draws none of training's.
+    """
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    def __init__(
+        self, caffe: Any, solver: SolverFile, train_net: Any, batches: int, gpus: Sequence[int], log: CaffeLog
+    ) -> None:
+        self._statistics = _statistics(train_net, solver.frozen_layers())
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self.batches = batches if self._statistics else 0
+        """That the statistics are recalibrated over; 0: the network has none."""
+
+        def build() -> Any:
+            use_device(caffe, gpus)
+            if solver.parameters.random_seed >= 0:
+                caffe.set_random_seed(solver.parameters.random_seed)
+            net = caffe.Net(str(solver.train_file), caffe.TRAIN)
+            net.share_with(train_net)
+            return net
+
+        if self.batches:
+            log.info(f"Creating net for test statistics from train_net file: {solver.train_file}")
+            self._net = self._thread.submit(build).result()
+
+    @contextmanager
+    def lent(self, requests: StopRequests) -> Iterator[None]:
+        """While inside, the training network has recalibrated statistics; then its own again."""
+        own = [[blob.data.copy() for blob in layer.blobs] for layer in self._statistics]
+        try:
+            self._thread.submit(
+                _recalibrate, self._statistics, self.batches, lambda: self._net.forward(), requests
+            ).result()
+            yield
+        finally:
+            for layer, values in zip(self._statistics, own, strict=True):
+                for blob, value in zip(layer.blobs, values, strict=True):
+                    blob.data[...] = value
+
+
+def _statistics(net: Any, frozen: Collection[str]) -> list[Any]:
+    """The batch-norm layers of ``net`` whose statistics are not frozen."""
     named = zip(net._layer_names, net.layers, strict=True)
-    layers = [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
-    if not layers:
-        caffe_log.info("No batch-norm statistics to re-estimate")
-        return True
-    caffe_log.info(f"Re-estimating the statistics of {len(layers)} batch-norm layers over {batches} batches")
+    return [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
+
+
+def _recalibrate(
+    layers: Sequence[Any], batches: int, forward: Callable[[], object], requests: StopRequests
+) -> bool:
+    """Set the statistics to averages over ``batches`` passes. False: a request to stop came."""
     for layer in layers:
         # Sums of mean and variance, and their weight: from zero, they hold nothing of the past.
         for blob in layer.blobs:
@@ -68,13 +126,13 @@ def _reestimate(net: Any, batches: int, requests: StopRequests, frozen: Collecti
     for _ in range(batches):
         if requests.stop:
             return False
-        net.forward()
+        forward()
     return True
 
 
-def _replace_weights(net: Any, final_weights: Path) -> None:
-    caffe_log.info(f"Snapshotting to binary proto file {final_weights}")
-    descriptor, beside = tempfile.mkstemp(prefix=".reestimated.", dir=final_weights.parent)
+def _replace_weights(net: Any, final_weights: Path, log: CaffeLog) -> None:
+    log.info(f"Snapshotting to binary proto file {final_weights}")
+    descriptor, beside = tempfile.mkstemp(prefix=".recalibrated.", dir=final_weights.parent)
     try:
         net.save(beside)
         os.fsync(descriptor)
@@ -87,11 +145,11 @@ def _replace_weights(net: Any, final_weights: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="reestimate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-pycaffe", type=Path, required=True)
+    parser = Parser("recalibrate", (__doc__ or "").splitlines()[0])
+    parser.add_argument("-pycaffe", type=Path, required=True, help="the folder that holds caffe/_caffe.so")
     parser.add_argument("-solver", type=Path, required=True)
     parser.add_argument("-weights", type=Path, required=True)
-    parser.add_argument("-batches", type=int, default=30)
+    parser.add_argument("-batches", type=whole_number(0), default=30)
     parser.add_argument("-gpu", type=int, action="append", default=[])
     arguments = parser.parse_args(argv)
     if not final_is_complete(arguments.weights, Dialect.BVLC):
@@ -100,16 +158,16 @@ def main(argv: Sequence[str]) -> int:
             "training stopped before its last iteration; go on with it from the newest snapshot"
         )
     requests = StopRequests()
-    caffe = start_caffe(arguments.pycaffe, tuple(arguments.gpu))
+    caffe, log = start_caffe(arguments.pycaffe, arguments.gpu)
     requests.install()
-    solver = read_solver(arguments.solver)
+    solver = read_solver(arguments.solver, Dialect.BVLC)
     if solver.parameters.random_seed >= 0:
         caffe.set_random_seed(solver.parameters.random_seed)
-    net = caffe.Net(solver.train_net, caffe.TRAIN, weights=str(arguments.weights))
-    tests = TestNets(caffe, solver, net)
+    net = caffe.Net(str(solver.train_file), caffe.TRAIN, weights=str(arguments.weights))
+    tests = TestNets(caffe, solver, net, log)
     frozen = solver.frozen_layers()
-    if hand_over(net, tests, arguments.weights, arguments.batches, requests, frozen):
-        caffe_log.info(f"{arguments.weights} is ready to be handed over")
+    if complete_stage(net, tests, arguments.weights, arguments.batches, requests, frozen, log):
+        log.info(f"{arguments.weights}: the stage is complete")
     return 0
 
 

@@ -1,51 +1,51 @@
 """Train a stage of stock Caffe with zeros held in place: its solver, stepped through pycaffe.
 
     python -m caffe_jacinto.engines.pycaffe.stepper -pycaffe DIR -solver solver.prototxt
-        [-weights W.caffemodel | -snapshot S.solverstate] [-gpu 0] [-reestimate_batches 30]
+        [-weights W.caffemodel | -snapshot S.solverstate] [-gpu 0]
+        [-reestimate_batches 30] [-recalibrate_tests]
         -freeze_zeros | -sparsity_target 0.8 -sparsity_start_iter 20000 ...
 
-Each iteration is one step of Caffe's own solver, so that learning rate, momentum, regularization and clipping
-are Caffe's. After it the frozen weights are set to zero again: momentum from before a threshold moves them
-otherwise, and pycaffe does not show the momentum. Tests and snapshots are taken here, after that, not by the
-solver.
+Each iteration is one step of Caffe's own solver: learning rate, momentum, regularization and clipping are
+Caffe's. Then the frozen weights are set to zero again, since momentum from before a threshold moves them, and
+pycaffe gives no access to the momentum. Tests and snapshots are taken here, after that, not by the solver.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.engines import caffe_log
+from caffe_jacinto.engines.caffe_log import CaffeLog, number
+from caffe_jacinto.engines.contract import add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pycaffe.net import (
-    Convolution,
+    CaffePruner,
     TestNets,
-    convolutions,
     loss,
+    loss_weights,
     output_values,
-    outputs,
     start_caffe,
 )
-from caffe_jacinto.engines.pycaffe.recalibrate import hand_over
-from caffe_jacinto.engines.pycaffe.solver_file import SolverFile, read_solver, stepped_solver
-from caffe_jacinto.prototxt.solver import learning_rate
-from caffe_jacinto.pruning.masks import Masks, load_masks, save_masks
-from caffe_jacinto.pruning.options import add_sparse_options, sparse_settings
-from caffe_jacinto.pruning.rule import is_pruned, is_step, layer_fraction, next_factor, small_weights
+from caffe_jacinto.engines.pycaffe.recalibrate import TestStatistics, complete_stage
+from caffe_jacinto.netspec.graph import messages_in
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.solver import SolverFile, check_snapshot_folder, read_solver
 from caffe_jacinto.recipes.model import SparseSettings
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the stepper is told."""
+    """A stage for the stepper."""
 
     solver: SolverFile
     weights: Path | None
@@ -54,6 +54,8 @@ class Job:
     """None: only hold the zeros that the weights have at the start."""
 
     reestimate_batches: int
+    recalibrate_tests: bool = False
+    gpus: tuple[int, ...] = ()
 
 
 class LossWatch:
@@ -85,23 +87,22 @@ class LossWatch:
 class Stepper:
     """A stage in training."""
 
-    def __init__(self, caffe: Any, job: Job, requests: StopRequests) -> None:
-        self.job = job
+    def __init__(self, caffe: Any, job: Job, requests: StopRequests, log: CaffeLog) -> None:
+        self.job, self.requests, self.log = job, requests, log
         self.parameters = job.solver.parameters
-        self.requests = requests
-        self.solver = stepped_solver(caffe, job.solver)
-        self.tests = TestNets(caffe, job.solver, self.solver.net)
-        self.layers = convolutions(self.solver.net)
-        self.frozen_layers = job.solver.frozen_layers()
-        self.masks = Masks()
-        self.factor = job.sparse.start_factor if job.sparse else 0.0
+        self.solver = _stepped_solver(caffe, job.solver)
+        self.net = self.solver.net
+        self.tests = TestNets(caffe, job.solver, self.net, log)
+        self.pruner = CaffePruner(self.net, job.solver, messages_in(job.solver.train_net), job.sparse, log)
+        if not self.pruner.groups:
+            raise UserError(f"{job.solver.train_file}: has no convolution whose zeros could be held")
         self._start()
-        self.losses = LossWatch(
-            self.solver.net, self.parameters.iter_size, max(self.parameters.average_loss, 1)
-        )
+        batches = job.reestimate_batches if job.recalibrate_tests else 0
+        self.statistics = TestStatistics(caffe, job.solver, self.net, batches, job.gpus, log)
+        self.losses = LossWatch(self.net, self.parameters.iter_size, max(self.parameters.average_loss, 1))
         if self.parameters.clip_gradients > 0:
-            # Only here do the frozen weights' gradients count for the others: they are part of the norm.
-            self.solver.add_callback(lambda: None, self._hold_gradients)
+            # The norm that clipping compares includes the gradients of the frozen weights: they have to be 0.
+            self.solver.add_callback(lambda: None, self.pruner.zero_gradients)
         self._displayed, self._display_time = self.iteration, time.monotonic()
 
     @property
@@ -110,36 +111,23 @@ class Stepper:
         return int(self.solver.iter)
 
     def _start(self) -> None:
-        """Load what the stage starts from; its zeros hold from here on, as the fork has it."""
+        """Load the weights that the stage starts from. Their zeros are held from here on, as in the fork."""
         job = self.job
         if job.snapshot:
-            caffe_log.info(f"Resuming from {job.snapshot}")
+            self.log.info(f"Resuming from {job.snapshot}")
             self.solver.restore(str(job.snapshot))
-            self.masks, self.factor = load_masks(job.snapshot, self.weights())
-            if job.sparse:
-                caffe_log.info(f"The ramp goes on from {caffe_log.number(self.factor)}")
+            self.pruner.load(job.snapshot)
         elif job.weights:
-            caffe_log.info(f"Finetuning from {job.weights}")
-            self.solver.net.copy_from(str(job.weights))
-            self._freeze()
+            self.log.info(f"Finetuning from {job.weights}")
+            self.net.copy_from(str(job.weights))
+            self.pruner.freeze_zeros()
         self._last_snapshot = self.iteration
 
-    def weights(self) -> dict[str, Any]:
-        """The weights of each convolution by its name: views, to be changed in place."""
-        return {layer.name: layer.weights for layer in self.layers}
-
-    def _hold_gradients(self) -> None:
-        self.masks.hold({layer.name: layer.gradients for layer in self.layers})
-
-    def _freeze(self) -> None:
-        self.masks.freeze_zeros(self.weights())
-        caffe_log.info("All zero weights of convolution layers are frozen")
-
     def train(self) -> None:
-        """Train to the last iteration, or until a request to stop, and hand the final weights over."""
-        caffe_log.info("Starting Optimization")
-        caffe_log.info(f"Solving {self.job.solver.train_net}")
-        caffe_log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
+        """Train to the last iteration, or until a request to stop, and complete the stage."""
+        self.log.info("Starting Optimization")
+        self.log.info(f"Solving {self.job.solver.train_file}")
+        self.log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
         self._display_sparsity()
         while self.iteration < self.parameters.max_iter and not self.requests.stop:
             self._display_and_test()
@@ -148,8 +136,8 @@ class Stepper:
         if self._last_snapshot != self.iteration:
             self._snapshot()
         if self.iteration < self.parameters.max_iter or not self._finish():
-            caffe_log.info("Optimization stopped early.")
-        caffe_log.info("Optimization Done.")
+            self.log.info("Optimization stopped early.")
+        self.log.info("Optimization Done.")
 
     def _display_and_test(self) -> None:
         sparse, interval = self.job.sparse, self.parameters.test_interval
@@ -157,108 +145,86 @@ class Stepper:
             self._display_sparsity()
         first = self.iteration == 0 and not self.parameters.test_initialization
         if interval and self.iteration % interval == 0 and not first:
-            self.tests.test(self.iteration, self.requests)
+            batches = self.statistics.batches
+            with self.statistics.lent(self.requests) if batches else nullcontext():
+                self.tests.test(self.iteration, self.requests, batches)
 
     def _iterate(self) -> None:
         iteration = self.iteration
         self.solver.step(1)
         value = self.losses.end_iteration()
         if not math.isfinite(value):
-            caffe_log.fatal(f"Iteration {iteration}: the loss is not a number ({value})")
+            self.log.fatal(f"Iteration {iteration}: the loss is not a number ({value})")
             raise SystemExit(1)
-        self.masks.hold(self.weights())
+        self.pruner.zero_weights()
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration)
-        if self.job.sparse and is_step(self.job.sparse, iteration):
-            self._take_threshold(self.job.sparse)
+        self.pruner.after_update(iteration)
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if self.requests.take_snapshot() or due:
             self._snapshot()
 
-    def _take_threshold(self, sparse: SparseSettings) -> None:
-        factor = next_factor(sparse, self.factor, self._achieved())
-        if factor is None:
-            return
-        self.factor = factor
-        caffe_log.info(f"Finding and applying sparsity: {caffe_log.number(factor)}")
-        learning = [layer for layer in self.layers if layer.name not in self.frozen_layers]
-        apply_thresholds(learning, sparse, factor)
-        self._freeze()
-
-    def _achieved(self) -> float:
-        zeros, counts = count_zeros(self.layers)
-        return sum(zeros.values()) / max(sum(counts.values()), 1)
-
     def _snapshot(self) -> None:
-        """Masks first and the solver state last: where that is whole, so is all the rest."""
-        path = self.job.solver.snapshot(self.iteration, ".solverstate")
-        path.unlink(missing_ok=True)
-        save_masks(path, self.masks, self.factor)
+        """Masks first and the solver state last: where that is whole, so is the rest."""
+        state = self.job.solver.snapshot(self.iteration, ".solverstate")
+        state.unlink(missing_ok=True)
+        self.pruner.save(state)
         self.solver.snapshot()
         self._last_snapshot = self.iteration
 
     def _finish(self) -> bool:
-        """The lines that Caffe ends with, and the hand-over; False if a request to stop came first."""
+        """Caffe's last lines, then complete the stage; False if a request to stop came first."""
         self._display_sparsity()
-        self.solver.net.forward()
-        caffe_log.info(f"Iteration {self.iteration}, loss = {caffe_log.number(loss(self.solver.net))}")
+        self.net.forward()
+        self.log.info(f"Iteration {self.iteration}, loss = {number(loss(self.net))}")
         final = self.job.solver.snapshot(self.iteration, ".caffemodel")
-        batches = self.job.reestimate_batches
-        return hand_over(self.solver.net, self.tests, final, batches, self.requests, self.frozen_layers)
+        batches, frozen = self.job.reestimate_batches, self.job.solver.frozen_layers()
+        return complete_stage(self.net, self.tests, final, batches, self.requests, frozen, self.log)
 
     def _display(self, iteration: int) -> None:
         now = time.monotonic()
-        caffe_log.train_progress(
+        self.log.train_progress(
             iteration, now - self._display_time, self.iteration - self._displayed, self.losses.smoothed
         )
         self._displayed, self._display_time = self.iteration, now
-        net = self.solver.net
-        for index, (output, value) in enumerate(zip(outputs(net), output_values(net), strict=True)):
-            caffe_log.net_output("Train", index, output.name, value, output.loss_weight)
-        rate = caffe_log.number(learning_rate(self.parameters, iteration))
-        caffe_log.info(
-            f"Iteration {iteration}, lr = {rate}, m = {caffe_log.number(self.parameters.momentum)}"
-        )
+        self.log.outputs("Train", output_values(self.net), loss_weights(self.net))
+        rate, momentum = self.job.solver.rate(iteration), self.parameters.momentum
+        self.log.info(f"Iteration {iteration}, lr = {number(rate)}, m = {number(momentum)}")
 
     def _display_sparsity(self) -> None:
-        caffe_log.sparsity(*count_zeros(self.layers))
+        self.log.sparsity(*self.pruner.counts())
 
 
-def apply_thresholds(layers: Sequence[Convolution], sparse: SparseSettings, factor: float) -> None:
-    """Zero the small weights of every layer that takes part, in place."""
-    for layer in layers:
-        if is_pruned(layer.shape, layer.group):
-            weights = layer.weights
-            fraction = layer_fraction(layer.shape, layer.group, factor)
-            small = small_weights(
-                weights,
-                fraction,
-                maxratio=sparse.threshold_maxratio,
-                value_max=sparse.threshold_value_max,
-                by=sparse.by,
-            )
-            weights[small] = 0
+def _stepped_solver(caffe: Any, solver: SolverFile) -> Any:
+    """Caffe's solver for ``solver``, without the tests, snapshots and display that the stepper does itself.
+
+    Caffe would do them at the right iterations, but before the frozen weights are set to zero.
+    """
+    from google.protobuf import text_format
+
+    quiet = type(solver.parameters)()
+    quiet.CopyFrom(solver.parameters)
+    for field in ("test_net", "test_iter", "test_state", "test_interval", "display", "snapshot"):
+        quiet.ClearField(field)
+    quiet.snapshot_format = quiet.BINARYPROTO
+    if quiet.net:
+        quiet.train_net = quiet.net
+        quiet.ClearField("net")
+    with tempfile.NamedTemporaryFile("w", suffix=".prototxt", encoding="utf-8") as file:
+        file.write(text_format.MessageToString(quiet, as_utf8=True))
+        file.flush()
+        return caffe.get_solver(file.name)
 
 
-def count_zeros(layers: Sequence[Convolution]) -> tuple[dict[str, int], dict[str, int]]:
-    """Zeros and weights of each layer, by name."""
-    import numpy as np
-
-    weights = {layer.name: layer.weights for layer in layers}
-    zeros = {name: values.size - int(np.count_nonzero(values)) for name, values in weights.items()}
-    return zeros, {name: values.size for name, values in weights.items()}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="stepper", description=(__doc__ or "").splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser("stepper", (__doc__ or "").splitlines()[0])
     parser.add_argument("-pycaffe", type=Path, required=True, help="the folder that holds caffe/_caffe.so")
     parser.add_argument("-solver", type=Path, required=True)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("-weights", type=Path)
     start.add_argument("-snapshot", type=Path)
     parser.add_argument("-gpu", type=int, action="append", default=[])
-    parser.add_argument("-reestimate_batches", type=int, default=30)
-    add_sparse_options(parser)
+    add_stage_arguments(parser, batches=30)
     return parser
 
 
@@ -266,20 +232,23 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if (arguments.sparsity_target is None) != arguments.freeze_zeros:
         raise UserError("give either -sparsity_target with its settings, or -freeze_zeros")
-    sparse = sparse_settings(arguments)
+    sparse = pruning_settings(arguments)
     if sparse is None and not (arguments.weights or arguments.snapshot):
         raise UserError("-freeze_zeros needs -weights or -snapshot: random weights have no zeros to hold")
     requests = StopRequests()
-    caffe = start_caffe(arguments.pycaffe, tuple(arguments.gpu))
+    caffe, log = start_caffe(arguments.pycaffe, arguments.gpu)
     requests.install()
     job = Job(
-        solver=read_solver(arguments.solver),
+        solver=read_solver(arguments.solver, Dialect.BVLC),
         weights=arguments.weights,
         snapshot=arguments.snapshot,
         sparse=sparse,
         reestimate_batches=arguments.reestimate_batches,
+        recalibrate_tests=arguments.recalibrate_tests,
+        gpus=tuple(arguments.gpu),
     )
-    Stepper(caffe, job, requests).train()
+    check_snapshot_folder(job.solver)
+    Stepper(caffe, job, requests, log).train()
     return 0
 
 

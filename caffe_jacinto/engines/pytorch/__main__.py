@@ -10,15 +10,18 @@ torchrun --nnodes 2 --nproc-per-node 4 ... -m caffe_jacinto.engines.pytorch trai
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
 from caffe_jacinto.common.errors import USER_ERROR, RunFailed, UserError, run_command
+from caffe_jacinto.common.processes import end_with_parent
+from caffe_jacinto.engines.contract import add_stage_arguments, pruning_settings
+from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.options import add_sparse_options, sparse_settings
 
 
 def script() -> int:
@@ -27,71 +30,58 @@ def script() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the first argument says; returns the exit code."""
+    """Carry out the action that the first argument names; returns the exit code."""
     if list(argv) in (["--version"], ["-version"]):
         print(f"caffe version {__version__} (caffe-torch)")
         return 0
-    options = _parser().parse_args(argv)
-    from caffe_jacinto.common import processes as parent
-    from caffe_jacinto.engines.pytorch import distributed as launch
+    arguments = _parser().parse_args(argv)
+    options = Options()
+    for name in vars(arguments).keys() & vars(options).keys():
+        setattr(options, name, getattr(arguments, name))
+    options.sparse = pruning_settings(arguments)
+    from caffe_jacinto.engines.pytorch import distributed
 
-    gpus = launch.devices(options.gpu)
+    if options.action == "check":
+        return _check(options)
+    if options.gpus is None:
+        options.gpus = distributed.all_gpus()
     if options.action == "device_query":
-        return launch.describe_devices(gpus)
-    if options.action == "train" and len(gpus) > 1 and not launch.is_rank():
-        return launch.launch_ranks(argv, len(gpus))
-    if launch.is_rank():
-        parent.end_with_parent()
+        return distributed.describe_devices(options.gpus)
+    if options.action == "train" and len(options.gpus) > 1 and not distributed.is_rank():
+        return distributed.launch_ranks(argv, len(options.gpus))
+    if distributed.is_rank():
+        end_with_parent()
     try:
-        return _act(options, gpus)
+        return _act(options)
     except UserError as error:
-        # What is wrong before the ranks have met is wrong in all of them: said once.
-        if launch.is_another_rank() and not isinstance(error, RunFailed):
+        # What is wrong before the ranks have met is wrong in all of them: reported once.
+        if distributed.is_another_rank() and not isinstance(error, RunFailed):
             return USER_ERROR
         raise
 
 
-def _act(options: argparse.Namespace, gpus: tuple[int, ...]) -> int:
+def _act(options: Options) -> int:
     if options.action == "time":
         from caffe_jacinto.engines.pytorch.timing import time_net
 
-        return time_net(
-            options.model, options.dialect, gpus, iterations=options.iterations, precision=options.precision
-        )
+        return time_net(options)
     if options.action == "test":
-        from caffe_jacinto.engines.pytorch.evaluate import TestOptions, test
+        from caffe_jacinto.engines.pytorch.evaluate import test
 
-        return test(
-            TestOptions(
-                model=options.model,
-                weights=options.weights,
-                iterations=options.iterations,
-                dialect=options.dialect,
-                gpus=gpus,
-                precision=options.precision,
-                display_sparsity=options.display_sparsity,
-                workers=options.workers,
-                level=options.level,
-                stages=options.stage,
-            )
-        )
-    from caffe_jacinto.engines.pytorch.train import TrainOptions, train
+        return test(options)
+    from caffe_jacinto.engines.pytorch.train import train
 
-    return train(
-        TrainOptions(
-            solver=options.solver,
-            dialect=options.dialect,
-            weights=options.weights,
-            snapshot=options.snapshot,
-            gpus=gpus,
-            precision=options.precision,
-            shuffle=options.shuffle,
-            workers=options.workers,
-            sparse=sparse_settings(options),
-            freeze_zeros=options.freeze_zeros,
-            reestimate_batches=options.reestimate_batches,
-        )
-    )
+    return train(options)
+
+
+def _check(options: Options) -> int:
+    """Read stages' prototxts as JSON, and print what training would refuse in them, as JSON."""
+    from caffe_jacinto.engines.pytorch.train import check_stages
+
+    content = json.load(sys.stdin)
+    images = {path: tuple(shape) for path, shape in content["images"].items()}
+    print(json.dumps(check_stages(content["stages"], images, options.dialect)))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,16 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "-shuffle", "--shuffle", action="store_true", help="another order of the images each time through"
     )
-    train.add_argument(
-        "-reestimate_batches",
-        "--reestimate_batches",
-        type=_number(0),
-        default=0,
-        metavar="N",
-        help="training batches to estimate batch-norm statistics over at the end (default: %(default)s)",
-    )
-    add_sparse_options(train)
-    test = _action(actions, "test", "score weights by a model's outputs")
+    add_stage_arguments(train, batches=0)
+    test = _action(actions, "test", "evaluate weights by a model's outputs")
     test.add_argument("-weights", "--weights", type=_paths, required=True, metavar="FILE")
     test.add_argument(
         *("-display_sparsity", "--display_sparsity"), nargs="?", type=_flag, const=True, default=False
@@ -129,9 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     time = _action(actions, "time", "time a model's layers")
     for action in (test, time):
         action.add_argument("-model", "--model", type=Path, required=True, metavar="FILE")
-        action.add_argument("-iterations", "--iterations", type=_number(1), default=50, metavar="N")
+        action.add_argument("-iterations", "--iterations", type=whole_number(1), default=50, metavar="N")
     query = actions.add_parser("device_query", help="what GPUs there are", description="What GPUs there are.")
-    query.add_argument("-gpu", "--gpu", default="all", metavar="0,1|all")
+    query.add_argument("-gpu", "--gpu", dest="gpus", type=_gpus, default=None, metavar="0,1|all")
+    # For preflight; it is not in the list of actions.
+    check = actions.add_parser("check", description="Check stages, read as JSON from standard input.")
+    check.add_argument("-dialect", type=_dialect, required=True)
     return parser
 
 
@@ -139,7 +124,9 @@ def _action(actions: argparse._SubParsersAction[Parser], name: str, what: str) -
     """A subcommand, with the arguments that train, test and time share."""
     description = f"{what[0].upper()}{what[1:]}."
     parser = actions.add_parser(name, help=what, prog=f"caffe-torch {name}", description=description)
-    parser.add_argument("-gpu", "--gpu", default="", metavar="0,1|all", help="default: the CPU")
+    parser.add_argument(
+        *("-gpu", "--gpu"), dest="gpus", type=_gpus, default=(), metavar="0,1|all", help="default: the CPU"
+    )
     parser.add_argument(
         "-dialect",
         "--dialect",
@@ -156,18 +143,14 @@ def _action(actions: argparse._SubParsersAction[Parser], name: str, what: str) -
         help="of convolutions and products; weights and statistics are fp32 (default: %(default)s)",
     )
     parser.add_argument(
-        "-workers", "--workers", type=_number(1), metavar="N", help="processes that decode images"
+        "-workers", "--workers", type=whole_number(1), metavar="N", help="processes that decode images"
     )
     return parser
 
 
-def _number(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text) <= 2**31 - 1:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {least}")
-        return int(text)
-
-    return read
+def _gpus(text: str) -> tuple[int, ...] | None:
+    """A list of GPU numbers, or None for ``all``."""
+    return None if text == "all" else gpu_list(text)
 
 
 def _paths(text: str) -> tuple[Path, ...]:

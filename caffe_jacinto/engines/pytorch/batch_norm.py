@@ -1,21 +1,27 @@
-"""Batch normalisation in both of its forms.
+"""Batch normalization in both of its forms, and the recalibration of its statistics.
 
-Stock Caffe: three blobs (mean, variance, factor); the first two are sums, weighted by the moving average
-fraction and stored times the factor. A Scale layer follows. The fork: five blobs (mean, variance, a factor
-that nothing reads, scale, shift); the first two are plain moving averages.
+Stock Caffe: three blobs (mean, variance, factor). The first two are sums, weighted by the moving average
+fraction and stored times the factor. A Scale layer follows. The fork: five blobs (mean, variance, an unused
+factor, scale, shift). The first two are plain moving averages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F  # noqa: N812 - its name everywhere
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch.layer_setup import TEST, Forward, LayerSetup
-from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup
+from caffe_jacinto.prototxt.dialects import FORK_MIN_EPS, Dialect
+from caffe_jacinto.prototxt.solver import TEST
 
-FORK_MIN_EPS = 1e-5
-"""CUDNN_BN_MIN_EPSILON: the fork takes no less."""
+if TYPE_CHECKING:
+    from caffe_jacinto.engines.pytorch.distributed import Ranks
+    from caffe_jacinto.engines.pytorch.net import Net
 
 Affine = tuple[Tensor, Tensor | None]
 """Scale and shift of each channel."""
@@ -91,3 +97,59 @@ class fused_batch_norm:  # noqa: N801 - called like the builders
         if scale is not None:
             result = result * scale.reshape(spread)
         return result if shift is None else result + shift.reshape(spread)
+
+
+class Statistics:
+    """The batch-norm statistics of a net in training; each rank has those of its own batches."""
+
+    def __init__(self, net: Net, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._fork = net.dialect is Dialect.CAFFE_JACINTO
+        norms = [layer for layer in net.layers if layer.type == "BatchNorm"]
+        self._all = [blob.tensor for layer in norms for blob in net.layer_blobs[layer.name][:3]]
+        moving = [layer for layer in norms if not layer.batch_norm_param.use_global_stats]
+        self.layers = len(moving)
+        """How many layers have statistics that move."""
+
+        self._averages = [
+            (blob.tensor, layer.batch_norm_param.moving_average_fraction)
+            for layer in moving
+            # The fork's third blob is a factor that stays.
+            for blob in net.layer_blobs[layer.name][: 2 if self._fork else 3]
+        ]
+
+    def share(self) -> None:
+        """Give all ranks those of the first."""
+        self._ranks.copy_from_first(self._all)
+
+    def recalibrate(self, batches: int, one_pass: Callable[[], object], stop: Callable[[], bool]) -> bool:
+        """Set the statistics to averages over ``batches`` passes, which the ranks share out.
+
+        ``one_pass`` is a pass of this rank in the train phase. False: ``stop`` requested an end.
+        """
+        passes = -(-batches // self._ranks.size)
+        with torch.no_grad():
+            # From zero, nothing of the old statistics goes into the new.
+            for tensor, _ in self._averages:
+                tensor.zero_()
+            for _ in range(passes):
+                if any(self._ranks.any(stop())):
+                    return False
+                one_pass()
+            if self._fork:
+                # Averages that began at zero; stock Caffe's are sums, with their weight in the third blob.
+                for tensor, fraction in self._averages:
+                    tensor /= 1 - fraction**passes
+            self._ranks.average([tensor for tensor, _ in self._averages])
+        return True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put the statistics back, at the end, as they are now."""
+        self.share()  # as every test does: with recalibration or without, ranks go on with the same ones
+        own = [tensor.clone() for tensor, _ in self._averages]
+        try:
+            yield
+        finally:
+            for (tensor, _), values in zip(self._averages, own, strict=True):
+                tensor.copy_(values)

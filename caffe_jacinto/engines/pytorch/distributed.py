@@ -1,4 +1,4 @@
-"""The devices that ``-gpu`` names, and a rank for each of several, by PyTorch's own launcher."""
+"""Devices and ranks: one for each of several GPUs, by PyTorch's own launcher; the log of the first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto import __version__
+from caffe_jacinto.common.errors import FAILED, USER_ERROR, RunFailed, UserError
 from caffe_jacinto.common.processes import keep_freed_memory
+from caffe_jacinto.engines.caffe_log import CaffeLog, write_line
+from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""
@@ -60,7 +63,7 @@ class Ranks:
         self._control: Any = None
         if self.size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-            # Wishes to stop are compared on the CPU, so that nothing waits for the device.
+            # Requests to stop are compared on the CPU, so that nothing waits for the device.
             self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property
@@ -96,11 +99,11 @@ class Ranks:
         dist.all_reduce(summed, group=self._control)
         return [float(value) for value in summed]
 
-    def any(self, *wishes: bool) -> tuple[bool, ...]:
-        """Which wishes at least one rank has."""
+    def any(self, *requests: bool) -> tuple[bool, ...]:
+        """Which requests at least one rank has."""
         if self.size == 1:
-            return wishes
-        flags = torch.tensor(wishes, dtype=torch.int32)
+            return requests
+        flags = torch.tensor(requests, dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
         return tuple(bool(flag) for flag in flags)
 
@@ -118,36 +121,53 @@ class Ranks:
             dist.destroy_process_group()
 
 
-PROGRAM = "caffe_jacinto.engines.pytorch"
+SOURCE = "caffe.cpp:0"
+"""The file that Caffe's own command line logs from: readers of logs know it by that."""
+
+
+@contextmanager
+def open_log(ranks: Ranks, gpus: Sequence[int], options: Options) -> Iterator[CaffeLog]:
+    """The log, written by the first rank alone. It begins with what this program is and where it runs.
+
+    A `UserError` inside becomes a fatal line, as readers of the log expect it, and the exit code.
+    """
+    log = CaffeLog(_write_info if ranks.first else lambda message: None, SOURCE)
+    log.info(
+        f"This is caffe-torch {__version__} (PyTorch {torch.__version__}, files of dialect "
+        f"{options.dialect.value}, {options.precision})"
+    )
+    # Over several machines the ranks count, wherever their GPUs are.
+    log.using_devices(gpus if ranks.size in (1, len(gpus)) or not gpus else range(ranks.size))
+    if ranks.size > 1 and not gpus:
+        log.info(f"{ranks.size} ranks train together")
+    try:
+        yield log
+    except UserError as error:
+        log.fatal(str(error))
+        raise SystemExit(FAILED if isinstance(error, RunFailed) else USER_ERROR) from None
+    except torch.OutOfMemoryError as error:
+        log.fatal(f"the GPU's memory is too small: use a smaller batch_size ({UserError(error)})")
+        raise SystemExit(FAILED) from None
+
+
+def _write_info(message: str) -> None:
+    write_line("I", message, SOURCE)
+
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks the ranks to stop, or for a snapshot."""
+"""Requests to stop, or for a snapshot."""
 
 
-def devices(text: str) -> tuple[int, ...]:
-    """``0,1`` or ``all`` as GPU numbers; nothing is the CPU.
+def all_gpus() -> tuple[int, ...]:
+    """The GPUs of this machine.
 
     Raises:
-        UserError: it is no such list, or there is no GPU for ``all``.
+        UserError: there is none.
     """
-    if not text.strip():
-        return ()
-    if text == "all":
-        import torch
-
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise UserError(
-                "-gpu all: this machine has no GPU that PyTorch can use; leave -gpu out for the CPU"
-            )
-        return tuple(range(count))
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts):
-        raise UserError(f"-gpu {text!r} is no list of GPU numbers like 0,1, nor 'all'")
-    gpus = tuple(map(int, parts))
-    if len(set(gpus)) < len(gpus):
-        raise UserError(f"-gpu {text} names a GPU twice")
-    return gpus
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError("-gpu all: this machine has no GPU that PyTorch can use; leave -gpu out for the CPU")
+    return tuple(range(count))
 
 
 def is_rank() -> bool:
@@ -156,7 +176,7 @@ def is_rank() -> bool:
 
 
 def is_another_rank() -> bool:
-    """Whether this is a rank that does not speak for all."""
+    """Whether this is a rank that does not report for all."""
     return os.environ.get("RANK", "0") != "0"
 
 
@@ -171,7 +191,7 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Of its own words, on top of a rank's own message, there is no use.
+    # The rank that failed has reported why; the launcher's own messages add nothing.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         run_id=str(uuid.uuid4()),
@@ -184,7 +204,7 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.2,
-        # Only this one ends the ranks at once; those that ask them to stop are passed on below.
+        # Only this signal ends the ranks at once; requests to stop are passed on below.
         signals_to_handle="SIGQUIT",
     )
     for number in _PASSED_ON:
@@ -225,8 +245,6 @@ def describe_devices(gpus: tuple[int, ...]) -> int:
     Raises:
         UserError: there is no such GPU.
     """
-    import torch
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for gpu in gpus:
         if gpu >= count:

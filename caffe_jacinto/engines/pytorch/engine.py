@@ -1,17 +1,20 @@
 """The engine on PyTorch: the same prototxts, logs and snapshots without a Caffe, in either dialect.
 
-All that a stage needs (thresholds, frozen zeros, the hand-over) is one command, on any number of GPUs.
+A stage is one command of `caffe-torch`, whatever it needs: pruning, recalibration, several GPUs.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
@@ -21,27 +24,75 @@ from caffe_jacinto.engines.contract import (
     TestJob,
     TrainJob,
     gpu_arguments,
-    sparse_arguments,
+    pruning_arguments,
+    recalibration_arguments,
 )
-from caffe_jacinto.engines.snapshots import final_is_complete, is_handed_over
+from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 PROGRAM = "caffe_jacinto.engines.pytorch"
 
 
+@dataclass
+class Options:
+    """The arguments of `caffe-torch`, with their defaults; not all of them belong to each action."""
+
+    action: str = ""
+    solver: Path = Path()
+    model: Path = Path()
+    weights: tuple[Path, ...] = ()
+    """Start from these, the later ones over the earlier; or evaluate them."""
+
+    snapshot: Path | None = None
+    """Go on from this ``.solverstate``."""
+
+    gpus: tuple[int, ...] | None = ()
+    """Empty: the CPU; None: all GPUs."""
+
+    dialect: Dialect = Dialect.BVLC
+    precision: Precision = "fp32"
+    workers: int | None = None
+    """Processes that decode images, for each rank; None: as many as suit the machine."""
+
+    shuffle: bool = False
+    """Another order of the images in each epoch, even if the prototxt does not say so."""
+
+    sparse: SparseSettings | None = None
+    """Prune, where the dialect's solver file has no fields for it."""
+
+    freeze_zeros: bool = False
+    reestimate_batches: int = 0
+    recalibrate_tests: bool = False
+    iterations: int = 50
+    display_sparsity: bool = False
+    level: int = 0
+    stage: tuple[str, ...] = ()
+    """With ``level``: the state of the network that is evaluated."""
+
+
 class TorchEngine:
-    """`caffe-torch`, the program in ``engines/torch/``."""
+    """The program `caffe-torch`, in this folder."""
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
-        """As asked for: zeros are the same on all GPUs."""
+        """As requested: zeros are the same on all GPUs."""
         return DevicePlan(gpus, iter_size, None)
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
-        return []
+        """As `train.check_stages` finds, in a process of its own: this one does not import PyTorch."""
+        command = [str(self.info.executable), "-m", PROGRAM, "check", "-dialect", self.info.dialect.value]
+        content = {
+            "stages": {name: dict(files) for name, files in stages.items()},
+            "images": dict(image_shapes),
+        }
+        ran = subprocess.run(command, input=json.dumps(content), capture_output=True, text=True, check=False)
+        if ran.returncode != 0:
+            raise RunFailed(f"{' '.join(command)} failed: {ran.stderr.strip()[-500:]}")
+        problems: list[str] = json.loads(ran.stdout)
+        return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         command = [*self._program("train"), "-solver", str(job.solver)]
@@ -49,17 +100,15 @@ class TorchEngine:
             command += ["-snapshot", str(job.snapshot)]
         elif job.weights is not None:
             command += ["-weights", str(job.weights)]
-        command += ["-reestimate_batches", str(job.reestimate_batches)]
+        command += recalibration_arguments(job)
         if self.info.dialect is Dialect.BVLC:  # the fork's solver file says the rest itself
-            if job.sparse:
-                command += sparse_arguments(job.sparse)
-            elif job.freeze_zeros:
-                command += ["-freeze_zeros"]
+            command += pruning_arguments(job)
         return [command + gpu_arguments(job.gpus)]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is complete and handed over."""
-        return final_is_complete(job.final_weights, self.info.dialect) and is_handed_over(job.final_weights)
+        """Whether the final snapshot is whole and marked complete."""
+        final = job.final_weights
+        return final_is_complete(final, self.info.dialect) and is_marked_complete(final)
 
     def test_command(self, job: TestJob) -> list[str]:
         command = [*self._program("test"), "-model", str(job.model), "-weights", str(job.weights)]
@@ -75,7 +124,7 @@ class TorchEngine:
 
 
 def describe_torch(dialect: Dialect, precision: Precision = "fp32") -> EngineInfo:
-    """What the PyTorch of this Python is; nothing of it is run, which would take seconds.
+    """What the PyTorch of this Python is, without importing it, which takes seconds.
 
     Raises:
         UserError: there is none.

@@ -1,32 +1,27 @@
-"""``caffe test`` on PyTorch: a net's outputs batch by batch, and their means."""
+"""Evaluation: the test nets of a training, and ``caffe test``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from caffe_jacinto.common.errors import FAILED, UserError
+from caffe_jacinto.common.errors import FAILED
+from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.engines import caffe_log
-from caffe_jacinto.engines.contract import Precision
-from caffe_jacinto.engines.pytorch import log
-from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank
+from caffe_jacinto.engines.caffe_log import CaffeLog, number, weighted
+from caffe_jacinto.engines.pytorch.batch_norm import Statistics
+from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
+from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.feed import Inputs
-from caffe_jacinto.engines.pytorch.layer_setup import TEST
 from caffe_jacinto.engines.pytorch.net import Net
-from caffe_jacinto.engines.pytorch.pruner import Zeros
+from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
-from caffe_jacinto.engines.pytorch.solver_file import SolverFile, read_net
-from caffe_jacinto.prototxt.dialects import Dialect
-
-__all__ = ["Precision", "autocast"]
+from caffe_jacinto.prototxt.solver import TEST, SolverFile, parse_net_in
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -38,7 +33,7 @@ OnBatch = Callable[[int, dict[str, Tensor]], None]
 """Given the number of a batch and its outputs."""
 
 
-class Scorer:
+class Evaluator:
     """A net of the test phase and its data."""
 
     def __init__(self, net: Net, inputs: Inputs, ranks: Ranks, precision: str) -> None:
@@ -50,7 +45,7 @@ class Scorer:
     ) -> dict[str, list[float]] | None:
         """The net's outputs by name, each number averaged over the first ``batches`` batches of the data.
 
-        The ranks share the batches out. None: ``stop`` asked for an end.
+        The ranks share the batches out. None: ``stop`` requested an end.
         """
         rank, size = self._ranks.rank, self._ranks.size
         mine = range(rank, batches, size)
@@ -85,20 +80,27 @@ def named(names: Sequence[str], counts: Sequence[int], values: Sequence[float]) 
 class TestNets:
     """The test nets of a solver, with the weights of the net that is trained."""
 
-    __test__ = False  # its name is no sign for pytest
+    __test__ = False  # not a test, whatever pytest makes of its name
 
     def __init__(
-        self, solver: SolverFile, train_net: Net, inputs: list[Inputs], ranks: Ranks, precision: str
+        self,
+        solver: SolverFile,
+        train_net: Net,
+        inputs: list[Inputs],
+        statistics: Statistics,
+        ranks: Ranks,
+        precision: str,
+        log: CaffeLog,
     ) -> None:
-        """``inputs`` has those of each test net, in order.
+        """``inputs`` has those of each test net, in order; ``statistics`` are those of the train net.
 
         Raises:
             UserError: a net that cannot be built, or layers that do not fit the train net's.
         """
-        self._train_net, self._ranks = train_net, ranks
-        self._scorers = []
+        self._statistics, self._log = statistics, log
+        self._evaluators = []
         for index, (test, fed) in enumerate(zip(solver.tests, inputs, strict=True)):
-            caffe_log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
+            log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
             net = Net(
                 test.definition,
                 TEST,
@@ -109,115 +111,79 @@ class TestNets:
                 data_shapes=fed.shapes,
             )
             net.share_with(train_net)
-            log.net(test.definition, net)
-            self._scorers.append((Scorer(net, fed, ranks, precision), test.batches))
+            net.write_to(log)
+            self._evaluators.append((Evaluator(net, fed, ranks, precision), test.batches))
 
-    def test(self, iteration: int, stop: Callable[[], bool]) -> bool:
-        """Log the outputs of every net, averaged over its batches. False: ``stop`` asked for an end."""
-        if not self._scorers:
+    def __len__(self) -> int:
+        return len(self._evaluators)
+
+    def test(self, iteration: int, stop: Callable[[], bool], recalibrated_over: int = 0) -> bool:
+        """Log the outputs of every net, averaged over its batches. False: ``stop`` requested an end.
+
+        ``recalibrated_over``: the batches that the statistics were recalibrated over; 0: running averages.
+        """
+        if not self._evaluators:
             return True
-        self._ranks.copy_from_first(statistics(self._train_net))
-        for index, (scorer, batches) in enumerate(self._scorers):
-            caffe_log.info(f"Iteration {iteration}, Testing net (#{index})")
-            found = scorer.mean_outputs(batches, stop)
+        self._statistics.share()
+        for index, (evaluator, batches) in enumerate(self._evaluators):
+            self._log.test_begins(iteration, index, recalibrated_over)
+            found = evaluator.mean_outputs(batches, stop)
             if found is None:
-                caffe_log.info("Test interrupted.")
+                self._log.info("Test interrupted.")
                 return False
-            log.outputs("Test", found, scorer.net.loss_weights)
+            self._log.outputs("Test", found, evaluator.net.loss_weights)
         return True
 
 
-def statistics(net: Net) -> list[Tensor]:
-    """The batch-norm statistics of ``net``, which every rank has of its own batches."""
-    return [blob.tensor for name in net.batch_norms() for blob in net.layer_blobs.get(name, [])[:3]]
-
-
-@dataclass(frozen=True)
-class TestOptions:
-    """What ``test`` is told."""
-
-    __test__ = False  # its name is no sign for pytest
-
-    model: Path
-    weights: tuple[Path, ...]
-    iterations: int = 50
-    dialect: Dialect = Dialect.BVLC
-    gpus: tuple[int, ...] = ()
-    """It runs on the first; empty: on the CPU."""
-
-    precision: Precision = "fp32"
-    display_sparsity: bool = False
-    workers: int | None = None
-    level: int = 0
-    stages: tuple[str, ...] = ()
-    """Of the net's state, for layers with rules."""
-
-
-def test(options: TestOptions) -> int:
-    """Score ``options.weights`` over so many batches; returns the exit code.
+def test(options: Options) -> int:
+    """Evaluate ``options.weights`` on ``options.model``; returns the exit code.
 
     Raises:
         UserError: a file that is missing, damaged or not supported.
     """
     requests = StopRequests()
-    definition = read_net(options.model, options.dialect, TEST)
+    where, gpus = str(options.model), options.gpus[:1] if options.gpus else ()
+    definition = parse_net_in(read_text(options.model), options.dialect, where, TEST)
     definition.state.level = options.level
-    definition.state.stage.extend(options.stages)
-    if options.iterations < 1:
-        raise UserError(f"-iterations {options.iterations}: has to be at least 1")
-    device = device_of_rank(options.gpus[:1])
+    definition.state.stage.extend(options.stage)
+    device = device_of_rank(gpus)
     ranks = Ranks(device)
     with ExitStack() as stack:
         stack.callback(ranks.close)
-        stack.enter_context(log.opened(ranks, options.gpus[:1], options.dialect, options.precision))
+        log = stack.enter_context(open_log(ranks, gpus, options))
         inputs = stack.enter_context(
-            Inputs(definition, TEST, str(options.model), device=device, seed=0, workers=options.workers)
+            Inputs(definition, TEST, where, device=device, seed=0, workers=options.workers)
         )
-        net = Net(
-            definition,
-            TEST,
-            options.dialect,
-            where=str(options.model),
-            seed=0,
-            device=device,
-            data_shapes=inputs.shapes,
-        )
-        log.net(definition, net)
+        shapes = inputs.shapes
+        net = Net(definition, TEST, options.dialect, where=where, seed=0, device=device, data_shapes=shapes)
+        net.write_to(log)
         for path in options.weights:
             _, unused = load_weights(net, path)
             for name in unused:
-                caffe_log.info(f"Ignoring source layer {name}")
+                log.info(f"Ignoring source layer {name}")
         if options.display_sparsity:
-            Zeros(net.convolutions(), [[] for _ in net.convolutions()], 0.0).display()
-        caffe_log.info(f"Running for {options.iterations} iterations.")
-        scorer = Scorer(net, inputs, ranks, options.precision)
-        means = scorer.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(net))
+            log.sparsity(*TorchPruner(net, log.info).counts())
+        log.info(f"Running for {options.iterations} iterations.")
+        evaluator = Evaluator(net, inputs, ranks, options.precision)
+        means = evaluator.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(net, log))
         if means is None:
-            caffe_log.info("Test interrupted.")
+            log.info("Test interrupted.")
             return FAILED
-        _show_means(net, means)
+        weights = net.loss_weights
+        loss = sum(weights.get(name, 0.0) * sum(values) for name, values in means.items())
+        log.info(f"Loss: {number(loss)}")
+        for name, values in means.items():
+            for value in values:
+                log.info(f"{name} = {weighted(value, weights.get(name, 0.0))}")
     return 0
 
 
-def _show_batch(net: Net) -> OnBatch:
+def _show_batch(net: Net, log: CaffeLog) -> OnBatch:
     def show(batch: int, outputs: dict[str, Tensor]) -> None:
         values = torch.cat([outputs[name].reshape(-1).double() for name in net.output_names]).tolist()
         counts = [outputs[name].numel() for name in net.output_names]
         for name, numbers in named(net.output_names, counts, values).items():
-            for number in numbers:
-                caffe_log.info(f"Batch {batch}, {name} = {caffe_log.number(number)}")
+            for value in numbers:
+                log.info(f"Batch {batch}, {name} = {number(value)}")
 
     return show
-
-
-def _show_means(net: Net, means: dict[str, list[float]]) -> None:
-    weights = net.loss_weights
-    loss = sum(weights.get(name, 0.0) * sum(values) for name, values in means.items())
-    caffe_log.info(f"Loss: {caffe_log.number(loss)}")
-    for name, values in means.items():
-        for value in values:
-            weight = weights.get(name, 0.0)
-            part = (
-                f" (* {caffe_log.number(weight)} = {caffe_log.number(weight * value)} loss)" if weight else ""
-            )
-            caffe_log.info(f"{name} = {caffe_log.number(value)}{part}")

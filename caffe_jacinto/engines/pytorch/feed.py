@@ -8,6 +8,7 @@ import queue
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,9 +20,11 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
 from caffe_jacinto.data.encode import UnreadableImageError
-from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, TRAIN, Shape
+from caffe_jacinto.engines.contract import ImageShape
+from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.netspec.graph import messages_in
+from caffe_jacinto.prototxt.solver import TRAIN
 
 _WAIT_SECONDS = 2.0
 """Between two looks at whether the other side still lives."""
@@ -334,6 +337,37 @@ def _label_limits(net: Net) -> dict[str, tuple[int, int | None]]:
         ignore = fields.ignore_label if fields.HasField("ignore_label") else None
         limits.setdefault(layer.bottom[1], (net.shapes[layer.bottom[0]][axis], ignore))
     return limits
+
+
+def expected_shapes(
+    definition: Any, phase: int, where: str, images: Mapping[str, ImageShape]
+) -> dict[str, Shape] | None:
+    """The shapes of the tops of Data layers, without their LMDBs; None where that is not enough.
+
+    ``images`` has the channels, height and width of the images in LMDBs that are known.
+
+    Raises:
+        UserError: a field of a Data layer that is not supported.
+    """
+    shapes: dict[str, Shape] = {}
+    for layer in messages_in(definition, PHASE_NAMES[phase]):
+        if layer.type != "Data":
+            continue
+        known = type(layer)()
+        known.CopyFrom(layer)
+        if not Path(known.transform_param.mean_file).is_file():
+            known.transform_param.ClearField("mean_file")
+        settings = data_layer(known, where, training=phase == TRAIN)
+        crop, colour = settings.transform.crop, settings.transform.colour
+        channels, height, width = images.get(str(settings.source), (3, 0, 0))
+        if colour is not None:
+            channels = 3 if colour else 1
+        if not (crop or height):
+            return None
+        batch = settings.batch_size
+        tops: list[Shape] = [(batch, channels, crop or height, crop or width), (batch,)]
+        shapes.update(zip(settings.tops, tops, strict=False))
+    return shapes
 
 
 def share_batches(definition: Any, phase: int, ranks: int) -> list[str]:

@@ -16,22 +16,29 @@ from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.solver import TRAIN
 
 Shape = tuple[int, ...]
+
+_CPU = torch.device("cpu")
 
 _FAN_IN, _FAN_OUT, _AVERAGE = 0, 1, 2
 """FillerParameter.VarianceNorm."""
 
 
-def fill(shape: Shape, filler: Any, generator: torch.Generator, where: str) -> Tensor:
-    """A new float32 tensor of ``shape`` on the CPU, filled as the FillerParameter ``filler`` says.
+def fill(
+    shape: Shape, filler: Any, generator: torch.Generator, where: str, device: torch.device = _CPU
+) -> Tensor:
+    """A new float32 tensor of ``shape``, filled as the FillerParameter ``filler`` says.
+
+    ``device`` is the CPU, whose random numbers are the same everywhere, or "meta", without memory.
 
     Raises:
         UserError: Caffe has no such filler, or it does not fit the shape; ``where`` names the layer.
     """
     if filler.type not in FILLERS:
         raise UserError(f"{where}: filler type {filler.type!r} is unknown; known: {', '.join(FILLERS)}")
-    tensor = torch.empty(shape)
+    tensor = torch.empty(shape, device=device)
     try:
         FILLERS[filler.type](tensor, filler, generator)
     except ValueError as error:
@@ -107,9 +114,6 @@ FILLERS: dict[str, Callable[[Tensor, Any, torch.Generator], None]] = {
 Forward = Callable[..., Tensor | tuple[Tensor, ...]]
 """From a layer's bottoms to its top or tops. Images are batch x channels x height x width, channels last in
 memory."""
-
-TRAIN, TEST = 0, 1
-"""caffe.Phase."""
 
 PHASE_NAMES = ("TRAIN", "TEST")
 
@@ -209,10 +213,11 @@ class LayerSetup:
         """The layer's next blob, filled; its learning rate and decay are those of its ``param``."""
         index = len(self.blobs)
         specs = self.message.param
+        memory = self.device if self.device.type == "meta" else _CPU
         if filler is not None and min(shape, default=1) > 0:
-            values = fill(shape, filler, self.generator, self.where)
+            values = fill(shape, filler, self.generator, self.where, memory)
         else:
-            values = torch.full(shape, constant)
+            values = torch.full(shape, constant, device=memory)
         if values.dim() == 4:
             values = values.contiguous(memory_format=torch.channels_last)
         blob = Blob(values.to(self.device))

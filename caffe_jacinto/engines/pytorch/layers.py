@@ -15,9 +15,10 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
-from caffe_jacinto.engines.pytorch.layer_setup import TRAIN, Forward, LayerSetup, Shape, fill
+from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup, Shape, fill
 from caffe_jacinto.engines.pytorch.loss import accuracy, softmax_with_loss
 from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.prototxt.solver import TRAIN
 from caffe_jacinto.prototxt.tree import tree_of
 
 Pair = tuple[int, int]

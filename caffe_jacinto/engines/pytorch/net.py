@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.batch_norm import fused_batch_norm
-from caffe_jacinto.engines.pytorch.layer_setup import (
-    PHASE_NAMES,
-    TEST,
-    TRAIN,
-    Blob,
-    Forward,
-    LayerSetup,
-    Shape,
-)
+from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.solver import TEST, TRAIN
 
 FED = ("Data", "Input")
 """The types of the layers whose tops come from outside."""
@@ -60,16 +54,6 @@ class NetResult:
 
     outputs: dict[str, Tensor]
     """The net's outputs by name, detached."""
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution whose zeros count: any but one straight before the softmax."""
-
-    name: str
-    group: int
-    weights: Tensor
-    """outputs x inputs/group x height x width."""
 
 
 @dataclass
@@ -110,7 +94,7 @@ class Net:
         Raises:
             UserError: a layer or field that is not supported, or layers that do not fit each other.
         """
-        self.name = str(definition.name)
+        self.definition, self.name = definition, str(definition.name)
         self.phase, self.dialect, self.where = phase, dialect, where
         self.device = device or torch.device("cpu")
         self.layers: list[Any] = []
@@ -137,11 +121,6 @@ class Net:
         self._find_last_uses()
 
     @property
-    def data_layers(self) -> list[Any]:
-        """The layers that read a database."""
-        return [layer for layer in self.layers if layer.type == "Data"]
-
-    @property
     def blobs(self) -> list[tuple[str, int, Blob]]:
         """Every blob with its layer and index, in Caffe's order, each shared one once."""
         seen: set[int] = set()
@@ -161,18 +140,14 @@ class Net:
             for layer, index, blob in self.blobs
         ]
 
-    def convolutions(self) -> list[Convolution]:
-        """The convolutions whose zeros count, in order."""
-        scores = {layer.bottom[0] for layer in self.layers if layer.type.startswith("Softmax")}
-        return [
-            Convolution(layer.name, layer.convolution_param.group, self.layer_blobs[layer.name][0].tensor)
-            for layer in self.layers
-            if layer.type == "Convolution" and not scores.intersection(layer.top)
-        ]
-
-    def batch_norms(self) -> list[str]:
-        """The names of the batch-norm layers."""
-        return [layer.name for layer in self.layers if layer.type == "BatchNorm"]
+    def write_to(self, log: CaffeLog) -> None:
+        """Log the network of this phase, as Caffe does when it has built one."""
+        shown = type(self.definition)()
+        shown.CopyFrom(self.definition)
+        del shown.layer[:]
+        shown.layer.extend(self.layers)
+        images = [self.shapes[layer.top[0]] for layer in self.layers if layer.type == "Data"]
+        log.net(shown, images, self.output_names)
 
     def reseed(self, seed: int) -> None:
         """What the next pass draws (dropout, random data) follows from ``seed``."""
@@ -388,4 +363,4 @@ def _check_fields(definition: Any, where: str) -> None:
         raise UserError(f"{where}: field {descriptor.name} is not supported; remove it")
 
 
-__all__ = ["TEST", "TRAIN", "Convolution", "Learnable", "Net", "NetResult"]
+__all__ = ["TEST", "TRAIN", "Learnable", "Net", "NetResult"]

@@ -1,8 +1,8 @@
 """Snapshots of a training: ``.caffemodel`` and ``.solverstate`` as Caffe has them, to go on from exactly.
 
-The solver state is Caffe's message, which stock Caffe reads, too. Behind it stands one field more, which
-protobuf passes over: the seed, and how many images the training has seen, from which order, crops, mirroring
-and dropout follow.
+The solver state is Caffe's message, which stock Caffe reads, too. One more field follows, which protobuf
+ignores: the seed and the number of images that the training has seen. Order, crops, mirroring and dropout
+follow from these.
 """
 
 from __future__ import annotations

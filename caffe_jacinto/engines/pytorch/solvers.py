@@ -9,7 +9,7 @@ operations, whatever their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import isnan, sqrt
 from typing import Any
 
 import torch
@@ -17,25 +17,83 @@ from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import Learnable
+from caffe_jacinto.prototxt.solver import SolverFile
+from caffe_jacinto.recipes.model import sparse_fields
 
 SOLVERS = ("SGD", "Nesterov", "Adam")
 _OLD_NAMES = {0: "SGD", 1: "Nesterov", 5: "Adam"}
-"""SolverParameter.solver_type, the older way to say it."""
+"""SolverParameter.solver_type, the older form."""
+
+_CARRIED_OUT = frozenset(
+    {
+        *("net", "train_net", "test_net", "train_state", "test_state", "test_iter", "test_interval"),
+        *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
+        *("gamma", "power", "momentum", "momentum2", "delta", "weight_decay", "regularization_type"),
+        *("stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix", "random_seed", "type"),
+        *("solver_type", "snapshot_after_train", "weights", "sparse_mode"),
+        *(field.name for field in sparse_fields().values()),
+    }
+)
+_NO_EFFECT = frozenset(
+    {
+        # Where to compute, which -gpu decides here; what to show of networks that are not classifiers.
+        *("solver_mode", "device_id", "layer_wise_reduce", "snapshot_log", "eval_type", "ap_version"),
+        *("show_per_class_result", "rms_decay"),
+        # These matter only with a policy that is not supported.
+        *("momentum_power", "max_momentum", "larc_policy", "larc_eta", "weight_decay_power"),
+    }
+)
+_ONLY_DEFAULT: dict[str, Any] = {
+    "debug_info": False,
+    "test_compute_loss": False,
+    "snapshot_diff": False,
+    "snapshot_format": 1,
+    "rampup_interval": 0,
+    "rampup_lr": 0.0,
+    "min_lr": 0.0,
+    "momentum_policy": "fixed",
+    "larc": False,
+    "weight_decay_policy": "fixed",
+    "solver_data_type": 0,
+    "store_blobs_in_old_format": False,
+    "test_and_snapshot_last_epochs": 0,
+    "sparsity_itr_increment_bfr_applying": True,
+}
+
+
+def check_solver(solver: SolverFile) -> None:
+    """Refuse what this engine cannot carry out of a solver file.
+
+    Raises:
+        UserError: names the file and the field, and what is supported.
+    """
+    fields, where = solver.parameters, str(solver.path)
+    for descriptor, value in fields.ListFields():
+        name = descriptor.name
+        if name in _ONLY_DEFAULT:
+            if value != _ONLY_DEFAULT[name]:
+                raise UserError(f"{where}: {name}: only its default is supported; remove it")
+        elif name not in _CARRIED_OUT | _NO_EFFECT:
+            raise UserError(f"{where}: {name} is not supported; remove it")
+    solver_type(fields, where)
+    if fields.regularization_type not in ("L1", "L2"):
+        raise UserError(f"{where}: regularization_type has to be L1 or L2")
+    if fields.lr_policy == "step" and fields.stepsize < 1:
+        raise UserError(f"{where}: lr_policy step needs a stepsize of at least 1")
+    if fields.max_iter < 1 or fields.iter_size < 1:
+        raise UserError(f"{where}: max_iter and iter_size have to be at least 1")
+    if isnan(solver.rate(0)):
+        raise UserError(f"{where}: lr_policy {fields.lr_policy!r} is unknown")
+    solver.pruning()
 
 
 class Updater:
     """Updates the learnables of a net by their gradients; keeps the history that the solver needs."""
 
     def __init__(self, parameters: Any, learnables: Sequence[Learnable], where: str) -> None:
-        """``parameters`` is the SolverParameter message of the file ``where``.
-
-        Raises:
-            UserError: a solver or regularization that is not supported.
-        """
+        """``parameters`` is the SolverParameter of the file ``where``, which `check_solver` accepts."""
         self._type = solver_type(parameters, where)
-        self._parameters = parameters
-        if parameters.regularization_type not in ("L1", "L2"):
-            raise UserError(f"{where}: regularization_type has to be L1 or L2")
+        self._parameters, self._learnables = parameters, learnables
         times = 2 if self._type == "Adam" else 1
         self.history = [
             [torch.zeros_like(learnable.tensor, requires_grad=False) for learnable in learnables]
@@ -46,6 +104,13 @@ class Updater:
         self._moving = [i for i, learnable in enumerate(learnables) if learnable.tensor.requires_grad]
         self._weights = [learnables[i].tensor for i in self._moving]
         self._groups = _groups([learnables[i] for i in self._moving])
+
+    def history_of(self) -> dict[int, list[Tensor]]:
+        """The history of each learnable, by the id of its tensor."""
+        return {
+            id(learnable.tensor): [moment[i] for moment in self.history]
+            for i, learnable in enumerate(self._learnables)
+        }
 
     @torch.no_grad()
     def apply(self, iteration: int, rate: float, passes: int) -> None:

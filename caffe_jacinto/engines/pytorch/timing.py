@@ -5,63 +5,59 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from caffe_jacinto.engines import caffe_log
-from caffe_jacinto.engines.pytorch import log
-from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank
-from caffe_jacinto.engines.pytorch.evaluate import Precision, autocast
+from caffe_jacinto.common.files import read_text
+from caffe_jacinto.engines.caffe_log import CaffeLog
+from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
+from caffe_jacinto.engines.pytorch.engine import Options
+from caffe_jacinto.engines.pytorch.evaluate import autocast
 from caffe_jacinto.engines.pytorch.feed import Inputs
-from caffe_jacinto.engines.pytorch.layer_setup import TRAIN
 from caffe_jacinto.engines.pytorch.net import Net
-from caffe_jacinto.engines.pytorch.solver_file import read_net
-from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.solver import TRAIN, parse_net_in
 
 WARM_UP = 2
 """Passes before the clock runs: the first ones choose how to compute."""
 
 
-def time_net(
-    model: Path, dialect: Dialect, gpus: tuple[int, ...], *, iterations: int, precision: Precision
-) -> int:
-    """Time the train phase of ``model``, as ``caffe time`` does, and log it in its words; returns 0.
+def time_net(options: Options) -> int:
+    """Time the train phase of ``options.model``, as ``caffe time`` does, and log it in its words; returns 0.
 
     Raises:
         UserError: a file that is missing, damaged or not supported.
     """
-    device = device_of_rank(gpus[:1])
-    definition = read_net(model, dialect, TRAIN)
+    where, gpus, iterations = str(options.model), options.gpus[:1] if options.gpus else (), options.iterations
+    device = device_of_rank(gpus)
+    definition = parse_net_in(read_text(options.model), options.dialect, where, TRAIN)
     with (
-        log.opened(Ranks(device), gpus[:1], dialect, precision),
-        Inputs(definition, TRAIN, str(model), device=device, seed=0, workers=None) as inputs,
+        open_log(Ranks(device), gpus, options) as log,
+        Inputs(definition, TRAIN, where, device=device, seed=0, workers=None) as inputs,
     ):
-        net = Net(
-            definition, TRAIN, dialect, where=str(model), seed=0, device=device, data_shapes=inputs.shapes
-        )
+        shapes = inputs.shapes
+        net = Net(definition, TRAIN, options.dialect, where=where, seed=0, device=device, data_shapes=shapes)
         inputs.fit(net)
         inputs.start_at(0)
-        timer = _Timer(net, device, precision)
+        timer = _Timer(net, device, options.precision)
         for _ in range(WARM_UP):
             timer.run(inputs.batch())
         timer.reset()
-        caffe_log.info("*** Benchmark begins ***")
-        caffe_log.info(f"Testing for {iterations} iterations.")
+        log.info("*** Benchmark begins ***")
+        log.info(f"Testing for {iterations} iterations.")
         for iteration in range(1, iterations + 1):
             started = time.perf_counter()
             timer.run(inputs.batch())
             milliseconds = 1000 * (time.perf_counter() - started)
-            caffe_log.info(f"Iteration: {iteration} forward-backward time: {milliseconds:.4g} ms.")
-        timer.tell(iterations)
+            log.info(f"Iteration: {iteration} forward-backward time: {milliseconds:.4g} ms.")
+        timer.write_to(log, iterations)
     return 0
 
 
 class _Timer:
     """Runs a net layer by layer: each forward, then each backward in reverse, as Caffe times them."""
 
-    def __init__(self, net: Net, device: torch.device, precision: Precision) -> None:
+    def __init__(self, net: Net, device: torch.device, precision: str) -> None:
         self._net, self._device, self._precision = net, device, precision
         self.reset()
 
@@ -91,20 +87,18 @@ class _Timer:
         for _, _, blob in self._net.blobs:
             blob.tensor.grad = None
 
-    def tell(self, iterations: int) -> None:
+    def write_to(self, log: CaffeLog, iterations: int) -> None:
         """Log the averages in ``caffe time``'s words."""
-        caffe_log.info("Average time per layer: ")
+        log.info("Average time per layer: ")
         for step in self._net.steps:
             for direction, spent in (("forward", self._forward), ("backward", self._backward)):
-                caffe_log.info(
-                    f"{step.name:>10}\t{direction}: {1000 * spent[step.name] / iterations:.6g} ms."
-                )
+                log.info(f"{step.name:>10}\t{direction}: {1000 * spent[step.name] / iterations:.6g} ms.")
         passes = [sum(spent.values()) for spent in (self._forward, self._backward)]
-        caffe_log.info(f"Average Forward pass: {1000 * passes[0] / iterations:.6g} ms.")
-        caffe_log.info(f"Average Backward pass: {1000 * passes[1] / iterations:.6g} ms.")
-        caffe_log.info(f"Average Forward-Backward: {1000 * sum(passes) / iterations:.6g} ms.")
-        caffe_log.info(f"Total Time: {1000 * sum(passes):.6g} ms.")
-        caffe_log.info("*** Benchmark ends ***")
+        log.info(f"Average Forward pass: {1000 * passes[0] / iterations:.6g} ms.")
+        log.info(f"Average Backward pass: {1000 * passes[1] / iterations:.6g} ms.")
+        log.info(f"Average Forward-Backward: {1000 * sum(passes) / iterations:.6g} ms.")
+        log.info(f"Total Time: {1000 * sum(passes):.6g} ms.")
+        log.info("*** Benchmark ends ***")
 
     def _cut(self, value: Tensor) -> Tensor:
         """A blob whose gradient is taken, but not passed on to the layer before."""

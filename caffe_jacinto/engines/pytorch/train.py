@@ -1,8 +1,8 @@
 """``caffe train`` on PyTorch: one rank's part of it.
 
-Each iteration is Caffe's: test where it is due, passes forward and backward, one update, a snapshot where it
-is due. What is random, and the place in the data, follow from the seed and the images seen, which snapshots
-hold: a training that goes on from one is the training that never stopped.
+Each iteration is Caffe's: a test where one is due, passes forward and backward, one update, a snapshot where
+one is due. Everything random and the place in the data follow from the seed and the number of images seen,
+which snapshots hold: a resumed training is the training that never stopped.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,15 @@ from torch import Tensor
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.data.batches import random_numbers
-from caffe_jacinto.engines import caffe_log
-from caffe_jacinto.engines.pytorch import log
-from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank
-from caffe_jacinto.engines.pytorch.evaluate import Precision, TestNets, autocast, named
-from caffe_jacinto.engines.pytorch.feed import Inputs, share_batches
-from caffe_jacinto.engines.pytorch.layer_setup import TEST, TRAIN
+from caffe_jacinto.engines.caffe_log import CaffeLog, number
+from caffe_jacinto.engines.contract import ImageShape
+from caffe_jacinto.engines.pytorch.batch_norm import Statistics
+from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
+from caffe_jacinto.engines.pytorch.engine import Options
+from caffe_jacinto.engines.pytorch.evaluate import TestNets, autocast, named
+from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
-from caffe_jacinto.engines.pytorch.pruner import Zeros
-from caffe_jacinto.engines.pytorch.recalibrate import reestimate
+from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import (
     Place,
     load_weights,
@@ -40,66 +40,38 @@ from caffe_jacinto.engines.pytorch.snapshot import (
     save_weights,
     write_state,
 )
-from caffe_jacinto.engines.pytorch.solver_file import SolverFile, is_frozen, read_solver
-from caffe_jacinto.engines.pytorch.solvers import Updater
-from caffe_jacinto.engines.snapshots import record_handover
+from caffe_jacinto.engines.pytorch.solvers import Updater, check_solver
+from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.masks import load_masks, masks_file, save_masks
-from caffe_jacinto.pruning.rule import is_step
-from caffe_jacinto.recipes.model import SparseSettings
+from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
+from caffe_jacinto.pruning.pruner import masks_file
+
+T = TypeVar("T")
 
 _MOST_UNSEEN = 1000
-"""Losses that may wait on the device until they are looked at."""
+"""Losses that may wait on the device before they are looked at."""
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What ``train`` is told."""
-
-    solver: Path
-    dialect: Dialect = Dialect.BVLC
-    weights: tuple[Path, ...] = ()
-    """Start from these weights, the later ones over the earlier."""
-
-    snapshot: Path | None = None
-    """Go on from this ``.solverstate``."""
-
-    gpus: tuple[int, ...] = ()
-    """Empty: the CPU."""
-
-    precision: Precision = "fp32"
-    shuffle: bool = False
-    """Another order of the images in each epoch, also where the prototxt does not say so."""
-
-    workers: int | None = None
-    """Processes that decode images, of each rank; None: as many as suit the machine."""
-
-    sparse: SparseSettings | None = None
-    """Sparsify, where the solver file's dialect has no fields for it."""
-
-    freeze_zeros: bool = False
-    """Hold the convolutions' zeros of ``weights`` at zero."""
-
-    reestimate_batches: int = 0
-    """Training batches to estimate batch-norm statistics over at the end; 0: leave the running averages."""
-
-
-def train(options: TrainOptions) -> int:
+def train(options: Options) -> int:
     """Train as ``options`` say, and return the exit code. Stopped by a signal it is 0, as Caffe's.
 
-    Going on from the last iteration's snapshot, nothing is trained, and the end is done again.
+    From the last iteration's snapshot nothing is trained, and the stage is completed again.
 
     Raises:
         UserError: a file that is missing, damaged or not supported; nothing was trained.
     """
     requests = StopRequests()
     solver = read_solver(options.solver, options.dialect)
-    device = device_of_rank(options.gpus)
+    check_solver(solver)
+    check_snapshot_folder(solver)
+    gpus = options.gpus or ()
+    device = device_of_rank(gpus)
     with ExitStack() as stack:
         ranks = Ranks(device)
         stack.callback(ranks.close)
-        stack.enter_context(log.opened(ranks, options.gpus, options.dialect, options.precision))
-        return Trainer(options, solver, device, ranks, requests, stack).train()
+        log = stack.enter_context(open_log(ranks, gpus, options))
+        return Trainer(options, solver, device, ranks, requests, stack, log).train()
 
 
 class Trainer:
@@ -107,29 +79,28 @@ class Trainer:
 
     def __init__(
         self,
-        options: TrainOptions,
+        options: Options,
         solver: SolverFile,
         device: torch.device,
         ranks: Ranks,
         requests: StopRequests,
         stack: ExitStack,
+        log: CaffeLog,
     ) -> None:
         """Read everything and build everything; ``stack`` ends the processes that decode.
 
         Raises:
             UserError: a file that is missing, damaged or not supported.
         """
-        self.options, self.solver, self.ranks, self.requests = options, solver, ranks, requests
+        self.options, self.solver, self.ranks, self.log = options, solver, ranks, log
         self.parameters = solver.parameters
-        self.sparse = solver.sparse or options.sparse
-        self.freezes = bool(self.sparse or solver.freezes_zeros or options.freeze_zeros)
         self.iteration = 0
         """Updates done so far."""
 
         self._block = 0
         """The batches that all ranks together have seen."""
 
-        self._stopped = False
+        self._requests, self._stopped = requests, False
         self._share_batches()
         log.solver(self.parameters)
         self.seed = self._choose_seed()
@@ -138,7 +109,7 @@ class Trainer:
             stack.enter_context(self._inputs(TEST, test.definition, test.file, device))
             for test in solver.tests
         ]
-        caffe_log.info(f"Creating training net from train_net file: {solver.train_file}")
+        log.info(f"Creating training net from train_net file: {solver.train_file}")
         self.net = Net(
             solver.train_net,
             TRAIN,
@@ -149,16 +120,20 @@ class Trainer:
             data_shapes=self.inputs.shapes,
         )
         self.inputs.fit(self.net)
-        log.net(solver.train_net, self.net)
-        learnables = self.net.learnables
-        self.updater = Updater(self.parameters, learnables, str(solver.path))
-        places = {id(learnable.tensor): i for i, learnable in enumerate(learnables)}
-        layers = self.net.convolutions()
-        history = [[moment[places[id(layer.weights)]] for moment in self.updater.history] for layer in layers]
-        self.zeros = Zeros(layers, history, self.sparse.start_factor if self.sparse else 0.0)
-        self.frozen_layers = {layer.name for layer in self.net.layers if is_frozen(layer)}
-        self.tests = TestNets(solver, self.net, test_inputs, ranks, options.precision)
-        caffe_log.info("Solver scaffolding done.")
+        self.net.write_to(log)
+        self.updater = Updater(self.parameters, self.net.learnables, str(solver.path))
+        self.statistics = Statistics(self.net, ranks)
+        self.sparse = solver.pruning() or options.sparse
+        self.holds_zeros = bool(self.sparse or solver.holds_zeros or options.freeze_zeros)
+        self.pruner = TorchPruner(
+            self.net,
+            log.info,
+            sparse=self.sparse,
+            unchanged=solver.frozen_layers(),
+            history=self.updater.history_of(),
+        )
+        self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, options.precision, log)
+        log.info("Solver scaffolding done.")
         self._begin()
         self._losses: deque[Tensor] = deque(maxlen=max(self.parameters.average_loss, 1))
         self._unseen: list[tuple[int, Tensor]] = []
@@ -171,10 +146,10 @@ class Trainer:
             return
         for note in share_batches(self.solver.train_net, TRAIN, self.ranks.size):
             if self.ranks.first:
-                log.warn(note)
+                self.log.warning(note)
 
     def _choose_seed(self) -> int:
-        """Of all that is random: the snapshot's, the solver's, or another each time."""
+        """The seed of everything random: the snapshot's, the solver's, or another each time."""
         place = read_place(self.options.snapshot) if self.options.snapshot else None
         if place is not None:
             if place.dialect not in (None, self.solver.dialect.value):
@@ -199,16 +174,16 @@ class Trainer:
         )
 
     def _begin(self) -> None:
-        """Load what the stage starts from; its zeros hold from here on."""
+        """Load the weights that the stage starts from. Their zeros are held from here on."""
         weights = self.options.weights or tuple(Path(path) for path in self._solver_weights())
         if self.options.snapshot:
             self._resume(self.options.snapshot)
         else:
             for path in weights:
                 self._load(path)
-            if weights and self.freezes:
-                self.zeros.freeze()
-        # They are the same already, but for what another processor's arithmetic makes of the fillers.
+            if weights and self.holds_zeros:
+                self.pruner.freeze_zeros()
+        # They are the same already, unless another processor's arithmetic filled them differently.
         self.ranks.copy_from_first([blob.tensor for _, _, blob in self.net.blobs])
         self._last_snapshot = self.iteration if self.options.snapshot else -1
 
@@ -217,15 +192,15 @@ class Trainer:
             yield from (path.strip() for path in entry.split(","))
 
     def _load(self, path: Path) -> None:
-        caffe_log.info(f"Finetuning from {path}")
+        self.log.info(f"Finetuning from {path}")
         missing, unused = load_weights(self.net, path)
         for name in unused:
-            caffe_log.info(f"Ignoring source layer {name}")
+            self.log.info(f"Ignoring source layer {name}")
         for name in missing:
-            caffe_log.info(f"Layer {name} is not in {path}: it starts as its fillers say")
+            self.log.info(f"Layer {name} is not in {path}: it starts as its fillers say")
 
     def _resume(self, snapshot: Path) -> None:
-        caffe_log.info(f"Resuming from {snapshot}")
+        self.log.info(f"Resuming from {snapshot}")
         history = [tensor for moment in self.updater.history for tensor in moment]
         self.iteration, weights, place = read_state(snapshot, history)
         missing, _ = load_weights(self.net, weights)
@@ -235,16 +210,13 @@ class Trainer:
             self._block = self.iteration * self.parameters.iter_size * self.ranks.size
         else:
             self._block = place.images // self.inputs.batch_size
-        if not self.freezes:
+        if not self.holds_zeros:
             return
-        if self.solver.freezes_zeros and not masks_file(snapshot).exists():
-            # The fork's own snapshot: the solver file says how far the ramp is.
-            self.zeros.freeze()
-            return
-        masks, self.zeros.factor = load_masks(snapshot, self.zeros.weights())
-        self.zeros.take_masks(masks)
-        if self.sparse:
-            caffe_log.info(f"The ramp goes on from {caffe_log.number(self.zeros.factor)}")
+        if self.solver.holds_zeros and not masks_file(snapshot).exists():
+            # The fork's own snapshot: the solver file has the schedule's factor.
+            self.pruner.freeze_zeros()
+        else:
+            self.pruner.load(snapshot)
 
     # The training
 
@@ -255,12 +227,12 @@ class Trainer:
             UserError: a record of the data cannot be used.
         """
         most = self.parameters.max_iter
-        caffe_log.info("Starting Optimization")
-        caffe_log.info(f"Solving {self.net.name}")
-        caffe_log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
-        if self.freezes:
-            self.zeros.display()
-        self._go_to_place()
+        self.log.info("Starting Optimization")
+        self.log.info(f"Solving {self.net.name}")
+        self.log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
+        if self.holds_zeros:
+            self._display_sparsity()
+        self._go_to_place(self._block)
         while self.iteration < most and not self._stopped:
             self._display_and_test()
             if not self._stopped:
@@ -268,17 +240,19 @@ class Trainer:
         if self.parameters.snapshot_after_train and self._last_snapshot != self.iteration:
             self._snapshot()
         if self._stopped or not self._finish():
-            caffe_log.info("Optimization stopped early.")
-        caffe_log.info("Optimization Done.")
+            self.log.info("Optimization stopped early.")
+        self.log.info("Optimization Done.")
         return 0
 
-    def _go_to_place(self) -> None:
-        self.inputs.start_at(self._block + self.ranks.rank, self.ranks.size)
+    def _go_to_place(self, block: int) -> None:
+        """Go on with batch number ``block`` and, by it, with that pass's random numbers."""
+        self._block = block
+        self.inputs.start_at(block + self.ranks.rank, self.ranks.size)
 
     def _display_and_test(self) -> None:
         iteration, every = self.iteration, self._sparsity_interval()
         if every and iteration and iteration % every == 0:
-            self.zeros.display()
+            self._display_sparsity()
         interval = self.parameters.test_interval
         if interval and iteration % interval == 0 and (iteration or self.parameters.test_initialization):
             self._look_at_losses()
@@ -291,7 +265,23 @@ class Trainer:
         return int(self.parameters.display_sparsity) if fork else 0
 
     def _test(self) -> None:
-        self._stopped |= not self.tests.test(self.iteration, lambda: self.requests.stop)
+        """A scheduled test, with recalibrated statistics if these are requested; training keeps its own."""
+        batches = self.options.reestimate_batches if self.options.recalibrate_tests else 0
+        if not batches or not self.statistics.layers or not self.tests:
+            self._stopped |= not self.tests.test(self.iteration, self._stop)
+            return
+        place = self._block
+        with self.statistics.kept():
+            done = self.statistics.recalibrate(batches, self._pass, self._stop)
+            done = done and self.tests.test(self.iteration, self._stop, batches)
+        self._go_to_place(place)
+        self._stopped |= not done
+
+    def _stop(self) -> bool:
+        return self._requests.stop
+
+    def _display_sparsity(self) -> None:
+        self.log.sparsity(*self.pruner.counts())
 
     def _iterate(self) -> None:
         iteration, passes = self.iteration, self.parameters.iter_size
@@ -307,12 +297,11 @@ class Trainer:
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration, result)
         self.ranks.average(self.updater.gradients())
-        self.zeros.hold_gradients()
+        self.pruner.hold_gradients()
         self.updater.apply(iteration, self.solver.rate(iteration), passes)
-        if self.sparse and is_step(self.sparse, iteration):
-            self.zeros.take_threshold(self.sparse, self.frozen_layers)
+        self.pruner.after_update(iteration)
         self.iteration += 1
-        self._stopped, asked = self.ranks.any(self.requests.stop, self.requests.take_snapshot())
+        self._stopped, asked = self.ranks.any(self._requests.stop, self._requests.take_snapshot())
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if asked or due:
             self._snapshot()
@@ -327,7 +316,7 @@ class Trainer:
         self._block += self.ranks.size
         return result
 
-    # What is seen of it
+    # What it reports
 
     def _note(self, loss: Tensor) -> None:
         """Remember this iteration's loss, which the device may still be computing."""
@@ -356,33 +345,30 @@ class Trainer:
         values = self.ranks.total(torch.cat([part.double() for part in parts]).tolist())
         values = [value / self.ranks.size for value in values]
         now = time.monotonic()
-        caffe_log.train_progress(iteration, now - self._display_time, iteration - self._displayed, values[0])
+        self.log.train_progress(iteration, now - self._display_time, iteration - self._displayed, values[0])
         self._displayed, self._display_time = iteration, now
-        log.outputs(
-            "Train", named(names, [part.numel() for part in parts[1:]], values[1:]), self.net.loss_weights
-        )
+        outputs = named(names, [part.numel() for part in parts[1:]], values[1:])
+        self.log.outputs("Train", outputs, self.net.loss_weights)
         momentum = ""
         if self.solver.dialect is Dialect.CAFFE_JACINTO:
-            momentum = f", m = {caffe_log.number(self.parameters.momentum)}"
-        caffe_log.info(
-            f"Iteration {iteration}, lr = {caffe_log.number(self.solver.rate(iteration))}{momentum}"
-        )
+            momentum = f", m = {number(self.parameters.momentum)}"
+        self.log.info(f"Iteration {iteration}, lr = {number(self.solver.rate(iteration))}{momentum}")
 
-    # What is left of it
+    # What it leaves behind
 
     def _snapshot(self) -> None:
-        """Masks first and the solver state last: where that is whole, so is all the rest."""
+        """Masks first and the solver state last: where that is whole, so is the rest."""
         self._look_at_losses()
         self._last_snapshot = self.iteration
         if not self.ranks.first:
             return
         weights, state = (self._file(ending) for ending in (".caffemodel", ".solverstate"))
         state.unlink(missing_ok=True)
-        if self.freezes:
-            save_masks(state, self.zeros.masks(), self.zeros.factor)
-        caffe_log.info(f"Snapshotting to binary proto file {weights}")
+        if self.holds_zeros:
+            self.pruner.save(state)
+        self.log.info(f"Snapshotting to binary proto file {weights}")
         save_weights(self.net, weights)
-        caffe_log.info(f"Snapshotting solver state to binary proto file {state}")
+        self.log.info(f"Snapshotting solver state to binary proto file {state}")
         write_state(
             state,
             iteration=self.iteration,
@@ -397,39 +383,91 @@ class Trainer:
         return self.solver.snapshot(self.iteration, ending)
 
     def _finish(self) -> bool:
-        """What Caffe does at the end, and the hand-over; False if a request to stop came first."""
-        if self.freezes:
-            self.zeros.display()
+        """Caffe's last lines, then complete the stage; False if a request to stop came first."""
+        if self.holds_zeros:
+            self._display_sparsity()
         display, interval = self.parameters.display, self.parameters.test_interval
         batches, place = self.options.reestimate_batches, self._block
         if display and self.iteration % display == 0:
             with torch.no_grad():
                 loss = self._pass().loss
             (value,) = self.ranks.total([float(loss)])
-            caffe_log.info(f"Iteration {self.iteration}, loss = {caffe_log.number(value / self.ranks.size)}")
+            self.log.info(f"Iteration {self.iteration}, loss = {number(value / self.ranks.size)}")
         if batches:
-            # As it would be, were the training to go on from its last snapshot.
-            self._block = place
-            self._go_to_place()
-            return self._hand_over(batches)
+            # The place at which a training resumed from its last snapshot would be.
+            self._go_to_place(place)
+            return self._complete(batches)
         if interval and self.iteration % interval == 0:
             self._test()
         return not self._stopped
 
-    def _hand_over(self, batches: int) -> bool:
-        """Estimate the statistics, put them into the final weights, test these, and record that.
+    def _complete(self, batches: int) -> bool:
+        """Recalibrate, put the statistics into the final weights, test these, and mark the stage complete.
 
-        Killed at any moment, it can be done again.
+        After a kill at any moment it can be repeated. False: a request to stop came first.
         """
-        stop = lambda: self.requests.stop  # noqa: E731
-        if not reestimate(self.net, batches, self._pass, self.ranks, stop):
-            return False
+        layers = self.statistics.layers
+        if layers:
+            self.log.info(
+                f"Recalibrating the statistics of {layers} batch-norm layers over {batches} batches"
+            )
+            if not self.statistics.recalibrate(batches, self._pass, self._stop):
+                return False
+        else:
+            self.log.info("No batch-norm statistics to recalibrate")
         final = self._file(".caffemodel")
         if self.ranks.first:
-            caffe_log.info(f"Snapshotting to binary proto file {final}")
+            self.log.info(f"Snapshotting to binary proto file {final}")
             save_weights(self.net, final)
-        if not self.tests.test(self.iteration, stop):
+        if not self.tests.test(self.iteration, self._stop, batches if layers else 0):
             return False
         if self.ranks.first:
-            record_handover(final, batches)
+            mark_complete(final, batches)
         return True
+
+
+def check_stages(
+    stages: Mapping[str, Mapping[str, str]], images: Mapping[str, ImageShape], dialect: Dialect
+) -> list[str]:
+    """What training would refuse in stages whose prototxts these are: one line for each problem.
+
+    ``images`` has the channels, height and width of the images in each LMDB that could be read.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except UserError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
+            return None
+
+    def built(definition: Any, file: Path, phase: int) -> Net | None:
+        """The network, without memory for its blobs; None where the size of its images is not known."""
+        where = str(file)
+        shapes = expected_shapes(definition, phase, where, images)
+        if shapes is None:
+            return None
+        nowhere = torch.device("meta")
+        return Net(definition, phase, dialect, where=where, seed=0, device=nowhere, data_shapes=shapes)
+
+    for files in stages.values():
+        folder = _folder_of(files["solver.prototxt"], dialect)
+        texts = {str(folder / name): text for name, text in files.items()}
+        solver = attempt(partial(read_solver, folder / "solver.prototxt", dialect, texts))
+        if solver is None:
+            continue
+        attempt(partial(check_solver, solver))
+        net = attempt(partial(built, solver.train_net, solver.train_file, TRAIN))
+        for test in solver.tests:
+            tested = attempt(partial(built, test.definition, test.file, TEST))
+            if net is not None and tested is not None:
+                attempt(partial(tested.share_with, net))
+    return problems
+
+
+def _folder_of(solver: str, dialect: Dialect) -> Path:
+    """Where a solver's networks will be."""
+    fields = parse_solver(solver, dialect, "solver.prototxt")
+    return Path(fields.train_net or fields.net).parent

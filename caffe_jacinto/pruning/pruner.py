@@ -1,0 +1,200 @@
+"""Pruning while a network trains: masks, the sparsity schedule, and their file beside each snapshot.
+
+Both training loops prune by this class. They differ only in how weights are read, written and held at zero.
+
+Snapshot file ``<prefix>_iter_N.masks.npz``: a NumPy archive of plain arrays. ``factor`` is the schedule's
+place; ``frozen/<layer>`` has one bit for each weight of the flattened blob (1: free).
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+from caffe_jacinto.pruning.rule import is_step, next_factor, prune
+from caffe_jacinto.recipes.model import SparseSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[np.float32]]
+
+MASKS_SUFFIX = ".masks.npz"
+_LAYER = "frozen/"
+
+
+class Pruner(ABC):
+    """The zeros of a network's convolutions: which are held, when more are added, how many there are."""
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        sparse: SparseSettings | None,
+        unchanged: Collection[str],
+        report: Callable[[str], None],
+    ) -> None:
+        """``layers`` are the LayerParameter messages of the network, ``sparse`` the schedule (None: no
+        thresholds), ``unchanged`` layers that training leaves as they are. ``report`` writes a log line.
+        """
+        counted = set(counted_convolutions(nodes_of(layers)))
+        self.groups: dict[str, int] = {
+            layer.name: layer.convolution_param.group for layer in layers if layer.name in counted
+        }
+        """The convolutions whose zeros count, with their groups."""
+
+        self.sparse = sparse
+        self.factor = sparse.start_factor if sparse else 0.0
+        """The schedule's fraction of weights to zero, as last applied."""
+
+        self.masks: dict[str, NDArray[np.float32]] = {}
+        """For each convolution an array of its weights' shape: 1 where a weight is free, 0 where frozen."""
+
+        self._unchanged, self._report = unchanged, report
+
+    @abstractmethod
+    def read(self, layer: str) -> NDArray[np.float32]:
+        """The weights of a convolution, outputs first: a view or a copy."""
+
+    @abstractmethod
+    def write(self, layer: str, weights: NDArray[np.float32]) -> None:
+        """Set the weights of a convolution."""
+
+    @abstractmethod
+    def hold(self, masks: Arrays) -> None:
+        """Hold at zero, from now on, what ``masks`` freeze."""
+
+    def count_zeros(self, layer: str) -> tuple[int, int]:
+        """The zeros and the weights of a convolution."""
+        import numpy as np
+
+        weights = self.read(layer)
+        return weights.size - int(np.count_nonzero(weights)), weights.size
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The zeros and the weights of each convolution, by name."""
+        counted = {layer: self.count_zeros(layer) for layer in self.groups}
+        zeros = {layer: count for layer, (count, _) in counted.items()}
+        return zeros, {layer: count for layer, (_, count) in counted.items()}
+
+    def sparsity(self) -> float:
+        """Zeros over weights of all convolutions."""
+        zeros, weights = self.counts()
+        return sum(zeros.values()) / max(sum(weights.values()), 1)
+
+    def freeze_zeros(self) -> None:
+        """Freeze every weight that is zero now."""
+        import numpy as np
+
+        self.masks = {layer: (self.read(layer) != 0).astype(np.float32) for layer in self.groups}
+        self.hold(self.masks)
+        self._report("All zero weights of convolution layers are frozen")
+
+    def after_update(self, iteration: int) -> None:
+        """Apply the schedule's threshold if one is due after the update of ``iteration``."""
+        if self.sparse is None or not is_step(self.sparse, iteration):
+            return
+        factor = next_factor(self.sparse, self.factor, self.sparsity())
+        if factor is not None:
+            self.factor = factor
+            self._report(f"Finding and applying sparsity: {factor:g}")
+            self.apply_threshold(self.sparse, factor)
+
+    def apply_threshold(self, sparse: SparseSettings, factor: float) -> None:
+        """Prune every layer that learns, by the published rule, and freeze the zeros."""
+        for layer, group in self.groups.items():
+            if layer in self._unchanged:
+                continue
+            weights = self.read(layer).copy()
+            caps = {"maxratio": sparse.threshold_maxratio, "value_max": sparse.threshold_value_max}
+            if prune(weights, group, factor, by=sparse.by, **caps):
+                self.write(layer, weights)
+        self.freeze_zeros()
+
+    def save(self, snapshot: Path) -> None:
+        """Write the masks and the schedule's place beside ``snapshot``, whole."""
+        save_masks(snapshot, self.masks, self.factor)
+
+    def load(self, snapshot: Path) -> None:
+        """Go on with the masks and the place beside ``snapshot``, whose weights the network has.
+
+        Raises:
+            UserError: as `load_masks`.
+        """
+        self.masks, self.factor = load_masks(snapshot, {layer: self.read(layer) for layer in self.groups})
+        if self.masks:
+            self.hold(self.masks)
+        if self.sparse:
+            self._report(f"The sparsity schedule goes on from {self.factor:g}")
+
+
+def save_masks(snapshot: Path, masks: Arrays, factor: float) -> None:
+    """Write ``masks`` and the schedule's ``factor`` beside ``snapshot``, whole."""
+    import numpy as np
+
+    arrays = {_LAYER + layer: np.packbits(mask != 0) for layer, mask in masks.items()}
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, factor=np.float64(factor), **arrays)
+    write_whole(masks_file(snapshot), content.getvalue())
+
+
+def load_masks(snapshot: Path, weights: Arrays) -> tuple[dict[str, NDArray[np.float32]], float]:
+    """The masks beside ``snapshot``, which has these ``weights``, and the schedule's factor.
+
+    Raises:
+        UserError: they are missing, cut off, or belong to other weights.
+    """
+    import numpy as np
+
+    path = masks_file(snapshot)
+    masks = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            factor = float(archive["factor"])
+            for key in (key for key in archive.files if key.startswith(_LAYER)):
+                layer = key.removeprefix(_LAYER)
+                values = weights[layer]
+                bits = np.unpackbits(archive[key], count=values.size)
+                masks[layer] = bits.reshape(values.shape).astype(np.float32)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing: {snapshot} does not say which zeros were frozen; take an earlier snapshot"
+        ) from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be used ({error}); take an earlier snapshot") from error
+    moved = sum(int(np.count_nonzero(weights[layer][mask == 0])) for layer, mask in masks.items())
+    if moved:
+        raise UserError(
+            f"{path} does not belong to {snapshot}: {moved} frozen weights are not zero; take an earlier one"
+        )
+    return masks, factor
+
+
+def masks_file(snapshot: Path) -> Path:
+    """The masks beside a ``.solverstate`` or ``.caffemodel``."""
+    return snapshot.with_suffix(MASKS_SUFFIX)
+
+
+def check_masks_file(snapshot: Path) -> None:
+    """Refuse a snapshot whose masks are not whole.
+
+    Raises:
+        UserError: they are missing, or cut off or changed (by their checksums).
+    """
+    path = masks_file(snapshot)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be used ({error})") from error
+    if damaged:
+        raise UserError(f"{path} cannot be used: {damaged} in it is damaged")
