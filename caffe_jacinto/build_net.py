@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.arguments import Parser, gpu_list, not_empty, whole_number, whole_numbers
 from caffe_jacinto.common.errors import UserError, run_command
@@ -93,37 +93,34 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.build_net", description, rest.strip("\n"))
     network, data, training = recipe.network, recipe.data, recipe.training
-    networks, dialects = ", ".join(NETWORKS), [dialect.value for dialect in Dialect]
-    default = "(default: %(default)s)"
-    add = parser.add_argument
-    add("--output", type=not_empty, metavar="DIR", help="folder to write to (default: training/NETWORK)")
-    add("--network", default=network.name, metavar="NAME", help=f"{networks} (default: {NETWORK})")
-    published = stages.published_dialect(network.name).value
-    dialect_help = f"bvlc: stock Caffe 1.0; caffe_jacinto: the fork {default[:-1]}, as published)"
-    add("--dialect", default=published, choices=dialects, help=dialect_help)
-    add("--stage", default="initial", metavar="NAME", help=f"{', '.join(recipe.stages)} {default}")
-    strides = f" (default: {','.join(map(str, network.strides))})" if network.strides else ""
-    strides_help = f"of conv1a, pool1, pool2, pool3 and pool4 in jacintonet11{strides}"
+
+    def add(name: str, metavar: str, kind: Callable[[str], Any], default: Any, help_text: str = "") -> None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default or "none")
+        help_text = f"{help_text} (default: {shown})".lstrip().replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=help_text)
+
+    output_help = "folder to write to (default: training/NETWORK)"
+    parser.add_argument("--output", type=not_empty, metavar="DIR", help=output_help)
+    network_help = f"{', '.join(NETWORKS)} (default: {NETWORK})"
+    parser.add_argument("--network", default=network.name, metavar="NAME", help=network_help)
+    dialects, published = [dialect.value for dialect in Dialect], stages.published_dialect(network.name).value
+    dialect_help = f"bvlc: stock Caffe 1.0; caffe_jacinto: the fork (default: {published}, as published)"
+    parser.add_argument("--dialect", default=published, choices=dialects, help=dialect_help)
+    add("stage", "NAME", str, "initial", ", ".join(recipe.stages))
+    count = whole_number(1)
+    add("num-classes", "N", whole_number(2), data.num_classes)
+    add("crop-size", "PIXELS", count, network.crop_size, "height and width of the network's input")
+    strides_help = "of conv1a, pool1, pool2, pool3 and pool4 in jacintonet11"
     if network.name in NETWORKS and not takes_strides(network.name):
         strides_help = f"not for {network.name}, whose strides are fixed"
-    add("--num-classes", type=whole_number(2), default=data.num_classes, metavar="N", help=default)
-    crop_help = f"height and width of the network's input, in pixels {default}"
-    add("--crop-size", type=whole_number(1), default=network.crop_size, metavar="PIXELS", help=crop_help)
-    strides_type = whole_numbers(1, "2,2,2,2,2")
-    add("--strides", type=strides_type, default=network.strides, metavar="S,S,S,S,S", help=strides_help)
-    add("--train-lmdb", type=not_empty, default=data.train_lmdb, metavar="PATH", help=default)
-    add("--val-lmdb", type=not_empty, default=data.val_lmdb, metavar="PATH", help=default)
-    mean_help = f".binaryproto of the mean image to subtract (default: {data.mean_file or 'none'})"
-    add("--mean-file", type=not_empty, default=data.mean_file, metavar="PATH", help=mean_help)
-    val_images, images_help = stages.IMAGENET_VAL_IMAGES, "in the validation LMDB; one test covers them all"
-    add(
-        "--val-images", type=whole_number(1), default=val_images, metavar="N", help=f"{images_help} {default}"
-    )
-    count = whole_number(1)
-    batch_help = f"images of one update of the weights {default}"
-    add("--batch-size", type=count, default=training.batch_size, metavar="N", help=batch_help)
-    passes_help = f"passes that one update accumulates {default}"
-    add("--iter-size", type=count, default=training.iter_size, metavar="N", help=passes_help)
+    add("strides", "S,S,S,S,S", whole_numbers(1, "2,2,2,2,2"), network.strides, strides_help)
+    add("train-lmdb", "PATH", not_empty, data.train_lmdb)
+    add("val-lmdb", "PATH", not_empty, data.val_lmdb)
+    add("mean-file", "PATH", not_empty, data.mean_file, ".binaryproto of the mean image to subtract")
+    images_help = "in the validation LMDB; one test covers them all"
+    add("val-images", "N", count, stages.IMAGENET_VAL_IMAGES, images_help)
+    add("batch-size", "N", count, training.batch_size, "images of one update of the weights")
+    add("iter-size", "N", count, training.iter_size, "passes that one update accumulates")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpus", type=gpu_list, metavar="0,1", help="GPU numbers (default: see below)")
     device.add_argument("--cpu", action="store_true", help="write CPU in the solver (bvlc only)")
@@ -165,33 +162,25 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
     """The published recipe with the values of the command line, which the parser has checked."""
+    given = vars(arguments) | {"name": arguments.network}
     changes = {
         "data": ("num_classes", "train_lmdb", "val_lmdb", "mean_file"),
-        "network": ("crop_size", "strides"),
+        "network": ("name", "crop_size", "strides"),
         "training": ("batch_size", "iter_size"),
     }
-    parts = {}
-    for part, names in changes.items():
-        values = {name: getattr(arguments, name) for name in names}
-        parts[part] = getattr(published, part).model_copy(update=values)
-    parts["network"] = parts["network"].model_copy(update={"name": arguments.network})
+    parts = {
+        part: getattr(published, part).model_copy(update={name: given[name] for name in names})
+        for part, names in changes.items()
+    }
     return published.model_copy(update=parts)
 
 
 def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect | None = None) -> None:
     """Show and draw a network, as the arguments ask for."""
+    from caffe_jacinto.caffemodel.show import summary_with_zeros
     from caffe_jacinto.netspec import summary as summaries
-    from caffe_jacinto.prototxt.schema import parse_any_net
-    from caffe_jacinto.prototxt.tree import tree_of
 
-    net, zeros = parse_any_net(text, where, dialect), None
-    if arguments.weights is not None:
-        from caffe_jacinto.caffemodel.fit import require_fit
-        from caffe_jacinto.caffemodel.show import layer_zeros
-
-        require_fit(arguments.weights, net, where)
-        zeros = layer_zeros(arguments.weights)
-    summary = summaries.summarize(tree_of(net), where, zeros)
+    summary = summary_with_zeros(text, where, dialect, arguments.weights)
     if arguments.draw is not None:
         from caffe_jacinto.netspec.drawing import draw
 

@@ -1,4 +1,4 @@
-"""Train a recipe's stages one after the other with Caffe, then test the result.
+"""Train the stages of a recipe one after the other, then test the result.
 
 python -m caffe_jacinto.train demo_digits
 python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
@@ -15,19 +15,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caffe_jacinto.common.arguments import Parser
+from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the arguments, start, resume or look at a run; returns the exit code."""
+    """Start or resume a run, or print its status; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     given = [option for option in (options.recipe, options.resume, options.status) if option is not None]
     if len(given) != 1:
-        parser.error("give one of: a RECIPE to start, --resume RUN, --status RUN")
+        parser.error("give one of RECIPE, --resume RUN and --status RUN")
     if options.status is not None:
         from caffe_jacinto.runs.status import status_lines
 
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
         raise UserError(
-            "--resume goes on with the run's own recipe: only --gpus, --caffe, --engine and --keep may "
-            "be given with it; to change more, start a new run"
+            "--resume continues with the run's own recipe: only --gpus, --caffe, --engine and --keep may be "
+            "given with it; to change more, start a new run"
         )
     return resume(Path(options.resume), wanted)
 
@@ -65,63 +65,56 @@ def _parser() -> Parser:
         metavar="RECIPE",
         help=f"a .toml file, or a built-in recipe: {', '.join(built_in_recipes())}",
     )
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--status", metavar="RUN", help="tell how far the run in this folder is")
+    count = whole_number(1)
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--status", metavar="RUN", help="print how far the run in this folder is")
     parser.add_argument(
         "--set",
         dest="settings",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a value of the recipe, e.g. stages.initial.solver.max_iter=1000; may be repeated",
+        help="override a value of the recipe, e.g. stages.initial.solver.max_iter=1000; repeatable",
     )
     parser.add_argument(
-        "--gpus", "--gpu", "-gpu", type=_gpus, metavar="0,1", help="GPUs to train on; an empty text: the CPU"
+        "--gpus", "--gpu", "-gpu", type=gpu_list, metavar="0,1", help='GPUs to train on; "" selects the CPU'
     )
     parser.add_argument("--caffe", metavar="PATH", help="the caffe executable, or the tree it was built in")
     parser.add_argument(
         "--engine",
         choices=["bvlc", "caffe-jacinto", "torch"],
-        help="insist on this kind of Caffe, or train on PyTorch (default: the Caffe that is found)",
+        help="require this kind of Caffe, or train on PyTorch (default: the Caffe that is found)",
     )
     parser.add_argument(
         "--dialect",
         choices=[dialect.value for dialect in Dialect],
-        help="of the files that PyTorch is given (default: bvlc); each Caffe has its own",
+        help="of the files for PyTorch (default: bvlc); each Caffe has its own",
     )
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
-        help="PyTorch only: bf16 computes convolutions and products in bfloat16 (default: fp32)",
+        help="PyTorch only: bf16 computes convolutions and inner products in bfloat16 (default: fp32)",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="the run folder (default: training/<dataset>_<network>_<time>)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="write every file and show every command, run nothing"
+        "--dry-run", action="store_true", help="write every file and print every command, but run nothing"
     )
     parser.add_argument(
-        "--keep", type=int, metavar="N", help="newest snapshots to keep, beside the best by top-1"
+        "--keep", type=count, metavar="N", help="newest snapshots to keep, besides the best by top-1"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="training.batch_size, the effective batch"
+        "--batch-size", type=count, metavar="N", help="training.batch_size, the effective batch"
     )
-    parser.add_argument("--iter-size", type=int, metavar="N", help="training.iter_size, passes of an update")
+    parser.add_argument("--iter-size", type=count, metavar="N", help="training.iter_size, passes per update")
     parser.add_argument("--train-lmdb", metavar="DIR", help="data.train_lmdb")
     parser.add_argument("--val-lmdb", metavar="DIR", help="data.val_lmdb")
     return parser
 
 
-def _gpus(text: str) -> tuple[int, ...]:
-    """``0,1`` -> (0, 1); nothing -> (), the CPU."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of GPU numbers like 0,1") from None
-
-
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """The shortcuts as overrides of the recipe, before those of --set."""
+    """Overrides of the recipe: those of the short options, then those of --set."""
     shortcuts = {
         "training.batch_size": options.batch_size,
         "training.iter_size": options.iter_size,
@@ -135,7 +128,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _toml(value: object) -> str:
-    """A number or a text as TOML has it; JSON's texts are TOML's but for one control character."""
+    """A number or string in TOML; JSON's strings are TOML's but for one control character."""
     import json
 
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

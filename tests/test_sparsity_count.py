@@ -17,11 +17,11 @@ from small_stage import SmallStage, sparse_settings, write_digits
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.show import blob_facts, sparsity
 from caffe_jacinto.engines.contract import Engine
-from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.netspec.shapes import layer_costs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.prototxt.tree import tree_of
+from caffe_jacinto.report import main as report
 from caffe_jacinto.weights import main as weights
 
 HEAD = (
@@ -159,9 +159,9 @@ def test_training_logs_what_show_the_summary_and_the_report_say(
     said = re.findall(r"Total Sparsity \(zero_weights/count\) =  \((\S+)/(\S+)\) (\S+)", log)[-1]
     assert said == (f"{zeros:g}", f"{all_weights:g}", f"{zeros / all_weights:.3g}")
     assert summarized(stage.folder / "deploy.prototxt", path, capsys) == pytest.approx(zeros / all_weights)
-    (run,), problems = find_runs([stage.folder / "run.log"])
-    assert not problems
-    assert run.stages[-1].sparsity == pytest.approx(zeros / all_weights, abs=1e-3)
+    assert report([str(stage.folder / "run.log"), "--format", "json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["stages"][-1]["sparsity"] == pytest.approx(zeros / all_weights, abs=1e-3)
 
 
 @pytest.mark.caffe

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 
 from caffe_jacinto.build_net import main
-from caffe_jacinto.caffemodel.fit import require_fit
-from caffe_jacinto.caffemodel.show import layer_zeros
+from caffe_jacinto.caffemodel.show import summary_with_zeros as summarize
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.netspec import summary as network_summary
 from caffe_jacinto.netspec import summary as summary_tables
 from caffe_jacinto.netspec.drawing import boxes_of
 from caffe_jacinto.netspec.summary import Summary
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages, parse_any_net
-from caffe_jacinto.prototxt.tree import tree_of
+from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.recipes.load import load_recipe
 
 GIGAMACS = {"jacintonet11": 0.4063, "resnet10": 0.8892, "bvlc_alexnet": 0.7244}
@@ -34,14 +31,6 @@ layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
 layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
 layer { name: "fc" type: "InnerProduct" bottom: "conv" top: "fc" inner_product_param { num_output: 5 } }
 """
-
-
-def summarize(text: str, where: str, dialect: Dialect | None = None, weights: Path | None = None) -> Summary:
-    """As build_net shows a prototxt."""
-    net = parse_any_net(text, where, dialect)
-    if weights is not None:
-        require_fit(weights, net, where)
-    return network_summary.summarize(tree_of(net), where, layer_zeros(weights) if weights else None)
 
 
 def deploy(network: str, dialect: Dialect) -> str:

@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
 from caffe_jacinto.netspec.layer_types import blob_name
+from caffe_jacinto.netspec.summary import Summary, summarize
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_any_net
+from caffe_jacinto.prototxt.tree import tree_of
 
 CHUNK = 1 << 16
 """Numbers examined at a time: they stay in the processor's cache for all that is computed of them."""
@@ -80,16 +84,22 @@ def sparsity(facts: Iterable[BlobFacts]) -> Sparsity:
     return Sparsity(sum(fact.zeros for fact in counted), sum(fact.count for fact in counted), len(counted))
 
 
-def layer_zeros(weights: Path) -> dict[str, int]:
-    """The zeros in the first blob of each layer of a weight file, by the layer's name.
+def summary_with_zeros(
+    text: str, where: str, dialect: Dialect | None = None, weights: Path | None = None
+) -> Summary:
+    """The summary of the network ``text``, which messages call ``where``, with the zeros of a weight file.
 
     Raises:
-        UserError: as `blob_facts`.
+        UserError: the text is not a network, or the weights do not fit it.
     """
+    net = parse_any_net(text, where, dialect)
+    if weights is None:
+        return summarize(tree_of(net), where)
+    require_fit(weights, net, where)
     zeros: dict[str, int] = {}
     for fact in blob_facts(weights, find_dialect(weights)):
-        zeros.setdefault(fact.layer, fact.zeros)
-    return zeros
+        zeros.setdefault(fact.layer, fact.zeros)  # of its first blob, the weights
+    return summarize(tree_of(net), where, zeros)
 
 
 def _facts(layer: NetLayer, index: int, counts: bool) -> BlobFacts:
