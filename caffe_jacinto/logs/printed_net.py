@@ -51,6 +51,7 @@ class PrintedNet:
     def batch(self) -> int | None:
         return complexity.batch_size(self.message) if self.message else None
 
+    @cached_property
     def accuracies(self) -> dict[int, str]:
         """top_k -> the output that holds it; of several (auxiliary classifiers), the last."""
         found = {}
@@ -59,6 +60,7 @@ class PrintedNet:
                 found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
         return found
 
+    @cached_property
     def outputs(self) -> int | None:
         """How many blobs the network produces and does not use."""
         if self.message is None:
@@ -120,7 +122,7 @@ class PrintedNets:
     def accuracies(self, number: int) -> dict[int, str]:
         """top_k -> the output that holds it, of test net number ``number``."""
         net = self.of("TEST", number)
-        return net.accuracies() if net else {}
+        return net.accuracies if net else {}
 
     def any_is_cut(self) -> bool:
         """Whether glog has cut a network."""

@@ -512,7 +512,7 @@ class StageLog:
     def _last_test(self, number: int) -> dict[int, events.TestOutput]:
         tests = self._tests.get(number)
         net = self._nets.of("TEST", number)
-        return tests.last(net.outputs() if net else None) if tests else {}
+        return tests.last(net.outputs if net else None) if tests else {}
 
     def _all_outputs(self) -> dict[str, float]:
         found = {}
