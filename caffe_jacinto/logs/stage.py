@@ -10,7 +10,6 @@ import re
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
@@ -253,7 +252,7 @@ class StageLog:
 
     def _fold(self, found: list[events.Event]) -> list[events.Event]:
         for event in found:
-            _FOLDERS[type(event)](self, event)
+            self._take(event)
         return found
 
     def go_on_at(self, iteration: int) -> None:
@@ -270,6 +269,55 @@ class StageLog:
         self._pace.clear()
 
     # --- events -----------------------------------------------------------------------------------------
+
+    def _take(self, event: events.Event) -> None:
+        match event:  # the most frequent first
+            case events.TrainProgress():
+                self._progress(event)
+            case events.LearningRate():
+                self._learning_rate(event)
+            case events.TestOutput():
+                self._test_output(event)
+            case events.TestStarted():
+                self._test_started(event)
+            case events.BatchTested():
+                self.iteration = event.batch + 1
+            case events.Sparsity():
+                self._sparsity_listed(event)
+            case events.SnapshotWritten():
+                self._snapshot_written(event)
+            case events.Recalibrated():
+                self._statistics_recalibrated(event)
+            case events.ProcessStarted():
+                self._process_started(event)
+            case events.Version():
+                self._version = event
+            case events.GpusUsed():
+                self._gpus = event.ids
+            case events.SolverStarted():
+                self._solver = event
+            case events.NetPrinted():
+                self._nets.add(event)
+            case events.DataShape():
+                self._nets.add_shape(event)
+            case events.Restored():
+                self._restored(event)
+            case events.TrainingBegan():
+                self._training_began()
+            case events.TestPlanned():
+                self.batches, self.iteration, self._finished = event.batches, 0, False
+            case events.TestLoss():
+                self._tests.setdefault(0, NetTests()).start(event.outputs or None)
+            case events.SpeedReported():
+                self._end_tests()
+                self._speed, self._speed_is_overall = event.images_per_second, event.overall
+            case events.StoppedEarly():
+                self._end_tests()
+                self._stopped, self._finished = True, False
+            case events.Finished():
+                self._done(event)
+            case events.Fatal():
+                self._failed(event)
 
     def _progress(self, event: events.TrainProgress) -> None:
         self._timing.progress(event)
@@ -298,22 +346,7 @@ class StageLog:
     def _year(self) -> int | None:
         return self._version.year if self._version else self._reader.header_year
 
-    def _version_printed(self, event: events.Version) -> None:
-        self._version = event
-
-    def _gpus_used(self, event: events.GpusUsed) -> None:
-        self._gpus = event.ids
-
-    def _solver_started(self, event: events.SolverStarted) -> None:
-        self._solver = event
-
-    def _net_printed(self, event: events.NetPrinted) -> None:
-        self._nets.add(event)
-
-    def _data_shape(self, event: events.DataShape) -> None:
-        self._nets.add_shape(event)
-
-    def _training_began(self, event: events.TrainingBegan) -> None:
+    def _training_began(self) -> None:
         if not self._trains:
             self._trained += 1
         self._trains = True
@@ -386,17 +419,6 @@ class StageLog:
             elif output.name == accuracies.get(5):
                 curves.top5.add(output.iteration, output.value)
 
-    def _test_planned(self, event: events.TestPlanned) -> None:
-        self.batches = event.batches
-        self.iteration = 0
-        self._finished = False
-
-    def _batch_tested(self, event: events.BatchTested) -> None:
-        self.iteration = event.batch + 1
-
-    def _test_loss(self, event: events.TestLoss) -> None:
-        self._tests.setdefault(0, NetTests()).start(event.outputs or None)
-
     def _sparsity_listed(self, event: events.Sparsity) -> None:
         self._sparsity = event
         if self.curves is not None:
@@ -416,15 +438,6 @@ class StageLog:
             self.iteration = int(match.group(1))
             if self._live:
                 self.snapshots.add(self.iteration)
-
-    def _speed_reported(self, event: events.SpeedReported) -> None:
-        self._end_tests()
-        self._speed, self._speed_is_overall = event.images_per_second, event.overall
-
-    def _stopped_early(self, event: events.StoppedEarly) -> None:
-        self._end_tests()
-        self._stopped = True
-        self._finished = False
 
     def _done(self, event: events.Finished) -> None:
         self._end_tests()
@@ -558,32 +571,6 @@ class StageLog:
 
 def _speed_digits(speed: float) -> float:
     return round(speed, 1) if speed >= 10 else float(f"{speed:.3g}")
-
-
-_FOLDERS: dict[type, Any] = {
-    events.TrainProgress: StageLog._progress,
-    events.LearningRate: StageLog._learning_rate,
-    events.ProcessStarted: StageLog._process_started,
-    events.Version: StageLog._version_printed,
-    events.GpusUsed: StageLog._gpus_used,
-    events.SolverStarted: StageLog._solver_started,
-    events.NetPrinted: StageLog._net_printed,
-    events.DataShape: StageLog._data_shape,
-    events.TrainingBegan: StageLog._training_began,
-    events.Restored: StageLog._restored,
-    events.TestStarted: StageLog._test_started,
-    events.TestOutput: StageLog._test_output,
-    events.Recalibrated: StageLog._statistics_recalibrated,
-    events.TestPlanned: StageLog._test_planned,
-    events.BatchTested: StageLog._batch_tested,
-    events.TestLoss: StageLog._test_loss,
-    events.Sparsity: StageLog._sparsity_listed,
-    events.SnapshotWritten: StageLog._snapshot_written,
-    events.SpeedReported: StageLog._speed_reported,
-    events.StoppedEarly: StageLog._stopped_early,
-    events.Finished: StageLog._done,
-    events.Fatal: StageLog._failed,
-}
 
 
 def read_stage(path: Path, *, curves: bool = False) -> StageLog:

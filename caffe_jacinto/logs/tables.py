@@ -174,30 +174,22 @@ def _run_record(run: Run) -> dict[str, Any]:
     return {"name": _unicode(run.name), "stages": [_stage_record(stage) for stage in run.stages]}
 
 
+JSON_FIELDS = (
+    *("caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity"),
+    *("sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
+)
+
+
 def _stage_record(stage: Stage) -> dict[str, Any]:
-    figures = stage.figures
-    return {
-        "name": _unicode(stage.name),
-        "log": _unicode(str(stage.log)),
-        "caffe_version": figures.caffe_version,
-        "finished": figures.finished,
-        "iterations": figures.iterations,
-        "top1": _finite(figures.top1),
-        "top5": _finite(figures.top5),
-        "loss": _finite(figures.loss),
-        "outputs": {name: _finite(value) for name, value in figures.outputs.items()},
-        "sparsity": _finite(figures.sparsity),
-        "sparsity_logged": _finite(figures.sparsity_logged),
-        "gigamacs": _finite(figures.gigamacs),
-        "images_per_second": _finite(figures.images_per_second),
-        "images_per_second_logged": _finite(figures.images_per_second_logged),
-        "seconds": _finite(figures.seconds),
-    }
+    figures = {name: _finite(getattr(stage.figures, name)) for name in JSON_FIELDS}
+    return {"name": _unicode(stage.name), "log": _unicode(str(stage.log)), **figures}
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has neither nan nor infinity."""
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    """The value; None for nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(number) for name, number in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unicode(text: str) -> str:
@@ -206,22 +198,9 @@ def _unicode(text: str) -> str:
 
 
 STAGE_FIELDS = (
-    "run",
-    "stage",
-    "finished",
-    "iterations",
-    "top1",
-    "top5",
-    "loss",
-    "sparsity",
-    "top1_change",
-    "images_per_second",
-    "seconds",
-    "gigamacs",
-    "sparsity_logged",
-    "images_per_second_logged",
-    "caffe_version",
-    "log",
+    *("run", "stage", "finished", "iterations", "top1", "top5", "loss", "sparsity", "top1_change"),
+    *("images_per_second", "seconds", "gigamacs", "sparsity_logged", "images_per_second_logged"),
+    *("caffe_version", "log"),
 )
 RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published")
 
