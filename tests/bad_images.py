@@ -136,10 +136,18 @@ def _bad() -> dict[str, BadImage]:
     progressive = encoded(photograph(), ".jpg", cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
     thumbnail = thumbnail_jpeg()
     return {
-        "claims to be huge": BadImage(claiming_jpeg(20_000, 20_000), "20000 x 20000 pixels"),
-        "claims to be huge, bmp": BadImage(claiming_bmp(20_000, 20_000), "20000 x 20000 pixels"),
-        "claims to be huge, png": BadImage(claiming_png(20_000, 20_000), "20000 x 20000 pixels"),
-        "claims to be just too large": BadImage(claiming_png(100_000_001, 1), "100000001 x 1 pixels"),
+        "claims to be huge": BadImage(
+            claiming_jpeg(20_000, 20_000), "more than 100,000,000 pixels, not decoded: 20000 x 20000"
+        ),
+        "claims to be huge, bmp": BadImage(
+            claiming_bmp(20_000, 20_000), "more than 100,000,000 pixels, not decoded: 20000 x 20000"
+        ),
+        "claims to be huge, png": BadImage(
+            claiming_png(20_000, 20_000), "more than 100,000,000 pixels, not decoded: 20000 x 20000"
+        ),
+        "claims to be just too large": BadImage(
+            claiming_png(100_000_001, 1), "more than 100,000,000 pixels, not decoded: 100000001 x 1"
+        ),
         "cut off": BadImage(jpeg[: len(jpeg) * 3 // 4], "cut off"),
         "cut off after a thumbnail": BadImage(thumbnail[:-20], "cut off"),
         "cut off in its header": BadImage(jpeg[:100], "cut off"),

@@ -17,7 +17,8 @@ from ilsvrc import tar_of
 from lmdb_records import create, labels_of, records
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, image_record, image_size
+from caffe_jacinto.data.encode import ImageForm, image_record, image_size
+from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages

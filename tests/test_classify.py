@@ -281,7 +281,7 @@ def test_without_caffe_opencv_computes_and_the_line_says_so(
     monkeypatch.setenv("CAFFE_ROOT", "/no/caffe")
     assert main(arguments(network)) == 0
     output = capsys.readouterr()
-    assert "not by caffe: $CAFFE_ROOT: /no/caffe does not exist" in output.err
+    assert "caffe cannot be used: $CAFFE_ROOT: /no/caffe does not exist" in output.err
     assert "on OpenCV 4" in output.err
     assert "the size of images before the crop is unknown" in output.err
     assert len(output.out.splitlines()) == 6  # the image, and five classes by their numbers

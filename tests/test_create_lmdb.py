@@ -210,7 +210,7 @@ def test_missing_and_unfit_image_folders(tmp_path: Path) -> None:
         f"image folder {tmp_path}/none does not exist: give the folder that holds the images"
     )
     (tmp_path / "file").touch()
-    assert "it is not a folder and no tar archive, or damaged (empty file)" in of(tmp_path / "file")
+    assert "it is neither a folder nor a tar archive, or it is damaged (empty file)" in of(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty holds no class folders" in of(tmp_path / "empty")
     (tmp_path / "tars").mkdir()
@@ -259,7 +259,7 @@ def test_bad_labels_files(images: Path, tmp_path: Path) -> None:
     assert "cannot read labels file" in of(None)
     assert "is empty" in of("\n\n")
     assert "labels.txt:2: blank line between class names" in of("cat\n\ndog\n")
-    assert "labels.txt:3: class name 'cat' stands on line 1 already" in of("cat\ndog\ncat\n")
+    assert "labels.txt:3: class name 'cat' is on line 1 already" in of("cat\ndog\ncat\n")
     assert f"class folder {images}/dog is not among the 1 class names given" in of("cat\n")
 
 
@@ -418,7 +418,8 @@ def test_any_path_comes_through_a_list(
 ) -> None:
     folder = tmp_path_factory.mktemp("list")
     (folder / "l").write_text("".join(f"{path} {label}\n" for path, label in lines), newline="")
-    assert [tuple(entry) for entry in list_from_file(folder / "l", Folder(folder)).entries] == lines
+    index = list_from_file(folder / "l", Folder(folder))
+    assert [(os.fsdecode(index.path(n)), index.label(n)) for n in range(len(index))] == lines
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_whole_set_is_kept_and_a_broken_one_named(folder: Path, capsys: pytest
 
 
 def test_places_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no/digits cannot be made, its folder .*/no does not exist"):
+    with pytest.raises(UserError, match=r"no/digits cannot be made: its folder .*/no does not exist"):
         digits.main(["--output", os.fspath(tmp_path / "no" / "digits")])
     with pytest.raises(UserError, match=r"is not the whole set of digits \(train.txt is missing\)"):
         digits.main(["--output", os.fspath(tmp_path)])

@@ -146,7 +146,7 @@ def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
     import gzip
 
     flat = tar_of({"1.JPEG": jpeg(1)})
-    assert "it is compressed (gzip), and images are read in its middle: gunzip it" in of(gzip.compress(flat))
+    assert "it is compressed (gzip), and cannot be read from the middle: gunzip it" in of(gzip.compress(flat))
     assert "it is a zip archive: unpack it" in of(b"PK\3\4" + bytes(600))
     assert "holds 1 image directly and no classes: give the development kit (--devkit)" in of(flat)
     assert "holds no images" in of(tar_of({"cat/readme.txt": b"x"}))

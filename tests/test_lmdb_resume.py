@@ -128,7 +128,10 @@ def test_an_unfinished_lmdb_of_another_making_is_not_lost(
     stop_after(None)
     before = (tmp_path / ".o.partial" / "lmdb" / "data.mdb").read_bytes()
     message = mistake([*command, "--size", 48])
-    assert "is an unfinished LMDB of another making (form: 32x32 colour, now 48x48 colour): start" in message
+    assert (
+        "is an unfinished LMDB that was made differently (form: 32x32 colour, now 48x48 colour): start"
+        in message
+    )
     assert "order: shuffled with seed 33, now shuffled with seed 4" in mistake(
         [*command, "--size", 32, "--shuffle", 4]
     )
@@ -216,7 +219,10 @@ def test_a_full_disk_is_said_and_gone_on_from(
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(RunFailed, match=r"is full \(0 MB left\).*it goes on"), new_lmdb(tmp_path / "p"):
+    with (
+        pytest.raises(RunFailed, match=r"is full \(0 MB left\).*start the same command again to continue"),
+        new_lmdb(tmp_path / "p"),
+    ):
         raise OSError("mdb_txn_commit: Input/output error")
     assert names_in(tmp_path) == ["o", "train", "whole"]
 

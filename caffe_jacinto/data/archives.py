@@ -1,13 +1,12 @@
-"""Images inside unopened tar archives: where each one stands, and its label.
+"""Images inside tar archives, which are not unpacked: the place and the label of each.
 
-Taken are archives laid out like ILSVRC 2012's:
+Archives are laid out like ILSVRC 2012's:
 
     ILSVRC2012_img_train.tar    a tar of tars, n01440764.tar and so on, each with the images of one class
-    ILSVRC2012_img_val.tar      all images beside each other, their labels from elsewhere
+    ILSVRC2012_img_val.tar      all images side by side; their labels come from elsewhere
     any.tar                     class folders with images, <class>/*.JPEG, also below one folder
 
-Their headers are read, once; nothing is extracted. Compressed archives are refused: one cannot read in
-their middle.
+Only the headers are read, once. Compressed archives are refused, since they cannot be read from the middle.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 
 MEGABYTE = 10**6
 _HEADER_BUFFER = 2 * tarfile.BLOCKSIZE
-"""What is read for one header: a larger buffer would read the images that it stands between."""
+"""Bytes read for one header; a larger buffer would read the images around it, too."""
 
 
 class _Member(NamedTuple):
-    """A file in an archive: its path, and where its content stands in the outermost archive."""
+    """A file in an archive: its path, and where its content lies in the outermost archive."""
 
     path: str
     offset: int
@@ -47,8 +46,9 @@ class _Member(NamedTuple):
 def list_class_archive(path: Path, names: tuple[str, ...] | None = None) -> ImageIndex:
     """The images of an archive with classes, as `list_class_folders` lists the same images unpacked.
 
-    Raises UserError for an archive that is none, is compressed or cut off, holds names that lead out of it,
-    or has no classes; and where `class_labels` does.
+    Raises:
+        UserError: the file is not a tar archive, is compressed or cut off, has names that lead out of it, or
+            has no classes; or as `class_labels`.
     """
     index, folders = _read(path)
     if not any(folders):
@@ -85,12 +85,13 @@ def list_flat_archive(path: Path) -> ImageIndex:
 def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None = None) -> ImageIndex:
     """The images of an archive that ``list_file`` names, in its order, with its labels.
 
-    Raises UserError as `list_from_file` and `list_class_archive`, and for an image that is not there.
+    Raises:
+        UserError: as `list_from_file` and `list_class_archive`; or an image is not there.
     """
     import numpy as np
 
     index, _ = _read(path)
-    # By hashes, eight bytes an image: a dictionary of a million names takes hundreds of megabytes.
+    # Hashes take eight bytes an image; a dictionary of a million names would take hundreds of megabytes.
     hashes = np.fromiter((hash(index.path(number)) for number in range(len(index))), np.int64, len(index))
     order = np.argsort(hashes)
     hashes = hashes[order]
@@ -108,7 +109,7 @@ def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None
 
 
 def _read(path: Path) -> tuple[ImageIndex, list[str]]:
-    """The images in an archive's own order, each labelled with its folder, and the folders."""
+    """The images in the archive's own order, each labelled with its folder's number, and the folders."""
     archive = Archive(path)
     build = IndexBuilder(archive)
     folders: dict[str, int] = {}
@@ -124,12 +125,12 @@ def _read(path: Path) -> tuple[ImageIndex, list[str]]:
             label = folders.setdefault(posixpath.dirname(member.path), len(folders))
             build.add(os.fsencode(member.path), label, member.offset, member.size)
     if not len(build):
-        raise UserError(f"archive {path} holds no images: ILSVRC2012_img_train.tar and others like it do")
+        raise UserError(f"archive {path} holds no images; one like ILSVRC2012_img_train.tar is expected")
     return build.index(None, "", ignored), list(folders)
 
 
 def _class_names(path: Path, folders: list[str]) -> tuple[str, list[str]]:
-    """What stands before the classes' names in all paths, and the class of each folder ('' for none)."""
+    """What all paths begin with before the class names, and the class of each folder ('' for none)."""
     inside = [folder for folder in folders if folder]
     common = posixpath.dirname(inside[0]) if len(inside) == 1 else posixpath.commonpath(inside)
     start = f"{common}/" if common else ""
@@ -174,20 +175,20 @@ def _members(archive: Archive, folders: dict[str, int]) -> Iterator[_Member]:
 
 
 def _tar_members(archive: Archive, what: str, start: int, size: int) -> Iterator[_Member]:
-    """The regular files of the tar archive that ``size`` bytes from ``start`` are.
+    """The regular files of the tar archive in the ``size`` bytes from ``start``.
 
     Raises:
-        UserError: they are none, or a part of it is missing, or a name leads out of it.
+        UserError: it is not a tar archive, is cut off, or a name leads out of it.
     """
     section = _Section(archive, start, size)
     try:
         tar = tarfile.TarFile(fileobj=io.BufferedReader(section, _HEADER_BUFFER))
         before = -1
         while (member := tar.next()) is not None:
-            cast(Any, tar).members.clear()  # A library for a million members: it would keep them all.
+            cast(Any, tar).members.clear()  # tarfile would keep all of a million members.
             end = member.offset_data + member.size
             if member.size < 0 or tar.offset <= before:
-                raise tarfile.ReadError("a header that leads backwards")
+                raise tarfile.ReadError("a header that points backwards")
             before = tar.offset
             name = _safe_name(what, member.name)
             if member.isreg() and not member.issparse() and name:
@@ -224,10 +225,10 @@ def _why_no_tar(section: _Section, reason: str) -> str:
         (b"\xfd7zXZ\0", "xz", "unxz"),
     ):
         if start.startswith(magic):
-            return f"it is compressed ({kind}), and images are read in its middle: {command} it"
+            return f"it is compressed ({kind}), and cannot be read from the middle: {command} it"
     if start.startswith(b"PK"):
         return "it is a zip archive: unpack it, and give the folder"
-    return f"it is not a folder and no tar archive, or damaged ({reason})"
+    return f"it is neither a folder nor a tar archive, or it is damaged ({reason})"
 
 
 class _Section(io.RawIOBase):

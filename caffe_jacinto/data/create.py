@@ -20,9 +20,10 @@ from caffe_jacinto.common.text import count_of, duration
 from caffe_jacinto.data.archives import list_class_archive, list_flat_archive, list_from_archive
 from caffe_jacinto.data.datum import ahead
 from caffe_jacinto.data.devkit import read_devkit
-from caffe_jacinto.data.encode import ImageForm, UnreadableImageError, form_of, image_record, limit_decoder
-from caffe_jacinto.data.index import Folder, ImageIndex
+from caffe_jacinto.data.encode import ImageForm, form_of, image_record, limit_decoder
+from caffe_jacinto.data.index import Folder, ImageIndex, UnreadableImageError
 from caffe_jacinto.data.listing import (
+    LABELS,
     check_folder_exists,
     list_class_folders,
     list_flat_folder,
@@ -176,7 +177,7 @@ def convert(
             f" ({count_of(len(writer.skipped), 'file')} tried); the first, {first.path}: {first.reason}"
         )
     if index.names is not None:
-        writer.add_file("labels.txt", "".join(f"{name}\n" for name in index.names))
+        writer.add_file(LABELS, "".join(f"{name}\n" for name in index.names))
 
 
 def _check_bad(writer: LmdbWriter, images: int, max_bad: int) -> None:

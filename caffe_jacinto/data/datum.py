@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import Enum
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.processes import keep_freed_memory
-from caffe_jacinto.data.encode import GIF_STARTS, MAX_PIXELS, UnreadableImageError, image_size
+from caffe_jacinto.data.encode import BadImageError, ImageProblem, checked_size
+from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -39,33 +39,14 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class ImageProblem(Enum):
-    """Why a record has no image that Caffe can use; the value is the wording."""
-
-    NOT_A_DATUM = "not a Datum message"
-    WRONG_COUNT = "values that do not fill the image's size"
-    GIF = "a GIF image, which Caffe does not read"
-    TOO_LARGE = f"an image of more than {MAX_PIXELS:,} pixels, not decoded"
-    UNDECODABLE = "an image that cannot be decoded (cut off, or not an image)"
-    NOT_8_BIT = "an image whose pixels are not 8-bit"
-
-
-class BadRecordError(UnreadableImageError):
-    """A record without a usable image: what is wrong, and the particulars of this record."""
-
-    def __init__(self, problem: ImageProblem, particulars: str = "") -> None:
-        super().__init__(f"{problem.value}: {particulars}" if particulars else problem.value)
-        self.problem = problem
-
-
 def parse_datum(record: bytes) -> Any:
-    """The Datum message in a record's bytes; raises BadRecordError."""
+    """The Datum message in a record's bytes; raises BadImageError."""
     from google.protobuf.message import DecodeError
 
     try:
         return messages(Dialect.BVLC).Datum.FromString(record)
     except DecodeError:
-        raise BadRecordError(ImageProblem.NOT_A_DATUM) from None
+        raise BadImageError(ImageProblem.NOT_A_DATUM) from None
 
 
 def datum_pixels(datum: Any, colour: bool | None = None) -> Pixels:
@@ -75,7 +56,7 @@ def datum_pixels(datum: Any, colour: bool | None = None) -> Pixels:
         colour: decode an encoded image to three channels (True) or to one (False); None: as it is stored.
 
     Raises:
-        BadRecordError: there is no such image in it.
+        BadImageError: there is no such image in it.
     """
     pixels = stored_pixels(datum, colour)
     if datum.encoded:
@@ -95,27 +76,23 @@ def stored_pixels(datum: Any, colour: bool | None = None) -> Pixels:
     )
     if min(shape) < 1 or values.size != math.prod(shape):
         sides = " x ".join(map(str, shape))
-        raise BadRecordError(
+        raise BadImageError(
             ImageProblem.WRONG_COUNT, f"{values.size} for {sides} (channels x height x width)"
         )
     return values.reshape(shape)
 
 
 def check_depth(pixels: Pixels) -> None:
-    """Raise BadRecordError for decoded pixels that are not 8-bit."""
+    """Raise BadImageError for decoded pixels that are not 8-bit."""
     if pixels.dtype != "uint8":
-        raise BadRecordError(ImageProblem.NOT_8_BIT, str(pixels.dtype))
+        raise BadImageError(ImageProblem.NOT_8_BIT, str(pixels.dtype))
 
 
 def _decoded(content: bytes, colour: bool | None) -> Pixels:
     import cv2
     import numpy as np
 
-    if content.startswith(GIF_STARTS):
-        raise BadRecordError(ImageProblem.GIF)
-    size = image_size(content) if content else None
-    if size is not None and size[0] * size[1] > MAX_PIXELS:
-        raise BadRecordError(ImageProblem.TOO_LARGE, f"{size[0]} x {size[1]}")
+    checked_size(content)
     # IMREAD_UNCHANGED does not turn the image by its EXIF orientation; nor does Caffe.
     flag = {None: cv2.IMREAD_UNCHANGED, True: cv2.IMREAD_COLOR, False: cv2.IMREAD_GRAYSCALE}[colour]
     try:
@@ -123,7 +100,7 @@ def _decoded(content: bytes, colour: bool | None) -> Pixels:
     except cv2.error:
         image = None
     if image is None:
-        raise BadRecordError(ImageProblem.UNDECODABLE)
+        raise BadImageError(ImageProblem.UNDECODABLE)
     channels_first: Pixels = np.atleast_3d(image).transpose(2, 0, 1)
     return channels_first
 
@@ -137,7 +114,7 @@ def read_record(where: str, record: bytes, colour: bool | None = None) -> tuple[
     try:
         datum = parse_datum(record)
         return datum, datum_pixels(datum, colour)
-    except BadRecordError as error:
+    except BadImageError as error:
         raise UserError(f"{where}: {error}: make the LMDB again") from None
 
 

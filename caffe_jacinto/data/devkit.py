@@ -2,10 +2,10 @@
 
 The kit, ``ILSVRC2012_devkit_t12.tar.gz``, holds a number for each validation image
 (``data/ILSVRC2012_validation_ground_truth.txt``, line N for the N-th image by name), and ``data/meta.mat``
-says which synset a number is. The numbers are the kit's own order; Caffe's labels are the ranks of the
-synsets' ids in sorted order, from 0.
+maps these numbers to synsets. The numbers are the kit's own; Caffe's labels are the ranks of the synsets' ids
+in sorted order, from 0.
 
-meta.mat is a MATLAB 5 file and is read by scipy, which takes values from it and runs no code.
+meta.mat is a MATLAB 5 file. scipy reads it, and runs no code from it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MAX_FILE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class DevelopmentKit:
-    """What a kit says.
+    """The contents of a kit.
 
     Attributes:
         path: the kit, for messages.
-        names: the synsets' ids in sorted order: the label of each is its place.
+        names: the synsets' ids in sorted order; the label of each is its index.
         validation: the label of each validation image, sorted by name.
     """
 
@@ -41,9 +41,10 @@ class DevelopmentKit:
     validation: tuple[int, ...]
 
     def label(self, images: ImageIndex) -> ImageIndex:
-        """The validation images, which must be all and sorted by name, with their labels.
+        """The validation images, complete and sorted by name, with their labels.
 
-        Raises UserError when they are not as many as the kit knows.
+        Raises:
+            UserError: their number is not that of the kit.
         """
         if len(images) != len(self.validation):
             raise UserError(
@@ -57,7 +58,8 @@ class DevelopmentKit:
 def read_devkit(path: Path) -> DevelopmentKit:
     """The labels in the development kit ``path``, a tar.gz.
 
-    Raises UserError when it cannot be read, or is not the kit of a classification task.
+    Raises:
+        UserError: it cannot be read, or is not the kit of a classification task.
     """
     truth, meta = _files(path)
     synset_of = _synsets(path, meta)
@@ -108,7 +110,7 @@ def _synsets(path: Path, meta: bytes) -> dict[int, str]:
             for row in rows.reshape(-1)
             if int(row["num_children"]) == 0
         }
-    # What scipy raises for a damaged file is not written down; all of it means the same here.
+    # scipy does not document what it raises for a damaged file.
     except (MatReadError, KeyError, ValueError, TypeError, IndexError, NotImplementedError, OSError) as error:
         raise UserError(f"{path}, {META} cannot be read: {type(error).__name__}: {error}") from None
     if not synsets or len(set(synsets.values())) != len(synsets):

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import RunFailed, UserError, run_command
-from caffe_jacinto.common.files import sync_folder
+from caffe_jacinto.common.files import check_parent, sync_folder
+from caffe_jacinto.data.listing import LABELS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,12 +70,11 @@ def write_digits(output: Path) -> tuple[int, int]:
 
     Returns the number of training and of held-out images.
 
-    Raises UserError when the parent folder is missing, and RunFailed when it cannot be written to.
+    Raises:
+        UserError: the parent folder is missing.
+        RunFailed: it cannot be written to.
     """
-    if not output.parent.is_dir():
-        raise UserError(
-            f"{output} cannot be made, its folder {output.parent} does not exist: make that first"
-        )
+    check_parent(output)
     images, labels = load_digits()
     split = split_digits([image.tobytes() for image in images], [int(label) for label in labels])
     partial = output.with_name(f".{output.name}.partial")
@@ -110,7 +110,7 @@ def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 def split_digits(contents: Sequence[bytes], labels: Sequence[int]) -> Split:
     """Hold out 100 images of every class, chosen by a fixed seed; the others are for training.
 
-    Of images with equal ``contents`` only the first is used at all, so that no held-out image is trained on.
+    Only the first of images with equal ``contents`` is used, so that no held-out image is trained on.
     """
     chooser = random.Random(SEED)
     first_of = {content: index for index, content in reversed(list(enumerate(contents)))}
@@ -136,7 +136,7 @@ def _write_files(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.int
         for path, index in files.items():
             _write_jpeg(folder / part / path, images[index])
         _write_list(folder / f"{part}.txt", {path: int(labels[index]) for path, index in files.items()})
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (folder / LABELS).write_text("".join(f"{name}\n" for name in CLASSES))
 
 
 def _write_list(path: Path, labels: Mapping[str, int]) -> None:
@@ -167,7 +167,7 @@ def _check_complete(output: Path) -> None:
 
 
 def _has_content(path: Path) -> bool:
-    # Files were not synced one by one: after a power cut some may be there and empty.
+    # Files are not synced one by one: after a power cut some may exist and be empty.
     return path.is_file() and path.stat().st_size > 0
 
 

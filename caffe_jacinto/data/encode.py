@@ -1,11 +1,10 @@
-"""One image file's content -> the bytes of one Datum, as Caffe's convert_imageset makes them.
+"""From an image file to the bytes of a Datum, as Caffe's convert_imageset makes them.
 
-What convert_imageset does with --encoded --encode_type jpg --resize_height H --resize_width W (read in
-tools/convert_imageset.cpp and src/caffe/util/io.cpp of Caffe 1.0): decode with OpenCV to 8-bit BGR (or
-grey), cv::resize with its default (bilinear), cv::imencode(".jpg") with its default quality (95), and a
-Datum in which `data`, `label` and `encoded` are set, and channels, height and width are not. Without
---encoded, `data` is channels x height x width values, and all fields are set. Without a size, a file whose
-name ends in .jpg or .jpeg is stored as it is.
+With --encoded --encode_type jpg --resize_height H --resize_width W, convert_imageset (its source and
+src/caffe/util/io.cpp of Caffe 1.0) decodes with OpenCV to 8-bit BGR (or grey), resizes with cv::resize
+(bilinear), encodes with cv::imencode(".jpg") (quality 95), and sets `data`, `label` and `encoded` of the
+Datum, but not channels, height and width. Without --encoded, `data` is channels x height x width values, and
+all fields are set. Without a size, a file whose name ends in .jpg or .jpeg is stored as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,41 @@ _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})
 """JPEG markers without a length: TEM, RST0 to RST7."""
 
+MAX_PIXELS = 100_000_000
+"""An image with more pixels by its header is not decoded: it takes 300 MB, and is not a photograph."""
+
+
+class ImageProblem(Enum):
+    """Why a file or a record has no image that Caffe can use; the value is the wording."""
+
+    NOT_A_DATUM = "not a Datum message"
+    WRONG_COUNT = "values that do not fill the image's size"
+    GIF = "a GIF image, which Caffe does not read"
+    TOO_LARGE = f"an image of more than {MAX_PIXELS:,} pixels, not decoded"
+    UNDECODABLE = "an image that cannot be decoded (cut off, or not an image)"
+    NOT_8_BIT = "an image whose pixels are not 8-bit"
+
+
+class BadImageError(UnreadableImageError):
+    """An image that Caffe cannot use: what is wrong, and the particulars of this image."""
+
+    def __init__(self, problem: ImageProblem, particulars: str = "") -> None:
+        super().__init__(f"{problem.value}: {particulars}" if particulars else problem.value)
+        self.problem = problem
+
+
+def checked_size(content: bytes) -> tuple[int, int] | None:
+    """As `image_size`; raises BadImageError for an image that must not be decoded."""
+    if content.startswith(GIF_STARTS):
+        raise BadImageError(ImageProblem.GIF)
+    size = image_size(content)
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise BadImageError(ImageProblem.TOO_LARGE, f"{size[0]} x {size[1]}")
+    return size
+
 
 def image_size(content: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels as the header of an image file says; None where there is no such header."""
+    """Width and height in pixels by the header of an image file; None without a known header."""
     if content.startswith(JPEG_START):
         return _jpeg_size(content)
     if content.startswith(PNG_START):
@@ -82,7 +114,7 @@ def _numbers(content: bytes, at: int, size: int, order: str) -> tuple[int, int] 
 
 
 def _size_by_pillow(content: bytes) -> tuple[int, int] | None:
-    """Of the rarer kinds, by a library that reads headers alone."""
+    """Of the rarer kinds, with a library that reads only their headers."""
     from PIL import Image, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # Only headers are read here, and the caller judges the size.
@@ -96,22 +128,17 @@ def _size_by_pillow(content: bytes) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-__all__ = ["ImageForm", "UnreadableImageError", "datum_record", "form_of", "image_record", "read_content"]
-
-MAX_PIXELS = 100_000_000
-"""An image with more pixels, by its header, is never decoded: 300 MB, and no photograph."""
-
 LARGE_PIXELS = 25_000_000
 """Images of more pixels are decoded one at a time, to bound the memory."""
 
 REDUCTIONS = (8, 4, 2)
-"""By what libjpeg can divide an image's sides while it decodes, as OpenCV offers it."""
+"""Factors by which OpenCV can have libjpeg reduce an image's sides while decoding."""
 
 REDUCED_SHARE = 0.65
-"""How much of the stored size each side must still have when an image is divided for ``fast``.
+"""The share of the stored size that each side must keep when an image is reduced for ``fast``.
 
-Of 500x375 and 500x333, the usual sizes of ImageNet, the half is decoded for 256x256 (73 % and 65 % of the
-height); nothing between a half and the whole is faster to decode than the whole.
+Images of 500x375 and 500x333, the usual sizes of ImageNet, are halved for 256x256 (73 % and 65 % of the
+height); no factor between a half and one is faster to decode than the whole image.
 """
 
 _JPEG_SCAN = b"\xff\xda"
@@ -127,10 +154,10 @@ class ImageForm:
         width, height: pixels; 0 for each image's own, or where ``shorter`` is set.
         colour: 3 channels, blue, green, red; else 1.
         shorter: the length of the shorter side in pixels, the other following the image's aspect; 0 for none.
-        raw: values as they are, not a JPEG file.
+        raw: uncompressed pixels, not a JPEG file.
         quality: of the JPEG file, 1 to 100.
-        fast: JPEG files are scaled down while they are decoded, by a power of two, as far as
-            ``REDUCED_SHARE`` allows.
+        fast: JPEG files are reduced by a power of two while they are decoded, as far as ``REDUCED_SHARE``
+            allows.
     """
 
     width: int
@@ -163,7 +190,7 @@ class ImageForm:
 
 
 def form_of(text: str) -> ImageForm | None:
-    """The form that `ImageForm.text` says in words; None where it says none."""
+    """The form that ``text``, an `ImageForm.text`, describes; None if it does not describe one."""
     found = re.fullmatch(
         r"(?:shorter side (?P<shorter>\d+)|(?P<width>\d+)x(?P<height>\d+)|original size)"
         r" (?P<colour>colour|gray)"
@@ -184,22 +211,23 @@ def form_of(text: str) -> ImageForm | None:
 
 
 def limit_decoder() -> None:
-    """Have OpenCV itself refuse more pixels, also of kinds whose header is not read here.
+    """Make OpenCV itself refuse larger images, also those whose header is not known here.
 
-    Counts only before OpenCV is imported.
+    Takes effect only before OpenCV is imported.
     """
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 
 def read_content(path: Path) -> bytes:
-    """The bytes of an image file; raises UnreadableImageError where there are none."""
+    """The bytes of an image file; raises UnreadableImageError."""
     return Folder(Path("/")).read(os.fsencode(path.absolute()), 0, 0)
 
 
 def image_record(path: bytes, content: bytes, label: int, form: ImageForm) -> bytes:
     """The serialized Datum of an image file, from its name and ``content``.
 
-    Raises UnreadableImageError for one that is cut off, too large, or no image that Caffe's OpenCV knows.
+    Raises:
+        UnreadableImageError: it is cut off, too large, or not an image that Caffe's OpenCV can decode.
     """
     pixels = _decoded(content, form)
     if form.raw:
@@ -245,11 +273,7 @@ def _decoded(content: bytes, form: ImageForm) -> Any:
 
     if _is_cut_off(content):
         raise UnreadableImageError("the JPEG file is cut off: it has no end marker")
-    if content.startswith(GIF_STARTS):
-        raise UnreadableImageError("a GIF file, which Caffe does not read: convert it")
-    size = image_size(content)
-    if size is not None and size[0] * size[1] > MAX_PIXELS:
-        raise UnreadableImageError(f"its header says {size[0]} x {size[1]} pixels: more than 100 megapixels")
+    size = checked_size(content)
     try:
         if size is not None and size[0] * size[1] > LARGE_PIXELS:
             with _one_large:
@@ -276,12 +300,12 @@ def _pixels(content: bytes, size: tuple[int, int] | None, form: ImageForm) -> An
 
 
 def _reduced_flag(width: int, height: int, form: ImageForm) -> int:
-    """How to decode a JPEG file so that it is as small as ``REDUCED_SHARE`` of what is stored allows."""
+    """How to decode a JPEG file at the smallest size that ``REDUCED_SHARE`` of the stored size allows."""
     import cv2
 
     for factor in REDUCTIONS:
         across, down = -(-width // factor), -(-height // factor)
-        # Either way round: an orientation in the file may exchange the sides.
+        # Both ways round, since an orientation in the file may swap the sides.
         if _enough_of((across, down), form.size_of(width, height)) and _enough_of(
             (down, across), form.size_of(height, width)
         ):
@@ -309,11 +333,11 @@ def _opencv_error(error: Exception) -> UnreadableImageError:
 def _is_cut_off(content: bytes) -> bool:
     """Whether a JPEG file ends inside its pixels, or before them.
 
-    OpenCV (and so convert_imageset) fills the missing part with grey and goes on, which would train the
-    network on half-grey images. Within the pixels a marker cannot occur, so the end marker must come after
-    the last scan's beginning; an embedded thumbnail comes before it.
+    OpenCV (and so convert_imageset) fills the missing part with grey, and the network would be trained on
+    half-grey images. No marker can occur within the pixels, so the end marker must come after the start of
+    the last scan; an embedded thumbnail comes before that.
     """
     if not content.startswith(JPEG_START) or content.endswith(_JPEG_END):
         return False
-    # Neither of them, both -1: it ends before its pixels.
+    # If both are missing (-1), the file ends before its pixels.
     return content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN)

@@ -1,7 +1,7 @@
-"""Which images there are, where each one lies and its label: tens of bytes an image, held once.
+"""The images to store: the path, label and place of each, in tens of bytes an image.
 
-A training set has a million images and more; as Python objects their names alone would take hundreds of
-megabytes. Here they are one block of bytes and a few numbers an image, which all threads share.
+A training set has a million images or more. As Python objects, their names alone would take hundreds of
+megabytes; here they are one block of bytes and a few numbers an image, which all threads share.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 import random
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 
@@ -29,21 +29,14 @@ KEY_NUMBER_BYTES = 9
 """A key begins with eight digits and an underscore."""
 
 MAX_IMAGES = 10**8
-"""The eight digits of a key count so many."""
+"""Eight digits in a key allow no more."""
 
 MAX_FILE_BYTES = 1 << 29
-"""A larger file is no image of at most 100 megapixels."""
+"""No image of at most 100 megapixels is a larger file."""
 
 
 class UnreadableImageError(Exception):
     """An image that cannot be used; the text is the reason."""
-
-
-class Entry(NamedTuple):
-    """One image: its path as it stands in the LMDB's key, and its label."""
-
-    path: str
-    label: int
 
 
 class Folder:
@@ -56,12 +49,12 @@ class Folder:
     def read(self, path: bytes, _offset: int, _size: int) -> bytes:
         """The content of the image ``path``; raises UnreadableImageError."""
         try:
-            # An absolute path stands for itself. Not waiting for a writer, should it be a pipe.
+            # Absolute paths are not below the folder. O_NONBLOCK: a pipe must not wait for its writer.
             name = path if path.startswith(b"/") else self._start + path
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from None
-        except ValueError as error:  # A path that no file can have: it holds a null character.
+        except ValueError as error:  # A null character in the path.
             raise UnreadableImageError(str(error)) from None
         try:
             facts = os.fstat(descriptor)
@@ -76,7 +69,7 @@ class Folder:
 
 
 class Archive:
-    """Images inside an uncompressed tar archive, read where they stand."""
+    """Images inside an uncompressed tar archive, read in place."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +99,7 @@ def _check_size(size: int) -> None:
     if not size:
         raise UnreadableImageError("the file is empty")
     if size > MAX_FILE_BYTES:
-        raise UnreadableImageError(f"{size / 1e6:,.0f} MB: no image of at most 100 megapixels")
+        raise UnreadableImageError(f"{size / 1e6:,.0f} MB: too large for an image of at most 100 megapixels")
 
 
 @dataclass(frozen=True)
@@ -115,9 +108,9 @@ class ImageIndex:
 
     Attributes:
         place: where their content is read.
-        names: class names, line N for label N; None where only a list of numbers is known.
+        names: class names, item N for label N; None where only numbers are known.
         source: how the labels were found, for messages ("10 class folders", "list val.txt").
-        ignored: files beside the images that are none by their suffix, and folders in class folders.
+        ignored: files that are not images by their suffix, and folders in class folders.
         order: the numbers in the order in which the images are stored; None for 0, 1, 2, ...
     """
 
@@ -136,7 +129,7 @@ class ImageIndex:
         return len(self._ends)
 
     def path(self, number: int) -> bytes:
-        """An image's path, as it stands in the LMDB's key."""
+        """An image's path, as the LMDB's key has it."""
         return self._paths[self._ends[number - 1] if number else 0 : self._ends[number]]
 
     def label(self, number: int) -> int:
@@ -156,15 +149,8 @@ class ImageIndex:
         """An image's content; raises UnreadableImageError."""
         return self.place.read(self.path(number), *self.span(number))
 
-    @property
-    def entries(self) -> Iterator[Entry]:
-        """All images in the order in which they are stored."""
-        for position in range(len(self)):
-            number = self.at(position)
-            yield Entry(os.fsdecode(self.path(number)), self.label(number))
-
     def shuffled(self, seed: int) -> ImageIndex:
-        """The same images in an order that depends on ``seed`` and their number alone."""
+        """The same images in a random order, which depends only on ``seed`` and their number."""
         import numpy as np
 
         order = array("I", range(len(self)))
@@ -172,7 +158,7 @@ class ImageIndex:
         return replace(self, order=np.frombuffer(order, np.uint32))
 
     def digest(self) -> str:
-        """What tells this index from another: its images' paths, labels, places and order."""
+        """A hash of the images' paths, labels, places and order."""
         total = hashlib.blake2b(self._paths, digest_size=16)
         for part in (self._ends, self._labels, self._offsets, self._sizes, self.order):
             total.update(b"-" if part is None else part.tobytes())
@@ -199,7 +185,7 @@ class ImageIndex:
 
 
 class IndexBuilder:
-    """Collects the images of an `ImageIndex` that are read from ``place``."""
+    """Collects the images of an `ImageIndex`, which are read from ``place``."""
 
     def __init__(self, place: Folder | Archive) -> None:
         self._place = place
@@ -214,7 +200,7 @@ class IndexBuilder:
         return len(self._ends)
 
     def add(self, path: bytes, label: int, offset: int = 0, size: int = 0) -> None:
-        """Put an image at the end; ``offset`` and ``size`` are those of its content in an archive.
+        """Append an image; ``offset`` and ``size`` are those of its content in an archive.
 
         Raises:
             UserError: the path is too long for a key, or there are more images than keys.
@@ -226,7 +212,7 @@ class IndexBuilder:
                 f" number, {MAX_KEY_BYTES} at most"
             )
         if len(self._ends) == MAX_IMAGES:
-            raise UserError(f"more than {MAX_IMAGES:,} images: Caffe's keys do not count further")
+            raise UserError(f"more than {MAX_IMAGES:,} images: Caffe's keys cannot number more")
         self._paths += path
         self._ends.append(len(self._paths))
         self._labels.append(label)

@@ -1,15 +1,15 @@
-"""What an unfinished LMDB is made from and how far it is: what the same command needs to go on.
+"""The journal of an unfinished LMDB, from which the same command continues after an interruption.
 
-One JSON value a line. The first says what the LMDB is made from. Before each transaction follow the images
-that were left out since the last one, and what the transaction stores:
+One JSON value a line. The first holds what the LMDB is made from. For each transaction there are the images
+that were left out since the last one, and what it stores:
 
     {"made_from": {"size": "256x256", ...}}
     {"skipped": [17, "cat/17.JPEG", "the file is empty"]}
     {"end": 512, "records": 511, "crc": 2774321023}
 
-``end`` images are dealt with then, ``records`` of them stored; ``crc`` is the CRC-32 of the transaction's
-keys and values, one after the other. A line is on the disk before its transaction begins, so an LMDB's
-number of records says which lines count; those after them tell of what was lost.
+After it, ``end`` images have been processed and ``records`` of them stored; ``crc`` is the CRC-32 of the
+transaction's keys and values. A line is on the disk before its transaction begins, so the LMDB's number of
+records shows which lines are valid; those after them belong to transactions that were lost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Skipped(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """State after a transaction: images dealt with, records in the LMDB, and the transaction's CRC-32."""
+    """State after a transaction: images processed, records in the LMDB, and the transaction's CRC-32."""
 
     end: int
     records: int
@@ -45,13 +45,13 @@ class Commit(NamedTuple):
 
 @dataclass
 class Stored:
-    """What of an unfinished LMDB counts.
+    """What an unfinished LMDB holds.
 
     Attributes:
-        end: images dealt with.
-        records: of them stored.
-        record_bytes: of these records' values.
-        skipped: of them left out.
+        end: images processed.
+        records: those that are stored.
+        record_bytes: of their values.
+        skipped: those that were left out.
     """
 
     end: int = 0
@@ -67,32 +67,32 @@ class Journal:
         """Open the journal at ``path``, or begin one.
 
         Raises:
-            UserError: the LMDB there is made from something else.
+            UserError: the unfinished LMDB is made from something else.
         """
         self._path = path
         self._lines = _read(path)
-        # Without a transaction there is nothing to go on with, whatever it was to be made from.
-        self.going_on = any("end" in line for line, _ in self._lines)
-        if self.going_on:
+        # Without a transaction there is nothing to continue, whatever it was to be made from.
+        self.continued = any("end" in line for line, _ in self._lines)
+        if self.continued:
             _check_same(path.parent, self._lines[0][0].get("made_from"), made_from)
         self._file = path.open("ab")
-        if not self.going_on:
+        if not self.continued:
             self._file.truncate(0)
             self._write([{"made_from": dict(made_from)}])
 
     def add(self, skipped: Sequence[Skipped], commit: Commit) -> None:
-        """Write down a transaction that is about to begin, and wait until that is on the disk."""
+        """Record a transaction that is about to begin, and wait until the record is on the disk."""
         self._write([*({"skipped": list(image)} for image in skipped), commit._asdict()])
 
     def close(self) -> None:
-        """Let go of the file; may be called twice."""
+        """Close the file; may be called twice."""
         self._file.close()
 
     def check(self, what: str, environment: Any) -> Stored:
-        """Read every record of the unfinished LMDB and return how far it is; what was lost is struck out.
+        """Read every record of the unfinished LMDB and return what it holds; drop what was lost.
 
         Raises:
-            UserError: a record is not as it was stored.
+            UserError: a record is not as it was written.
         """
         entries: int = environment.stat()["entries"]
         stored, kept, commits = Stored(), 1, list[Commit]()
@@ -164,7 +164,7 @@ def _read(path: Path) -> list[tuple[dict[str, Any], int]]:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            break  # Torn off in the middle, or never on the disk.
+            break  # Cut off in the middle, or never on the disk.
         lines.append((value, end))
     return lines
 
@@ -178,10 +178,10 @@ def _check_same(folder: Path, before: Any, now: Mapping[str, str]) -> None:
         f"{name}: {before.get(name, 'none')}, now {now.get(name, 'none')}" for name in differing
     )
     raise UserError(
-        f"{folder} is an unfinished LMDB of another making ({changes}): start that command again to go on,"
-        " or give --restart to throw it away"
+        f"{folder} is an unfinished LMDB that was made differently ({changes}): start that command again to"
+        " continue it, or discard it with --restart"
     )
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
-    return UserError(f"{folder}, an unfinished LMDB, is damaged ({reason}): --restart begins it again")
+    return UserError(f"{folder}, an unfinished LMDB, is damaged ({reason}): --restart begins again")

@@ -14,13 +14,17 @@ from caffe_jacinto.data.index import Archive, Folder, ImageIndex, IndexBuilder
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """What counts as an image in a class folder; a list file may name any file."""
 
+LABELS = "labels.txt"
+"""The file of class names beside an LMDB: line N for label N."""
+
 _LIST_LINE = re.compile(rb"(?P<path>.*\S)[ \t]+(?P<label>\S+)", re.DOTALL)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
     """The class names of a labels file: line N (from 0) is the name of label N.
 
-    Raises UserError for a missing or empty file, a blank line between names, or a name that comes twice.
+    Raises:
+        UserError: the file is missing or empty, has a blank line between names, or has a name twice.
     """
     names = [line.strip() for line in _read_lines(path, "labels file")]
     while names and not names[-1]:
@@ -32,7 +36,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         if not name:
             raise UserError(f"{path}:{number}: blank line between class names: every line is one label")
         if name in seen:
-            raise UserError(f"{path}:{number}: class name {name!r} stands on line {seen[name]} already")
+            raise UserError(f"{path}:{number}: class name {name!r} is on line {seen[name]} already")
         seen[name] = number
     return tuple(names)
 
@@ -43,9 +47,10 @@ def list_class_folders(folder: Path, names: tuple[str, ...] | None = None) -> Im
     A class's label is the rank of its folder's name in sorted order, or its place in ``names`` if given.
     Hidden files and folders are left out.
 
-    Raises UserError when the folder is missing or holds no class folders, when a class folder holds no
-    images (without ``names``: its label would silently go unused), is not among ``names``, or has a name that
-    cannot be a line of labels.txt.
+    Raises:
+        UserError: the folder is missing or holds no class folders; or a class folder holds no images (without
+            ``names``: its label would silently go unused), is not among ``names``, or has a name that cannot
+            be a line of labels.txt.
     """
     files, folders = _look_into(folder)
     if not folders:
@@ -80,9 +85,10 @@ def class_labels(classes: Sequence[str], names: tuple[str, ...] | None, what: st
 
     Args:
         classes: sorted.
-        what: what a class's name follows in messages.
+        what: the words before a class's name in messages.
 
-    Raises UserError when a class is not among ``names``, or cannot be a line of labels.txt.
+    Raises:
+        UserError: a class is not among ``names``, or cannot be a line of labels.txt.
     """
     if names is None:
         _check_names(classes, what)
@@ -103,10 +109,10 @@ def list_from_file(
     """The images that ``list_file`` names, in its order: lines ``path label`` as convert_imageset takes them.
 
     Paths are relative to ``place`` and may hold spaces: the label is what follows the last space.
-    Blank lines are passed over.
+    Blank lines are ignored.
 
-    Raises UserError, with file and line, for a line without a label, a label that is not a whole number
-    from 0, or one beyond ``names``.
+    Raises:
+        UserError: a line has no label, or its label is not a whole number from 0, or is beyond ``names``.
     """
     build = IndexBuilder(place)
     for _, (path, label) in list_lines(list_file, names):
@@ -131,9 +137,10 @@ def list_lines(list_file: Path, names: tuple[str, ...] | None) -> Iterator[tuple
 
 
 def list_flat_folder(folder: Path) -> ImageIndex:
-    """The images that lie beside each other in ``folder``, sorted by name, without labels.
+    """The images directly in ``folder``, sorted by name, without labels.
 
-    Raises UserError when the folder is missing or holds none.
+    Raises:
+        UserError: the folder is missing or holds no images.
     """
     files, folders = _look_into(folder)
     images = [file for file in files if is_image_name(file)]
@@ -191,17 +198,17 @@ def _look_into(folder: Path) -> tuple[list[str], list[str]]:
 def _is_folder(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_dir()
-    except OSError:  # A link that leads back to itself, for one: reading it tells what is wrong.
+    except OSError:  # For example a link to itself: reading it will report the reason.
         return False
 
 
 def _read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file; names that are not UTF-8 survive as they stand on the disk."""
+    """The lines of a text file; names that are not UTF-8 are kept byte for byte."""
     try:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
-    # Not splitlines(): that would also split at characters that may stand in a file name.
+    # Not splitlines(): that would also split at characters that a file name may contain.
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
@@ -211,7 +218,7 @@ def _missing_folder(folder: Path) -> str:
 
 
 def _why_no_classes(folder: Path, files: Sequence[str]) -> str:
-    """What to tell a user whose image folder has no folders in it."""
+    """The message about an image folder that has no folders in it."""
     archives = [file for file in files if file.endswith((".tar", ".tar.gz", ".tgz", ".zip"))]
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if archives:
@@ -238,5 +245,5 @@ def _check_names(names: Sequence[str], what: str) -> None:
 
 
 def and_others(names: Sequence[str]) -> str:
-    """' (and 2 others)', of names of which a message shows the first."""
+    """' (and 2 others)', where a message shows only the first of ``names``."""
     return f" (and {count_of(len(names) - 1, 'other')})" if len(names) > 1 else ""

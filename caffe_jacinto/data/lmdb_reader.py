@@ -19,7 +19,8 @@ from typing import Any
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for
 from caffe_jacinto.common.text import count_of
-from caffe_jacinto.data.datum import BadRecordError, parse_datum, read_record
+from caffe_jacinto.data.datum import parse_datum, read_record
+from caffe_jacinto.data.encode import BadImageError
 
 Record = tuple[bytes, bytes]
 """Key and value."""
@@ -296,7 +297,7 @@ def check_lmdb(
         for key, record in islice(reader.records(), FIRST_LABELS):
             try:
                 labels.append(parse_datum(record).label)
-            except BadRecordError as error:
+            except BadImageError as error:
                 raise UserError(f"{reader.place(key)}: {error}: make the LMDB again") from None
             _check_label(reader.place(key), labels[-1], num_classes)
         first_labels = list(labels)

@@ -1,7 +1,7 @@
-"""An LMDB that appears under its name only when it is complete and on the disk.
+"""Writing an LMDB, which appears under its name only when it is complete and on the disk.
 
-While it is made it stands in the folder ``.<name>.partial`` beside its place, in transactions that are on
-the disk one after the other, with a journal. Whatever ends the making, a later one goes on from there.
+Until then it is in the folder ``.<name>.partial`` beside its final place, together with a journal. Each
+transaction is on the disk before the next one; after any interruption, a later process continues from there.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from typing import Any
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import check_parent, sync_folder, write_whole
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
+from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
 
 FIRST_MAP_BYTES = 1 << 30
-"""Size of the address range that LMDB may use at first; doubled as often as needed."""
+"""Size of the address range that LMDB may use at first; doubled when needed."""
 
 BATCH_BYTES = 16 << 20
-"""Records are handed to LMDB in transactions of this many bytes; up to three batches are in memory."""
-
-MADE_FROM = "made_from.json"
-"""The file beside data.mdb that says what the LMDB is made from."""
-
-OWN_FILES = frozenset({"data.mdb", "lock.mdb", "labels.txt", "skipped.txt", MADE_FROM})
-"""All that an LMDB folder of ours or of convert_imageset holds: what --force may delete."""
+"""Records are written in transactions of this many bytes; up to three batches are in memory."""
 
 SKIPPED = "skipped.txt"
+"""The list of the images that were left out."""
+
+MADE_FROM = "made_from.json"
+"""The file beside data.mdb that records what the LMDB is made from."""
+
+OWN_FILES = frozenset({"data.mdb", "lock.mdb", LABELS, SKIPPED, MADE_FROM})
+"""The files in an LMDB folder of create_lmdb or convert_imageset: what --force may delete."""
 
 
 class LmdbWriter:
     """Takes records in ascending key order; made by `new_lmdb`.
 
-    Transactions are written by a thread of their own: the disk's time is not the caller's.
+    Another thread writes the transactions, so the caller does not wait for the disk.
 
     Attributes:
-        position: images dealt with, stored and left out; not 0 where an earlier, interrupted run is gone on
-            with.
+        position: images processed, stored or left out; starts above 0 when an interrupted run is continued.
         images: records stored.
         record_bytes: of their values.
         skipped: the images left out.
-        resumed: ``position`` at the beginning.
+        resumed: ``position`` at the start.
         committed: records that are on the disk.
     """
 
@@ -62,9 +63,9 @@ class LmdbWriter:
         self._folder.mkdir(exist_ok=True)
         for item in self._folder.iterdir():
             if item.name != "data.mdb":
-                item.unlink()  # It is written again; or it is half of it, from a process that was killed.
+                item.unlink()  # It will be written again; a killed process may have left half of it.
         self._journal = journal
-        # No lock file: it is private until it is complete, and Caffe makes its own.
+        # No lock file: nobody else opens an incomplete LMDB, and Caffe makes its own.
         self._environment: Any = lmdb.open(
             os.fspath(self._folder), map_size=FIRST_MAP_BYTES, lock=False, mode=0o666
         )
@@ -73,7 +74,7 @@ class LmdbWriter:
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         try:
-            stored = journal.check(name, self._environment) if journal.going_on else Stored()
+            stored = journal.check(name, self._environment) if journal.continued else Stored()
         except BaseException:
             self.close()
             raise
@@ -110,7 +111,7 @@ class LmdbWriter:
         self.add_file(MADE_FROM, json.dumps(made_from, indent=1) + "\n")
 
     def finish(self) -> None:
-        """Write what is left and wait until all of it is on the disk."""
+        """Write the rest and wait until everything is on the disk."""
         if self.position != self._position_written:
             self._write_batch()
         self._wait()
@@ -124,7 +125,7 @@ class LmdbWriter:
         return "".join(f"{image.path}\t{image.reason}\n" for image in self.skipped)
 
     def close(self) -> None:
-        """Let go of the files; may be called twice."""
+        """Close the files; may be called twice."""
         self._thread.shutdown()
         self._environment.close()
         self._journal.close()
@@ -158,7 +159,7 @@ class LmdbWriter:
                 self.committed = records
                 return
             except self._lmdb.MapFullError:
-                # The transaction was rolled back whole: double the map, as Caffe does, and again.
+                # The whole transaction was rolled back: double the map, as Caffe does, and repeat it.
                 self._environment.set_mapsize(self._environment.info()["map_size"] * 2)
 
 
@@ -172,34 +173,34 @@ def new_lmdb(
 ) -> Iterator[LmdbWriter]:
     """Write an LMDB beside ``output``, and rename it to ``output`` when the block ends without an error.
 
-    What an earlier, interrupted writer stored is checked and gone on with: the block begins at
-    ``writer.position``. After an error it stays where something of it is stored already.
+    What an interrupted writer stored is checked and continued: the block begins at ``writer.position``.
+    After an error, what has been stored stays for the next attempt.
 
     Args:
         output: the LMDB's folder. Its parent must exist.
-        made_from: what decides the records: sources, order, form. An unfinished LMDB is gone on with only
-            where it is the same.
-        replace: whether an LMDB that is there already may be replaced, once the new one is complete.
-        restart: whether an unfinished LMDB is thrown away.
+        made_from: what determines the records: sources, order, form. An unfinished LMDB is continued only
+            if it is the same.
+        replace: whether an existing LMDB may be replaced, once the new one is complete.
+        restart: whether an unfinished LMDB is discarded.
 
     Raises:
-        UserError: something stands under that name, the parent is missing or not writable, another
-            process is writing the same LMDB, or the unfinished one is of another making or damaged.
+        UserError: the name is taken, the parent is missing or not writable, another process is writing the
+            same LMDB, or the unfinished one is damaged or was made differently.
         RunFailed: the disk is full or refuses to write.
     """
     import lmdb
 
-    output = output.resolve()  # A link to another disk stays, and what it leads to is made or replaced.
+    output = output.resolve()  # A link to another disk stays; its target is made or replaced.
     check_free(output, replace)
     partial = output.with_name(f".{output.name}.partial")
     lock = _claim(partial, output)
     writer: LmdbWriter | None = None
     try:
         if restart or not (partial / "lmdb").is_dir():
-            _empty(partial)  # It was moved to its place, and only this was left to do.
+            _empty(partial)  # If the LMDB is no longer in it, it was moved, and only this was left to do.
         try:
             journal = Journal(partial / "journal", made_from or {})
-            if not journal.going_on:
+            if not journal.continued:
                 shutil.rmtree(partial / "lmdb", ignore_errors=True)
                 (partial / SKIPPED).unlink(missing_ok=True)
             writer = LmdbWriter(partial, journal, output.name)
@@ -212,7 +213,7 @@ def new_lmdb(
     except (lmdb.Error, OSError) as error:
         raise RunFailed(_why_not_written(output, error)) from error
     finally:
-        # Nothing worth going on with, nor a list of bad images that a message has named.
+        # Remove it unless there is something to continue, or a list of bad images that a message named.
         if writer is not None and not writer.committed and not (partial / SKIPPED).exists():
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
@@ -240,7 +241,7 @@ def noted_form(folder: Path) -> str | None:
 
 
 def check_free(output: Path, replace: bool) -> None:
-    """Raise UserError unless an LMDB may be put at ``output`` (see `new_lmdb`, which asks this itself)."""
+    """Raise UserError unless an LMDB may be put at ``output``; `new_lmdb` checks this, too."""
     check_parent(output, "LMDB ")
     if not output.exists():
         return
@@ -257,9 +258,9 @@ def check_free(output: Path, replace: bool) -> None:
 
 
 def _claim(partial: Path, output: Path) -> int:
-    """Make the folder ``partial``, if it is not there, this process's alone; returns the open lock.
+    """Make the folder ``partial`` if it is missing, and lock it for this process; returns the open lock.
 
-    The lock is the kernel's (flock): it ends with the process that holds it, however that dies.
+    The kernel releases the lock (flock) when the process that holds it ends, for whatever reason.
     """
     while True:
         try:
@@ -271,13 +272,13 @@ def _claim(partial: Path, output: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another process is writing LMDB {output} at this moment") from None
+            raise UserError(f"another process is writing LMDB {output}") from None
         try:
             if os.path.samestat(os.fstat(lock), partial.stat()):
                 return lock
         except FileNotFoundError:
             pass
-        os.close(lock)  # Its owner finished and removed it between our open and our lock.
+        os.close(lock)  # Its owner finished and removed it after it was opened here, before it was locked.
 
 
 def _empty(folder: Path) -> None:
@@ -286,12 +287,12 @@ def _empty(folder: Path) -> None:
 
 
 def _why_not_written(output: Path, error: Exception) -> str:
-    # LMDB reports a write that was cut short by a full disk as an input/output error: look at the disk.
+    # On a full disk LMDB may report an input/output error, so look at the free space.
     free = shutil.disk_usage(output.parent).free
     no_room = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
     if no_room or free < BATCH_BYTES:
         return (
             f"the disk of {output.parent} is full ({free / 1e6:,.0f} MB left): LMDB {output} is not complete;"
-            " make room and start the same command again, it goes on"
+            " free some space and start the same command again to continue"
         )
     return f"LMDB {output} could not be written: {error}"

@@ -23,6 +23,7 @@ from typing import Any
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.progress import image_progress
 from caffe_jacinto.common.text import count_of, duration
+from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.data.lmdb_reader import LmdbReader, check_folder
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, SKIPPED, LmdbWriter, new_lmdb
 
@@ -148,9 +149,9 @@ def _copy(shards: Sequence[Path], writer: LmdbWriter, name: str) -> int:
                     writer.put(key, record)
                     advance()
             there = max(there - len(reader), 0)
-    labels = shards[0] / "labels.txt"
+    labels = shards[0] / LABELS
     if labels.is_file():
-        writer.add_file("labels.txt", labels.read_bytes().decode("utf-8", "surrogateescape"))
+        writer.add_file(LABELS, labels.read_bytes().decode("utf-8", "surrogateescape"))
     skipped = [
         (shard / SKIPPED).read_bytes().decode("utf-8", "surrogateescape")
         for shard in shards

@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caffe_jacinto.common.progress import image_progress
 from caffe_jacinto.common.text import count_of
-from caffe_jacinto.data.datum import (
-    BadRecordError,
-    ImageProblem,
-    ahead,
-    check_depth,
-    parse_datum,
-    stored_pixels,
-)
-from caffe_jacinto.data.encode import JPEG_START, PNG_START, limit_decoder
-from caffe_jacinto.data.listing import read_labels
+from caffe_jacinto.data.datum import ahead, check_depth, parse_datum, stored_pixels
+from caffe_jacinto.data.encode import JPEG_START, PNG_START, BadImageError, ImageProblem, limit_decoder
+from caffe_jacinto.data.listing import LABELS, read_labels
 from caffe_jacinto.data.lmdb_reader import ENOUGH_FOR_ORDER, LmdbReader, evenly_spaced
 
 if TYPE_CHECKING:
@@ -98,7 +91,7 @@ class Record(NamedTuple):
     digest: bytes
     """Of the image's bytes; empty where there is none."""
 
-    error: BadRecordError | None = None
+    error: BadImageError | None = None
 
 
 @dataclass
@@ -219,7 +212,7 @@ def verify_lmdb(folder: Path, *, workers: int, labels: Path | None = None, sampl
     """
     limit_decoder()
     with LmdbReader(folder) as reader:
-        own = folder / "labels.txt"
+        own = folder / LABELS
         names = read_labels(labels or own) if labels is not None or own.is_file() else None
         before = reader.last_change
         found = Findings(folder, len(reader), names=names)
@@ -280,7 +273,7 @@ def examine(key: bytes, content: bytes) -> Record:
     """The contents of one record; its image is decoded as Caffe decodes it."""
     try:
         datum = parse_datum(content)
-    except BadRecordError as error:
+    except BadImageError as error:
         return Record(key, len(content), None, None, b"", error)
     image: bytes = datum.data if datum.data else datum.SerializeToString() if datum.float_data else b""
     digest = blake2b(image, digest_size=DIGEST_BYTES).digest() if image else b""
@@ -290,7 +283,7 @@ def examine(key: bytes, content: bytes) -> Record:
         record = record._replace(form=Form(_kind(datum), *pixels.shape))
         if datum.encoded:
             check_depth(pixels)
-    except BadRecordError as error:
+    except BadImageError as error:
         return record._replace(error=error)
     return record
 

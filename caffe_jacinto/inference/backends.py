@@ -1,4 +1,4 @@
-"""Who computes: stock Caffe, OpenCV 4 or onnxruntime. Each takes a batch of images and gives scores."""
+"""What computes a network's scores: stock Caffe, OpenCV 4 or onnxruntime."""
 
 from __future__ import annotations
 
@@ -34,20 +34,23 @@ class Backend:
     """A network that is ready to compute."""
 
     label: str
-    """What computes, and its version."""
+    """The backend and its version."""
 
     classes: int
     scores: Scores
     """Images x channels x height x width to images x classes.
 
     Raises:
-        RunFailed: the backend fails, or the scores are no numbers.
+        RunFailed: the backend fails, or the scores are not finite.
     """
 
 
 def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -> Backend:
-    """The backend ``name`` with the network, or the first of `BACKENDS` that can; an image of zeros has gone
-    through it. ``caffe``: the executable of a Caffe, or its tree.
+    """The backend ``name`` with the network loaded, or the first of `BACKENDS` that works; it has been tried
+    on an image of zeros.
+
+    Args:
+        caffe: the executable of a Caffe, or its tree.
 
     Raises:
         UserError: it is not installed, cannot compute the network, or the weights do not fit.
@@ -58,20 +61,20 @@ def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -
         try:
             return _opened(other, network, caffe)
         except UserError as error:
-            print(f"not by {other}: {error}", file=sys.stderr)
+            print(f"{other} cannot be used: {error}", file=sys.stderr)
     return _opened(last, network, caffe)
 
 
 def _check_weights(network: TrainedNetwork) -> None:
-    """Raises UserError where weights do not fit, at which Caffe would end the process, or are no numbers."""
+    """Raise UserError where weights do not fit (Caffe would end the process) or are not finite numbers."""
     import numpy as np
 
     net = stock_net(network.text, str(network.where), network.dialect, network.weights)
     for layer in net.layers:
         if not all(np.isfinite(blob).all() for blob in layer.blobs):
             raise UserError(
-                f"{network.weights}: layer {layer.name} has weights that are not finite numbers: the "
-                "training went wrong; take an earlier snapshot"
+                f"{network.weights}: layer {layer.name} has weights that are not finite numbers: training "
+                "diverged; use an earlier snapshot"
             )
 
 
@@ -84,16 +87,14 @@ def _opened(name: str, network: TrainedNetwork, caffe: str | None) -> Backend:
     def scores(images: Values) -> Values:
         try:
             values = compute(images)
-        except Exception as error:  # Each backend has errors of its own.
+        except Exception as error:  # Each backend has its own kinds of errors.
             reason = " ".join(str(error).split())[:300]
             raise RunFailed(f"{network.where}: {label} cannot compute it: {reason}") from error
         if values.ndim < 2 or values.size != len(images) * values.shape[1]:
             shape = "x".join(map(str, values.shape[1:]))
-            raise UserError(f"{network.where}: its output is {shape} for an image, no scores of classes")
+            raise UserError(f"{network.where}: its output is {shape} for an image, not scores of classes")
         if not np.isfinite(values).all():
-            raise RunFailed(
-                f"{network.weights}: the scores grow beyond all numbers; take an earlier snapshot"
-            )
+            raise RunFailed(f"{network.weights}: the scores are not finite numbers; use an earlier snapshot")
         return values.reshape(len(images), -1)
 
     return Backend(label, scores(np.zeros((1, *network.shape), np.float32)).shape[1], scores)
@@ -104,7 +105,7 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
 
     folder = find_engine(path).info.pycaffe
     if folder is None:
-        raise UserError("this Caffe has no pycaffe that this Python imports; use --backend opencv")
+        raise UserError("this Caffe has no pycaffe that this Python can import; use --backend opencv")
     caffe = quiet_pycaffe(folder)
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
@@ -131,8 +132,8 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
 
 
 def quiet_pycaffe(folder: Path) -> Any:
-    """The ``caffe`` module from ``folder``, logging errors only; a Caffe started later logs as ever."""
-    spelled = "GLOG_minloglevel"  # read by glog once, when it is loaded
+    """The ``caffe`` module from ``folder``, logging only errors; a Caffe started later logs as usual."""
+    spelled = "GLOG_minloglevel"  # glog reads it once, when it is loaded
     before = os.environ.get(spelled)
     os.environ[spelled] = "2"
     sys.path.insert(0, str(folder))
@@ -150,22 +151,22 @@ def quiet_pycaffe(folder: Path) -> Any:
 
 
 def _last_words(action: Callable[[], object]) -> str:
-    """Caffe's error where ``action`` makes it end the process, tried in a child; empty where it does not."""
+    """Caffe's error if ``action``, tried in a child process, makes it end the process; else empty."""
     with tempfile.TemporaryFile() as said:
         with warnings.catch_warnings():
-            # The child calls Caffe alone, whose threads (OpenBLAS) are begun anew after a fork.
+            # The child calls only Caffe, whose threads (OpenBLAS) start anew after a fork.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
             os.dup2(said.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
-            faulthandler.disable()  # who has it on (pytest) wants to hear of his own end
+            faulthandler.disable()  # pytest enables it to report its own end
             try:
                 action()
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            return ""  # An exception of Python's comes again where there is no child.
+            return ""  # An exception of Python's will be raised again in this process.
         said.seek(0)
         lines = said.read().decode(errors="replace").splitlines()
     fatal = next((line for line in lines if re.match(r"F\d", line)), "")

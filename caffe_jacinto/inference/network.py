@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.data.datum import Transform, datum_pixels, parse_datum
-from caffe_jacinto.data.encode import (
-    JPEG_START,
-    ImageForm,
-    UnreadableImageError,
-    form_of,
-    image_record,
-    read_content,
-)
+from caffe_jacinto.data.encode import JPEG_START, ImageForm, form_of, image_record, read_content
+from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.netspec.graph import TEST, messages_in, nodes_of, output_blobs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -29,8 +23,6 @@ from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-RUN_FILE = "run.json"
 
 VAL_NAMES = ("val.prototxt", "test.prototxt", "train_val.prototxt")
 """What validation networks are called, here and by publishers; the first one found is taken."""
@@ -119,10 +111,12 @@ def network_files(place: Path, weights: Path | None, val: Path | None) -> Networ
 
 
 def _run_files(place: Path, val: Path | None) -> NetworkFiles:
+    from caffe_jacinto.logs.discover import RUN_RECORD
+
     run, only = place, None
-    if not (place / RUN_FILE).exists() and (place.absolute().parent / RUN_FILE).exists():
+    if not (place / RUN_RECORD).exists() and (place.absolute().parent / RUN_RECORD).exists():
         run, only = place.absolute().parent, place.absolute().name
-    record = _read_run(run)
+    record = _read_run(run / RUN_RECORD)
     for stage, state in reversed(record.states.items()):
         if only not in (None, stage):
             continue
@@ -151,8 +145,7 @@ class _Run(NamedTuple):
     """The state of each training stage, in their order."""
 
 
-def _read_run(run: Path) -> _Run:
-    path = run / RUN_FILE
+def _read_run(path: Path) -> _Run:
     try:
         record = json.loads(path.read_bytes())
         recipe = record["recipe"]
@@ -162,7 +155,9 @@ def _read_run(run: Path) -> _Run:
             {stage: str(record["stages"].get(stage, {}).get("state")) for stage in recipe["stages"]},
         )
     except FileNotFoundError:
-        raise UserError(f"{run}: holds no run (no {RUN_FILE}); give the folder that train printed") from None
+        raise UserError(
+            f"{path.parent}: holds no run (no {path.name}); give the folder that train printed"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -206,9 +201,9 @@ def class_names(given: Path | None, folders: tuple[Path, ...], classes: int) -> 
     Raises:
         UserError: the labels file is damaged, or ``given`` does not name as many classes as there are.
     """
-    from caffe_jacinto.data.listing import read_labels
+    from caffe_jacinto.data.listing import LABELS, read_labels
 
-    beside = (folder / "labels.txt" for folder in folders)
+    beside = (folder / LABELS for folder in folders)
     path = given or next((path for path in beside if path.is_file()), None)
     if path is None:
         return ()

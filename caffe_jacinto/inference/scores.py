@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""What a network makes of images: the best classes of each, accuracies, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 def softmax(scores: Values) -> NDArray[np.float64]:
-    """Probabilities of images x classes scores."""
+    """The probabilities for scores, images x classes."""
     import numpy as np
 
     powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
@@ -38,24 +36,24 @@ class Tally:
         import numpy as np
 
         self.matrix = np.zeros((classes, classes), np.int64)
-        """True class x class found."""
+        """True class x predicted class."""
 
         self.images = self.top1 = self.top5 = 0
 
     @property
     def has_top5(self) -> bool:
-        """Whether a top 5 says anything: Caffe's Accuracy layer takes none of fewer classes."""
+        """Whether there are enough classes: with fewer than five, Caffe's Accuracy layer refuses a top 5."""
         return len(self.matrix) >= 5
 
     def add(self, scores: Values, labels: list[int]) -> None:
-        """Count a batch. An equal score counts as a better one, as in Caffe's Accuracy layer."""
+        """Count a batch. As in Caffe's Accuracy layer, an equal score counts as a better one."""
         import numpy as np
 
         wrong = next((label for label in labels if not 0 <= label < len(self.matrix)), None)
         if wrong is not None:
             raise UserError(
                 f"the LMDB has the label {wrong}, the network {len(self.matrix)} classes; "
-                "classify with the network trained for it"
+                "use the network that was trained for it"
             )
         rows = np.arange(len(labels))
         better = (scores >= scores[rows, labels][:, None]).sum(axis=1) - 1
@@ -65,11 +63,11 @@ class Tally:
         np.add.at(self.matrix, (labels, scores.argmax(axis=1)), 1)
 
     def by_class(self) -> list[tuple[int, int]]:
-        """Right ones and images, by class."""
+        """For each class, the images that were classified correctly, and all of them."""
         return [(int(row[i]), int(row.sum())) for i, row in enumerate(self.matrix)]
 
     def confused(self, most: int) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: true class, class found, how often."""
+        """The most frequent mistakes: true class, predicted class, how often."""
         import numpy as np
 
         wrong = self.matrix.copy()
@@ -82,14 +80,14 @@ class Tally:
 MOST_BEST = 5
 MOST_CONFUSED = 20
 MOST_CLASSES = 50
-"""With more classes than this, the text shows those that do worst."""
+"""With more classes than this, the text shows only those with the lowest accuracy."""
 
 MOST_IN_MATRIX = 20
-"""With more classes than this, the text leaves the confusion matrix to the picture and CSV."""
+"""With more classes than this, only the picture and CSV show the confusion matrix."""
 
 
 def name_of(names: tuple[str, ...], index: int) -> str:
-    """A class by its name; by its number where there are no names."""
+    """The name of a class, or its number where there are no names."""
     return printable(names[index]) if index < len(names) else str(index)
 
 
@@ -103,7 +101,7 @@ class BestClasses:
             self._csv.writerow(("image", "place", "class", "name", "probability"))
 
     def write(self, image: str, probabilities: NDArray[np.float64]) -> None:
-        """The best classes of one image, the likeliest first; of equal ones the lower number first."""
+        """Write the most probable classes of one image; of equal ones the lower number comes first."""
         best = (-probabilities).argsort(kind="stable")[:MOST_BEST]
         found = [(int(i), name_of(self._names, int(i)), float(probabilities[i])) for i in best]
         if self._form == "csv":
@@ -129,7 +127,7 @@ def write_tally(form: str, tally: Tally, names: tuple[str, ...], out: TextIO) ->
 
 
 def totals(tally: Tally) -> str:
-    """The accuracies in words."""
+    """The accuracies in one line."""
     parts = [f"top-1 {100 * tally.top1 / tally.images:.2f} %"]
     if tally.has_top5:
         parts.append(f"top-5 {100 * tally.top5 / tally.images:.2f} %")
@@ -175,7 +173,7 @@ def _show_classes(tally: Tally, names: tuple[str, ...], out: TextIO) -> None:
 
 
 def _show_matrix(tally: Tally, names: tuple[str, ...], out: TextIO) -> None:
-    """The confusion matrix; its columns are called by their classes' numbers, which are narrow."""
+    """The confusion matrix; its columns are headed by class numbers, which are narrow."""
     if len(tally.matrix) > MOST_IN_MATRIX:
         return
     heads = [str(i) for i in range(len(tally.matrix))]
@@ -185,7 +183,7 @@ def _show_matrix(tally: Tally, names: tuple[str, ...], out: TextIO) -> None:
         lines.append(Line([*true, *(f"{count:,}" if count else "-" for count in row)]))
     first: Sequence[Column] = [Column("True"), Column("class", words=True)] if names else [Column("True")]
     columns = [*first, *map(Column, heads)]
-    show_table(out, "Confusion matrix: true classes down, classes found across", columns, lines, "")
+    show_table(out, "Confusion matrix: rows are true classes, columns predicted classes", columns, lines, "")
 
 
 def _show_confused(tally: Tally, names: tuple[str, ...], out: TextIO) -> None:
@@ -193,12 +191,12 @@ def _show_confused(tally: Tally, names: tuple[str, ...], out: TextIO) -> None:
     if not pairs:
         return
     lines = [Line((name_of(names, true), name_of(names, found), f"{n:,}")) for true, found, n in pairs]
-    columns = (Column("True class", words=True), Column("Taken for", words=True), Column("Images"))
+    columns = (Column("True class", words=True), Column("Predicted", words=True), Column("Images"))
     show_table(out, "Most confused", columns, lines, "")
 
 
 _MOST_NAMES = 60
-"""With more classes than this, their names cannot be read; numbers stand at some of them."""
+"""With more classes than this, names would not be legible; some classes are marked by numbers."""
 
 _MOST_COUNTS = 25
 """With more classes than this, their counts do not fit into the cells."""
@@ -209,8 +207,9 @@ _SIDE, _LARGEST_SIDE = 0.36, 22.0
 
 
 def draw_confusion(tally: Tally, names: tuple[str, ...], output: Path) -> None:
-    """Draw the share of each true class (rows) found as each class (columns) to a .png or .svg file; twice
-    the same bytes.
+    """Draw the share of each true class (rows) predicted as each class (columns) to a .png or .svg file.
+
+    The same tally gives the same bytes.
 
     Raises:
         UserError: the file cannot be written.
@@ -231,7 +230,7 @@ def draw_confusion(tally: Tally, names: tuple[str, ...], output: Path) -> None:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(totals(tally), fontsize=11)
-        axes.set(xlabel="class found", ylabel="true class")
+        axes.set(xlabel="predicted class", ylabel="true class")
         if classes <= _MOST_NAMES:
             labels = [_short(name_of(names, i)) for i in range(classes)]
             axes.set_xticks(range(classes), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
@@ -249,7 +248,7 @@ def draw_confusion(tally: Tally, names: tuple[str, ...], output: Path) -> None:
 
 
 def _write_counts(axes: Any, matrix: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
-    """The number of images in each cell that has any, light on dark ones."""
+    """The number of images in each cell that has any; white on dark cells."""
     for true, row in enumerate(matrix.tolist()):
         for found, count in enumerate(row):
             if count:

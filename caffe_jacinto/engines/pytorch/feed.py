@@ -19,7 +19,7 @@ from torch import Tensor
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
-from caffe_jacinto.data.encode import UnreadableImageError
+from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.engines.contract import ImageShape
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
