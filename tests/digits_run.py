@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from caffe_jacinto.create_lmdb import main as create_lmdb
@@ -25,19 +28,31 @@ PREFIX = "digits_jacintonet11"
 
 
 def write_lmdbs(folder: Path) -> None:
-    """``train_lmdb`` of 320 and ``val_lmdb`` of 50 real digits in ``folder``, by the code that users run."""
+    """``train_lmdb`` of 320 and ``val_lmdb`` of 50 real digits in ``folder``; images in ``digits``."""
+    made = Path(_lmdbs_of_this_process().name)
+    (folder / "digits").symlink_to(made / "digits")
+    for name in ("train_lmdb", "val_lmdb"):
+        shutil.copytree(made / name, folder / name)
+
+
+@cache
+def _lmdbs_of_this_process() -> TemporaryDirectory[str]:
+    """Made once, by the code that users run; removed as the process ends."""
+    made = TemporaryDirectory()
+    folder = Path(made.name)
     write_digits(["--output", str(folder / "digits")])
-    for name, source, count in (("train", "train", 320), ("val", "val", 50)):
-        lines = (folder / f"digits/{source}.txt").read_text().splitlines()
+    for name, count in (("train", 320), ("val", 50)):
+        lines = (folder / f"digits/{name}.txt").read_text().splitlines()
         chosen = lines[:: len(lines) // count][:count]
         (folder / f"{name}.txt").write_text("\n".join(chosen) + "\n")
         create_lmdb(
             [
-                *("--images", str(folder / "digits" / source), "--list", str(folder / f"{name}.txt")),
+                *("--images", str(folder / "digits" / name), "--list", str(folder / f"{name}.txt")),
                 *("--output", str(folder / f"{name}_lmdb"), "--size", "32", "--shuffle", "1"),
                 *("--labels", str(folder / "digits/labels.txt")),
             ]
         )
+    return made
 
 
 def recipe_of(folder: Path, *stages: str) -> str:

@@ -496,7 +496,9 @@ def test_classes_without_images_are_told() -> None:
     assert "2 of 6 have images" in said and "Most confused" not in said
 
 
-@pytest.mark.parametrize("classes", [2, 30, 300])
+@pytest.mark.parametrize(
+    "classes", [2, *(pytest.param(count, marks=pytest.mark.caffe) for count in (30, 300))]
+)
 @pytest.mark.parametrize("ending", [".png", ".svg"])
 def test_the_picture_is_twice_the_same(classes: int, ending: str, tmp_path: Path) -> None:
     names = tuple(f"$class_{i}^" for i in range(classes))  # no formula

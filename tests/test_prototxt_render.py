@@ -46,6 +46,7 @@ def test_any_text_comes_back(text: str) -> None:
     assert "\n" not in quote(text)
 
 
+@pytest.mark.caffe  # takes seconds
 @settings(max_examples=25)
 @given(st.one_of(UNICODE, st.lists(st.sampled_from(TRAPS)).map("".join)).filter(bool))
 def test_any_path_comes_back_from_the_four_files(path: str) -> None:
