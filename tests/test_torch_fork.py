@@ -32,6 +32,9 @@ sys.exit(script())
 '''
 
 
+pytestmark = pytest.mark.caffe
+
+
 @pytest.fixture
 def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in, on a machine that seems to have two GPUs, with data beside it."""
@@ -49,7 +52,6 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tools / "caffe"
 
 
-@pytest.mark.caffe
 def test_the_ramp_goes_on_where_it_was(fork: Path, tmp_path: Path) -> None:
     trainer = Trainer(fork, tmp_path)
     recipe = recipe_of(tmp_path, "initial", "l1reg", "sparse")
@@ -80,7 +82,6 @@ def test_the_ramp_goes_on_where_it_was(fork: Path, tmp_path: Path) -> None:
     assert (wide == 0).mean() > 0.5
 
 
-@pytest.mark.caffe
 def test_every_stage_by_the_forks_own_fields(fork: Path, tmp_path: Path) -> None:
     trainer = Trainer(fork, tmp_path)
     code, said = trainer.run(*tiny(), "-gpu", "0,1", "--output", "run")
@@ -125,7 +126,6 @@ def test_what_the_fork_has_no_field_for_is_one_line_before_anything_runs(
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.caffe
 def test_fine_tuning_from_weights_without_the_head(fork: Path, tmp_path: Path) -> None:
     trainer = Trainer(fork, tmp_path)
     code, said = trainer.run(
