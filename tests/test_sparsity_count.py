@@ -127,6 +127,18 @@ def test_a_convolution_that_an_activation_follows_counts(stage: SmallStage) -> N
     assert sparsity(blob_facts(path, Dialect.BVLC)).layers == 3
 
 
+def test_the_old_form_of_layers_counts_the_same(stage: SmallStage) -> None:
+    old = messages(Dialect.BVLC).NetParameter(name="old")
+    types = {"Convolution": 4, "Split": 22, "SoftmaxWithLoss": 21}
+    for layer in saved((stage.folder / "train.prototxt").read_text(), split=True).layer:
+        if layer.type in types:
+            form = {"type": types[layer.type], "bottom": layer.bottom, "top": layer.top, "blobs": layer.blobs}
+            old.layers.add(name=layer.name, **form)
+    path = stage.folder / "w.caffemodel"
+    path.write_bytes(old.SerializeToString())
+    assert sparsity(blob_facts(path, Dialect.BVLC)) == (8 * 9 + 8 * 288, 32 * 9 + 32 * 288, 2)
+
+
 def test_the_summary_agrees(stage: SmallStage, capsys: pytest.CaptureFixture[str]) -> None:
     net = saved((stage.folder / "train.prototxt").read_text(), split=False)
     for name in ("conv1", "conv2"):

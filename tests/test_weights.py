@@ -1,4 +1,4 @@
-"""Weight files: shown, compared, converted, thinned; against protobuf's own reader and pycaffe."""
+"""Weight files: shown, compared, converted, sparsified; against protobuf's own reader and pycaffe."""
 
 from __future__ import annotations
 
@@ -260,12 +260,12 @@ def test_sparsify_zeroes_the_smallest_and_nothing_else(tmp_path: Path, by: str) 
     ]
     assert main(arguments) == 0
     before, after = blobs_of(source, STOCK), blobs_of(target, STOCK)
-    weights, thinned = before["conv"][0], after["conv"][0]
+    weights, pruned = before["conv"][0], after["conv"][0]
     # 8 inputs are fewer than 32: half of the fraction.
     rows = weights.reshape(32 if by == "channel" else 1, -1)
     limits = np.sort(np.abs(rows), axis=1)[:, rows.shape[1] // 4 - 1]
     expected = np.where(np.abs(rows) <= limits[:, None], 0, rows)
-    np.testing.assert_array_equal(thinned.reshape(rows.shape), expected)
+    np.testing.assert_array_equal(pruned.reshape(rows.shape), expected)
     for name in ("conv/bn", "conv/scale", "fc"):
         for one, other in zip(before[name], after[name], strict=True):
             np.testing.assert_array_equal(one, other)

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 
 Part = bytes | memoryview
 
-_V1_TYPES = {4: "Convolution", 14: "InnerProduct", 15: "LRN", 17: "Pooling", 18: "ReLU", 20: "Softmax"}
+_V1_TYPES = {
+    **{4: "Convolution", 14: "InnerProduct", 15: "LRN", 17: "Pooling", 18: "ReLU"},
+    **{20: "Softmax", 21: "SoftmaxWithLoss", 22: "Split", 39: "Deconvolution"},
+}
 """V1LayerParameter.LayerType, for the types that matter here."""
 
 _MOST_HEADER_BYTES = 1 << 20

@@ -138,10 +138,12 @@ def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
 
 def _scores(nodes: Sequence[Node], at: int) -> bool:
     """Whether a softmax reads the output of layer ``at``, with nothing but Split layers in between."""
-    for reader in readers(nodes, at):
-        node = nodes[reader]
-        if node.type.startswith("Softmax") and node.bottoms[0] in nodes[at].tops:
-            return True
-        if node.type == "Split" and _scores(nodes, reader):
-            return True
+    same = [at]  # the layers whose outputs hold what layer `at` writes
+    for writer_at in same:
+        for reader in readers(nodes, writer_at):
+            node = nodes[reader]
+            if node.type.startswith("Softmax") and node.bottoms[0] in nodes[writer_at].tops:
+                return True
+            if node.type == "Split" and reader not in same:
+                same.append(reader)
     return False
