@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from caffe_jacinto.common.arguments import Parser
-from caffe_jacinto.common.errors import USER_ERROR, UserError, run_command
+from caffe_jacinto.common.errors import USER_ERROR, UserError, invoked_as, run_command
 from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, find_runs
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_KINDS)}")
     runs, problems = find_runs(arguments.paths, curves=plot is not None)
     for problem in problems:
-        print(f"{PROGRAM}: error: {printable(str(problem))}", file=sys.stderr)
+        print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
         _print(runs, arguments.format)
     if plot is not None and runs:

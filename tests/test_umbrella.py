@@ -49,6 +49,8 @@ def test_a_command_gets_its_arguments_and_gives_its_exit_code(tmp_path: Path) ->
     missing = run("weights", "show", str(tmp_path / "none"))
     assert missing.returncode == 2
     assert missing.stderr == f"caffe-jacinto weights: error: {tmp_path}/none: No such file or directory\n"
+    missing = run("report", str(tmp_path / "none"))
+    assert missing.stderr.startswith(f"caffe-jacinto report: error: {tmp_path}/none: ")
     assert run("weights", "show", "--help").stdout.startswith("usage: caffe-jacinto weights show ")
     assert run("build-net", "--summary", "--format", "csv").stdout.startswith("name,type,")
 
