@@ -151,8 +151,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
     from caffe_jacinto.caffemodel.net_file import find_dialect
-    from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX
-    from caffe_jacinto.pruning.weight_file import sparsify
+    from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX, sparsify
 
     _check_output(options.output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)

@@ -44,7 +44,7 @@ from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_any_net, parse_net, parse_solver
-from caffe_jacinto.pruning.weight_file import sparsify
+from caffe_jacinto.pruning.rule import sparsify
 from caffe_jacinto.recipes.load import load_recipe
 
 SECONDS_A_FILE = 1.0

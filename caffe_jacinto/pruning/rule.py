@@ -13,9 +13,14 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
+    from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer
+    from caffe_jacinto.prototxt.dialects import Dialect
     from caffe_jacinto.recipes.model import SparseSettings
 
 
@@ -86,6 +91,48 @@ def small_weights(
         # The threshold stays below the magnitude number `most`, from 0: it and its equals would be too many.
         small &= magnitudes < np.partition(magnitudes, most, axis=1)[:, most : most + 1]
     return np.asarray(small.reshape(weights.shape))
+
+
+def sparsify(
+    source: Path,
+    target: Path,
+    dialect: Dialect,
+    *,
+    factor: float,
+    by: By = "channel",
+    maxratio: float = MAXRATIO,
+    value_max: float = VALUE_MAX,
+) -> list[str]:
+    """Write ``source`` to ``target`` with the weights set to zero that a threshold of ``factor`` zeroes.
+
+    This tries the rule on a weight file, without training. One layer's weights are in memory at a time.
+    Returns the names of the layers that were pruned.
+
+    Raises:
+        UserError: the file is missing, cut off or not a weight file.
+    """
+    from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, write_net
+    from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+
+    pruned: list[str] = []
+
+    def new_layers(layers: list[NetLayer]) -> Iterator[NewLayer]:
+        counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
+        for layer in layers:
+            blobs = [(layer.view, blob) for blob in layer.blobs]
+            group = layer.header.convolution_param.group
+            weights = layer.values(0) if layer.name in counted and blobs else None
+            if weights is not None and prune(
+                weights, group, factor, by=by, maxratio=maxratio, value_max=value_max
+            ):
+                pruned.append(layer.name)
+                yield NewLayer(layer.header, [weights, *blobs[1:]])
+            else:
+                yield NewLayer(layer.header, blobs)
+
+    with open_net(source, dialect) as (name, layers):
+        write_net(target, name, new_layers(layers), dialect)
+    return pruned
 
 
 def factor_cap(target: float) -> float:
