@@ -82,8 +82,12 @@ class LmdbReader:
 
     def get(self, key: bytes) -> bytes | None:
         """The record under ``key``."""
-        with self._cursor() as cursor:
-            value: bytes | None = cursor.get(key)
+        import lmdb
+
+        try:
+            value: bytes | None = self._transaction.get(key)
+        except lmdb.Error as error:
+            raise _damaged(self.folder, error) from None
         return value
 
     def spread(self, count: int) -> Iterator[Record]:
