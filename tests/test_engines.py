@@ -21,7 +21,9 @@ from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
 from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
 from caffe_jacinto.engines.pycaffe.stepper import main as stepper_main
 from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
+from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
 
 STOCK = b"snapshot_prefix"
@@ -387,6 +389,63 @@ def test_scoring_runs_on_one_device() -> None:
         *("/opt/caffe", "test", "-model", "val.prototxt", "-weights", "w.caffemodel"),
         *("-iterations", "1000", "-gpu", "3"),
     ]
+
+
+def stages_of(*overrides: str, dialect: Dialect = Dialect.BVLC, **changes: str) -> dict[str, dict[str, str]]:
+    """The prototxts of the demo's stages; ``changes`` are texts that replace others in all of them."""
+    recipe = load_recipe("demo_digits", overrides)
+    found = {}
+    for name in recipe.stages:
+        files = stage_files(
+            recipe, name, dialect, folder=f"run/{name}", gpus=(), iter_size=1, solver_mode_gpu=False
+        )
+        for old, new in changes.items():
+            files = {file: text.replace(old, new) for file, text in files.items()}
+        found[name] = files
+    return found
+
+
+RMSPROP = ('stages.finetune.solver.type="RMSProp"', "stages.finetune.solver.momentum=0.0")
+LMDBS = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_pytorch_says_before_a_run_what_it_would_refuse(dialect: Dialect) -> None:
+    torch = find_engine(None, "torch", dialect)
+    assert torch.check(stages_of(dialect=dialect), LMDBS) == []
+    (problem,) = torch.check(stages_of(*RMSPROP, dialect=dialect), {})
+    assert problem == (
+        "run/finetune/solver.prototxt: solver type 'RMSProp' is not supported; supported: SGD, Nesterov, Adam"
+    )
+    problems = torch.check(stages_of(dialect=dialect, ReLU="Wavelet"), LMDBS)
+    assert [problem.split(": ")[0] for problem in problems] == [
+        f"run/{stage}/{phase}.prototxt"
+        for stage in ("initial", "l1reg", "sparse", "finetune")
+        for phase in ("train", "val")
+    ]
+    assert "(Wavelet): this type of layer is not supported" in problems[0]
+
+
+@pytest.mark.caffe
+def test_stock_caffe_says_before_a_run_what_it_would_refuse(caffe_engine: Engine) -> None:
+    assert caffe_engine.check(stages_of(), LMDBS) == []
+    assert caffe_engine.check(stages_of(*RMSPROP), LMDBS) == []
+    (problem,) = caffe_engine.check(stages_of(ReLU="Wavelet"), LMDBS)
+    assert problem.startswith(f"run/initial/solver.prototxt: {caffe_engine.info.executable} refuses it: ")
+    assert "Unknown layer type: Wavelet" in problem
+
+
+def test_the_forks_files_are_held_against_its_schema() -> None:
+    fork = engine("caffe-jacinto")
+    assert fork.check(stages_of(dialect=Dialect.CAFFE_JACINTO), {}) == []
+    stages = stages_of(dialect=Dialect.CAFFE_JACINTO)
+    stages["sparse"]["solver.prototxt"] = stages["sparse"]["solver.prototxt"].replace(
+        "sparsity_target: 0.8", "sparsity_target: 1"
+    )
+    says = "run/sparse/solver.prototxt: sparsity_target is 1.0; it has to be above 0 and below 1"
+    assert fork.check(stages, {}) == [says]
+    (problem,) = find_engine(None, "torch", Dialect.CAFFE_JACINTO).check({"sparse": stages["sparse"]}, {})
+    assert problem == says
 
 
 @pytest.mark.parametrize(

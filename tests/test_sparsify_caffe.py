@@ -350,6 +350,40 @@ def test_a_loss_that_is_no_number_ends_the_stage(
     assert not complete_snapshots(tmp_path / "small", Dialect.BVLC)
 
 
+def test_recalibrated_tests_leave_no_trace_in_training(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """Dropout, mirroring and crops draw the same numbers; the tests themselves are others, and say so."""
+    logs, ends = [], []
+    for recalibrate in (False, True):
+        stage = SmallStage(tmp_path / str(recalibrate), initial.lmdb)
+        stage.solver(test_interval=5, test_initialization="true")
+        for phase, more in (("train", "mirror: true"), ("val", "")):
+            path = stage.folder / f"{phase}.prototxt"
+            text = path.read_text().replace("scale: 0.0039", f"scale: 0.0039 crop_size: 24 {more}")
+            drop = 'layer { name: "drop" type: "Dropout" bottom: "pool" top: "pool" }\nlayer { name: "fc"'
+            path.write_text(text.replace('layer { name: "fc"', drop))
+        job = sparse_job(stage, initial, recalibrate_tests=recalibrate)
+        logs.append(stage.run(caffe_engine.train_commands(job)))
+        ends.append([(stage.folder / f"small_iter_{n}.caffemodel").read_bytes() for n in (10, 20)])
+    assert ends[0] == ends[1]
+    lines = [
+        re.findall(r"\] ((?:Iteration \d+, Testing net|    Test (?:stat|net output #0)).*)", log)
+        for log in logs
+    ]
+    assert [line for line in lines[1] if "statistics" in line] == [
+        "    Test statistics: recalibrated over 5 batches"
+    ] * 5
+    assert lines[1][:2] == [
+        "Iteration 0, Testing net (#0)",
+        "    Test statistics: recalibrated over 5 batches",
+    ]
+    assert len([line for line in lines[0] if "statistics" in line]) == 1, "that of the last test alone"
+    accuracies = [[line for line in found if "accuracy" in line] for found in lines]
+    assert accuracies[0] != accuracies[1]
+    assert accuracies[0][-1] == accuracies[1][-1], "the final test is the same"
+
+
 def test_reestimated_statistics_are_those_of_the_final_weights(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:

@@ -278,6 +278,26 @@ def in_the_forks_dialect(stage: SmallStage) -> SmallStage:
     return stage
 
 
+def test_recalibrated_tests_leave_no_trace_in_training(
+    initial: SmallStage, digits: Path, tmp_path: Path
+) -> None:
+    logs, stages = [], []
+    weights = ["-weights", str(initial.folder / "small_iter_20.caffemodel"), *SPARSE]
+    for name in ([], ["-recalibrate_tests"]):
+        stage = SmallStage(tmp_path / str(len(name)), digits)
+        stage.solver(test_interval=5)
+        command = [*PROGRAM, *weights, "-shuffle", "-reestimate_batches", "5", *name]
+        logs.append(stage.run([command]))
+        stages.append(stage)
+    for iteration in (10, 20):
+        assert_same_bits(stages[1], stages[0], iteration)
+    assert losses(logs[0]) == losses(logs[1])
+    counts = [log.count("    Test statistics: recalibrated over 5 batches\n") for log in logs]
+    assert counts == [1, 4]
+    accuracies = [re.findall(r"Test net output #0: accuracy = (\S+)", log) for log in logs]
+    assert accuracies[0] != accuracies[1] and accuracies[0][-1] == accuracies[1][-1]
+
+
 def test_statistics_are_the_same_in_both_dialects(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
     """Re-estimated from the same weights, over the same batches; nothing is learnt between."""
     stock = SmallStage(tmp_path / "stock", digits)

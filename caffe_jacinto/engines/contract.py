@@ -11,11 +11,13 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from caffe_jacinto.common.arguments import whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 from caffe_jacinto.recipes.model import SparseSettings, Stage, sparse_fields, sparse_settings
 
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
@@ -153,6 +155,28 @@ class Engine(Protocol):
         ``log`` is what the stage has printed so far. None: the snapshot itself holds the schedule's factor.
         """
         ...
+
+
+def stage_solver(files: StageFiles, dialect: Dialect) -> SolverFile:
+    """The solver of a stage and its networks, from texts that need not be written yet.
+
+    Raises:
+        UserError: they do not parse.
+    """
+    fields = parse_solver(files["solver.prototxt"], dialect, "solver.prototxt")
+    folder = Path(fields.train_net or fields.net).parent
+    texts = {str(folder / name): text for name, text in files.items()}
+    return read_solver(folder / "solver.prototxt", dialect, texts)
+
+
+def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:
+    """The shape of the images that a Data layer gives; None without a crop or a known LMDB."""
+    data, transform = layer.data_param, layer.transform_param
+    channels, height, width = image_shapes.get(data.source, (3, 0, 0))
+    if transform.force_color or data.force_encoded_color or transform.force_gray:
+        channels = 1 if transform.force_gray else 3
+    crop = transform.crop_size
+    return (channels, crop or height, crop or width) if crop or height else None
 
 
 def caffe_train(executable: Path, job: TrainJob) -> list[str]:

@@ -311,7 +311,7 @@ def _scale_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
     parameter = layer.message("scale_param")
     bias = parameter.flag("bias_term")
     if len(bottoms) == 2:
-        return [bottoms[1] or (None,)] if bias else []
+        return [(None,) if bottoms[1] is None else bottoms[1]] if bias else []
     return [_from_axis(parameter, bottoms)] * (2 if bias else 1)
 
 

@@ -1,4 +1,4 @@
-"""The fork: ``caffe train`` for every stage, sparsification by its own solver fields.
+"""The fork: ``caffe train`` for every stage, pruning by its own solver fields.
 
 It runs on CUDA devices only.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
@@ -16,6 +17,7 @@ from caffe_jacinto.engines.contract import (
     TrainJob,
     caffe_test,
     caffe_train,
+    stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.pruning.rule import fork_start_factor
@@ -29,11 +31,18 @@ class CaffeJacintoEngine:
         self.info = info
 
     def plan(self, stage: Stage, gpus: tuple[int, ...], iter_size: int) -> DevicePlan:
-        """As asked for: the fork divides a batch among its GPUs in every stage."""
+        """As requested: the fork divides a batch among its GPUs in every stage."""
         return DevicePlan(gpus, iter_size, None)
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
-        return []
+        """Whether the prototxts parse in its schema; nothing of it runs without its GPUs."""
+        problems = []
+        for files in stages.values():
+            try:
+                stage_solver(files, self.info.dialect).pruning()
+            except UserError as error:
+                problems.append(str(error))
+        return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         return [caffe_train(self.info.executable, job)]

@@ -5,9 +5,13 @@ Batch-norm statistics are recalibrated at the end of every stage: they lag behin
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
@@ -20,11 +24,17 @@ from caffe_jacinto.engines.contract import (
     caffe_test,
     caffe_train,
     gpu_arguments,
+    image_shape,
     pruning_arguments,
     recalibration_arguments,
+    stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
+from caffe_jacinto.prototxt.solver import SolverFile
 from caffe_jacinto.recipes.model import SparseSettings, Stage
+
+TRIAL_SECONDS = 60
+"""Longest time to wait for Caffe to build a stage's networks."""
 
 
 class BvlcEngine:
@@ -45,7 +55,41 @@ class BvlcEngine:
         return DevicePlan(gpus[:1], passes, note)
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
-        return []
+        """What Caffe says when it builds their solvers and networks, for a batch of one image, on the CPU.
+
+        A network is not built if the size of its images is not known.
+        """
+        problems: dict[str, None] = {}
+        seen = set()
+        with tempfile.TemporaryDirectory() as name:
+            for files in stages.values():
+                try:
+                    solver = stage_solver(files, self.info.dialect)
+                except UserError as error:
+                    problems[str(error)] = None
+                    continue
+                trial = _write_trial(solver, image_shapes, Path(name))
+                if trial is not None and trial not in seen:
+                    seen.add(trial)
+                    trouble = self._trouble(Path(name) / "solver.prototxt")
+                    if trouble:
+                        problems[f"{solver.path}: {self.info.executable} refuses it: {trouble}"] = None
+        return list(problems)
+
+    def _trouble(self, solver: Path) -> str | None:
+        """The message that Caffe aborts with when it builds ``solver``; None if it does not."""
+        command = [str(self.info.executable), "train", "-solver", str(solver)]
+        try:
+            ran = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None  # not refused, only slow
+        if ran.returncode == 0:
+            return None
+        fatal = re.search(r"^F\d{4,8} .*?\] (.+)", ran.stderr, re.MULTILINE)
+        lines = ran.stderr.strip().splitlines()
+        return fatal[1].strip() if fatal else lines[-1] if lines else f"exit code {ran.returncode}"
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         """``caffe train`` and then the recalibration, or the stepper, which does both.
@@ -103,3 +147,53 @@ class BvlcEngine:
                 "training.reestimate_batches=0 leaves the statistics as they are"
             )
         return self.info.pycaffe
+
+
+def _write_trial(
+    solver: SolverFile, image_shapes: Mapping[str, ImageShape], folder: Path
+) -> tuple[str, ...] | None:
+    """Write a solver that builds the networks of ``solver`` without data and does nothing; its files' texts.
+
+    None where the size of the images is not known.
+    """
+    from google.protobuf import text_format
+
+    trial = type(solver.parameters)()
+    trial.CopyFrom(solver.parameters)
+    # What matters only in training would make stages differ that build the same.
+    for field in ("net", "test_net", "test_iter", "base_lr", "power", "gamma", "stepsize", "stepvalue"):
+        trial.ClearField(field)
+    for field in ("weight_decay", "regularization_type", "snapshot", "display", "device_id", "iter_size"):
+        trial.ClearField(field)
+    trial.max_iter, trial.snapshot_after_train, trial.test_initialization = 0, False, False
+    trial.base_lr, trial.snapshot_prefix, trial.solver_mode = 0.1, str(folder / "trial"), trial.CPU
+    nets = {"train.prototxt": solver.train_net}
+    nets.update({f"test{index}.prototxt": test.definition for index, test in enumerate(solver.tests)})
+    for name, definition in nets.items():
+        net = type(definition)()
+        net.CopyFrom(definition)
+        for layer in net.layer:
+            shape = image_shape(layer, image_shapes) if layer.type == "Data" else ()
+            if shape is None:
+                return None
+            if shape:
+                _replace_data(layer, shape)
+        (folder / name).write_text(text_format.MessageToString(net, as_utf8=True), encoding="utf-8")
+    trial.train_net = str(folder / "train.prototxt")
+    for index in range(len(solver.tests)):
+        trial.test_net.append(str(folder / f"test{index}.prototxt"))
+        trial.test_iter.append(1)
+    if solver.tests:
+        trial.test_interval = 1
+    text = text_format.MessageToString(trial, as_utf8=True)
+    (folder / "solver.prototxt").write_text(text, encoding="utf-8")
+    return (text, *((folder / name).read_text(encoding="utf-8") for name in nets))
+
+
+def _replace_data(layer: Any, shape: ImageShape) -> None:
+    """Make a Data layer one that gives zeros, a single image's."""
+    layer.type = "DummyData"
+    layer.ClearField("data_param")
+    layer.ClearField("transform_param")
+    for dims in [(1, *shape), (1,)][: len(layer.top)]:
+        layer.dummy_data_param.shape.add().dim.extend(dims)

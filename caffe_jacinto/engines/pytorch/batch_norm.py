@@ -46,18 +46,16 @@ class fused_batch_norm:  # noqa: N801 - called like the builders
         known = ["use_global_stats", "moving_average_fraction", "eps"]
         known += ["scale_bias", "scale_filler", "bias_filler"] if fork else []
         fields = layer.parameters("batch_norm_param", *known)
-        (shape,) = layer.bottoms
-        channels = (shape[1] if len(shape) > 1 else 1,)
         self.fork = fork
         self.fixed = fields.use_global_stats if fields.HasField("use_global_stats") else layer.phase == TEST
         self.fraction = fields.moving_average_fraction
         self.eps = max(fields.eps, FORK_MIN_EPS) if fork else fields.eps
-        self.mean, self.variance = layer.statistic(channels), layer.statistic(channels)
-        self.factor = layer.statistic((1,), 1.0 if fork else 0.0)
+        self.mean, self.variance = layer.statistic(), layer.statistic()
+        self.factor = layer.statistic(1.0 if fork else 0.0)
         self.own: Affine | None = None
         if fork and fields.scale_bias:
             given = fields.scale_filler if fields.HasField("scale_filler") else None
-            self.own = (layer.blob(channels, given, constant=1.0), layer.blob(channels, fields.bias_filler))
+            self.own = (layer.blob(given, constant=1.0), layer.blob(fields.bias_filler))
         # The statistics of one batch, as PyTorch leaves them in its "running" ones with a momentum of 1.
         self._batch = (torch.zeros_like(self.mean), torch.zeros_like(self.mean))
 

@@ -20,7 +20,7 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
 from caffe_jacinto.data.index import UnreadableImageError
-from caffe_jacinto.engines.contract import ImageShape
+from caffe_jacinto.engines.contract import ImageShape, image_shape
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.netspec.graph import messages_in
@@ -358,14 +358,10 @@ def expected_shapes(
         if not Path(known.transform_param.mean_file).is_file():
             known.transform_param.ClearField("mean_file")
         settings = data_layer(known, where, training=phase == TRAIN)
-        crop, colour = settings.transform.crop, settings.transform.colour
-        channels, height, width = images.get(str(settings.source), (3, 0, 0))
-        if colour is not None:
-            channels = 3 if colour else 1
-        if not (crop or height):
+        image = image_shape(layer, images)
+        if image is None:
             return None
-        batch = settings.batch_size
-        tops: list[Shape] = [(batch, channels, crop or height, crop or width), (batch,)]
+        tops: list[Shape] = [(settings.batch_size, *image), (settings.batch_size,)]
         shapes.update(zip(settings.tops, tops, strict=False))
     return shapes
 

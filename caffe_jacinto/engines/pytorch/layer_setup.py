@@ -1,13 +1,14 @@
-"""What the builder of a layer is given: the layer's message, the shapes that come in, and a place for blobs.
+"""One layer while it is built: its message, the shapes around it (by netspec) and a place for its blobs.
 
-A builder takes from the message the fields that it understands; any other field that is set is an error, so
-that nothing in a prototxt is passed over.
+A builder takes from the message the fields that it understands. Any other field that is set is an error, so
+that nothing in a prototxt is ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil, sqrt
 from typing import Any, NoReturn
 
@@ -15,30 +16,26 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.layer_types import blob_shapes_of, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TRAIN
+from caffe_jacinto.prototxt.tree import Message, tree_of
 
 Shape = tuple[int, ...]
-
-_CPU = torch.device("cpu")
 
 _FAN_IN, _FAN_OUT, _AVERAGE = 0, 1, 2
 """FillerParameter.VarianceNorm."""
 
 
-def fill(
-    shape: Shape, filler: Any, generator: torch.Generator, where: str, device: torch.device = _CPU
-) -> Tensor:
-    """A new float32 tensor of ``shape``, filled as the FillerParameter ``filler`` says.
-
-    ``device`` is the CPU, whose random numbers are the same everywhere, or "meta", without memory.
+def fill(shape: Shape, filler: Any, generator: torch.Generator, where: str) -> Tensor:
+    """A new float32 tensor of ``shape`` on the CPU, filled as the FillerParameter ``filler`` says.
 
     Raises:
         UserError: Caffe has no such filler, or it does not fit the shape; ``where`` names the layer.
     """
     if filler.type not in FILLERS:
         raise UserError(f"{where}: filler type {filler.type!r} is unknown; known: {', '.join(FILLERS)}")
-    tensor = torch.empty(shape, device=device)
+    tensor = torch.empty(shape)
     try:
         FILLERS[filler.type](tensor, filler, generator)
     except ValueError as error:
@@ -161,9 +158,34 @@ class LayerSetup:
     bottoms: Sequence[Shape]
     """The shapes of its bottoms, in order."""
 
+    filled: bool = True
+    """False: blobs keep what is in their memory; only whether their fillers fit is checked."""
+
     blobs: list[Blob] = field(default_factory=list)
-    tops: list[Shape] = field(default_factory=list)
-    """The shapes of its tops; where a builder sets none, the first bottom's."""
+
+    @cached_property
+    def tree(self) -> Message:
+        """The message in the form that netspec reads."""
+        return tree_of(self.message)
+
+    @cached_property
+    def tops(self) -> list[Shape]:
+        """The shapes of its tops; a dimension below 1 means that nothing is left.
+
+        Raises:
+            UserError: they do not follow from its bottoms.
+        """
+        found = output_shapes(self.tree, self.bottoms, len(self.message.top))
+        if not all(map(is_known, found)):
+            self.refuse(f"its output does not follow from inputs of {', '.join(map(str, self.bottoms))}")
+        return [tuple(dim for dim in shape if dim is not None) for shape in found if shape is not None]
+
+    @cached_property
+    def _blob_shapes(self) -> list[Shape]:
+        return [
+            tuple(dim for dim in shape if dim is not None)
+            for shape in blob_shapes_of(self.tree, self.bottoms)
+        ]
 
     def parameters(self, name: str, *known: str, also: tuple[str, ...] = ()) -> Any:
         """The layer's parameters ``name``, of which the builder understands the fields ``known``.
@@ -209,16 +231,18 @@ class LayerSetup:
             self.refuse(f"axis {value} is none of the {axes} axes of {self.message.bottom[bottom]}")
         return value % axes
 
-    def blob(self, shape: Shape, filler: Any = None, *, constant: float = 0.0) -> Tensor:
+    def blob(self, filler: Any = None, *, constant: float = 0.0) -> Tensor:
         """The layer's next blob, filled; its learning rate and decay are those of its ``param``."""
         index = len(self.blobs)
-        specs = self.message.param
-        memory = self.device if self.device.type == "meta" else _CPU
-        if filler is not None and min(shape, default=1) > 0:
-            values = fill(shape, filler, self.generator, self.where, memory)
+        shape, specs = self._blob_shapes[index], self.message.param
+        if filler is None or min(shape, default=1) < 1:
+            values = torch.full(shape, constant)
+        elif self.filled:
+            values = fill(shape, filler, self.generator, self.where)
         else:
-            values = torch.full(shape, constant, device=memory)
-        if values.dim() == 4:
+            fill((1, 1, *shape[2:])[: len(shape)], filler, self.generator, self.where)
+            values = torch.empty(shape)
+        if values.dim() == 4 and self.filled:
             values = values.contiguous(memory_format=torch.channels_last)
         blob = Blob(values.to(self.device))
         if index < len(specs):
@@ -228,10 +252,10 @@ class LayerSetup:
         self.blobs.append(blob)
         return blob.tensor
 
-    def statistic(self, shape: Shape, constant: float = 0.0) -> Tensor:
+    def statistic(self, constant: float = 0.0) -> Tensor:
         """The layer's next blob, which no gradient moves."""
         index = len(self.blobs)
-        specs = self.message.param
+        shape, specs = self._blob_shapes[index], self.message.param
         if index < len(specs) and specs[index].lr_mult != 0 and specs[index].HasField("lr_mult"):
             self.refuse(f"param {index} is a statistic and does not learn: its lr_mult has to be 0")
         tensor = torch.full(shape, constant, device=self.device)

@@ -1,8 +1,8 @@
 """Caffe's layers on PyTorch: one table, from a layer's type to the function that builds it.
 
-A builder reads the layer's message, makes its blobs, says the shapes of its tops, and returns the function
-that computes them. Definitions: Caffe's schema (caffe.proto) and its layers; the tests hold each against
-pycaffe.
+A builder reads the layer's message, makes its blobs and returns the function that computes its tops. The
+shapes of blobs and tops come from netspec/layer_types.py. Definitions: Caffe's schema (caffe.proto) and its
+layers; the tests compare each with pycaffe.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
 from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup, Shape, fill
 from caffe_jacinto.engines.pytorch.loss import accuracy, softmax_with_loss
-from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.netspec.layer_types import geometry, is_known, output_shapes
 from caffe_jacinto.prototxt.solver import TRAIN
-from caffe_jacinto.prototxt.tree import tree_of
-
-Pair = tuple[int, int]
 
 
 def pooling(layer: LayerSetup) -> Forward:
@@ -39,22 +36,20 @@ def pooling(layer: LayerSetup) -> Forward:
         layer.refuse("pooling_param.pool: only MAX and AVE are supported")
     largest = fields.pool == kinds.MAX
     if fields.global_pooling:
-        layer.tops = [(*shape[:2], 1, 1)]
         size = shape[2:]
         if largest:
             return lambda images: F.max_pool2d(images, size)
         return lambda images: images.mean((2, 3), keepdim=True)
-    kernel, stride, pad, _ = geometry(tree_of(layer.message))
+    kernel, stride, pad, _ = geometry(layer.tree)
     if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
         layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
     up = getattr(fields, "round_mode", 0) == 0
-    sizes = tuple(_pooled(shape[i + 2], kernel[i], stride[i], pad[i], up=up) for i in (0, 1))
+    sizes = layer.tops[0][2:]
     if any((sizes[i] - 1) * stride[i] >= shape[i + 2] + pad[i] for i in (0, 1)) or min(sizes) < 1:
         layer.refuse(
             f"a window of {kernel[0]}x{kernel[1]} lies outside of the {shape[2]}x{shape[3]} pixels; "
             "use a smaller stride or kernel"
         )
-    layer.tops = [(*shape[:2], *sizes)]
     if up and 2 * pad[0] <= kernel[0] and 2 * pad[1] <= kernel[1]:
         if largest:
             return lambda images: F.max_pool2d(images, kernel, stride, pad, ceil_mode=True)
@@ -72,15 +67,6 @@ def pooling(layer: LayerSetup) -> Forward:
         return sums / areas.to(sums.dtype)
 
     return average
-
-
-def _pooled(size: int, kernel: int, stride: int, pad: int, *, up: bool) -> int:
-    """The number of windows along an axis; one that would begin in the padding is dropped."""
-    room = size + 2 * pad - kernel
-    pooled = (-(-room // stride) if up else room // stride) + 1
-    if pad and (pooled - 1) * stride >= size + pad:
-        pooled -= 1
-    return pooled
 
 
 def _edges(size: int, kernel: int, stride: int, pad: int, pooled: int) -> tuple[int, int]:
@@ -103,9 +89,6 @@ def _areas(
     return spans[0][:, None] * spans[1][None, :]
 
 
-PAIR = tuple[int, int]
-
-
 def convolution(layer: LayerSetup) -> Forward:
     layer.takes(1)
     fields = layer.parameters(
@@ -116,22 +99,17 @@ def convolution(layer: LayerSetup) -> Forward:
     (shape,) = layer.bottoms
     if len(shape) != 4 or layer.axis(fields.axis) != 1:
         layer.refuse("convolves batch x channels x height x width only (axis 1)")
-    kernel, stride, pad, dilation = geometry(tree_of(layer.message))
+    kernel, stride, pad, dilation = geometry(layer.tree)
     outputs, group = fields.num_output, fields.group
     if min(*kernel, *stride, *dilation, outputs, group) < 1 or shape[1] % group or outputs % group:
         layer.refuse(
             f"{shape[1]} channels to {outputs} outputs in {group} groups by {kernel[0]}x{kernel[1]} kernels: "
             "sizes have to be at least 1, and channels and outputs multiples of group"
         )
-    sizes = [
-        (size + 2 * pad[i] - (dilation[i] * (kernel[i] - 1) + 1)) // stride[i] + 1
-        for i, size in enumerate(shape[2:])
-    ]
-    if min(sizes) < 1:
+    if min(layer.tops[0]) < 1:
         layer.refuse(f"its kernel is larger than the {shape[2]}x{shape[3]} pixels that it is given")
-    layer.tops = [(shape[0], outputs, *sizes)]
-    weights = layer.blob((outputs, shape[1] // group, *kernel), fields.weight_filler)
-    bias = layer.blob((outputs,), fields.bias_filler) if fields.bias_term else None
+    weights = layer.blob(fields.weight_filler)
+    bias = layer.blob(fields.bias_filler) if fields.bias_term else None
     return lambda images: F.conv2d(images, weights, bias, stride, pad, dilation, group)
 
 
@@ -143,13 +121,11 @@ def inner_product(layer: LayerSetup) -> Forward:
     )
     (shape,) = layer.bottoms
     axis = layer.axis(fields.axis)
-    inputs, outputs = prod(shape[axis:]), fields.num_output
-    if outputs < 1:
+    inputs, transposed = prod(shape[axis:]), fields.transpose
+    if fields.num_output < 1:
         layer.refuse("inner_product_param.num_output has to be at least 1")
-    layer.tops = [(*shape[:axis], outputs)]
-    transposed = fields.transpose
-    weights = layer.blob((inputs, outputs) if transposed else (outputs, inputs), fields.weight_filler)
-    bias = layer.blob((outputs,), fields.bias_filler) if fields.bias_term else None
+    weights = layer.blob(fields.weight_filler)
+    bias = layer.blob(fields.bias_filler) if fields.bias_term else None
 
     def forward(values: Tensor) -> Tensor:
         flat = values.reshape(*values.shape[:axis], inputs)
@@ -172,9 +148,7 @@ def prelu(layer: LayerSetup) -> Forward:
     (shape,) = layer.bottoms
     if len(shape) < 2:
         layer.refuse("needs a bottom with channels")
-    size: Shape = () if fields.channel_shared else (shape[1],)
-    given = fields.filler if fields.HasField("filler") else None
-    slopes = layer.blob(size, given, constant=0.25)
+    slopes = layer.blob(fields.filler if fields.HasField("filler") else None, constant=0.25)
     return lambda values: F.prelu(values, slopes.to(values.dtype).reshape(-1))
 
 
@@ -196,22 +170,21 @@ def power(layer: LayerSetup) -> Forward:
 def bias(layer: LayerSetup) -> Forward:
     layer.takes(1, 2)
     fields = layer.parameters("bias_param", "axis", "num_axes", "filler")
-    size, spread = _spread(layer, fields.axis, fields.num_axes)
+    spread = _spread(layer, fields.axis, fields.num_axes)
     if len(layer.bottoms) == 2:
         return lambda values, added: values + added.reshape(spread)
-    added = layer.blob(size, fields.filler)
+    added = layer.blob(fields.filler)
     return lambda values: values + added.reshape(spread)
 
 
 def scale(layer: LayerSetup) -> Forward:
     layer.takes(1, 2)
     fields = layer.parameters("scale_param", "axis", "num_axes", "filler", "bias_term", "bias_filler")
-    size, spread = _spread(layer, fields.axis, fields.num_axes)
-    own = len(layer.bottoms) == 1
+    spread = _spread(layer, fields.axis, fields.num_axes)
     factors = None
-    if own:
-        factors = layer.blob(size, fields.filler if fields.HasField("filler") else None, constant=1.0)
-    added = layer.blob(size, fields.bias_filler) if fields.bias_term else None
+    if len(layer.bottoms) == 1:
+        factors = layer.blob(fields.filler if fields.HasField("filler") else None, constant=1.0)
+    added = layer.blob(fields.bias_filler) if fields.bias_term else None
 
     def forward(values: Tensor, *given: Tensor) -> Tensor:
         values = values * (given[0] if factors is None else factors).reshape(spread)
@@ -220,22 +193,22 @@ def scale(layer: LayerSetup) -> Forward:
     return forward
 
 
-def _spread(layer: LayerSetup, axis: int, axes: int) -> tuple[Shape, Shape]:
-    """The shape of what a Bias or Scale applies, and the same with 1s for the axes that it repeats along."""
+def _spread(layer: LayerSetup, axis: int, axes: int) -> Shape:
+    """The shape of what a Bias or Scale applies, with 1s for the axes that it repeats along."""
     shape = layer.bottoms[0]
     start = layer.axis(axis)
     if len(layer.bottoms) == 2:
         size = layer.bottoms[1]
         if not size:
-            return size, (1,) * len(shape)
+            return (1,) * len(shape)
     elif axes == 0:
-        return (), (1,) * len(shape)
+        return (1,) * len(shape)
     else:
         size = shape[start:] if axes == -1 else shape[start : start + axes]
     end = start + len(size)
     if shape[start:end] != size or (len(layer.bottoms) == 1 and axes > 0 and len(size) != axes):
         layer.refuse(f"what it applies from axis {axis} on does not match its bottom's shape {shape}")
-    return size, (1,) * start + size + (1,) * (len(shape) - end)
+    return (1,) * start + size + (1,) * (len(shape) - end)
 
 
 def lrn(layer: LayerSetup) -> Forward:
@@ -316,20 +289,15 @@ def concat(layer: LayerSetup) -> Forward:
     rests = {(*shape[:axis], *shape[axis + 1 :]) for shape in layer.bottoms}
     if len(rests) > 1 or axis >= len(layer.bottoms[0]):
         layer.refuse(f"its bottoms differ in more than axis {axis}: {', '.join(map(str, layer.bottoms))}")
-    first = layer.bottoms[0]
-    total = sum(shape[axis] for shape in layer.bottoms)
-    layer.tops = [(*first[:axis], total, *first[axis + 1 :])]
     return lambda *values: torch.cat(values, axis)
 
 
 def flatten(layer: LayerSetup) -> Forward:
     layer.takes(1)
     fields = layer.parameters("flatten_param", "axis", "end_axis")
-    (shape,) = layer.bottoms
     start, end = layer.axis(fields.axis), layer.axis(fields.end_axis)
     if end < start:
         layer.refuse("flatten_param.end_axis lies before axis")
-    layer.tops = [(*shape[:start], prod(shape[start : end + 1]), *shape[end + 1 :])]
     return lambda values: values.flatten(start, end)
 
 
@@ -342,17 +310,10 @@ def reshape(layer: LayerSetup) -> Forward:
     end = axes if fields.num_axes == -1 else start + fields.num_axes
     if not 0 <= start <= end <= axes:
         layer.refuse(f"reshape_param.axis {fields.axis} and num_axes {fields.num_axes} leave the {axes} axes")
-    dims = list(fields.shape.dim)
-    new = [shape[start + i] if dim == 0 and start + i < axes else dim for i, dim in enumerate(dims)]
-    count, known = prod(shape[start:end]), prod(dim for dim in new if dim != -1)
-    if new.count(-1) > 1 or min(new, default=1) < -1 or not known:
-        layer.refuse(f"reshape_param.shape {dims} is not a shape")
-    if new.count(-1) == 1 and count % known == 0:
-        new[new.index(-1)] = count // known
-    if prod(new) != count:
-        layer.refuse(f"reshape_param.shape {dims} does not hold the {count} values of {shape[start:end]}")
-    result = (*shape[:start], *new, *shape[end:])
-    layer.tops = [result]
+    if not is_known(output_shapes(layer.tree, layer.bottoms, 1)[0]) or min(layer.tops[0], default=1) < 1:
+        given, values = list(fields.shape.dim), shape[start:end]
+        layer.refuse(f"reshape_param.shape {given} does not hold the {prod(values)} values of {values}")
+    result = layer.tops[0]
     # The batch may be smaller than in the file when the last one of a pass is.
     kept = start > 0
     return lambda values: values.reshape((values.shape[0], *result[1:]) if kept else result)
@@ -370,24 +331,19 @@ def dummy_data(layer: LayerSetup) -> Forward:
     fields = layer.parameters(
         "dummy_data_param", "shape", "data_filler", "num", "channels", "height", "width"
     )
-    names = list(layer.message.top)
-    shapes = [tuple(shape.dim) for shape in fields.shape]
-    if not shapes:
-        old = (fields.num, fields.channels, fields.height, fields.width)
-        shapes = list(zip(*old, strict=False))
-    if len(shapes) not in (1, len(names)) or len(fields.data_filler) not in (0, 1, len(names)):
+    count = len(layer.message.top)
+    if len(fields.shape or fields.num) not in (1, count) or len(fields.data_filler) not in (0, 1, count):
         layer.refuse("dummy_data_param: give one shape and filler, or one for each top")
-    shapes = shapes * len(names) if len(shapes) == 1 else shapes
+    shapes = layer.tops
     fillers = list(fields.data_filler) or [type(fields)().data_filler.add()]
-    fillers = fillers * len(names) if len(fillers) == 1 else fillers
-    layer.tops = list(shapes)
+    fillers = fillers * count if len(fillers) == 1 else fillers
     generator, device, where = layer.generator, layer.device, layer.where
 
     def drawn(index: int) -> Tensor:
         return fill(shapes[index], fillers[index], generator, where).to(device)
 
     constants = {i: drawn(i) for i, filler in enumerate(fillers) if filler.type == "constant"}
-    return lambda: tuple(constants[i] if i in constants else drawn(i) for i in range(len(names)))
+    return lambda: tuple(constants[i] if i in constants else drawn(i) for i in range(count))
 
 
 LAYERS: dict[str, Callable[[LayerSetup], Forward]] = {

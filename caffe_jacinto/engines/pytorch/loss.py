@@ -22,9 +22,7 @@ def softmax_with_loss(layer: LayerSetup) -> Forward:
     )
     ignore = fields.ignore_label if fields.HasField("ignore_label") else None
     normalizer = _normalizer(layer, fields)
-    shape = layer.bottoms[0]
     _check_labels(layer, axis)
-    layer.tops = [(), shape]
     both = len(layer.message.top) == 2
 
     def forward(scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -90,7 +88,6 @@ def accuracy(layer: LayerSetup) -> Forward:
     if not 1 <= top_k <= classes:
         layer.refuse(f"accuracy_param.top_k {top_k} of {classes} classes; it has to be from 1 to {classes}")
     _check_labels(layer, axis)
-    layer.tops = [()]
 
     def forward(scores: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():

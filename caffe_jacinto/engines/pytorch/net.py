@@ -85,11 +85,13 @@ class Net:
         seed: int | None = None,
         device: torch.device | None = None,
         data_shapes: Mapping[str, Shape] | None = None,
+        filled: bool = True,
     ) -> None:
         """Build the layers of ``phase`` and fill their blobs.
 
         ``definition`` is a NetParameter of ``dialect``, ``where`` its file's name, for messages. ``seed``
-        fixes what the fillers draw. ``data_shapes`` are those of the Data layers' tops.
+        fixes what the fillers draw. ``data_shapes`` are those of the Data layers' tops. Not ``filled`` is
+        for checks only.
 
         Raises:
             UserError: a layer or field that is not supported, or layers that do not fit each other.
@@ -111,6 +113,7 @@ class Net:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+        self._filled = filled
         self._shared: dict[str, Blob] = {}
         self.steps: list[_Step] = []
         _check_fields(definition, where)
@@ -264,14 +267,13 @@ class Net:
             self.device,
             self._generator,
             [self.shapes[name] for name in layer.bottom],
+            self._filled,
         )
 
     def _add(self, setup: LayerSetup, forward: Forward, last: Any) -> None:
         """Take in a layer that is built; ``last`` is the message whose tops it gives."""
         layer = setup.message
-        tops = setup.tops or [setup.bottoms[0]] * len(last.top)
-        for name, shape in zip(last.top, tops, strict=False):
-            self.shapes[name] = tuple(shape)
+        self.shapes.update(zip(last.top, setup.tops, strict=False))
         self._keep_blobs(setup)
         weights = _loss_weights(last)
         self.loss_weights.update({name: w for name, w in zip(last.top, weights, strict=True) if w})

@@ -24,7 +24,7 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.data.batches import random_numbers
 from caffe_jacinto.engines.caffe_log import CaffeLog, number
-from caffe_jacinto.engines.contract import ImageShape
+from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import Options
@@ -43,7 +43,6 @@ from caffe_jacinto.engines.pytorch.snapshot import (
 from caffe_jacinto.engines.pytorch.solvers import Updater, check_solver
 from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
 from caffe_jacinto.pruning.pruner import masks_file
 
@@ -444,18 +443,15 @@ def check_stages(
             return None
 
     def built(definition: Any, file: Path, phase: int) -> Net | None:
-        """The network, without memory for its blobs; None where the size of its images is not known."""
+        """The network; None where the size of its images is not known."""
         where = str(file)
         shapes = expected_shapes(definition, phase, where, images)
         if shapes is None:
             return None
-        nowhere = torch.device("meta")
-        return Net(definition, phase, dialect, where=where, seed=0, device=nowhere, data_shapes=shapes)
+        return Net(definition, phase, dialect, where=where, seed=0, data_shapes=shapes, filled=False)
 
     for files in stages.values():
-        folder = _folder_of(files["solver.prototxt"], dialect)
-        texts = {str(folder / name): text for name, text in files.items()}
-        solver = attempt(partial(read_solver, folder / "solver.prototxt", dialect, texts))
+        solver = attempt(partial(stage_solver, files, dialect))
         if solver is None:
             continue
         attempt(partial(check_solver, solver))
@@ -465,9 +461,3 @@ def check_stages(
             if net is not None and tested is not None:
                 attempt(partial(tested.share_with, net))
     return problems
-
-
-def _folder_of(solver: str, dialect: Dialect) -> Path:
-    """Where a solver's networks will be."""
-    fields = parse_solver(solver, dialect, "solver.prototxt")
-    return Path(fields.train_net or fields.net).parent
