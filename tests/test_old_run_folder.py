@@ -154,7 +154,7 @@ def test_report(old_run: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
 def test_resume_goes_on_to_the_end(trainable: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
     at_the_stop = trainable.zeros("sparse", trainable.stopped_at)
     said = trainable.resume()
-    assert f"stage 2/3 sparse: 200 iterations, goes on at iteration {trainable.stopped_at}" in said
+    assert f"stage 2/3 sparse: 200 iterations, resumes at iteration {trainable.stopped_at}" in said
     assert trainable.states() == dict.fromkeys(STAGES, "finished")
     sparse, fine = trainable.zeros("sparse", 200), trainable.zeros("finetune", 10)
     assert sum(zeros.sum() for zeros in at_the_stop.values()) > 1000
@@ -180,5 +180,5 @@ def test_run_sh_starts_the_module_by_its_old_name(trainable: OldRun) -> None:
         trainable.command(["sh", str(trainable.folder / name / "run.sh")])
     assert len(list((trainable.folder / "sparse").glob("*_iter_200.caffemodel"))) == 1
     said = trainable.resume()
-    assert "sparse: finished before" in said
+    assert "sparse: already finished" in said
     assert trainable.states() == dict.fromkeys(STAGES, "finished")

@@ -424,7 +424,9 @@ def test_run_sh_stops_at_the_first_failure_and_respects_the_lock(tmp_path: Path)
 
 def record(**stages: StageState) -> RunRecord:
     recipe = load_recipe("demo_digits")
-    engine = run_folder.EngineRecord(kind="bvlc", executable="/x/caffe", version="1.0.0", dialect="bvlc")
+    engine = run_folder.EngineRecord(
+        kind="bvlc", executable="/x/caffe", version="1.0.0", dialect=Dialect.BVLC
+    )
     return RunRecord(
         caffe_jacinto="0",
         created=run_folder.now(),
@@ -534,7 +536,7 @@ def test_status_of_a_run_that_nobody_drives(tmp_path: Path, state: str, first: s
     lines = status_lines(tmp_path)
     assert lines[0].endswith(f": {first}")
     assert lines[1].startswith(f"  initial: {stage}, iteration 10/200, loss 1.5")
-    assert lines[-1].startswith("to go on: python -m caffe_jacinto.train --resume")
+    assert lines[-1].startswith("to resume: python -m caffe_jacinto.train --resume")
 
 
 # ------------------------------------------------------------------------------------------------- the screen

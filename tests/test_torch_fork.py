@@ -68,7 +68,7 @@ def test_the_ramp_goes_on_where_it_was(fork: Path, tmp_path: Path) -> None:
     assert code == 0, said
     assert "engine: caffe-jacinto 0.17.0" in said
     assert "from the beginning again" not in said
-    found = re.search(r"stage 3/3 sparse: 60 iterations, goes on at iteration (\d+);", said)
+    found = re.search(r"stage 3/3 sparse: 60 iterations, resumes at iteration (\d+);", said)
     assert found
     # Thresholds of 0.2 more came at iterations 10, 20 and so on; one after the snapshot is lost.
     reached = 0.2 * ((int(found[1]) - 1) // 10)

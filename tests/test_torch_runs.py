@@ -55,7 +55,7 @@ def test_killed_in_the_ramp_and_resumed_it_ends_at_the_same_weights(trainer: Tra
     end(trainer.pid(run, "sparse"))
     code, said = trainer.run("--resume", run)
     assert code == 0, said
-    assert re.search(r"stage 3/3 sparse: 40 iterations, goes on at iteration [1-3]?[0-9]\b", said)
+    assert re.search(r"stage 3/3 sparse: 40 iterations, resumes at iteration [1-3]?[0-9]\b", said)
     assert "from the beginning again" not in said
     whole, resumed = (weights(trainer, name, "sparse", 40) for name in (f"{dialect} whole", run))
     for name in whole:
@@ -76,7 +76,7 @@ def test_bf16_is_used_by_every_command_and_kept_on_resume(trainer: Trainer) -> N
         assert "bf16" in trainer.log("bf16", part), part
     code, said = trainer.run("--resume", "bf16", "--precision", "fp32")
     assert code == 2
-    assert "--resume goes on with the run's own recipe" in said
+    assert "--resume continues with the run's own recipe" in said
 
 
 def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None:
@@ -104,6 +104,20 @@ def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
     assert "dry already exists, from a --dry-run: run that (" in said
 
 
+def test_what_a_later_stage_would_be_refused_for_is_reported_before_anything_runs(trainer: Trainer) -> None:
+    settings = {
+        "stages.finetune.solver.type": '"RMSProp"',
+        "stages.finetune.solver.momentum": "0",
+    }
+    wrong = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    for option in ([], ["--dry-run"]):
+        code, said = trainer.run(*tiny(), *wrong, "--output", "refused", *option)
+        assert code == 2, said
+        assert "RMSProp" in said
+        assert "finetune" in said
+        assert not list((trainer.folder / "refused").glob("*/run.log"))
+
+
 def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:
     recipe = recipe_of(trainer.folder, "initial")
     code, said = trainer.run(*tiny(recipe, ("initial",)), "--output", "by hand", "--dry-run")
@@ -113,7 +127,7 @@ def test_run_sh_does_the_stage_again(trainer: Trainer) -> None:
     subprocess.run(["sh", str(script)], check=True, cwd="/", capture_output=True)
     code, said = trainer.run("--resume", "by hand")
     assert code == 0, said
-    assert "initial: finished before" in said
+    assert "initial: already finished" in said
 
 
 def test_gpus_that_are_not_there_are_told_before_anything_is_written(trainer: Trainer) -> None:

@@ -145,14 +145,14 @@ def test_both_killed_and_resumed(
     assert "kill -INT" in said
     end(caffe)
     logs = {name: trainer.log(run, name) for name in stages}
-    assert "to go on:" in trainer.run("--status", run)[1]
+    assert "to resume:" in trainer.run("--status", run)[1]
     code, said = trainer.run("--resume", run)
     assert code == 0, said
     assert set(trainer.states(run).values()) == {"finished"}
     assert all(trainer.log(run, name) == logs[name] for name in stages[:-1])
     part = trainer.log(run, stage)[len(logs[stage]) :]
     iterations = [int(number) for number in re.findall(r"Iteration (\d+) \(", part)]
-    resumed = re.search(r"goes on at iteration (\d+)", said)
+    resumed = re.search(r"resumes at iteration (\d+)", said)
     assert iterations == list(range(int(resumed[1]) if resumed else 0, last))
 
 
@@ -165,7 +165,7 @@ def test_second_train_is_refused_and_sigterm_stops_with_a_snapshot(trainer: Trai
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "to go on: python -m caffe_jacinto.train --resume stopped" in said
+    assert "to resume: python -m caffe_jacinto.train --resume stopped" in said
     assert trainer.states("stopped")["initial"] == "stopped"
     newest = max(
         int(path.stem.rsplit("_", 1)[1])
@@ -187,7 +187,7 @@ def test_truncated_snapshots_are_passed_over(trainer: Trainer) -> None:
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"snapshot of iteration {numbers[-1]} is passed over" in said
-    assert f"goes on at iteration {numbers[-2]}" in said
+    assert f"resumes at iteration {numbers[-2]}" in said
     assert "reads its training LMDB from the beginning again" in said
 
 
@@ -236,7 +236,7 @@ def test_a_finished_stage_whose_weights_are_damaged_goes_on_from_its_snapshot(
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     assert "stage initial had finished, but its weights" in said
-    assert "initial: 6 iterations, goes on at iteration 4" in said
+    assert "initial: 6 iterations, resumes at iteration 4" in said
     assert trainer.states(run)["initial"] == "finished"
     assert read_weights(weights).keys()
 
@@ -250,7 +250,7 @@ def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "before the stage was marked complete" in said
-    assert "to go on: python -m caffe_jacinto.train --resume 'hand over'" in said
+    assert "to resume: python -m caffe_jacinto.train --resume 'hand over'" in said
     assert trainer.run("--resume", "hand over")[0] == 0
 
 
@@ -262,7 +262,7 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_its_caffe(trainer: Tra
         record.mkdir()
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(r"run\.json.*: Is a directory; fix that, then go on: python -m .*--resume", said), said
+    assert re.search(r"run\.json.*: Is a directory; fix that, then resume: python -m .*--resume", said), said
     assert not is_held(trainer.folder / "no record")
     record.rmdir()
     kept.rename(record)
@@ -404,7 +404,7 @@ def test_the_mean_file_must_be_there_and_of_the_images_size(trainer: Trainer) ->
     assert f"mean.binaryproto (data.mean_file) does not exist; make it: {made_by}" in refused()
     path = trainer.folder / "mean.binaryproto"
     path.write_bytes(b"\xff")
-    assert "mean.binaryproto is no mean file" in refused()
+    assert "mean.binaryproto is not a mean file" in refused()
     blob = messages(Dialect.BVLC).BlobProto(num=1, channels=3, height=30, width=32, data=[0.5] * 2880)
     path.write_bytes(blob.SerializeToString())
     said = refused()

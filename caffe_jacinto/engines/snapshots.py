@@ -83,7 +83,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """The snapshot that a stage goes on from (None: it starts anew), and the newer ones that are skipped."""
+    """The snapshot that a stage resumes from (None: it starts anew), and the newer ones passed over."""
 
     snapshot: Snapshot | None
     skipped: tuple[Skipped, ...]

@@ -206,7 +206,7 @@ class StageLog:
         self.tests: dict[int, SolverTest] = {}
         """Live: the complete tests by iteration."""
         self.snapshots: set[int] = set()
-        """Live: iterations whose snapshot was begun since `go_on_at`."""
+        """Live: iterations whose snapshot was begun since `resume_at`."""
         self._live = live
         self._reader = LogReader(skim=not (curves or live))
         self._timing = Timing()
@@ -255,8 +255,8 @@ class StageLog:
             self._take(event)
         return found
 
-    def go_on_at(self, iteration: int) -> None:
-        """A new process goes on at ``iteration``: what earlier ones did beyond it does not count."""
+    def resume_at(self, iteration: int) -> None:
+        """A new process resumes at ``iteration``: what earlier ones did beyond it does not count."""
         self.iteration = iteration
         self.tests = {tested: test for tested, test in self.tests.items() if tested <= iteration}
         self.snapshots.clear()

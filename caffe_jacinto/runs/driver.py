@@ -77,7 +77,7 @@ class Driver:
             return self._drive()
         except OSError as error:
             raise RunFailed(
-                f"{error.filename or self.run.folder}: {error.strerror or error}; fix that, then go on: "
+                f"{error.filename or self.run.folder}: {error.strerror or error}; fix that, then resume: "
                 f"{resume_command(self.run.folder)}"
             ) from None
 
@@ -95,7 +95,7 @@ class Driver:
         # A driver may have been killed after the stage's end, before it recorded that.
         if state.state == "finished" or self._is_trained(plan):
             self._note(state, "finished")
-            self.screen.say(f"{place.title()}: finished before")
+            self.screen.say(f"{place.title()}: already finished")
             return True
         return not self.signals.requested and self._train(plan, state, place)
 
@@ -159,7 +159,7 @@ class Driver:
         for skipped in point.skipped:
             self.screen.say(f"  {skipped_line(skipped)}", style="yellow")
         if point.snapshot is not None:
-            start = f"goes on at iteration {point.iteration:,}"
+            start = f"resumes at iteration {point.iteration:,}"
         else:
             start = f"from {plan.start_weights}" if plan.start_weights else "from random weights"
             if plan.stage.reinit:
@@ -167,8 +167,8 @@ class Driver:
         self.screen.say(
             f"{place.title()}: {place.max_iter:,} iterations, {start}; log: {plan.log}", style="bold"
         )
-        goes_on = 0 < point.iteration < place.max_iter
-        if goes_on and self.run.engine.info.begins_data_again:
+        trains_more = 0 < point.iteration < place.max_iter
+        if trains_more and self.run.engine.info.begins_data_again:
             self.screen.say(
                 "  stock Caffe reads its training LMDB from the beginning again after a resume: "
                 "the first images are seen once more than the others"
@@ -177,7 +177,7 @@ class Driver:
     def _test(self, state: StageState) -> bool:
         """Test the final weights; False when that was stopped on request."""
         if state.state == "finished":
-            self.screen.say("test: finished before")
+            self.screen.say("test: already finished")
             return True
         if self.signals.requested:
             return False
@@ -277,7 +277,7 @@ class Driver:
         self.screen.say(f"  stopping: {what}{f' ({following})' if following else ''}", style="yellow")
 
     def _stopped(self, name: str) -> int:
-        self.screen.say(f"stopped in {name}; to go on: {resume_command(self.run.folder)}", style="yellow")
+        self.screen.say(f"stopped in {name}; to resume: {resume_command(self.run.folder)}", style="yellow")
         return self.signals.exit_code
 
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.lock import LOCK_NAME
 
@@ -64,7 +65,7 @@ class EngineRecord(BaseModel):
     kind: str
     executable: str
     version: str | None
-    dialect: str
+    dialect: Dialect
     precision: Precision = "fp32"
 
 

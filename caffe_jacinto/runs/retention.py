@@ -19,7 +19,7 @@ class Keeper:
     """Deletes the other snapshots while a stage runs."""
 
     def __init__(self, prefix: Path, dialect: Dialect, keep: int, max_iter: int, start: int) -> None:
-        """``start`` is the iteration that the stage goes on from; 0: its beginning."""
+        """``start`` is the iteration that the stage resumes at; 0: its beginning."""
         self._prefix = prefix
         self._dialect = dialect
         self._keep = keep

@@ -159,7 +159,7 @@ def _instead(folder: Path) -> str:
             f", from a --dry-run: run that ({resume_command(folder)}), or remove it, or give another --output"
         )
     if (folder / run_folder.RUN_FILE).is_file():
-        return f": go on with that run ({resume_command(folder)}), or give another --output"
+        return f": resume that run ({resume_command(folder)}), or give another --output"
     return " and is not an empty folder: give another --output"
 
 
@@ -180,8 +180,7 @@ def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], scr
     """The engine that the run has used, unless the options name another or it is gone."""
     before, caffe, kind = record.engine, options.caffe, options.engine
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
-        dialect = Dialect(before.dialect)
-        options = replace(options, engine="torch", dialect=dialect, precision=before.precision)
+        options = replace(options, engine="torch", dialect=before.dialect, precision=before.precision)
     elif before.kind == "torch":
         raise UserError(
             f"this run was begun on PyTorch, and {'--caffe' if caffe else f'--engine {kind}'} is a Caffe,"
@@ -208,7 +207,7 @@ def _engine_record(engine: Engine) -> EngineRecord:
         kind=info.kind,
         executable=str(info.executable),
         version=info.version,
-        dialect=info.dialect.value,
+        dialect=info.dialect,
         precision=info.precision,
     )
 
@@ -222,7 +221,7 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
         if finished and plan.final_weights in wanted and not weights_are_finite(plan.final_weights):
             screen.say(
                 f"stage {plan.name} had finished, but its weights {plan.final_weights} are gone or damaged: "
-                "it goes on from its newest good snapshot",
+                "it resumes from its newest good snapshot",
                 style="yellow",
             )
             state.state = "stopped"

@@ -29,7 +29,7 @@ def status_lines(folder: Path) -> list[str]:
     if _finished(record):
         lines.append(f"tables: {report_command(folder)}")
     elif not held:
-        lines.append(f"to go on: {resume_command(folder)}")
+        lines.append(f"to resume: {resume_command(folder)}")
     return lines
 
 

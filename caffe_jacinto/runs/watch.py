@@ -76,8 +76,8 @@ class StageView:
         self._stuck = 0
 
     def begin_part(self, iteration: int) -> None:
-        """A new process goes on at ``iteration``: what earlier ones did beyond it does not count."""
-        self.log.go_on_at(iteration)
+        """A new process resumes at ``iteration``: what earlier ones did beyond it does not count."""
+        self.log.resume_at(iteration)
         self.trouble, self.sound, self._stuck = None, iteration, 0
 
     def feed(self, data: bytes) -> None:
@@ -111,21 +111,21 @@ def why_failed(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str
 
 
 def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
-    go_on = f"to go on: {resume_command(run.folder)}"
+    resume = f"to resume: {resume_command(run.folder)}"
     log = view.log
     if view.trouble is not None:
         return _trouble(run, plan, view.trouble, view.sound)
     if log.fatal is not None:
         return log.fatal + _if_out_of_memory(plan, log.fatal)
     if code != 0:
-        return f"{describe_exit(code)}{last_words(plan.log)}; {go_on}"
+        return f"{describe_exit(code)}{last_words(plan.log)}; {resume}"
     if (log.iteration or 0) < plan.max_iter:
         where = f"at iteration {log.iteration or 0:,}"
-        return f"Caffe ended early, {where}, as it does when it is interrupted; {go_on}"
+        return f"Caffe ended early, {where}, as it does when it is interrupted; {resume}"
     skipped = start_point(plan.prefix, run.engine.info.dialect, plan.max_iter).skipped
     if skipped:
-        return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {go_on}"
-    return f"it ended before the stage was marked complete, as it does when it is interrupted; {go_on}"
+        return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {resume}"
+    return f"it ended before the stage was marked complete, as it does when it is interrupted; {resume}"
 
 
 def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
