@@ -50,7 +50,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def file_of(name: str) -> str:
-    """The file that ``caffe_jacinto.logs.glog.PREFIX`` is in, relative to the checkout."""
+    """The file that ``caffe_jacinto.logs.messages.PREFIX`` is in, relative to the checkout."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         path = Path(*parts[:end])

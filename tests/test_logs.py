@@ -13,7 +13,7 @@ from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.glog import elapsed
+from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.plot import MOST_POINTS, Curve
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage

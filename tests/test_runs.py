@@ -28,9 +28,18 @@ from caffe_jacinto.runs.folder import RunRecord, StageState
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import shell_script
 from caffe_jacinto.runs.process import Child, describe_exit
-from caffe_jacinto.runs.progress import Place, Progress, outputs_line, progress, stage_summary, time_left
+from caffe_jacinto.runs.progress import (
+    LastingStream,
+    Place,
+    Progress,
+    Screen,
+    live_lines,
+    outputs_line,
+    progress,
+    stage_summary,
+    time_left,
+)
 from caffe_jacinto.runs.retention import Keeper, comparable_top1, kept_iterations, remove_others
-from caffe_jacinto.runs.screen import LastingStream, Screen, live_lines
 from caffe_jacinto.runs.watch import StageView, Tail, last_words, read_log
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.logs.glog import moment
+from caffe_jacinto.logs.events import moment
 from caffe_jacinto.logs.plot import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 

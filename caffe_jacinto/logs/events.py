@@ -1,7 +1,8 @@
-"""What the lines of a Caffe log say, as events."""
+"""What the lines of a Caffe log say, as events; and the times at which they were logged."""
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import NamedTuple, TypeAlias
 
 from caffe_jacinto.prototxt import tree
@@ -11,7 +12,7 @@ class ProcessStarted(NamedTuple):
     """A Caffe process began here. The log of a resumed stage holds several."""
 
     stamp: str
-    """When: glog's date and time, e.g. ``0815 09:52:55.512455``; see `logs.glog`."""
+    """When: glog's date and time, e.g. ``0815 09:52:55.512455``; see `moment`."""
     previous: str | None
     """The stamp of the line before: the last line of the process before."""
 
@@ -207,3 +208,34 @@ Event: TypeAlias = (
     | Finished
     | Fatal
 )
+
+
+_LEAP_YEAR = 2016
+"""Used where the year is unknown: 29 February must be a valid date."""
+
+
+def moment(stamp: str, year: int | None = None) -> datetime | None:
+    """The stamp as a date and time, with ``year`` where the stamp has none. None if it is not a date."""
+    date, _, time = stamp.partition(" ")
+    if len(date) == 4:
+        date = f"{year or _LEAP_YEAR:04d}{date}"
+    try:
+        return datetime.strptime(f"{date} {time}", "%Y%m%d %H:%M:%S.%f")
+    except ValueError:
+        return moment(f"{_LEAP_YEAR}{stamp}") if date.endswith("0229") and len(stamp) < 25 else None
+
+
+def elapsed(first: str, last: str, year: int | None = None) -> float:
+    """Seconds from one stamp of a process to a later one; ``year`` is that of the first, if known.
+
+    Stamps without a year may cross New Year. A clock that was set back a little counts as no time.
+    """
+    start = moment(first, year)
+    if start is None:
+        return 0.0
+    end = moment(last, start.year)
+    if end is None:
+        return 0.0
+    if end < start - timedelta(days=1):
+        end = moment(last, start.year + 1) or end
+    return max(0.0, (end - start).total_seconds())

@@ -1,5 +1,10 @@
 """Caffe's messages, one at a time -> events.
 
+Caffe prints through glog. Its lines have one of two forms:
+
+I0815 09:52:55.512455  8764 solver.cpp:363] message        (glog before 0.6: no year)
+I20260815 09:52:55.512455  8764 solver.cpp:363] message    (glog 0.6 and later)
+
 Several threads print at once. Lines of one printed network or one listing have the same thread number.
 """
 
@@ -34,8 +39,13 @@ from caffe_jacinto.logs.events import (
     TrainProgress,
     Version,
 )
-from caffe_jacinto.logs.glog import MESSAGE_LIMIT, stamp
 from caffe_jacinto.prototxt import tree
+
+PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d+) ([\w.+-]+):\d+\] ")
+"""What glog puts before a message; the groups are the thread's number and the source file."""
+
+MESSAGE_LIMIT = 29_990
+"""glog cuts a message at 30,000 characters, prefix included."""
 
 NUMBER = rb"[-+]?(?:nan|inf|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)"
 ITERATION = re.compile(
@@ -73,6 +83,11 @@ _PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
 
 _TEXT_LIMIT = 4_000_000
 """Bytes kept of a printed network or solver."""
+
+
+def stamp(line: bytes) -> str:
+    """Date and time of a line, e.g. ``0815 09:52:55.512455`` or ``20260815 09:52:55.512455``."""
+    return (line[1:21] if line[5:6] == b" " else line[1:25]).decode("ascii", "replace")
 
 
 class MessageReader:

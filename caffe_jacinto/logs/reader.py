@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from caffe_jacinto.logs.events import Event
-from caffe_jacinto.logs.glog import PREFIX, stamp
-from caffe_jacinto.logs.messages import ITERATION, TEST_OUTPUT, MessageReader
+from caffe_jacinto.logs.messages import ITERATION, PREFIX, TEST_OUTPUT, MessageReader, stamp
 
 _CAFFE_SOURCES = re.compile(
     rb"(?:_?caffe|solver|sgd_solver|net|parallel|common|upgrade_proto|io|layer_factory|math_functions|syncedmem|"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.glog import elapsed
+from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.plot import StageCurves
 from caffe_jacinto.logs.printed_net import PrintedNets, conv_sparsity
 from caffe_jacinto.logs.reader import LogReader

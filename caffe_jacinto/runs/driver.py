@@ -24,9 +24,16 @@ from caffe_jacinto.runs.plan import (
     write_test,
 )
 from caffe_jacinto.runs.process import Child, StopSignals, describe_exit
-from caffe_jacinto.runs.progress import Place, Progress, last_heard, outputs_line, progress, stage_summary
+from caffe_jacinto.runs.progress import (
+    Place,
+    Progress,
+    Screen,
+    last_heard,
+    outputs_line,
+    progress,
+    stage_summary,
+)
 from caffe_jacinto.runs.retention import Keeper
-from caffe_jacinto.runs.screen import Screen
 from caffe_jacinto.runs.watch import StageView, Tail, read_log, read_test_net, skipped_line, why_failed
 
 POLL_SECONDS = 0.1

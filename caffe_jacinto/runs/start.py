@@ -42,7 +42,7 @@ from caffe_jacinto.runs.plan import (
 )
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
-from caffe_jacinto.runs.screen import Screen
+from caffe_jacinto.runs.progress import Screen
 
 
 @dataclass(frozen=True)
