@@ -10,9 +10,10 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.snapshots import StartPoint, final_is_complete, start_point, weights_are_finite
+from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, State, resume_command
+from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, State, resume_command
 from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.plan import (
     RunPlan,
@@ -191,7 +192,7 @@ class Driver:
         command = self.run.engine.test_command(test_job(self.run, self.val_images))
         write_test(self.run, self.run.files(self.run.stages[-1], val_images=self.val_images), command)
         self.screen.say(
-            f"test: {self.run.final_weights}; log: {self.run.test_folder / LOG_NAME}", style="bold"
+            f"test: {self.run.final_weights}; log: {self.run.test_folder / STAGE_LOG}", style="bold"
         )
         log = StageLog(live=True, test_net=read_test_net(self.run.test_folder))
         self._note(state, "running")
@@ -206,15 +207,15 @@ class Driver:
             return False
         reason = log.fatal or describe_exit(code)
         self._note(state, "failed", reason)
-        raise RunFailed(f"the test failed: {reason}; log: {self.run.test_folder / LOG_NAME}")
+        raise RunFailed(f"the test failed: {reason}; log: {self.run.test_folder / STAGE_LOG}")
 
     def _run(self, folder: Path, state: StageState, commands: Sequence[list[str]], watched: Watched) -> int:
         """Run the commands in order until one fails or a stop is requested; returns the last exit code."""
         code = 0
         for command in commands:
-            start = run_folder.start_log(folder / LOG_NAME, f"{run_folder.now()} {shlex.join(command)!a}")
+            start = run_folder.start_log(folder / STAGE_LOG, f"{run_folder.now()} {shlex.join(command)!a}")
             try:
-                child = Child(command, folder / LOG_NAME, self.lock.descriptor)
+                child = Child(command, folder / STAGE_LOG, self.lock.descriptor)
             except OSError as error:
                 self._note(state, "failed", str(error))
                 raise RunFailed(f"{command[0]} cannot be started: {error.strerror}") from None
@@ -222,7 +223,7 @@ class Driver:
             try:
                 state.pid = child.pid
                 run_folder.save(self.run.folder, self.record)
-                code = self._follow(child, Tail(folder / LOG_NAME, start), watched)
+                code = self._follow(child, Tail(folder / STAGE_LOG, start), watched)
             except BaseException:
                 # The driver cannot go on (with a full disk, say), and nothing may train unwatched.
                 child.stop(1)

@@ -24,16 +24,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.lock import LOCK_NAME
 
-RUN_FILE = "run.json"
-LOG_NAME = "run.log"
 LOG_HEADER = "# caffe_jacinto.train:"
 """Begins the line before the output of each command in a stage's log."""
 
-LABELS_NAME = "labels.txt"
 TEST = "test"
 """The folder of the last step, the test of the final weights."""
 
@@ -110,7 +108,7 @@ def now() -> str:
 
 def save(folder: Path, record: RunRecord) -> None:
     """Write run.json. A reader sees either the old record or the complete new one."""
-    write_whole(folder / RUN_FILE, record.model_dump_json(indent=2) + "\n")
+    write_whole(folder / RUN_RECORD, record.model_dump_json(indent=2) + "\n")
 
 
 def load(folder: Path) -> RunRecord:
@@ -119,11 +117,11 @@ def load(folder: Path) -> RunRecord:
     Raises:
         UserError: there is no such folder, it does not hold a run, or its record is damaged.
     """
-    path = folder / RUN_FILE
+    path = folder / RUN_RECORD
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        what = f"holds no run (no {RUN_FILE})" if folder.is_dir() else "no such run folder"
+        what = f"holds no run (no {RUN_RECORD})" if folder.is_dir() else "no such run folder"
         raise UserError(f"{folder}: {what}; give the folder that train printed when it started") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

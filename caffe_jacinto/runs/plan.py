@@ -10,6 +10,7 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
+from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.networks.registry import stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import (
     IMAGENET_VAL_IMAGES,
@@ -19,7 +20,7 @@ from caffe_jacinto.networks.stage_files import (
     write_stage_files,
 )
 from caffe_jacinto.recipes.model import Recipe, Stage
-from caffe_jacinto.runs.folder import LOG_NAME, TEST
+from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
 from caffe_jacinto.runs.process import ENVIRONMENT
 
@@ -52,7 +53,7 @@ class StagePlan:
 
     @property
     def log(self) -> Path:
-        return self.folder / LOG_NAME
+        return self.folder / STAGE_LOG
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:
 
 
 def write_script(run: RunPlan, folder: Path, commands: Sequence[list[str]]) -> None:
-    script = shell_script(Path.cwd(), run.folder / LOCK_NAME, folder / LOG_NAME, commands)
+    script = shell_script(Path.cwd(), run.folder / LOCK_NAME, folder / STAGE_LOG, commands)
     write_whole(folder / "run.sh", script, executable=True)
 
 

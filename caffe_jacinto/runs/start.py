@@ -13,16 +13,17 @@ from pathlib import Path
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
 from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.snapshots import weights_are_finite
+from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.driver import Driver
 from caffe_jacinto.runs.folder import (
-    LABELS_NAME,
     TEST,
     EngineRecord,
     RunRecord,
@@ -93,7 +94,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
-    if (folder / run_folder.RUN_FILE).exists():
+    if (folder / RUN_RECORD).exists():
         raise UserError(f"{folder} already exists{_instead(folder)}")
     run_folder.save(folder, record)
     _carry_labels(run)
@@ -158,7 +159,7 @@ def _instead(folder: Path) -> str:
         return (
             f", from a --dry-run: run that ({resume_command(folder)}), or remove it, or give another --output"
         )
-    if (folder / run_folder.RUN_FILE).is_file():
+    if (folder / RUN_RECORD).is_file():
         return f": resume that run ({resume_command(folder)}), or give another --output"
     return " and is not an empty folder: give another --output"
 
@@ -285,9 +286,9 @@ def _refuse(findings: Findings) -> None:
 def _carry_labels(run: RunPlan) -> None:
     """Copy the class names into the run folder, if the data set has them."""
     given = run.recipe.data.labels
-    source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS_NAME
+    source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS
     if source.is_file():
-        write_whole(run.folder / LABELS_NAME, source.read_bytes())
+        write_whole(run.folder / LABELS, source.read_bytes())
 
 
 def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
-from caffe_jacinto.runs.folder import LOG_NAME, TEST, RunRecord, StageState, report_command, resume_command
+from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
 from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, sparsity_field
 from caffe_jacinto.runs.watch import read_log
@@ -64,7 +65,7 @@ def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: 
         return f"{name}: {shown}"
     log = read_log(folder / name)
     running = shown == "running"
-    silent = _silent(folder / name / LOG_NAME) if running else 0.0
+    silent = _silent(folder / name / STAGE_LOG) if running else 0.0
     if name == TEST:
         return ", ".join([f"{name}: {shown}", *_test(log, silent)])
     place = Place(record.recipe, name)

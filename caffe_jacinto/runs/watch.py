@@ -8,8 +8,9 @@ from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import Skipped, start_point
 from caffe_jacinto.logs import events
+from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.stage import CHUNK, StageLog
-from caffe_jacinto.runs.folder import LOG_HEADER, LOG_NAME, resume_command
+from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 from caffe_jacinto.runs.process import describe_exit
 
@@ -48,7 +49,7 @@ class Tail:
 def read_log(folder: Path) -> StageLog:
     """The log of a stage or of the test, as it is now; an empty one if there is none yet."""
     log = StageLog(live=True, test_net=read_test_net(folder))
-    tail = Tail(folder / LOG_NAME)
+    tail = Tail(folder / STAGE_LOG)
     while data := tail.read():
         log.feed(data)
     log.close()
