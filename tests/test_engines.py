@@ -409,23 +409,6 @@ RMSPROP = ('stages.finetune.solver.type="RMSProp"', "stages.finetune.solver.mome
 LMDBS = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
-def test_pytorch_says_before_a_run_what_it_would_refuse(dialect: Dialect) -> None:
-    torch = find_engine(None, "torch", dialect)
-    assert torch.check(stages_of(dialect=dialect), LMDBS) == []
-    (problem,) = torch.check(stages_of(*RMSPROP, dialect=dialect), {})
-    assert problem == (
-        "run/finetune/solver.prototxt: solver type 'RMSProp' is not supported; supported: SGD, Nesterov, Adam"
-    )
-    problems = torch.check(stages_of(dialect=dialect, ReLU="Wavelet"), LMDBS)
-    assert [problem.split(": ")[0] for problem in problems] == [
-        f"run/{stage}/{phase}.prototxt"
-        for stage in ("initial", "l1reg", "sparse", "finetune")
-        for phase in ("train", "val")
-    ]
-    assert "(Wavelet): this type of layer is not supported" in problems[0]
-
-
 @pytest.mark.caffe
 def test_stock_caffe_says_before_a_run_what_it_would_refuse(caffe_engine: Engine) -> None:
     assert caffe_engine.check(stages_of(), LMDBS) == []
@@ -444,8 +427,6 @@ def test_the_forks_files_are_held_against_its_schema() -> None:
     )
     says = "run/sparse/solver.prototxt: sparsity_target is 1.0; it has to be above 0 and below 1"
     assert fork.check(stages, {}) == [says]
-    (problem,) = find_engine(None, "torch", Dialect.CAFFE_JACINTO).check({"sparse": stages["sparse"]}, {})
-    assert problem == says
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""What PyTorch refuses is said before a run, for all stages at once."""
+
+from __future__ import annotations
+
+import pytest
+from test_engines import LMDBS, RMSPROP, stages_of
+
+from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.prototxt.dialects import Dialect
+
+pytestmark = pytest.mark.caffe
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_pytorch_says_before_a_run_what_it_would_refuse(dialect: Dialect) -> None:
+    torch = find_engine(None, "torch", dialect)
+    assert torch.check(stages_of(dialect=dialect), LMDBS) == []
+    (problem,) = torch.check(stages_of(*RMSPROP, dialect=dialect), {})
+    assert problem == (
+        "run/finetune/solver.prototxt: solver type 'RMSProp' is not supported; supported: SGD, Nesterov, Adam"
+    )
+    problems = torch.check(stages_of(dialect=dialect, ReLU="Wavelet"), LMDBS)
+    assert [problem.split(": ")[0] for problem in problems] == [
+        f"run/{stage}/{phase}.prototxt"
+        for stage in ("initial", "l1reg", "sparse", "finetune")
+        for phase in ("train", "val")
+    ]
+    assert "(Wavelet): this type of layer is not supported" in problems[0]
+
+
+def test_pytorch_checks_the_forks_sparsity_fields() -> None:
+    files = stages_of(dialect=Dialect.CAFFE_JACINTO)["sparse"]
+    files["solver.prototxt"] = files["solver.prototxt"].replace("sparsity_target: 0.8", "sparsity_target: 1")
+    (problem,) = find_engine(None, "torch", Dialect.CAFFE_JACINTO).check({"sparse": files}, {})
+    assert problem == "run/sparse/solver.prototxt: sparsity_target is 1.0; it has to be above 0 and below 1"
