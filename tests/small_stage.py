@@ -106,7 +106,7 @@ class SmallStage:
 
 
 def sparse_settings(**changes: object) -> SparseSettings:
-    """A ramp of a few iterations, its caps out of the way."""
+    """A schedule of a few iterations, its caps out of the way."""
     settings: dict[str, object] = {
         "target": 0.5,
         "start_iter": 4,

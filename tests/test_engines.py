@@ -1,7 +1,7 @@
-"""Finding a Caffe, what it is told to do, and what it is refused.
+"""Finding a Caffe, the commands that it is given, and what is refused before a run.
 
-The fork's executable needs CUDA and cannot run here. Where a test needs one, a script stands in for it that
-holds the bytes by which it is told; it is only ever asked for its version.
+The fork's executable needs CUDA and cannot run here. Tests that need one use a script that holds the bytes by
+which it is identified; nothing but its version is read from running it.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def test_another_program_called_caffe_on_the_path_is_passed_over(
     monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
     with pytest.raises(UserError, match="no Caffe found"):
         find_engine(force="bvlc")
-    with pytest.raises(UserError, match="is no Caffe"):
+    with pytest.raises(UserError, match="is not a Caffe"):
         find_engine(str(other))
 
 
@@ -267,7 +267,7 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     info = engine("bvlc").info
     check_gpus(info, (0, 1))
-    with pytest.raises(UserError, match=r"GPUs 1,2 are asked for, but 2 is not there: .* GPUs 0 to 1"):
+    with pytest.raises(UserError, match=r"GPUs 1,2 were requested, but 2 does not exist: .* GPUs 0 to 1"):
         check_gpus(info, (1, 2))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UserError, match="GPU 0 only"):
@@ -340,10 +340,10 @@ def test_commands_of_the_fork() -> None:
 
 def test_commands_of_stock_caffe() -> None:
     bvlc = engine("bvlc")
-    training, handing_over = bvlc.train_commands(train_job(weights=None))
+    training, completing = bvlc.train_commands(train_job(weights=None))
     assert training == ["/opt/caffe", "train", "-solver", "run/sparse/solver.prototxt", "-gpu", "0,1"]
-    assert handing_over[1:3] == ["-m", "caffe_jacinto.engines.pycaffe.recalibrate"]
-    assert handing_over[-6:] == [
+    assert completing[1:3] == ["-m", "caffe_jacinto.engines.pycaffe.recalibrate"]
+    assert completing[-6:] == [
         *("-weights", "run/sparse/d_n_iter_20.caffemodel"),
         *("-batches", "30", "-gpu", "0"),
     ]
@@ -365,7 +365,7 @@ def test_commands_of_stock_caffe_that_hold_zeros() -> None:
 
 
 @pytest.mark.parametrize("kind", [{"sparse": SparseSettings(start_iter=5)}, {"freeze_zeros": True}, {}])
-def test_after_the_last_iteration_only_the_hand_over_is_left(kind: dict[str, object]) -> None:
+def test_after_the_last_iteration_only_the_recalibration_is_left(kind: dict[str, object]) -> None:
     at_the_end = train_job(snapshot=Path("run/sparse/d_n_iter_20.solverstate"), **kind)
     (command,) = engine("bvlc").train_commands(at_the_end)
     assert "caffe_jacinto.engines.pycaffe.recalibrate" in command

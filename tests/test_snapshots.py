@@ -187,7 +187,7 @@ def test_final_weights(tmp_path: Path) -> None:
         iteration_of(Path("other.caffemodel"))
 
 
-def test_hand_over_record_is_of_just_these_weights(tmp_path: Path) -> None:
+def test_the_completion_record_is_of_exactly_these_weights(tmp_path: Path) -> None:
     final = tmp_path / "a_iter_20.caffemodel"
     write_pair(tmp_path / "a", 20)
     assert not is_marked_complete(final)

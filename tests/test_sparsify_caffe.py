@@ -137,10 +137,10 @@ def test_zeros_hold_whatever_the_solver(
     assert all((after[name][before[name] == 0] == 0).all() for name in LAYERS)
 
 
-def test_resumed_in_the_middle_of_the_ramp_it_ends_as_if_never_stopped(
+def test_resumed_in_the_middle_of_the_schedule_it_ends_as_if_never_stopped(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
-    """Weights, masks and the ramp's place: thresholds at 8, 10 and 12, stopped at 10."""
+    """Weights, masks and the schedule's place: thresholds at 8, 10 and 12, stopped at 10."""
     settings = sparse_settings(start_iter=8)
     folders = {}
     for kind in ("straight", "resumed"):
@@ -164,7 +164,7 @@ def test_resumed_in_the_middle_of_the_ramp_it_ends_as_if_never_stopped(
     assert factors == [0.6, 0.6]
 
 
-def test_zeros_of_the_start_weights_hold_before_the_ramp(
+def test_zeros_of_the_start_weights_hold_before_the_schedule(
     caffe_engine: Engine, sparse: SmallStage, tmp_path: Path
 ) -> None:
     """A sparse stage from weights that are sparse already."""
@@ -182,7 +182,7 @@ def test_zeros_of_the_start_weights_hold_before_the_ramp(
 def test_thresholds_by_layer_leave_channels_of_their_own_sparsity(
     caffe_engine: Engine, initial: SmallStage, sparse: SmallStage, tmp_path: Path
 ) -> None:
-    """The same ramp by layer: the same count of zeros in a layer, but no more the same in each channel."""
+    """The same schedule by layer: the same count of zeros in a layer, but no more the same in each channel."""
     stage = SmallStage(tmp_path, initial.lmdb)
     stage.solver()
     job = replace(sparse_job(stage, initial), sparse=sparse_settings(by="layer"))
@@ -199,7 +199,7 @@ def test_thresholds_by_layer_leave_channels_of_their_own_sparsity(
 def test_frozen_layers_do_not_move_in_a_sparse_stage(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path, frozen: tuple[str, ...]
 ) -> None:
-    """Neither by the solver nor by thresholds nor by the statistics' estimation at the hand-over."""
+    """Neither by the solver nor by thresholds nor by the recalibration of the statistics."""
     stage = SmallStage(tmp_path, initial.lmdb, frozen)
     stage.solver(regularization_type='"L1"', weight_decay=0.01, clip_gradients=1)
     log = stage.run(caffe_engine.train_commands(sparse_job(stage, initial)))
@@ -298,7 +298,7 @@ def test_signals_are_taken_as_caffe_takes_them(
     assert not caffe_engine.finished(here(stage, job))
 
 
-def test_stopped_at_a_threshold_its_place_in_the_ramp_is_kept(
+def test_stopped_at_a_threshold_its_place_in_the_schedule_is_kept(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
     """Every iteration takes a threshold, so that whichever is stopped at does."""
@@ -384,7 +384,7 @@ def test_recalibrated_tests_leave_no_trace_in_training(
     assert accuracies[0][-1] == accuracies[1][-1], "the final test is the same"
 
 
-def test_reestimated_statistics_are_those_of_the_final_weights(
+def test_recalibrated_statistics_are_those_of_the_final_weights(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
     """Under a strong L1 the running statistics lag, and the test is wrong until they are renewed."""
@@ -401,7 +401,7 @@ def test_reestimated_statistics_are_those_of_the_final_weights(
     log = stage.run(caffe_engine.train_commands(job))
     losses = [float(value) for value in re.findall(r"Test net output #1: loss = (\S+)", log)]
     accuracies = [float(value) for value in re.findall(r"Test net output #0: accuracy = (\S+)", log)]
-    assert len(losses) == 2, "Caffe's own final test, and that of the hand-over"
+    assert len(losses) == 2, "Caffe's own final test, and that of the recalibration"
     assert losses[1] < losses[0]
     assert accuracies[1] >= accuracies[0]
     statistics = read_weights(tmp_path / "small_iter_30.caffemodel")["conv1/bn"]
@@ -409,27 +409,27 @@ def test_reestimated_statistics_are_those_of_the_final_weights(
     assert statistics[2][0] == pytest.approx(sum(0.99**n for n in range(10)), rel=1e-4)
 
 
-def test_hand_over_is_done_again_after_a_kill_and_not_twice(
+def test_recalibration_is_done_again_after_a_kill_and_not_twice(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
     stage = SmallStage(tmp_path, initial.lmdb)
     stage.solver(max_iter=10)
     job = stage.job(10)
-    training, handing_over = caffe_engine.train_commands(job)
+    training, completing = caffe_engine.train_commands(job)
     stage.run([training])
-    assert not caffe_engine.finished(here(stage, job)), "the statistics are not yet re-estimated"
+    assert not caffe_engine.finished(here(stage, job)), "the statistics are not yet recalibrated"
     resumed = replace(job, snapshot=Path("small_iter_10.solverstate"))
-    assert caffe_engine.train_commands(resumed) == [handing_over]
-    stage.run([handing_over])
+    assert caffe_engine.train_commands(resumed) == [completing]
+    stage.run([completing])
     assert caffe_engine.finished(here(stage, job))
     once = (tmp_path / "small_iter_10.caffemodel").read_bytes()
-    stage.run([handing_over])
+    stage.run([completing])
     assert (tmp_path / "small_iter_10.caffemodel").read_bytes() == once
     (tmp_path / "small_iter_10.caffemodel").write_bytes(once[:-10] + bytes(10))
     assert not caffe_engine.finished(here(stage, job)), "these are other weights than those recorded"
 
 
-def test_hand_over_of_a_stage_that_was_stopped_says_so(
+def test_recalibration_of_a_stage_that_was_stopped_says_so(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
     stage = SmallStage(tmp_path, initial.lmdb)
@@ -464,7 +464,7 @@ def test_learning_rates_are_those_of_caffe(caffe_engine: Engine, initial: SmallS
 def test_without_masks_a_step_is_caffes_own(
     caffe_engine: Engine, initial: SmallStage, tmp_path: Path
 ) -> None:
-    """A sparse stage before its ramp begins trains exactly as ``caffe train`` does."""
+    """A sparse stage before its schedule begins trains exactly as ``caffe train`` does."""
     weights = initial.folder / "small_iter_40.caffemodel"
     ends = []
     for kind in ("train", "stepper"):

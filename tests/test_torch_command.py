@@ -56,10 +56,13 @@ def test_gpu_lists() -> None:
         (["train", "-solver", "s", "-sparsity_target", "0.5"], "-sparsity_start_iter is missing: add it"),
         (
             ["train", "-solver", "s", "-sparsity_target", "0.5", "-sparsity_start_iter", "-1"],
-            "-sparsity_start_iter -1",
+            "-sparsity_start_iter is -1; it has to be 0 or more",
         ),
         (["train", "-solver", "s", "-weights", "w", "-snapshot", "s"], "not allowed with"),
-        (["test", "-model", "none.prototxt", "-weights", "w", "-iterations", "0"], "no whole number from 1"),
+        (
+            ["test", "-model", "none.prototxt", "-weights", "w", "-iterations", "0"],
+            "is not a whole number from 1",
+        ),
         (["time", "-model", "none.prototxt"], "none.prototxt: No such file"),
         (["device_query", "-gpu", "99"], "-gpu 99: this machine has"),
     ],

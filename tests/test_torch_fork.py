@@ -52,7 +52,7 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tools / "caffe"
 
 
-def test_the_ramp_goes_on_where_it_was(fork: Path, tmp_path: Path) -> None:
+def test_the_schedule_goes_on_where_it_was(fork: Path, tmp_path: Path) -> None:
     trainer = Trainer(fork, tmp_path)
     recipe = recipe_of(tmp_path, "initial", "l1reg", "sparse")
     arguments = tiny(recipe, ("initial", "l1reg", "sparse"), sparse=60)

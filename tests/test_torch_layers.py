@@ -465,7 +465,7 @@ def test_fillers_draw_from_caffes_distribution(filler: str, norm: str, pycaffe: 
         ('type: "ReLU" power_param { power: 2 }', "field power_param is not supported"),
         ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 9 }', "than the 5x5 pixels"),
         ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 3 group: 2 }', "of group"),
-        ('type: "InnerProduct" inner_product_param { num_output: 4 axis: 7 }', "axis 7 is none of the 4"),
+        ('type: "InnerProduct" inner_product_param { num_output: 4 axis: 7 }', "axis 7 is not one of the 4"),
         ('type: "LRN" lrn_param { local_size: 4 }', "has to be odd"),
         ('type: "Dropout" dropout_param { dropout_ratio: 1 }', "from 0 to below 1"),
         ('type: "Reshape" reshape_param { shape { dim: 7 } }', "does not hold the 150 values"),

@@ -44,13 +44,15 @@ def test_all_stages_in_both_dialects(trainer: Trainer, dialect: str) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["bvlc", "caffe_jacinto"])
-def test_killed_in_the_ramp_and_resumed_it_ends_at_the_same_weights(trainer: Trainer, dialect: str) -> None:
+def test_killed_in_the_schedule_and_resumed_it_ends_at_the_same_weights(
+    trainer: Trainer, dialect: str
+) -> None:
     recipe = recipe_of(trainer.folder, "initial", "l1reg", "sparse")
     arguments = [*tiny(recipe, ("initial", "l1reg", "sparse"), sparse=40), "--dialect", dialect]
     assert trainer.run(*arguments, "--output", f"{dialect} whole")[0] == 0
     run = f"{dialect} killed"
     with trainer.running(*arguments, "--output", run) as process:
-        wait_for(lambda: "iter_4.solverstate" in trainer.log(run, "sparse"), "snapshot in the ramp")
+        wait_for(lambda: "iter_4.solverstate" in trainer.log(run, "sparse"), "snapshot in the schedule")
         process.kill()
     end(trainer.pid(run, "sparse"))
     code, said = trainer.run("--resume", run)

@@ -128,8 +128,8 @@ def test_killed_and_resumed_to_the_bit(
     assert_same_bits(killed, whole, 20)
 
 
-def test_killed_while_statistics_are_estimated(digits: Path, tmp_path: Path) -> None:
-    """The snapshot from before is whole, and the hand-over is done again to the bit."""
+def test_killed_while_statistics_are_recalibrated(digits: Path, tmp_path: Path) -> None:
+    """The snapshot from before is whole, and the recalibration is done again to the bit."""
     whole, killed = SmallStage(tmp_path / "whole", digits), SmallStage(tmp_path / "killed", digits)
     for stage in (whole, killed):
         stage.solver()
@@ -299,7 +299,7 @@ def test_recalibrated_tests_leave_no_trace_in_training(
 
 
 def test_statistics_are_the_same_in_both_dialects(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
-    """Re-estimated from the same weights, over the same batches; nothing is learnt between."""
+    """Recalibrated from the same weights, over the same batches; nothing is learned between."""
     stock = SmallStage(tmp_path / "stock", digits)
     fork = in_the_forks_dialect(SmallStage(tmp_path / "fork", digits))
     start_weights = initial.folder / "small_iter_20.caffemodel"

@@ -1,7 +1,7 @@
-"""Find a Caffe, and tell what it is: the one place that looks for it.
+"""Find a Caffe and identify it: the only place that looks for one.
 
-Which kind an executable is, and whether it can use a GPU, is read from the bytes of the program and its
-library; only its version, and whether this Python imports its pycaffe, are asked by running them.
+The kind of an executable, and whether it can use a GPU, are read from the bytes of the program and its
+library. Only its version, and whether this Python imports its pycaffe, are found by running them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from caffe_jacinto.prototxt.dialects import Dialect
 
 
 def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
-    """Refuse GPUs that are not there or that this Caffe cannot use; no GPU asked for is the CPU.
+    """Refuse GPUs that do not exist or that this Caffe cannot use; no GPU means the CPU.
 
     Raises:
-        UserError: says which it is, and what to do.
+        UserError: the message names the problem and what to do.
     """
     if not gpus:
         if info.kind == "caffe-jacinto":
@@ -44,12 +44,12 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
             else (str(info.executable), "name a Caffe built with CUDA by --caffe")
         )
         raise UserError(
-            f"GPUs {asked} are asked for, but {what} is built for the CPU only: "
+            f"GPUs {asked} were requested, but {what} is built for the CPU only: "
             f"leave the GPUs out, or {other}"
         )
     if len(gpus) > 1 and not info.multi_gpu:
         raise UserError(
-            f"GPUs {asked} are asked for, but {info.executable} is built without NCCL, for one GPU only: "
+            f"GPUs {asked} were requested, but {info.executable} is built without NCCL, for one GPU only: "
             "name one, or rebuild it with USE_NCCL"
         )
     there = visible_gpus()
@@ -57,7 +57,7 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
     if missing:
         has = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0 only" if there else "no NVIDIA GPU"
         raise UserError(
-            f"GPUs {asked} are asked for, but {', '.join(map(str, missing))} is not there: "
+            f"GPUs {asked} were requested, but {', '.join(map(str, missing))} does not exist: "
             f"this machine has {has}"
         )
 
@@ -66,7 +66,7 @@ def visible_gpus() -> int:
     """How many NVIDIA GPUs a CUDA program started here would see; it numbers them from 0."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        # CUDA takes the list up to the first entry that is no device.
+        # CUDA takes the list up to the first entry that is not a device.
         named = [entry.strip() for entry in chosen.split(",")]
         bad = next((i for i, entry in enumerate(named) if entry in ("", "-1")), len(named))
         return min(bad, _gpus_of_machine())
@@ -92,9 +92,9 @@ IN_A_ROOT = ("build/tools/caffe", "build/tools/caffe.bin", "bin/caffe")
 
 INSTALL = "tools/utils/install_caffe.sh"
 ASK_TIMEOUT = 60
-"""Seconds to wait for an executable or a Python to say what it is."""
+"""Seconds to wait for an executable or a Python to report what it is."""
 
-# Bytes that tell a build. Field names stand in the serialized schema that every Caffe carries.
+# Bytes that identify a build. The serialized schema in every Caffe has the names of its fields.
 ANY_CAFFE = b"snapshot_prefix"
 ONLY_CAFFE_JACINTO = b"sparsity_target"
 ONLY_NVCAFFE = b"default_forward_type"
@@ -110,9 +110,9 @@ def find_engine(
 ) -> Engine:
     """The Caffe to use: ``caffe`` (an executable or a tree), else $CAFFE_ROOT, else PATH, else the prefix.
 
-    Where none is found, and none was named, it is PyTorch, if this Python has it. ``force`` is ``bvlc``,
-    ``caffe-jacinto`` or ``torch``: the kind it has to be. ``dialect`` is that of the files for PyTorch, and
-    ``precision`` (default: fp32) what that computes in.
+    If none is named and none is found, PyTorch is used, if this Python has it. ``force`` is the kind that it
+    has to be: ``bvlc``, ``caffe-jacinto`` or ``torch``. ``dialect`` and ``precision`` (default: fp32) are for
+    PyTorch.
 
     Raises:
         UserError: there is none, it does not start, or it is not of the kind forced.
@@ -126,9 +126,7 @@ def find_engine(
     except NoCaffeError:
         if force is not None or not has_torch():
             raise
-        chosen = (
-            "no Caffe was found, so it is PyTorch that trains (docs/torch.md); --caffe PATH names a Caffe"
-        )
+        chosen = "no Caffe was found, so PyTorch trains (docs/torch.md); --caffe PATH names a Caffe"
         return TorchEngine(
             replace(describe_torch(dialect or Dialect.BVLC, precision or "fp32"), notes=(chosen,))
         )
@@ -152,7 +150,7 @@ def find_engine(
 
 
 class NoCaffeError(UserError):
-    """None is named, and none is where one is looked for."""
+    """None is named, and none is found in the usual places."""
 
 
 _KIND_NAMES: dict[EngineKind, str] = {
@@ -212,7 +210,7 @@ def describe(executable: Path) -> EngineInfo:
     """What the Caffe at ``executable`` is.
 
     Raises:
-        UserError: it is no Caffe, one that no engine here drives, or it does not start.
+        UserError: it is not a Caffe, or not one that an engine here drives, or it does not start.
     """
     executable = executable.absolute()
     files = (executable, *_libraries(executable))
@@ -222,7 +220,7 @@ def describe(executable: Path) -> EngineInfo:
 
     if not has(ANY_CAFFE):
         raise UserError(
-            f"{executable} is no Caffe: neither it nor its library knows a solver's snapshot_prefix; "
+            f"{executable} is not a Caffe: neither it nor its library knows a solver's snapshot_prefix; "
             "name a caffe executable or its tree"
         )
     if not has(ONLY_CAFFE_JACINTO) and has(ONLY_NVCAFFE):
@@ -277,7 +275,7 @@ def _libraries(executable: Path) -> Iterator[Path]:
 
 
 def _ask(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """What a command says, on stdout and stderr, when it has ended.
+    """A command that has ended, with its output.
 
     Raises:
         OSError, subprocess.SubprocessError: it does not start, or does not end in time.

@@ -92,7 +92,7 @@ class CaffePruner(Pruner):
 
 
 def output_values(net: Any) -> dict[str, list[float]]:
-    """The numbers that the last forward pass put out, by output, in Caffe's order."""
+    """The outputs of the last forward pass by name, in Caffe's order."""
     return {name: [float(value) for value in net.blobs[name].data.flat] for name in net.outputs}
 
 

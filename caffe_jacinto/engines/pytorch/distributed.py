@@ -32,7 +32,7 @@ def device_of_rank(gpus: Sequence[int]) -> torch.device:
     """The device of this rank, made ready: that of ``gpus`` at its number on this machine; or the CPU.
 
     Raises:
-        UserError: there is no such GPU, or PyTorch cannot use it.
+        UserError: the GPU does not exist, or PyTorch cannot use it.
     """
     if not gpus:
         keep_freed_memory()
@@ -44,7 +44,7 @@ def device_of_rank(gpus: Sequence[int]) -> torch.device:
     if gpus[local] >= there:
         has = f"{there} GPU(s) that PyTorch can use, from 0" if there else "no GPU that PyTorch can use"
         raise UserError(
-            f"GPU {gpus[local]} is asked for, and this machine has {has}; leave -gpu out for the CPU"
+            f"GPU {gpus[local]} was requested, and this machine has {has}; leave -gpu out for the CPU"
         )
     device = torch.device("cuda", gpus[local])
     torch.cuda.set_device(device)
@@ -186,7 +186,7 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     Signals are passed on to the ranks, which decide together. When one fails, all are ended.
 
     Raises:
-        RunFailed: a rank was killed; one that failed by itself has said why.
+        RunFailed: a rank was killed; one that failed by itself has reported why.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -100,7 +100,7 @@ class Feed:
         return self._images.layer
 
     def limit_labels(self, classes: int, ignored: int | None) -> None:
-        """Refuse, from now on, labels that are none of so many classes; but for the one ``ignored``."""
+        """From now on refuse labels outside of so many classes, except for the label ``ignored``."""
         self._classes = (classes, ignored)
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
@@ -118,7 +118,7 @@ class Feed:
         """The next images (batch x channels x height x width, float32, channels last in memory) and labels.
 
         Raises:
-            UserError: a record that is no image, or one that does not fit.
+            UserError: a record that is not an image, or one that does not fit.
             RunFailed: a worker died.
         """
         while self._next not in self._ready:
@@ -209,7 +209,7 @@ def _pin(tensor: Tensor) -> None:
 
 
 def _work(images: Images, buffers: _Buffers, tasks: Any, done: Any) -> None:
-    """A worker: decode what is asked for until the process that asks is gone."""
+    """A worker: decode what is requested until the parent process is gone."""
     import cv2
 
     # Ctrl-C goes to all processes of a terminal; the trainer ends its workers itself.
@@ -327,7 +327,7 @@ class Inputs:
 
 
 def _label_limits(net: Net) -> dict[str, tuple[int, int | None]]:
-    """Of each blob of labels, how many classes it has to be within, and the label that is passed over."""
+    """For each blob of labels, the number of classes and the label that is ignored."""
     limits: dict[str, tuple[int, int | None]] = {}
     for layer in net.layers:
         if layer.type not in ("SoftmaxWithLoss", "Accuracy"):
@@ -369,7 +369,7 @@ def expected_shapes(
 def share_batches(definition: Any, phase: int, ranks: int) -> list[str]:
     """Divide the batch of each Data layer among ``ranks``, as the fork does, in place.
 
-    Returns what has to be said of batches that do not divide.
+    Returns a note for each batch that does not divide.
     """
     notes = []
     for layer in messages_in(definition, PHASE_NAMES[phase]):

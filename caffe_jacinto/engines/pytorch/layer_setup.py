@@ -80,7 +80,7 @@ def _msra(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
 
 def _bilinear(tensor: Tensor, filler: Any, generator: torch.Generator) -> None:
     if tensor.dim() != 4 or tensor.shape[2] != tensor.shape[3]:
-        raise ValueError("the blob is no square kernel")
+        raise ValueError("the blob is not a square kernel")
     size = tensor.shape[3]
     factor = ceil(size / 2)
     centre = (2 * factor - 1 - factor % 2) / (2 * factor)
@@ -130,7 +130,7 @@ _FLOAT = 0
 
 @dataclass
 class Blob:
-    """A layer's blob: what is learnt, or a statistic."""
+    """A layer's blob: weights that learn, or a statistic."""
 
     tensor: Tensor
     """float32, on the net's device."""
@@ -188,7 +188,7 @@ class LayerSetup:
         ]
 
     def parameters(self, name: str, *known: str, also: tuple[str, ...] = ()) -> Any:
-        """The layer's parameters ``name``, of which the builder understands the fields ``known``.
+        """The layer's parameters ``name``; the builder understands their fields ``known``.
 
         ``also`` names the other parameters that a layer of this type has.
 
@@ -228,7 +228,7 @@ class LayerSetup:
         """``value``, counted from the end if it is negative, as an axis of a bottom."""
         axes = len(self.bottoms[bottom])
         if not -axes <= value < axes:
-            self.refuse(f"axis {value} is none of the {axes} axes of {self.message.bottom[bottom]}")
+            self.refuse(f"axis {value} is not one of the {axes} axes of {self.message.bottom[bottom]}")
         return value % axes
 
     def blob(self, filler: Any = None, *, constant: float = 0.0) -> Tensor:

@@ -34,7 +34,7 @@ _FORK_NO_EFFECT = frozenset(
 
 @dataclass
 class Learnable:
-    """One blob that the solver keeps a history of: what is learnt, and statistics (with an lr_mult of 0)."""
+    """A blob that the solver keeps a history of: weights, and statistics (with an lr_mult of 0)."""
 
     name: str
     """``<layer>[<index>]``."""
@@ -47,7 +47,7 @@ class Learnable:
 
 @dataclass(frozen=True)
 class NetResult:
-    """What one pass puts out."""
+    """The outputs of one pass."""
 
     loss: Tensor
     """The weighted sum of the losses, a scalar that can be differentiated."""
@@ -258,7 +258,7 @@ class Net:
     def _setup(self, layer: Any, where: str) -> LayerSetup:
         missing = [name for name in layer.bottom if name not in self.shapes]
         if missing:
-            raise UserError(f"{where}: its bottom {missing[0]} is no top of a layer before it")
+            raise UserError(f"{where}: its bottom {missing[0]} is not a top of a layer before it")
         return LayerSetup(
             layer,
             where,
@@ -312,7 +312,7 @@ class Net:
         return (in_place or readers == 1) and not following.propagate_down and not norm.loss_weight
 
     def _add_batch_norm_and_scale(self, setup: LayerSetup, scale: Any) -> None:
-        """Both as one step: the images are gone over once."""
+        """Both as one step, in one pass over the images."""
         normalize = fused_batch_norm(setup)
         if normalize.own is not None:
             self._add(setup, lambda images: normalize(images, None), setup.message)

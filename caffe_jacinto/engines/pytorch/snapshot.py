@@ -110,14 +110,14 @@ _PLACE = 20_000
 
 @dataclass(frozen=True)
 class Place:
-    """Where the training is in its data."""
+    """The place of a training in its data."""
 
     seed: int
     images: int
     """Seen so far, by all ranks together."""
 
     dialect: str | None = None
-    """Of the files it was trained from, if said: the same blobs mean something else in the other."""
+    """The dialect of its prototxts, if known: the same blobs mean something else in the other."""
 
 
 def write_state(

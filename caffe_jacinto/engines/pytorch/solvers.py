@@ -1,9 +1,9 @@
-"""Caffe's solvers: what a gradient does to the weights.
+"""Caffe's solvers: how a gradient updates the weights, and what of a solver file is supported.
 
 V = momentum V + lr lr_mult (gradient / passes + decay decay_mult w);  w = w - V
 
-and its kin (Caffe's solvers/*.cpp; SolverParameter in its schema). All blobs are updated by a few fused
-operations, whatever their number.
+and the rules of Nesterov and Adam (Caffe's solvers/*.cpp; SolverParameter in its schema). All blobs are
+updated by a few fused operations, however many there are.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Updater:
 
     @torch.no_grad()
     def apply(self, iteration: int, rate: float, passes: int) -> None:
-        """One update by the gradients that ``passes`` passes have summed up, which are used up by it."""
+        """One update by the gradients that ``passes`` passes have summed up; they are gone then."""
         gradients = [
             torch.zeros_like(weights) if weights.grad is None else weights.grad for weights in self._weights
         ]
@@ -133,7 +133,7 @@ class Updater:
             updated.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """Those that the passes left, of what is learnt, in order."""
+        """The gradients that the passes left, of everything that learns, in order."""
         for weights in self._weights:
             if weights.grad is None:
                 weights.grad = torch.zeros_like(weights)

@@ -79,10 +79,10 @@ class _Timer:
             values.update(zip(step.tops, tops, strict=True))
             done.append((step.name, tops))
         for name, tops in reversed(done):
-            learnt = [top for top in tops if top.requires_grad]
+            learning = [top for top in tops if top.requires_grad]
             started = self._now()
-            if learnt:
-                torch.autograd.backward(learnt, [torch.ones_like(top) for top in learnt])
+            if learning:
+                torch.autograd.backward(learning, [torch.ones_like(top) for top in learning])
             self._backward[name] += self._now() - started
         for _, _, blob in self._net.blobs:
             blob.tensor.grad = None
