@@ -182,7 +182,7 @@ def test_zeros_of_the_start_weights_hold_before_the_schedule(
 def test_thresholds_by_layer_leave_channels_of_their_own_sparsity(
     caffe_engine: Engine, initial: SmallStage, sparse: SmallStage, tmp_path: Path
 ) -> None:
-    """The same schedule by layer: the same count of zeros in a layer, but no more the same in each channel."""
+    """The same schedule by layer: each layer has as many zeros, but not each channel."""
     stage = SmallStage(tmp_path, initial.lmdb)
     stage.solver()
     job = replace(sparse_job(stage, initial), sparse=sparse_settings(by="layer"))
