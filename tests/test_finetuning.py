@@ -326,7 +326,7 @@ def test_weights_of_the_other_kind_of_caffe_are_to_be_converted_not_left_out(tra
     given = {"stages__finetune__weights": "fork.caffemodel"}
     code, said = trainer.run(*arguments(**given), "--output", "refused")
     assert code == 2
-    assert "conv1a/bn: its batch normalisation is caffe-jacinto's, of five blobs" in said
+    assert "conv1a/bn: its batch normalization is caffe-jacinto's, of five blobs" in said
     assert "python -m caffe_jacinto.weights convert" in said
     assert "reinit" not in said
 

@@ -409,7 +409,7 @@ def test_the_mean_file_must_be_there_and_of_the_images_size(trainer: Trainer) ->
     path.write_bytes(blob.SerializeToString())
     said = refused()
     assert "is 3 x 30 x 32, the images in train_lmdb are 3 x 32 x 32 (channels x height x width)" in said
-    assert f"make it anew: {made_by} --force" in said
+    assert f"make it again: {made_by} --force" in said
     path.unlink()
     create_lmdb(["--mean", str(trainer.folder / "train_lmdb"), str(path)])
     assert "mean.binaryproto" not in refused()

@@ -40,7 +40,7 @@ class LogReader:
         """Whether a line of Caffe's has been seen."""
         self.first_stamp: str | None = None
         self.last_stamp: str | None = None
-        """glog's date and time of the first and last whole line."""
+        """glog's date and time of the first and last complete line."""
         self._tail = b""
         self._last_line = b""
         self._messages = MessageReader()

@@ -151,11 +151,11 @@ class StageFigures:
     """Updates done; of a ``caffe test``, batches."""
     top1: float | None
     top5: float | None
-    """Accuracies of the last whole test, by the ``top_k`` of the printed test network's Accuracy layers."""
+    """Accuracies of the last complete test, by the ``top_k`` of the printed network's Accuracy layers."""
     loss: float | None
-    """The loss of the last whole test: the weighted sum of its losses."""
+    """The loss of the last complete test: the weighted sum of its losses."""
     outputs: dict[str, float]
-    """Every output of the last whole test; those of a second test net with `` (#1)`` after the name."""
+    """Every output of the last complete test; those of a second test net have `` (#1)`` after the name."""
     sparsity: float | None
     """Zeros over weights of the convolutions, one directly before a softmax left out; three digits."""
     sparsity_logged: float | None
@@ -174,7 +174,7 @@ class StageFigures:
     fatal: str | None
     """What Caffe gave up with, if the last process did."""
     solver_paths: tuple[str, ...]
-    """Paths in the solver's settings that may tell the stage's name."""
+    """Paths in the solver's settings that may contain the stage's name."""
     notes: tuple[str, ...]
     """Why a figure is missing, where that can be said."""
 
@@ -487,7 +487,7 @@ class StageLog:
     # --- figures ----------------------------------------------------------------------------------------
 
     def figures(self) -> StageFigures:
-        """The figures as of the last whole line."""
+        """The figures as of the last complete line."""
         outputs = self._last_test(0)
         accuracies = self._nets.accuracies(0)
         named = by_name(outputs)
@@ -543,7 +543,7 @@ class StageLog:
         return round(total, 4) if total >= 0.1 else float(f"{total:.4g}")
 
     def _images_per_second(self) -> float | None:
-        """By the whole stage; from NVCaffe's closing figure, or from the first and last line of training."""
+        """Over the whole stage: from NVCaffe's final figure, or from the first and last line of training."""
         if self._solver is None:
             return None
         passes = self._solver.iter_size

@@ -225,7 +225,7 @@ class Driver:
                 run_folder.save(self.run.folder, self.record)
                 code = self._follow(child, Tail(folder / STAGE_LOG, start), watched)
             except BaseException:
-                # The driver cannot go on (with a full disk, say), and nothing may train unwatched.
+                # The driver must end (the disk is full, say), and nothing may train unwatched.
                 child.stop(1)
                 child.wait()
                 raise

@@ -151,7 +151,7 @@ def _check_mean_file(run: RunPlan, findings: Findings) -> None:
         if images != mean:
             raise UserError(
                 f"mean file {path} (data.mean_file) is {' x '.join(map(str, mean))}, the images in {lmdb} "
-                f"are {' x '.join(map(str, images))} (channels x height x width); make it anew: "
+                f"are {' x '.join(map(str, images))} (channels x height x width); make it again: "
                 f"{making} --force"
             )
 
@@ -236,8 +236,8 @@ def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> s
         return _listed(wrong)
     shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))
     return (
-        f"{_listed(wrong)}; if num_classes, crop_size and strides are as meant, train these layers anew with "
-        f"stages.{plan.name}.reinit=[{shown}]"
+        f"{_listed(wrong)}; if num_classes, crop_size and strides are right, train these layers from scratch "
+        f"with stages.{plan.name}.reinit=[{shown}]"
     )
 
 

@@ -108,10 +108,10 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
 
 
 def resume(folder: Path, options: Options) -> int:
-    """Go on with a run where it stopped; returns the exit code.
+    """Resume a run where it stopped; returns the exit code.
 
     Raises:
-        UserError: there is no run, something trains in it, or it cannot go on.
+        UserError: there is no run, something trains in it, or it cannot be resumed.
         RunFailed: a stage failed.
     """
     folder = folder.absolute()

@@ -100,7 +100,7 @@ class StageView:
 
 
 def skipped_line(skipped: Skipped) -> str:
-    """A snapshot that a stage does not go on from, in one line."""
+    """A snapshot that a stage does not resume from, in one line."""
     return f"snapshot of iteration {skipped.iteration} is passed over: {skipped.reason}"
 
 
