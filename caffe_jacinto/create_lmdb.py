@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         as_json = options.format == "json"
         fit = verify_and_report(options.verify, options.workers, options.labels, page, samples, as_json)
         return 0 if fit else 1
-    from caffe_jacinto.data.create import find_images, keep_lmdb, make_lmdb
+    from caffe_jacinto.data.create import check_existing_lmdb, find_images, make_lmdb
     from caffe_jacinto.data.encode import ImageForm
     from caffe_jacinto.data.lmdb_writer import check_free
     from caffe_jacinto.data.shards import join_shards
@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
     form = ImageForm(width, height, not options.gray, shorter, options.raw, options.quality, options.fast)
     making = {"replace": options.force, "restart": options.restart}
     if options.keep and output.exists():
-        keep_lmdb(output, None if options.join else form)
+        check_existing_lmdb(output, None if options.join else form)
         return 0
     check_free(output, options.force)  # Before minutes are spent on the images.
     if options.join:

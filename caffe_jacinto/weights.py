@@ -151,11 +151,16 @@ def _convert(options: argparse.Namespace) -> int:
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
     from caffe_jacinto.caffemodel.net_file import find_dialect
-    from caffe_jacinto.pruning.rule import MAXRATIO, VALUE_MAX, sparsify
+    from caffe_jacinto.pruning.rule import sparsify
+    from caffe_jacinto.recipes.model import SparseSettings
 
     _check_output(options.output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)
-    maxratio, value_max = (MAXRATIO, VALUE_MAX) if options.caps == "on" else (1.0, float("inf"))
+    published = SparseSettings.model_fields
+    maxratio, value_max = 1.0, float("inf")
+    if options.caps == "on":
+        maxratio = published["threshold_maxratio"].default
+        value_max = published["threshold_value_max"].default
     pruned = sparsify(
         options.file,
         options.output,
@@ -190,7 +195,7 @@ def _merge_bn(options: argparse.Namespace) -> int:
     merged.write(deploy, weights)
     for name, layers in merged.merged.items():
         print(f"merged into {name}: {', '.join(layers)}")
-    for line in merged.left:
+    for line in merged.remarks:
         print(line)
     count = sum(map(len, merged.merged.values()))
     print(f"{weights}: {count} layers merged; its network is {deploy}")

@@ -210,7 +210,9 @@ def read_binary(path: Path, folder: Path) -> None:
             lambda dialect=dialect, deploy=deploy: export_onnx(deploy, "x", dialect, path),
             lambda dialect=dialect: blob_facts(path, dialect),
             lambda dialect=dialect: convert(path, folder / "out", dialect),
-            lambda dialect=dialect: sparsify(path, folder / "out", dialect, factor=0.8),
+            lambda dialect=dialect: sparsify(
+                path, folder / "out", dialect, factor=0.8, by="channel", maxratio=0.2, value_max=0.2
+            ),
         ]
     for reader in readers:
         with contextlib.suppress(UserError):

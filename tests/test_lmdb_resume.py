@@ -383,4 +383,4 @@ def test_more_bad_images_than_allowed_are_an_error_with_all_listed(images: Path,
     assert not (tmp_path / "o").exists()
     create(*command, "--max-bad", "4%")
     assert len(records(tmp_path / "o")) == 120
-    assert "'5%%' is not a number of images, nor a percentage" in mistake([*command, "--max-bad", "5%%"])
+    assert "'5%%' is neither a number of images nor a percentage" in mistake([*command, "--max-bad", "5%%"])

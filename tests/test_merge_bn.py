@@ -102,7 +102,7 @@ def test_norm_and_scale_go_into_convolution_and_inner_product(settings: str, tmp
     merged = check(text, tmp_path)
     assert types(merged) == ["Convolution", "ReLU", "InnerProduct"]
     assert merged.merged == {"c": ["c/bn", "c/scale"], "fc": ["fc/bn", "fc/scale"]}
-    assert merged.left == []
+    assert merged.remarks == []
 
 
 def test_zeros_stay_zero(tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_the_forks_numbers_are_those_of_a_formula(tmp_path: Path) -> None:
             conv("c", "data")
             + 'layer { name: "n" type: "BatchNorm" bottom: "c" top: "n" }'
             + 'layer { name: "sum" type: "Eltwise" bottom: "c" bottom: "n" top: "sum" }',
-            "n (BatchNorm) stays: sum reads c, too",
+            "n (BatchNorm) stays: sum also reads c",
         ),
     ],
 )
 def test_what_cannot_be_folded_stays_and_is_named(text: str, reason: str, tmp_path: Path) -> None:
     merged = check(INPUT + text, tmp_path)
     assert "BatchNorm" in types(merged)
-    assert merged.left == [reason]
+    assert merged.remarks == [reason]
 
 
 BIAS = 'layer { name: "bias" type: "Bias" bottom: "data" top: "shifted" }\n'
@@ -316,7 +316,7 @@ def test_the_published_networks_in_caffe_and_opencv(
     opened = by_opencv(merged.deploy(), merged.weight_bytes(), data)
     assert difference(opened.reshape(want.shape), want) < TOLERANCE
     assert ("BatchNorm" in types(merged)) == (network == "resnet10")
-    assert len(merged.left) == {"resnet10": 5, "jacintonet11": dialect is FORK, "bvlc_alexnet": 0}[network]
+    assert len(merged.remarks) == {"resnet10": 5, "jacintonet11": dialect is FORK, "bvlc_alexnet": 0}[network]
 
 
 @pytest.mark.caffe

@@ -42,13 +42,13 @@ def convert(source: Path, target: Path, to: Dialect) -> list[str]:
     with open_net(source, origin) as (name, layers):
         _check_origin(source, layers, to)
         done: dict[str, int] = {}
-        translate = as_fork if to is Dialect.CAFFE_JACINTO else _split
+        translate = as_fork if to is Dialect.CAFFE_JACINTO else as_stock
         write_net(target, name, translate(source, layers, done), to)
     return [f"{what}: {count}" for what, count in done.items()]
 
 
 def _check_origin(source: Path, layers: list[NetLayer], to: Dialect) -> None:
-    """Refuse a file that is in the dialect already."""
+    """Refuse a file that is already in the dialect ``to``."""
     own = 5 if to is Dialect.CAFFE_JACINTO else 3
     for layer in layers:
         if layer.type == "BatchNorm" and len(layer.blobs) == own and _is_of(layer, to):
@@ -137,7 +137,7 @@ def _scales(layers: list[NetLayer]) -> dict[int, NetLayer]:
     return {at: layers[scale] for at, scale in pairs.items() if scale is not None and layers[scale].blobs}
 
 
-def _split(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
+def as_stock(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Iterator[NewLayer]:
     """The fork's layers as stock Caffe's."""
     import numpy as np
 

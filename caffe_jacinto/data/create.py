@@ -35,7 +35,7 @@ from caffe_jacinto.data.lmdb_writer import SKIPPED, LmdbWriter, new_lmdb, noted_
 from caffe_jacinto.data.shards import Shard
 
 DEFAULT_SEED = 33
-"""Of the order in which the images of classes are shuffled."""
+"""Seed of the shuffle for images in class folders."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class MaxBad:
     """Whether ``number`` is a percentage of all images."""
 
     least: int = 0
-    """So many always may be."""
+    """This many may always be left out."""
 
     def of(self, images: int) -> int:
-        """The number for ``images`` in all."""
+        """The limit for a set of ``images`` images."""
         return max(self.least, int(images * self.number / 100) if self.percent else int(self.number))
 
     @staticmethod
@@ -59,7 +59,7 @@ class MaxBad:
         match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(%?)", text)
         if match is None or (not match[2] and "." in text) or (match[2] and float(match[1]) > 100):
             raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} is not a number of images, nor a percentage: give 100, or 0.5%"
+                f"{text[:40]!r} is neither a number of images nor a percentage: give 100, or 0.5%"
             )
         return MaxBad(float(match[1]), bool(match[2]))
 
@@ -78,7 +78,7 @@ def make_lmdb(
     replace: bool,
     restart: bool,
 ) -> None:
-    """Store images in the LMDB ``output``, from where an interrupted run stopped; prints what happens.
+    """Store images in the LMDB ``output``, continuing where an interrupted run stopped; prints progress.
 
     Args:
         images: as `find_images` returns them.
@@ -123,14 +123,14 @@ def make_lmdb(
                 " were done and have been checked",
                 flush=True,
             )
-        convert(
+        store_images(
             index, places, form, writer, workers=workers, max_bad=max_bad.of(len(places)), name=output.name
         )
         writer.add_made_from(made_from)
     _summarize(writer, output, len(places) - writer.resumed, time.monotonic() - start)
 
 
-def convert(
+def store_images(
     index: ImageIndex,
     places: range,
     form: ImageForm,
@@ -140,7 +140,7 @@ def convert(
     max_bad: int,
     name: str,
 ) -> None:
-    """Store the readable images at ``places`` of the order of ``index``, from where ``writer`` is.
+    """Store the readable images at ``places`` in the order of ``index``, from the writer's position on.
 
     Keys are ``%08d_<path>`` with the place in the order, images that are left out counted.
 
@@ -149,7 +149,7 @@ def convert(
         name: the LMDB's, for the progress.
 
     Raises:
-        UserError: more images than that cannot be read, or not one can.
+        UserError: more than ``max_bad`` images cannot be read, or none can.
     """
     left = places[writer.position :]
 
@@ -221,10 +221,10 @@ def _saying_how_to_continue() -> Iterator[None]:
         raise
 
 
-def keep_lmdb(output: Path, form: ImageForm | None) -> None:
-    """Print what an existing LMDB holds; raise UserError if it is not of ``form`` (None: of any).
+def check_existing_lmdb(output: Path, form: ImageForm | None) -> None:
+    """Print what an existing LMDB holds; raise UserError if its images do not have ``form`` (None: any).
 
-    Size and channels are those of some of its images, the other particulars those that it notes itself.
+    Size and channels are taken from a sample of its images, the rest from its own record.
     """
     noted = noted_form(output)
     asked = form or form_of(noted or "")
@@ -252,14 +252,14 @@ def find_images(
     shuffle: int | None = None,
     no_shuffle: bool = False,
 ) -> tuple[ImageIndex, str]:
-    """The images below ``images``, a folder or a tar archive, in the order to store them, and its name.
+    """The images below ``images``, a folder or a tar archive, in the order to store them, and that order's name.
 
     Args:
-        list_file: names the images and their labels; without it and ``devkit`` they come from classes.
+        list_file: names the images and their labels; without it and ``devkit``, folders are classes.
         labels: the class names, line N for label N.
         devkit: ILSVRC's development kit; the images are its validation set.
         shuffle: the seed of a random order; by default only images of classes are shuffled.
-        no_shuffle: whether those are stored sorted by name, too.
+        no_shuffle: whether to store those sorted by name instead.
 
     Raises:
         UserError: something is missing, unfit or contradictory.

@@ -1,4 +1,4 @@
-"""Reading an LMDB of images: the one place where it is opened, and the quick check before a run.
+"""Reading an LMDB of images: the only place where one is opened for reading, and the check before a run.
 
 It is opened read-only and without its lock file, so that a Caffe that reads it at the same time is not
 disturbed.
@@ -67,7 +67,7 @@ class LmdbReader:
 
     @property
     def last_change(self) -> int:
-        """The number of the last transaction that was written, by whatever process."""
+        """The number of the last transaction that was written, by any process."""
         return int(self._environment.info()["last_txnid"])
 
     def records(self) -> Iterator[Record]:
@@ -93,8 +93,8 @@ class LmdbReader:
     def spread(self, count: int) -> Iterator[Record]:
         """About ``count`` records from the first to the last.
 
-        They are evenly spaced where the keys begin with numbers, as convert_imageset writes them; else half
-        are the first ones and half the last ones.
+        They are evenly spaced where the keys begin with numbers, as convert_imageset writes them; otherwise
+        half of them are the first and half the last.
         """
         with self._cursor() as cursor:
             cursor.first()
@@ -109,7 +109,7 @@ class LmdbReader:
                 return
             before = b""
             for number in evenly_spaced(int(first[1]), int(last[1]), count):
-                # Numbers are missing where an image was left out: take the next one there is.
+                # Numbers are missing where images were left out: take the next record.
                 if cursor.set_range(b"%08d_" % number) and cursor.key() != before:
                     before = cursor.key()
                     yield cursor.item()
@@ -280,9 +280,9 @@ def check_lmdb(
     Args:
         path: the LMDB's folder.
         num_classes: labels must be below it; None where it is not known.
-        min_images: the least number of records, that of one batch.
-        min_size: the least number of pixels of an image's sides, that of the crop.
-        training: whether the order matters, so that images which come class by class are worth a note.
+        min_images: the fewest records allowed: one batch.
+        min_size: the smallest side allowed, in pixels: the crop.
+        training: whether the order matters: images sorted by class then get a note.
         channels: of the network's input.
 
     Raises:

@@ -35,7 +35,7 @@ class Merged:
     merged: dict[str, list[str]] = field(default_factory=dict)
     """The layers merged into each convolution or inner product, by its name."""
 
-    left: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     """A line for each batch norm that stays, and for each bias that is written as another layer, and why."""
 
     def deploy(self) -> str:
@@ -57,7 +57,7 @@ class Merged:
 
 
 def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> Merged:
-    """The deploy network ``deploy_text`` with everything folded into its convolutions that can be, exactly.
+    """The deploy network ``deploy_text`` with every layer folded into its convolutions where that is exact.
 
     ``where`` names the text in messages. Where ``dialect`` is None, the text may be in either.
 
@@ -79,14 +79,14 @@ def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Pat
 
 
 def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
-    """Fold ``layer`` into the convolution or inner product whose output it alone reads, or note why not."""
+    """Fold ``layer`` into the convolution or inner product whose output only it reads, or note why not."""
     import numpy as np
 
     layers = result.net.layers
     reason = _why_not(layers, layer)
     if reason:
         if layer.type == "BatchNorm":
-            result.left.append(f"{layer.name} (BatchNorm) stays: {reason}")
+            result.remarks.append(f"{layer.name} (BatchNorm) stays: {reason}")
         return
     producer = layers[_producer(_nodes(layers), layers.index(layer))]
     with np.errstate(all="ignore"):
@@ -123,12 +123,12 @@ def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
         return f"the outputs of {producer.name} ({producer.type}) are not its channels"
     others = [nodes[other].name for other in readers(nodes, at) if layers[other] is not layer]
     if others:
-        return f"{others[0]} reads {message.bottom[0]}, too"
+        return f"{others[0]} also reads {message.bottom[0]}"
     return None
 
 
 def _by_channel(layer: StockLayer) -> bool:
-    """Whether ``layer`` has one input and its own numbers for each of its channels."""
+    """Whether ``layer`` has one input, and one number of its own per channel."""
     if len(layer.message.bottom) != 1 or not layer.blobs:
         return False
     if layer.type == "BatchNorm":
@@ -183,7 +183,7 @@ def _set_bias(layer: StockLayer, bias: Doubles) -> None:
 def _fold_forward(result: Merged, layer: StockLayer, weights: Path) -> None:
     """Fold what ``layer`` adds to its input into the bias of its only reader, where that is exact.
 
-    It is not where the reader pads: the zeros of the padding come after the shift.
+    It is not exact if the reader pads: padding zeros are added after the shift.
     """
     import numpy as np
 
@@ -264,7 +264,7 @@ def _write_as_another(result: Merged, layer: StockLayer) -> None:
 
     message = layer.message
     if not _by_channel(layer):
-        result.left.append(
+        result.remarks.append(
             f"{layer.name} (Bias) stays, since it has two inputs or axes; OpenCV does not read it"
         )
         return
@@ -278,7 +278,7 @@ def _write_as_another(result: Merged, layer: StockLayer) -> None:
         message.type = "Scale"
         message.scale_param.bias_term = True
         layer.blobs = [np.ones_like(values), values]
-    result.left.append(f"{layer.name} (Bias) is written as {message.type}: it cannot be merged exactly")
+    result.remarks.append(f"{layer.name} (Bias) is written as {message.type}: it cannot be merged exactly")
 
 
 def _nodes(layers: list[StockLayer]) -> list[Node]:

@@ -156,7 +156,7 @@ def default_on_gpu(network: str, dialect: Dialect) -> bool:
 
 
 def check_caffe_train_suffices(recipe: Recipe, stage_name: str) -> None:
-    """Refuse stock Caffe's files of a stage that `caffe train` would carry out without its pruning."""
+    """Refuse stock Caffe's files for a stage that prunes or holds zeros: `caffe train` would do neither."""
     stage = recipe.stages.get(stage_name)
     if stage and (stage.sparse or stage.freeze_zeros):
         raise UserError(
@@ -174,7 +174,7 @@ def what_was_written(
     tests = iterations_per_test(val_images, training.val_batch_size)
     twice = tests * training.val_batch_size - val_images
     wraps = f"; the last batch wraps round, so {twice} images count twice" if twice else ""
-    batch = f"{training.batch_size} images an update, in {count_of(training.iter_size, 'pass')} on {device}"
+    batch = f"{training.batch_size} images per update, in {count_of(training.iter_size, 'pass')} on {device}"
     return (
         f"Wrote {TRAIN}, {VAL}, {DEPLOY}, {SOLVER} into {folder}:\n"
         f"  network  {network.name}, {count_of(data.num_classes, 'class')}, "
@@ -190,7 +190,7 @@ def what_was_written(
 def how_to_train(
     recipe: Recipe, stage_name: str, dialect: Dialect, folder: str, gpus: tuple[int, ...]
 ) -> str:
-    """The command that trains the files in ``folder``, and a way without that Caffe."""
+    """The command that trains the files in ``folder``, and how to train without the fork."""
     start = recipe.stages[stage_name].start
     command = ["caffe", "train", "-solver", str(Path(folder, SOLVER))]
     if start:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 By = Literal["channel", "layer"]
 """What has a threshold of its own."""
 
-MAXRATIO = VALUE_MAX = 0.2
-"""The published caps: no threshold above 0.2, nor above 0.2 of the largest weight."""
-
 MIN_CHANNELS = 32
 """A layer with fewer inputs and fewer outputs than this is not pruned; with one of them fewer, by half."""
 
@@ -99,9 +96,9 @@ def sparsify(
     dialect: Dialect,
     *,
     factor: float,
-    by: By = "channel",
-    maxratio: float = MAXRATIO,
-    value_max: float = VALUE_MAX,
+    by: By,
+    maxratio: float,
+    value_max: float,
 ) -> list[str]:
     """Write ``source`` to ``target`` with the weights set to zero that a threshold of ``factor`` zeroes.
 
