@@ -252,7 +252,7 @@ def find_images(
     shuffle: int | None = None,
     no_shuffle: bool = False,
 ) -> tuple[ImageIndex, str]:
-    """The images below ``images``, a folder or a tar archive, in the order to store them, and that order's name.
+    """The images below ``images``, a folder or a tar archive, in storage order, and that order's name.
 
     Args:
         list_file: names the images and their labels; without it and ``devkit``, folders are classes.
