@@ -297,7 +297,10 @@ def test_a_layer_of_another_shape_is_an_error_until_the_recipe_names_it(trainer:
             {"stages__finetune__reinit": '["conv1z"]'},
             "stages.finetune.reinit: conv1z is not a layer",
         ),
-        ({"stages__finetune__weights": "nowhere.caffemodel"}, "no start weights at nowhere.caffemodel"),
+        (
+            {"stages__finetune__weights": "nowhere.caffemodel"},
+            "the start weights nowhere.caffemodel do not exist",
+        ),
         (
             {"stages__finetune__weights": "headless.caffemodel", "network__frozen": '["res5a_branch2b"]'},
             "which lacks res5a_branch2b",
@@ -336,7 +339,9 @@ def test_a_dry_run_shows_the_rest_where_the_start_weights_are_missing(trainer: T
     given = {"stages__finetune__weights": "nowhere.caffemodel", "stages__finetune__reinit": '["fc10"]'}
     code, said = trainer.run(*arguments(**given), "--output", "no weights", "--dry-run")
     assert code == 2
-    assert said.splitlines()[-1].endswith("no start weights at nowhere.caffemodel; train or name them first")
+    assert said.splitlines()[-1].endswith(
+        "the start weights nowhere.caffemodel do not exist; train them first or name others"
+    )
     assert {path.name for path in (trainer.folder / "no weights/finetune").iterdir()} == {
         *("train.prototxt", "val.prototxt", "deploy.prototxt", "solver.prototxt", "run.sh")
     }

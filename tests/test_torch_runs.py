@@ -95,7 +95,7 @@ def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None
     assert "dialect bvlc" in said
     code, said = trainer.run("--resume", "stopped", "--caffe", "caffe")
     assert code == 2
-    assert "was begun on PyTorch, and --caffe is a Caffe" in said
+    assert "was started on PyTorch and cannot continue with --caffe" in said
 
 
 def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:

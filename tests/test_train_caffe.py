@@ -341,7 +341,10 @@ def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> No
         (("--set", "data.num_classes=5"), "5 classes"),
         (("--set", "network.crop_size=64"), "smaller than the crop of 64x64"),
         (("--set", "training.iter_size=3"), "does not divide"),
-        (("--set", "stages.initial.weights=none.caffemodel"), "no start weights at none.caffemodel"),
+        (
+            ("--set", "stages.initial.weights=none.caffemodel"),
+            "the start weights none.caffemodel do not exist",
+        ),
         (("--set", "data.labels=none.txt"), "class names none.txt"),
         (("--set", "stages.l1reg.start=nothing"), 'no earlier stage produces the weights of "nothing"'),
         (("--engine", "caffe-jacinto"), "--engine caffe-jacinto"),

@@ -1,6 +1,6 @@
 """A log's bytes, as they arrive -> lines -> events.
 
-Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `glog`). Lines of
+Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `messages`). Lines of
 several threads are interleaved. A process that was killed leaves a cut line, and the next process starts in
 the middle of it. A line counts once its end has arrived, so that a log cut anywhere gives the first events of
 the whole log.

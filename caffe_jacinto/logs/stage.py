@@ -1,7 +1,7 @@
-"""One stage's log, folded event by event.
+"""Collects the figures of one stage from its log, event by event.
 
-The report's figures, the live line and ``train --status`` are views of this one fold. What the log does not
-say is None.
+The report, the live line and ``train --status`` are views of this one fold. A figure that the log does not
+contain is None.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Spent:
     iterations: int = 0
     """Between the first and the last line of training."""
     training: float = 0.0
-    """Seconds between those."""
+    """Seconds between those two lines."""
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
@@ -144,9 +144,9 @@ class StageFigures:
     """The figures of a stage, from its log alone."""
 
     caffe_version: str | None
-    """As Caffe says it, e.g. ``NVCaffe 0.16.3``; stock Caffe 1.0 does not say."""
+    """As Caffe prints it, e.g. ``NVCaffe 0.16.3``; stock Caffe 1.0 does not print it."""
     finished: bool
-    """The last training, or test, in the log came to its end."""
+    """The last training, or test, in the log ended normally."""
     iterations: int | None
     """Updates done; of a ``caffe test``, batches."""
     top1: float | None
@@ -172,7 +172,7 @@ class StageFigures:
     tested: bool
     """Whether this is ``caffe test`` and no training."""
     fatal: str | None
-    """What Caffe gave up with, if the last process did."""
+    """The error that ended the last process, if any."""
     solver_paths: tuple[str, ...]
     """Paths in the solver's settings that may contain the stage's name."""
     notes: tuple[str, ...]
@@ -196,13 +196,13 @@ class StageLog:
         self.learning_rate: float | None = None
         """Not read when the log is skimmed."""
         self.displays = 0
-        """How many lines with a training loss have come."""
+        """How many lines with a training loss have been read."""
         self.in_test = False
         """Whether a test has begun, and no line of the solver has come after it."""
         self.batches: int | None = None
         """Batches that ``caffe test`` runs."""
         self.fatal: str | None = None
-        """The message that the last process gave up with."""
+        """The error that ended the last process, if any."""
         self.tests: dict[int, SolverTest] = {}
         """Live: the complete tests by iteration."""
         self.snapshots: set[int] = set()
@@ -230,7 +230,7 @@ class StageLog:
         self._trains = False
         """Whether the last process has begun to train."""
         self._trained = 0
-        """How many processes have."""
+        """How many processes have begun to train."""
 
     @property
     def is_caffe(self) -> bool:
@@ -380,7 +380,7 @@ class StageLog:
             self._finished = len(tests.current) >= (tests.expected or 1)
 
     def _end_tests(self) -> None:
-        """Training has gone on: the tests before have all their outputs."""
+        """Training has continued, so the earlier tests have all their outputs."""
         self.in_test = False
         for tests in self._tests.values():
             if tests.current and not tests.ended:
@@ -543,7 +543,7 @@ class StageLog:
         return round(total, 4) if total >= 0.1 else float(f"{total:.4g}")
 
     def _images_per_second(self) -> float | None:
-        """Over the whole stage: from NVCaffe's final figure, or from the first and last line of training."""
+        """For the whole stage: from NVCaffe's final figure, or from the first and last line of training."""
         if self._solver is None:
             return None
         passes = self._solver.iter_size

@@ -55,7 +55,7 @@ class Watched:
     """The iteration of the last test that was printed."""
     shown_displays: int = 0
     heard: float = field(default_factory=time.monotonic)
-    """When the log's last line came."""
+    """When the last line of the log arrived."""
 
     def has_final_snapshot(self, run: RunPlan) -> bool:
         return self.plan is None or final_is_complete(self.plan.final_weights, run.engine.info.dialect)
@@ -152,8 +152,8 @@ class Driver:
         if reached < sparse.target:
             self.screen.say(
                 f"  sparsity {reached:.3f} is below the target of {sparse.target:g}: the schedule ended too "
-                "early, or its caps spare weights that more L1 (weight_decay, max_iter of the stages before) "
-                "would shrink; see docs/sparsification.md",
+                "early, or its caps protect weights that stronger L1 training (weight_decay, max_iter of the "
+                "stages before) would shrink; see docs/sparsification.md",
                 style="yellow",
             )
 
@@ -179,11 +179,11 @@ class Driver:
         if trains_more and self.run.engine.info.begins_data_again:
             self.screen.say(
                 "  stock Caffe reads its training LMDB from the beginning again after a resume: "
-                "the first images are seen once more than the others"
+                "so it sees the first images once more often than the others"
             )
 
     def _test(self, state: StageState) -> bool:
-        """Test the final weights; False when that was stopped on request."""
+        """Test the final weights; False if a stop was requested."""
         if state.state == "finished":
             self.screen.say("test: already finished")
             return True
@@ -249,7 +249,7 @@ class Driver:
                 watched.view.feed(data)
                 watched.heard = time.monotonic()
             if watched.view.trouble is not None:
-                # Killed, it writes no snapshot, which would hold weights that are not numbers.
+                # Kill it, so that it does not write a snapshot of weights that are not numbers.
                 child.kill()
             self._show(watched)
             if self.signals.count > shown_stops and not ended:
@@ -281,7 +281,9 @@ class Driver:
 
     def _say_stopping(self, count: int) -> None:
         following = NEXT_REQUEST[min(count, len(NEXT_REQUEST)) - 1]
-        what = "Caffe finishes its iteration and writes a snapshot" if count == 1 else "ending Caffe"
+        what = (
+            "training finishes its iteration and writes a snapshot" if count == 1 else "ending the training"
+        )
         self.screen.say(f"  stopping: {what}{f' ({following})' if following else ''}", style="yellow")
 
     def _stopped(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""The checks before anything is written or run. All of them run, and every problem is reported together."""
+"""Checks before anything is written or run. All checks run first; every problem is reported together."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Findings:
     """What the checks found."""
 
     problems: list[str] = field(default_factory=list)
-    """Each would make the run fail."""
+    """Each of these would make the run fail."""
 
     notes: list[str] = field(default_factory=list)
     """Not wrong, but worth knowing."""
 
     files_can_be_made: bool = False
-    """Whether every stage has its files and commands, despite any problems: a dry run can show them."""
+    """Whether the files and commands of all stages could be made: a dry run shows them despite problems."""
 
     image_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Channels, height and width of the images in each LMDB."""
@@ -51,7 +51,7 @@ class Findings:
     val_images: int | None = None
 
     def attempt(self, check: Callable[[], None]) -> None:
-        """Run a check. What it raises is a problem."""
+        """Run a check and record its UserError, if any, as a problem."""
         try:
             check()
         except UserError as error:
@@ -171,13 +171,13 @@ def _check_labels(run: RunPlan, findings: Findings) -> None:
 
 
 def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[str, dict[str, str]]) -> None:
-    """The engine can do the job, and the stage's files can be made."""
+    """Check that the engine can do the job and that the stage's files can be made."""
     run.engine.train_commands(train_job(run, plan))
     texts[plan.name] = run.files(plan, val_images=findings.val_images)
 
 
 def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:
-    """The stage's start weights fit its network; a note for each layer that does not take them.
+    """Check that the start weights fit the stage's network; note each layer that does not take them.
 
     Raises:
         UserError: the file is missing or broken, a layer has another shape there and is not in the stage's
@@ -189,7 +189,8 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
     assert plan.start_weights is not None
     if not plan.start_weights.is_file():
         raise UserError(
-            f"stage {plan.name}: no start weights at {plan.start_weights}; train or name them first"
+            f"stage {plan.name}: the start weights {plan.start_weights} do not exist; train them first "
+            "or name others"
         )
     net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
     mismatches = {mismatch.layer: mismatch for mismatch in check_fit(plan.start_weights, net)}
@@ -230,14 +231,14 @@ def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> s
     """The layers that do not fit, and what to do about it."""
     converted = next((found for found in wrong if found.cause == "other Caffe"), None)
     if converted is not None:
-        return str(converted)  # true of every layer with batch norm; no layer is to be left out for it
+        return str(converted)  # this applies to every batch norm, so leaving layers out would not help
     names = layers_to_name(network_of(run.recipe), [found.layer for found in wrong if found.cause == "shape"])
     if not names:
         return _listed(wrong)
     shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))
     return (
-        f"{_listed(wrong)}; if num_classes, crop_size and strides are right, train these layers from scratch "
-        f"with stages.{plan.name}.reinit=[{shown}]"
+        f"{_listed(wrong)}; if num_classes, crop_size and strides are what you intend, train these "
+        f"layers from scratch with stages.{plan.name}.reinit=[{shown}]"
     )
 
 
@@ -286,13 +287,13 @@ def _snapshot_bytes(plan: StagePlan, weights: int) -> int:
 
 
 def _bytes_there(prefix: Path) -> int:
-    """What the snapshots of an earlier try take up already."""
+    """Bytes that an earlier attempt's snapshots already take."""
     files = snapshot_files(prefix).values() if prefix.parent.is_dir() else []
     return sum(file.stat().st_size for group in files for file in group)
 
 
 def _existing(path: Path) -> Path:
-    """``path``, or the nearest folder above it that is there."""
+    """``path``, or the nearest folder above it that exists."""
     absolute = path.absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
 

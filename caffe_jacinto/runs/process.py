@@ -115,7 +115,7 @@ class StopSignals:
         self._child: Child | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
-        # The terminal may close; the run goes on.
+        # The terminal may close; the run continues.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     @property

@@ -65,7 +65,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     """Start a new run and drive it to its end; returns the exit code.
 
     Raises:
-        UserError: something is wrong. Nothing has been run then, and only a dry run has written anything.
+        UserError: something is wrong. Nothing was run, and only a dry run wrote anything.
         RunFailed: a stage failed.
     """
     recipe = load_recipe(recipe_name, overrides)
@@ -73,7 +73,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(options.gpus)}"])
     folder = options.output or run_folder.default_folder(recipe)
     if not run_folder.is_free(folder):
-        raise UserError(f"{folder} already exists{_instead(folder)}")
+        raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
     engine = _engine(options, recipe.training.gpus, screen)
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
@@ -95,9 +95,9 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     lock = RunLock(folder)
     lock.acquire()
     if (folder / RUN_RECORD).exists():
-        raise UserError(f"{folder} already exists{_instead(folder)}")
+        raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     run_folder.save(folder, record)
-    _carry_labels(run)
+    _copy_labels(run)
     screen.say(f"run folder: {folder}")
     if options.dry_run:
         _write_all(run, findings, screen)
@@ -111,7 +111,7 @@ def resume(folder: Path, options: Options) -> int:
     """Resume a run where it stopped; returns the exit code.
 
     Raises:
-        UserError: there is no run, something trains in it, or it cannot be resumed.
+        UserError: the folder has no run, another process is training in it, or it cannot be resumed.
         RunFailed: a stage failed.
     """
     folder = folder.absolute()
@@ -154,10 +154,11 @@ def _drive(
     return code
 
 
-def _instead(folder: Path) -> str:
+def _what_to_do(folder: Path) -> str:
     if run_folder.never_ran(folder):
         return (
-            f", from a --dry-run: run that ({resume_command(folder)}), or remove it, or give another --output"
+            f", from a --dry-run: start that run ({resume_command(folder)}), remove it, "
+            "or give another --output"
         )
     if (folder / RUN_RECORD).is_file():
         return f": resume that run ({resume_command(folder)}), or give another --output"
@@ -178,26 +179,28 @@ def _engine(options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
 
 
 def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
-    """The engine that the run has used, unless the options name another or it is gone."""
+    """The engine that the run used before, unless the options name another or it no longer exists."""
     before, caffe, kind = record.engine, options.caffe, options.engine
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
         options = replace(options, engine="torch", dialect=before.dialect, precision=before.precision)
     elif before.kind == "torch":
         raise UserError(
-            f"this run was begun on PyTorch, and {'--caffe' if caffe else f'--engine {kind}'} is a Caffe,"
-            " whose files are different: leave that out, or start a new run"
+            f"this run was started on PyTorch and cannot continue with "
+            f"{'--caffe' if caffe else f'--engine {kind}'}, whose files differ: "
+            "leave that option out, or start a new run"
         )
     elif caffe is None and kind != "torch" and Path(before.executable).exists():
         options = replace(options, caffe=before.executable)
     engine = _engine(options, gpus, screen)
     if engine.info.kind != before.kind:
         raise UserError(
-            f"this run was begun with {before.kind} ({before.executable}), and {engine.info.executable} is "
-            f"{engine.info.kind}, whose files are different: name the former with --caffe, or start a new run"
+            f"this run was started with {before.kind} ({before.executable}), but {engine.info.executable} is "
+            f"{engine.info.kind}, whose files differ: name the first with --caffe, or start a new run"
         )
     if str(engine.info.executable) != before.executable or engine.info.version != before.version:
         screen.say(
-            f"  note: before, it was {before.executable} {before.version or ''}".rstrip(), style="yellow"
+            f"  note: until now the run used {before.executable} {before.version or ''}".rstrip(),
+            style="yellow",
         )
     return engine
 
@@ -214,15 +217,15 @@ def _engine_record(engine: Engine) -> EngineRecord:
 
 
 def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
-    """Reopen a finished stage whose final weights are needed and are missing or damaged."""
+    """Mark a finished stage as stopped if its final weights are still needed but missing or damaged."""
     wanted = {run.final_weights} if record.stages[TEST].state != "finished" else set()
     for plan in reversed(run.stages):
         state = record.stages[plan.name]
         finished = state.state == "finished"
         if finished and plan.final_weights in wanted and not weights_are_finite(plan.final_weights):
             screen.say(
-                f"stage {plan.name} had finished, but its weights {plan.final_weights} are gone or damaged: "
-                "it resumes from its newest good snapshot",
+                f"stage {plan.name} had finished, but its weights {plan.final_weights} are missing or "
+                "damaged: it resumes from its newest good snapshot",
                 style="yellow",
             )
             state.state = "stopped"
@@ -256,7 +259,8 @@ def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
         os.chdir(record.start_folder)
     except OSError as error:
         raise UserError(
-            f"the run was started in {record.start_folder}, which its paths resolve against: {error.strerror}"
+            f"cannot change to {record.start_folder}, where the run was started and its relative paths "
+            f"begin: {error.strerror}"
         ) from None
     if Path(record.folder).resolve() != folder.resolve():
         raise UserError(
@@ -283,7 +287,7 @@ def _refuse(findings: Findings) -> None:
         raise last
 
 
-def _carry_labels(run: RunPlan) -> None:
+def _copy_labels(run: RunPlan) -> None:
     """Copy the class names into the run folder, if the data set has them."""
     given = run.recipe.data.labels
     source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS

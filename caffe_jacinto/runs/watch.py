@@ -100,7 +100,7 @@ class StageView:
 
 
 def skipped_line(skipped: Skipped) -> str:
-    """A snapshot that a stage does not resume from, in one line."""
+    """Which snapshot a stage does not resume from, and why, in one line."""
     return f"snapshot of iteration {skipped.iteration} is passed over: {skipped.reason}"
 
 
@@ -122,7 +122,7 @@ def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
         return f"{describe_exit(code)}{last_words(plan.log)}; {resume}"
     if (log.iteration or 0) < plan.max_iter:
         where = f"at iteration {log.iteration or 0:,}"
-        return f"Caffe ended early, {where}, as it does when it is interrupted; {resume}"
+        return f"training ended early, {where}, as it does when it is interrupted; {resume}"
     skipped = start_point(plan.prefix, run.engine.info.dialect, plan.max_iter).skipped
     if skipped:
         return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {resume}"
