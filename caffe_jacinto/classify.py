@@ -35,7 +35,7 @@ PICTURES = (".png", ".svg")
 def main(argv: Sequence[str]) -> int:
     """Returns 0, or 1 where an image could not be read."""
     options = _read_arguments(argv)
-    from caffe_jacinto.common.progress import image_progress
+    from caffe_jacinto.common.text import image_progress
     from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
     from caffe_jacinto.inference import network
     from caffe_jacinto.inference.backends import open_backend

@@ -14,8 +14,8 @@ from log_text import GIGAMACS, Log, whole_stage
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
-from caffe_jacinto.logs.plot import MOST_POINTS, Curve
 from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.series import MOST_POINTS, Curve
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
 WHOLE = whole_stage().sparsity(0.5, 0.25).text.encode()

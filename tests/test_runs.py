@@ -20,7 +20,8 @@ from log_text import Log
 from test_snapshots import write_pair
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.logs.stage import SolverTest, StageLog
+from caffe_jacinto.logs.series import SolverTest
+from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder

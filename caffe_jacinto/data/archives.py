@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import count_of, image_progress
 from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder
 from caffe_jacinto.data.listing import and_others, class_labels, is_image_name, list_lines
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of, duration
+from caffe_jacinto.common.text import count_of, duration, image_progress
 from caffe_jacinto.data.archives import list_class_archive, list_flat_archive, list_from_archive
 from caffe_jacinto.data.datum import ahead
 from caffe_jacinto.data.devkit import read_devkit

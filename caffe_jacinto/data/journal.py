@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import image_progress
+from caffe_jacinto.common.text import image_progress
 from caffe_jacinto.data.lmdb_reader import check_not_cut_off
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import check_parent, write_whole
-from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of, duration
+from caffe_jacinto.common.text import count_of, duration, image_progress
 from caffe_jacinto.data.datum import ahead, read_record
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.prototxt.dialects import Dialect

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of, duration
+from caffe_jacinto.common.text import count_of, duration, image_progress
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.data.lmdb_reader import LmdbReader, check_folder
 from caffe_jacinto.data.lmdb_writer import MADE_FROM, SKIPPED, LmdbWriter, new_lmdb

@@ -12,8 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from caffe_jacinto.common.progress import image_progress
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import count_of, image_progress
 from caffe_jacinto.data.datum import ahead, check_depth, parse_datum, stored_pixels
 from caffe_jacinto.data.encode import JPEG_START, PNG_START, BadImageError, ImageProblem, limit_decoder
 from caffe_jacinto.data.listing import LABELS, read_labels

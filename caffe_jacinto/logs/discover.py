@@ -12,7 +12,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.events import moment
-from caffe_jacinto.logs.plot import StageCurves
+from caffe_jacinto.logs.series import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
 STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", "quantize", "test")

@@ -1,26 +1,21 @@
-"""The curves of runs: loss, accuracy, learning rate and sparsity over all stages, laid end to end.
-
-A stage's curves are collected in bounded memory, however long its log.
-"""
+"""The curves of runs: loss, accuracy, learning rate and sparsity over all stages, laid end to end."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import printable
+from caffe_jacinto.logs.series import Curve, StageCurves
 
 if TYPE_CHECKING:
     from caffe_jacinto.logs.discover import Run
-
-MOST_POINTS = 3000
-"""Points that a curve holds."""
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The palette of Okabe and Ito, which colour-blind readers can tell apart."""
@@ -32,49 +27,6 @@ _SMOOTHED_FROM = 40
 _MARKED_BELOW = 25
 
 Points = list[tuple[float, float]]
-
-
-class Curve:
-    """Points (iteration, value) in order; when there are too many, neighbours are averaged pairwise."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
-        self._width = 1
-        self._waiting: list[tuple[float, float]] = []
-
-    def add(self, iteration: float, value: float) -> None:
-        """Add a point. A stage that was resumed goes back: points from there on are of the past."""
-        while self._waiting and self._waiting[-1][0] >= iteration:
-            self._waiting.pop()
-        if not self._waiting:
-            while self.points and self.points[-1][0] >= iteration:
-                self.points.pop()
-        self._waiting.append((iteration, value))
-        if len(self._waiting) >= self._width:
-            self.points.append(_mean(self._waiting))
-            self._waiting.clear()
-        if len(self.points) >= MOST_POINTS:
-            self.points = [_mean(self.points[at : at + 2]) for at in range(0, len(self.points), 2)]
-            self._width *= 2
-
-    def all(self) -> list[tuple[float, float]]:
-        """Every point, the last ones not yet averaged."""
-        return [*self.points, *self._waiting]
-
-
-def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-
-
-@dataclass
-class StageCurves:
-    """What a plot shows of one stage."""
-
-    loss: Curve = field(default_factory=Curve)
-    learning_rate: Curve = field(default_factory=Curve)
-    top1: Curve = field(default_factory=Curve)
-    top5: Curve = field(default_factory=Curve)
-    sparsity: Curve = field(default_factory=Curve)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import complete_snapshots, weights_are_finite
-from caffe_jacinto.logs.stage import SolverTest, StageLog
+from caffe_jacinto.logs.series import SolverTest
+from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 
 SECONDS_BETWEEN = 5.0
