@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.prototxt.solver import SolverFile
 from caffe_jacinto.pruning.pruner import Pruner
@@ -118,8 +117,8 @@ class TestNets:
             log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
             self._nets.append((caffe.Net(str(test.file), caffe.TEST), test.batches))
 
-    def test(self, iteration: int, requests: StopRequests, recalibrated_over: int = 0) -> None:
-        """Log the outputs of every net, averaged over its batches; a request to stop ends it.
+    def test(self, iteration: int, stop: Callable[[], bool], recalibrated_over: int = 0) -> bool:
+        """Log the outputs of every net, averaged over its batches. False: ``stop`` requested an end.
 
         ``recalibrated_over``: the batches that the statistics were recalibrated over; 0: running averages.
         """
@@ -128,12 +127,13 @@ class TestNets:
             net.share_with(self._train_net)
             sums: dict[str, list[float]] = {}
             for _ in range(batches):
-                if requests.stop:
+                if stop():
                     self._log.info("Test interrupted.")
-                    return
+                    return False
                 net.forward()
                 for name, values in output_values(net).items():
                     before = sums.get(name, [0.0] * len(values))
                     sums[name] = [total + value for total, value in zip(before, values, strict=True)]
             means = {name: [total / batches for total in totals] for name, totals in sums.items()}
             self._log.outputs("Test", means, loss_weights(net))
+        return True

@@ -29,59 +29,49 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 
 
-def complete_stage(
-    net: Any,
-    tests: TestNets,
-    final_weights: Path,
-    batches: int,
-    requests: StopRequests,
-    frozen: Collection[str],
-    log: CaffeLog,
-) -> bool:
-    """Recalibrate ``net``, put its statistics into ``final_weights``, test, and mark the stage complete.
+class Statistics:
+    """The batch-norm statistics of a network in training."""
 
-    ``net`` is in the TRAIN phase and has the final weights; the statistics become averages over ``batches``.
-    Batch-norm layers that are ``frozen`` keep their statistics. False: a request to stop came first.
+    def __init__(self, net: Any, frozen: Collection[str]) -> None:
+        """Batch-norm layers of ``net`` that are ``frozen`` keep theirs."""
+        named = zip(net._layer_names, net.layers, strict=True)
+        found = [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
+        self._blobs = [blob for layer in found for blob in layer.blobs]
+        self.layers = len(found)
+        """How many layers have statistics that move."""
 
-    After a kill at any moment it can be repeated: nothing of the old statistics goes into the new, and the
-    other weights stay as they are.
+    def recalibrate(self, batches: int, one_pass: Callable[[], object], stop: Callable[[], bool]) -> bool:
+        """Set the statistics to averages over ``batches`` passes. False: ``stop`` requested an end."""
+        for blob in self._blobs:
+            # Sums of mean and variance, and their weight: from zero, they hold nothing of the past.
+            blob.data[...] = 0
+        for _ in range(batches):
+            if stop():
+                return False
+            one_pass()
+        return True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put the statistics back, at the end, as they are now."""
+        own = [blob.data.copy() for blob in self._blobs]
+        try:
+            yield
+        finally:
+            for blob, values in zip(self._blobs, own, strict=True):
+                blob.data[...] = values
+
+
+class SideNet:
+    """A second network of the train phase, for passes that leave no trace in the training.
+
+    It has a place of its own in the data, and shares the blobs of the training network. It lives in a thread
+    of its own: Caffe keeps random numbers per thread, so building and running it draws none of training's.
     """
-    statistics = _statistics(net, frozen)
-    if batches and not statistics:
-        log.info("No batch-norm statistics to recalibrate")
-    if batches and statistics:
-        log.info(
-            f"Recalibrating the statistics of {len(statistics)} batch-norm layers over {batches} batches"
-        )
-        if not _recalibrate(statistics, batches, net.forward, requests):
-            return False
-    if batches:
-        _replace_weights(net, final_weights, log)
-    tests.test(iteration_of(final_weights), requests, batches if statistics else 0)
-    if requests.stop:
-        return False
-    mark_complete(final_weights, batches)
-    return True
-
-
-class TestStatistics:
-    """Recalibrated statistics for the tests within a stage, which leave no trace in its training.
-
-    The batches go through a network of their own, with a place of its own in the data, that shares the blobs
-    of the training network. It lives in a thread of its own, since Caffe keeps random numbers for each
-    thread: building it and running it draws none of training's.
-    """
-
-    __test__ = False  # not a test, whatever pytest makes of its name
 
     def __init__(
-        self, caffe: Any, solver: SolverFile, train_net: Any, batches: int, gpus: Sequence[int], log: CaffeLog
+        self, caffe: Any, solver: SolverFile, train_net: Any, gpus: Sequence[int], log: CaffeLog
     ) -> None:
-        self._statistics = _statistics(train_net, solver.frozen_layers())
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self.batches = batches if self._statistics else 0
-        """That the statistics are recalibrated over; 0: the network has none."""
-
         def build() -> Any:
             use_device(caffe, gpus)
             if solver.parameters.random_seed >= 0:
@@ -90,43 +80,42 @@ class TestStatistics:
             net.share_with(train_net)
             return net
 
-        if self.batches:
-            log.info(f"Creating net for test statistics from train_net file: {solver.train_file}")
-            self._net = self._thread.submit(build).result()
+        log.info(f"Creating net for test statistics from train_net file: {solver.train_file}")
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._net = self._thread.submit(build).result()
 
-    @contextmanager
-    def lent(self, requests: StopRequests) -> Iterator[None]:
-        """While inside, the training network has recalibrated statistics; then its own again."""
-        own = [[blob.data.copy() for blob in layer.blobs] for layer in self._statistics]
-        try:
-            self._thread.submit(
-                _recalibrate, self._statistics, self.batches, lambda: self._net.forward(), requests
-            ).result()
-            yield
-        finally:
-            for layer, values in zip(self._statistics, own, strict=True):
-                for blob, value in zip(layer.blobs, values, strict=True):
-                    blob.data[...] = value
+    def one_pass(self) -> None:
+        """A pass forward over the next batch; it moves the batch-norm statistics and nothing else."""
+        self._thread.submit(self._net.forward).result()
 
 
-def _statistics(net: Any, frozen: Collection[str]) -> list[Any]:
-    """The batch-norm layers of ``net`` whose statistics are not frozen."""
-    named = zip(net._layer_names, net.layers, strict=True)
-    return [layer for name, layer in named if layer.type == "BatchNorm" and name not in frozen]
-
-
-def _recalibrate(
-    layers: Sequence[Any], batches: int, forward: Callable[[], object], requests: StopRequests
+def complete_stage(
+    net: Any,
+    tests: TestNets,
+    final_weights: Path,
+    batches: int,
+    frozen: Collection[str],
+    stop: Callable[[], bool],
+    log: CaffeLog,
 ) -> bool:
-    """Set the statistics to averages over ``batches`` passes. False: a request to stop came."""
-    for layer in layers:
-        # Sums of mean and variance, and their weight: from zero, they hold nothing of the past.
-        for blob in layer.blobs:
-            blob.data[...] = 0
-    for _ in range(batches):
-        if requests.stop:
+    """Recalibrate ``net``, put its statistics into ``final_weights``, test, and mark the stage complete.
+
+    ``net`` is in the TRAIN phase and has the final weights. False: ``stop`` requested an end. After a kill at
+    any moment it can be repeated: the other weights stay as they are.
+    """
+    statistics = Statistics(net, frozen)
+    if batches and statistics.layers:
+        count = statistics.layers
+        log.info(f"Recalibrating the statistics of {count} batch-norm layers over {batches} batches")
+        if not statistics.recalibrate(batches, net.forward, stop):
             return False
-        forward()
+    elif batches:
+        log.info("No batch-norm statistics to recalibrate")
+    if batches:
+        _replace_weights(net, final_weights, log)
+    if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):
+        return False
+    mark_complete(final_weights, batches)
     return True
 
 
@@ -166,7 +155,8 @@ def main(argv: Sequence[str]) -> int:
     net = caffe.Net(str(solver.train_file), caffe.TRAIN, weights=str(arguments.weights))
     tests = TestNets(caffe, solver, net, log)
     frozen = solver.frozen_layers()
-    if complete_stage(net, tests, arguments.weights, arguments.batches, requests, frozen, log):
+    stop = lambda: requests.stop  # noqa: E731
+    if complete_stage(net, tests, arguments.weights, arguments.batches, frozen, stop, log):
         log.info(f"{arguments.weights}: the stage is complete")
     return 0
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from caffe_jacinto.engines.pycaffe.net import (
     output_values,
     start_caffe,
 )
-from caffe_jacinto.engines.pycaffe.recalibrate import TestStatistics, complete_stage
+from caffe_jacinto.engines.pycaffe.recalibrate import SideNet, Statistics, complete_stage
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import SolverFile, check_snapshot_folder, read_solver
@@ -97,8 +96,10 @@ class Stepper:
         if not self.pruner.groups:
             raise UserError(f"{job.solver.train_file}: has no convolution whose zeros could be held")
         self._start()
-        batches = job.reestimate_batches if job.recalibrate_tests else 0
-        self.statistics = TestStatistics(caffe, job.solver, self.net, batches, job.gpus, log)
+        self.statistics = Statistics(self.net, job.solver.frozen_layers())
+        self._test_batches = job.reestimate_batches if job.recalibrate_tests and self.statistics.layers else 0
+        if self._test_batches:
+            self.side = SideNet(caffe, job.solver, self.net, job.gpus, log)
         self.losses = LossWatch(self.net, self.parameters.iter_size, max(self.parameters.average_loss, 1))
         if self.parameters.clip_gradients > 0:
             # The norm that clipping compares includes the gradients of the frozen weights: they have to be 0.
@@ -145,9 +146,20 @@ class Stepper:
             self._display_sparsity()
         first = self.iteration == 0 and not self.parameters.test_initialization
         if interval and self.iteration % interval == 0 and not first:
-            batches = self.statistics.batches
-            with self.statistics.lent(self.requests) if batches else nullcontext():
-                self.tests.test(self.iteration, self.requests, batches)
+            self._test()
+
+    def _test(self) -> None:
+        """A scheduled test, with recalibrated statistics if these are requested; training keeps its own."""
+        batches = self._test_batches
+        if not batches:
+            self.tests.test(self.iteration, self._stop)
+            return
+        with self.statistics.kept():
+            if self.statistics.recalibrate(batches, self.side.one_pass, self._stop):
+                self.tests.test(self.iteration, self._stop, batches)
+
+    def _stop(self) -> bool:
+        return self.requests.stop
 
     def _iterate(self) -> None:
         iteration = self.iteration
@@ -179,7 +191,7 @@ class Stepper:
         self.log.info(f"Iteration {self.iteration}, loss = {number(loss(self.net))}")
         final = self.job.solver.snapshot(self.iteration, ".caffemodel")
         batches, frozen = self.job.reestimate_batches, self.job.solver.frozen_layers()
-        return complete_stage(self.net, self.tests, final, batches, self.requests, frozen, self.log)
+        return complete_stage(self.net, self.tests, final, batches, frozen, self._stop, self.log)
 
     def _display(self, iteration: int) -> None:
         now = time.monotonic()
