@@ -15,6 +15,7 @@ from caffe_jacinto.engines.pytorch.batch_norm import fused_batch_norm
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS
 from caffe_jacinto.netspec.graph import messages_in
+from caffe_jacinto.netspec.layer_types import is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
 
@@ -243,17 +244,15 @@ class Net:
             setup.parameters("input_param", "shape")
         else:
             setup.only("data_param", "transform_param")
-        shapes = [tuple(shape.dim) for shape in layer.input_param.shape]
-        if len(shapes) == 1:
-            shapes *= len(layer.top)
-        if shapes and len(shapes) != len(layer.top):
-            setup.refuse(f"input_param has {len(shapes)} shapes for {len(layer.top)} tops")
-        for index, name in enumerate(layer.top):
-            shape = data_shapes.get(name) or (shapes[index] if index < len(shapes) else None)
-            if shape is None:
+        given = len(layer.input_param.shape)
+        if given not in (0, 1, len(layer.top)):
+            setup.refuse(f"input_param has {given} shapes for {len(layer.top)} tops")
+        for name, declared in zip(layer.top, output_shapes(setup.tree, [], len(layer.top)), strict=True):
+            shape = data_shapes.get(name, declared)
+            if shape is None or not is_known(shape):
                 raise UserError(f"{where}: the shape of its top {name} is not known")
             self.inputs.append(name)
-            self.shapes[name] = shape
+            self.shapes[name] = tuple(dim for dim in shape if dim is not None)
 
     def _setup(self, layer: Any, where: str) -> LayerSetup:
         missing = [name for name in layer.bottom if name not in self.shapes]
