@@ -1,9 +1,9 @@
-"""Do this checkout and another revision of it give the same results?
+"""Compare the results of this checkout with those of another revision.
 
     python bench/same_results.py REVISION [--only CHECK...] [--logs PATH...] [--weights WEIGHTS DEPLOY]...
 
-Both run the same commands in folders of their own (REVISION from a git worktree made for it); what they write
-and print is compared. The checks, about 15 minutes in all:
+Both run the same commands, each in its own folders (REVISION in a temporary git worktree). The files they
+write and the output they print are compared. The checks take about 15 minutes in all:
 
     prototxts   all files of all stages of the built-in recipes, on stock Caffe, the fork and PyTorch, with
                 several GPUs and passes; build_net with its options
@@ -14,8 +14,8 @@ and print is compared. The checks, about 15 minutes in all:
 
 Published logs, networks and weights come from $CAFFE_JACINTO_PUBLISHED (folders logs, networks, prototxt).
 Bytes, figures and the fields of JSON and CSV must be the same; texts for people may differ in words. Commands
-that both refuse, and that write no file, are counted apart. Prints a Markdown table and each difference; exit
-code 1 where one is not in `EXPECTED`, which a change that means to change results fills.
+that both refuse and that write no file are counted separately. Prints a Markdown table and each difference;
+the exit code is 1 if one is not in `EXPECTED`, where a change that intends to alter results lists them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EXPECTED = {
     r"^weights/\S*v1_\S*caffemodel: other": "all of the old form's types have their names, and not a number",
     r"^training/.*/run\.log: tests": "tests within a stage now come after recalibration",
 }
-"""Regular expressions for ``check/folder/file: difference``, and why each may be."""
+"""Regular expressions for ``check/folder/file: difference``, and the reason why each is expected."""
 
 SHOWN = 12
 """Lines shown of the differences in one file."""
@@ -70,11 +70,11 @@ for folder, name, command, arguments in json.load(sys.stdin):
             traceback.print_exc()
     (where / f"{name}.said").write_text(json.dumps([code, out.getvalue()]))
 """
-"""Carries out commands of the package on PYTHONPATH, all in one process, each in its folder."""
+"""Runs commands of the package on PYTHONPATH, all in one process, each in its folder."""
 
 
 class Step(NamedTuple):
-    """A command of the package; ``name`` ends in what it prints: .json, .csv, .text, or nothing of use."""
+    """A command of the package; ``name`` ends in the kind of its output: .json, .csv, .text, or none."""
 
     folder: str
     name: str
@@ -132,7 +132,7 @@ def _worktree(revision: str) -> Iterator[Path]:
 
 
 def _run(checkout: Path, folder: Path, steps: Sequence[Step]) -> None:
-    """Carry the steps out below ``folder`` with the package in ``checkout``."""
+    """Run the steps in ``folder`` with the package in ``checkout``."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = {**os.environ, **threads, "PYTHONPATH": str(checkout), "COLUMNS": "200", "NO_COLOR": "1"}
     folder.mkdir(parents=True)
@@ -228,7 +228,7 @@ def _weights(arguments: argparse.Namespace) -> Steps:
 
 
 def _pairs(arguments: argparse.Namespace) -> list[tuple[Path, Path]]:
-    """Weights and their networks: those given, and the published ones that lie beside each other."""
+    """Weights and their networks: those given, and the published ones in the same folder."""
     published = sorted(arguments.published.glob("networks/*.caffemodel"))
     pairs = [(file, file.with_name(f"{file.stem.partition('_iter_')[0]}.prototxt")) for file in published]
     return [(weights.absolute(), deploy.absolute()) for weights, deploy in (*arguments.weights, *pairs)]
@@ -288,7 +288,7 @@ OTHER_WORDS = "other words"
 
 
 def _compare(check: str, *folders: Path) -> Iterator[tuple[str, list[str]]]:
-    """The verdict on each file that either side has made, and the lines to show."""
+    """The verdict on each file that either side made, and the lines to show."""
     made = {path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.*")}
     for name in sorted(name for name in made if name.endswith(COMPARED)):
         before, now = (_read(folder / name) for folder in folders)
@@ -312,7 +312,7 @@ def _reason(difference: str) -> str | None:
 
 
 def _read(path: Path) -> Any:
-    """A file's bytes, or what counts of a log, of what a command said, of an LMDB; None: there is none."""
+    """A file's bytes, or the relevant part of a log, a command's output or an LMDB; None: there is none."""
     if not path.exists():
         return None
     if path.suffix == ".mdb":
