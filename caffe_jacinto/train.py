@@ -14,9 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
+from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes
 
@@ -82,7 +84,7 @@ def _parser() -> Parser:
     parser.add_argument("--caffe", metavar="PATH", help="the caffe executable, or the tree it was built in")
     parser.add_argument(
         "--engine",
-        choices=["bvlc", "caffe-jacinto", "torch"],
+        choices=get_args(EngineKind),
         help="require this kind of Caffe, or train on PyTorch (default: the Caffe that is found)",
     )
     parser.add_argument(
@@ -92,7 +94,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--precision",
-        choices=["fp32", "bf16"],
+        choices=get_args(Precision),
         help="PyTorch only: bf16 computes convolutions and inner products in bfloat16 (default: fp32)",
     )
     parser.add_argument(

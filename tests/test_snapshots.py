@@ -90,17 +90,17 @@ def test_a_file_cut_off_anywhere_is_passed_over(
     assert [snapshot.iteration for snapshot in found.complete] == [10]
     ((iteration, reason),) = found.skipped
     assert iteration == 20
-    assert str(file) in reason or "of another network" in reason
+    assert str(file) in reason or "a different network" in reason
     assert "\n" not in reason
 
 
 @pytest.mark.parametrize(
     ("mistake", "reason"),
     [
-        ({"state_iteration": 19}, "is of iteration 19"),
+        ({"state_iteration": 19}, "records iteration 19, not 20"),
         ({"learned_net": "x/a_iter_10.caffemodel"}, "belongs to x/a_iter_10.caffemodel"),
-        ({"history": ((4, 3, 3, 3),)}, "of another network"),
-        ({"history": ((4, 3, 5, 5), (4,))}, "of another network"),
+        ({"history": ((4, 3, 3, 3),)}, "a different network"),
+        ({"history": ((4, 3, 5, 5), (4,))}, "a different network"),
     ],
 )
 def test_files_that_do_not_belong_together(tmp_path: Path, mistake: dict[str, object], reason: str) -> None:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.fork.engine import fork_start_factor
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.prototxt.solver import learning_rate
 from caffe_jacinto.pruning.pruner import Pruner, load_masks, masks_file, save_masks
 from caffe_jacinto.pruning.rule import (
     factor_cap,
-    fork_start_factor,
     is_pruned,
     is_step,
     layer_fraction,

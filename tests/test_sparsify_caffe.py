@@ -267,7 +267,7 @@ def test_killed_at_any_moment_it_goes_on(
     stage.solver(max_iter=end, snapshot=1, test_interval=1000)
     job = stage.job(end, snapshot=Path(newest.solverstate.name), sparse=sparse_settings())
     log_of_rest = stage.run(caffe_engine.train_commands(job))
-    assert "The sparsity schedule goes on from 0.6" in log_of_rest
+    assert "The sparsity schedule continues from 0.6" in log_of_rest
     assert "Finding and applying" not in log_of_rest
     after = conv_weights(tmp_path / job.final_weights)
     assert all((after[name][frozen[name] == 0] == 0).all() for name in LAYERS)

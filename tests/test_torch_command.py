@@ -52,7 +52,7 @@ def test_gpu_lists() -> None:
         (["train"], "-solver"),
         (["train", "-solver", "none.prototxt"], "none.prototxt: No such file"),
         (["train", "-solver", "s", "-precision", "fp16"], "fp16"),
-        (["train", "-solver", "s", "-sparsity_step_iter", "5"], "-sparsity_target is missing: add it"),
+        (["train", "-solver", "s", "-sparsity_step_iter", "5"], "needs -sparsity_target: add it"),
         (["train", "-solver", "s", "-sparsity_target", "0.5"], "-sparsity_start_iter is missing: add it"),
         (
             ["train", "-solver", "s", "-sparsity_target", "0.5", "-sparsity_start_iter", "-1"],
@@ -98,6 +98,19 @@ def test_version_and_gflags_ways_of_writing(digits: Path, tmp_path: Path) -> Non
     assert tested.returncode == 0
     assert "Batch 1, accuracy = " in tested.stderr
     assert "Total Sparsity" in tested.stderr
+
+
+@pytest.mark.caffe
+def test_a_comma_in_the_name_of_a_weight_file(digits: Path, tmp_path: Path) -> None:
+    """Caffe's list of weight files has commas; a file that exists under the whole name is one file."""
+    SmallStage(tmp_path, digits).solver(max_iter=2, snapshot=2)
+    assert run("train", "-solver", "solver.prototxt", folder=tmp_path).returncode == 0
+    (tmp_path / "small_iter_2.caffemodel").rename(tmp_path / "a,b.caffemodel")
+    arguments = ("test", "-model", "val.prototxt", "-iterations", "1", "-weights")
+    assert run(*arguments, "a,b.caffemodel", folder=tmp_path).returncode == 0
+    both = run(*arguments, "a,b.caffemodel,a,b.caffemodel", folder=tmp_path)
+    assert both.returncode == 2
+    assert " a: No such file" in both.stderr.splitlines()[-1]
 
 
 @pytest.mark.caffe

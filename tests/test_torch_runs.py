@@ -103,7 +103,7 @@ def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
     assert trainer.run(*arguments, "--dry-run")[0] == 0
     code, said = trainer.run(*arguments)
     assert code == 2
-    assert "dry already exists, from a --dry-run: run that (" in said
+    assert "dry already exists, from a --dry-run: start that run (" in said
 
 
 def test_what_a_later_stage_would_be_refused_for_is_reported_before_anything_runs(trainer: Trainer) -> None:

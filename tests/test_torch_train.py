@@ -342,7 +342,7 @@ def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
         assert (finals[name][0][mask] == 0).all()
 
     log = torchrun(stage, "-dialect", "caffe_jacinto", "-snapshot", "small_iter_5.solverstate")
-    assert "The sparsity schedule goes on from 0.2" in log
+    assert "The sparsity schedule continues from 0.2" in log
     again = weights_of(stage, 20)
     for name in LAYERS:
         np.testing.assert_array_equal(again[name][0], finals[name][0])

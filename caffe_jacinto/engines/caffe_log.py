@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 
@@ -41,6 +42,26 @@ class CaffeLog:
         """An F line; ending the program is the caller's part."""
         write_line("F", message, self._source)
 
+    def starts_from(self, weights: Path) -> None:
+        """Weights that a training starts from."""
+        self.info(f"Finetuning from {weights}")
+
+    def resumes_from(self, snapshot: Path) -> None:
+        """The solver state that a training resumes from."""
+        self.info(f"Resuming from {snapshot}")
+
+    def optimization_starts(self, net: object, lr_policy: str) -> None:
+        """``net`` names the network: its name, or its file."""
+        self.info("Starting Optimization")
+        self.info(f"Solving {net}")
+        self.info(f"Learning Rate Policy: {lr_policy}")
+
+    def optimization_ends(self, *, early: bool) -> None:
+        """``early``: before the last iteration, or before the stage was marked complete."""
+        if early:
+            self.info("Optimization stopped early.")
+        self.info("Optimization Done.")
+
     def using_devices(self, gpus: Sequence[int]) -> None:
         """Where the solver runs."""
         self.info(f"Using GPUs {', '.join(map(str, gpus))}" if gpus else "Use CPU.")
@@ -66,11 +87,39 @@ class CaffeLog:
             f"loss = {number(loss)}"
         )
 
+    def rate(self, iteration: int, rate: float, momentum: float | None) -> None:
+        """The learning rate of an iteration; with a ``momentum``, as the fork shows it."""
+        shown = "" if momentum is None else f", m = {number(momentum)}"
+        self.info(f"Iteration {iteration}, lr = {number(rate)}{shown}")
+
+    def last_loss(self, iteration: int, loss: float) -> None:
+        """The loss of the final weights, over one more batch."""
+        self.info(f"Iteration {iteration}, loss = {number(loss)}")
+
+    def writes_weights(self, path: Path) -> None:
+        """A ``.caffemodel`` that is written next."""
+        self.info(f"Snapshotting to binary proto file {path}")
+
+    def writes_state(self, path: Path) -> None:
+        """A ``.solverstate`` that is written next."""
+        self.info(f"Snapshotting solver state to binary proto file {path}")
+
+    def recalibrates(self, layers: int, batches: int) -> None:
+        """The final recalibration of ``layers`` batch-norm layers begins."""
+        if layers:
+            self.info(f"Recalibrating the statistics of {layers} batch-norm layers over {batches} batches")
+        else:
+            self.info("No batch-norm statistics to recalibrate")
+
     def test_begins(self, iteration: int, index: int, recalibrated_over: int = 0) -> None:
         """A test of net ``index``; ``recalibrated_over``: batches of its statistics, 0 for running ones."""
         self.info(f"Iteration {iteration}, Testing net (#{index})")
         if recalibrated_over:
             self.info(f"    Test statistics: recalibrated over {recalibrated_over} batches")
+
+    def test_interrupted(self) -> None:
+        """A test ends before its last batch."""
+        self.info("Test interrupted.")
 
     def outputs(self, kind: str, values: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> None:
         """The numbers of each output of the ``Train`` or ``Test`` net; ``weights`` has those of losses."""

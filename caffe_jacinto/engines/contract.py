@@ -1,4 +1,4 @@
-"""The contract of the engines: what a stage needs of a Caffe, whichever kind it is.
+"""The contract of the engines: what a stage needs of each kind of Caffe, and of PyTorch.
 
 An engine turns a job into commands (argument lists, never shell text). The driver runs them one after the
 other and then asks `Engine.finished`: Caffe exits with 0 when it is interrupted, too, so that an exit code
@@ -34,11 +34,11 @@ ImageShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is known of a Caffe that was found."""
+    """What is known about an engine."""
 
     kind: EngineKind
     executable: Path
-    """The ``caffe`` program; of the engine on PyTorch, the Python that runs it."""
+    """The ``caffe`` program; for PyTorch, the Python that runs it."""
 
     version: str | None
     """What the executable reports, e.g. ``1.0.0``; None if it reports none."""
@@ -68,7 +68,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The devices that a stage really runs on, and the passes of one update there."""
+    """The devices that a stage will use, and the passes per update on them."""
 
     gpus: tuple[int, ...]
     """Empty: the CPU."""
@@ -87,7 +87,7 @@ class TrainJob:
     """Start from these weights; random ones if this and ``snapshot`` are None."""
 
     snapshot: Path | None
-    """Go on from this ``.solverstate``, without ``weights``."""
+    """Resume from this ``.solverstate``; ``weights`` are then ignored."""
 
     gpus: tuple[int, ...]
     final_weights: Path
@@ -95,7 +95,7 @@ class TrainJob:
 
     sparse: SparseSettings | None
     freeze_zeros: bool
-    """Hold the convolutions' zeros of ``weights`` at zero."""
+    """Keep at zero the convolution weights that are zero in ``weights``."""
 
     reestimate_batches: int
     """Training batches to recalibrate batch-norm statistics over; 0: do not (the fork never does)."""
@@ -117,7 +117,7 @@ class TestJob:
 
 
 class Engine(Protocol):
-    """A Caffe that carries out stages."""
+    """Trains and tests the stages of a run."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -144,13 +144,13 @@ class Engine(Protocol):
         ...
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the stage is complete: its final weights exist, whole and recalibrated."""
+        """Whether the final weights exist, are complete and, if the job asks for it, recalibrated."""
         ...
 
     def test_command(self, job: TestJob) -> list[str]: ...
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
-        """``sparsity_start_factor`` for a solver file that goes on from the snapshot of ``iteration``.
+        """``sparsity_start_factor`` for a solver file that resumes from the snapshot of ``iteration``.
 
         ``log`` is what the stage has printed so far. None: the snapshot itself holds the schedule's factor.
         """
@@ -236,13 +236,13 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, batches: int) -> Non
         *("-recalibrate_tests", "--recalibrate_tests"),
         action="store_true",
         default=False,
-        help="also before each scheduled test; training goes on with its own statistics",
+        help="also before each scheduled test; training continues with its own statistics",
     )
     parser.add_argument(
         *("-freeze_zeros", "--freeze_zeros"),
         action="store_true",
         default=False,
-        help="hold the zeros that the convolutions' weights start with",
+        help="hold at zero the convolution weights that start as zeros",
     )
     for key, field in sparse_fields().items():
         annotation = SparseSettings.model_fields[key].annotation
@@ -252,7 +252,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, batches: int) -> Non
 
 
 def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
-    """What the flags of `add_stage_arguments` say of pruning; None where they ask for none.
+    """The pruning settings that these flags give; None if they do not ask for pruning.
 
     Raises:
         UserError: a value out of its range, or settings without a target.
@@ -262,6 +262,6 @@ def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
     if "sparsity_target" not in given:
         alone = [name for name in given if name != "display_sparsity"]
         if alone:
-            raise UserError(f"-{alone[0]} is a setting of pruning, and -sparsity_target is missing: add it")
+            raise UserError(f"-{alone[0]} is a pruning setting and needs -sparsity_target: add it")
         return None
     return sparse_settings(given, "-")

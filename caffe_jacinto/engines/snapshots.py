@@ -1,4 +1,4 @@
-"""A stage's snapshots: which of them training can go on from, and whether the stage is complete.
+"""A stage's snapshots: which of them training can resume from, and whether the stage is complete.
 
 Caffe writes a snapshot's two files one after the other, under their final names. After a kill either may be
 cut off, or be left from an earlier attempt.
@@ -35,7 +35,7 @@ def completion_record(final_weights: Path) -> Path:
 
 
 def mark_complete(final_weights: Path, recalibrated_batches: int) -> None:
-    """Record that ``final_weights`` are final, their statistics recalibrated over so many batches."""
+    """Record that the stage ended with exactly these weights, and the batches of their recalibration."""
     content = {"sha256": _sha256(final_weights), "reestimated_batches": recalibrated_batches}
     write_whole(completion_record(final_weights), json.dumps(content, indent=1) + "\n")
 
@@ -67,7 +67,7 @@ class Snapshot:
 
 
 class Skipped(NamedTuple):
-    """A snapshot that training cannot go on from."""
+    """A snapshot that training cannot resume from."""
 
     iteration: int
     reason: str
@@ -83,7 +83,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """The snapshot that a stage resumes from (None: it starts anew), and the newer ones passed over."""
+    """The snapshot that a stage resumes from (None: it starts from the beginning), and newer ones skipped."""
 
     snapshot: Snapshot | None
     skipped: tuple[Skipped, ...]
@@ -120,16 +120,16 @@ def weights_are_finite(caffemodel: Path) -> bool:
 
 
 def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:
-    """The snapshots ``<prefix>_iter_N`` whose two files are whole and belong together, newest first."""
+    """The snapshots ``<prefix>_iter_N`` whose two files are complete and belong together, newest first."""
     return list(survey(prefix, dialect).complete)
 
 
 def survey(prefix: Path, dialect: Dialect) -> Survey:
-    """All snapshots ``<prefix>_iter_N``: those that training can go on from, and those that it cannot."""
+    """All snapshots ``<prefix>_iter_N``: those that training can resume from, and those that it cannot."""
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
-    # A stage that holds zeros writes the masks of each snapshot first, whole.
+    # A stage that holds zeros writes the masks of each snapshot before its other files.
     masked = any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
     complete, skipped = [], []
     for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
@@ -145,7 +145,7 @@ def survey(prefix: Path, dialect: Dialect) -> Survey:
 
 
 def final_is_complete(final_weights: Path, dialect: Dialect) -> bool:
-    """Whether ``<prefix>_iter_N.caffemodel`` and its solver state exist, whole."""
+    """Whether ``<prefix>_iter_N.caffemodel`` and its solver state exist and are complete."""
     try:
         _checked(iteration_of(final_weights), final_weights, dialect)
     except UserError:
@@ -157,7 +157,7 @@ def iteration_of(snapshot: Path) -> int:
     """N of ``<prefix>_iter_N.caffemodel``.
 
     Raises:
-        UserError: the file is not named so.
+        UserError: the file name does not have this form.
     """
     match = re.fullmatch(r".*_iter_(\d+)", snapshot.stem)
     if match is None:
@@ -172,14 +172,14 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
             raise UserError(f"{file} is missing")
     state = stored_state(solverstate)
     if state.iteration != iteration:
-        raise UserError(f"{solverstate} is of iteration {state.iteration}")
+        raise UserError(f"{solverstate} records iteration {state.iteration}, not {iteration}")
     if Path(state.learned_net).name != caffemodel.name:
         raise UserError(f"{solverstate} belongs to {state.learned_net}")
     with mapped(caffemodel) as view:
         layers = stored_layers(view, caffemodel)
     if dialect is Dialect.BVLC:
         if not _same_shapes(layers, state):
-            raise UserError(f"{solverstate} is of another network than {caffemodel}")
+            raise UserError(f"{solverstate} belongs to a different network than {caffemodel}")
     else:
         _check_against_network(caffemodel, dialect)
     return Snapshot(iteration, caffemodel, solverstate)
@@ -188,8 +188,8 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
 def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:
     """Refuse weights that do not fill the train.prototxt beside them, where there is one.
 
-    The fork's history is not known well enough here to hold the weights against it, and a file cut off
-    just behind a layer reads well.
+    The layout of the fork's history is not known well enough to compare the weights with it, and a file cut
+    off right after a layer can still be parsed.
     """
     net = caffemodel.parent / "train.prototxt"
     if net.is_file():

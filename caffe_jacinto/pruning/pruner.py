@@ -1,9 +1,9 @@
 """Pruning while a network trains: masks, the sparsity schedule, and their file beside each snapshot.
 
-Both training loops prune by this class. They differ only in how weights are read, written and held at zero.
+Both training loops prune with this class. They differ only in how weights are read, written and held at zero.
 
-Snapshot file ``<prefix>_iter_N.masks.npz``: a NumPy archive of plain arrays. ``factor`` is the schedule's
-place; ``frozen/<layer>`` has one bit for each weight of the flattened blob (1: free).
+Snapshot file ``<prefix>_iter_N.masks.npz``: a NumPy archive of plain arrays. ``factor`` is the
+schedule's current factor; ``frozen/<layer>`` has one bit for each weight of the flattened blob (1: free).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def hold(self, masks: Arrays) -> None:
-        """Hold at zero, from now on, what ``masks`` freeze."""
+        """From now on keep at zero what ``masks`` freeze."""
 
     def count_zeros(self, layer: str) -> tuple[int, int]:
         """The zeros and the weights of a convolution."""
@@ -119,11 +119,11 @@ class Pruner(ABC):
         self.freeze_zeros()
 
     def save(self, snapshot: Path) -> None:
-        """Write the masks and the schedule's place beside ``snapshot``, whole."""
+        """Write the masks and the schedule's factor to a file beside ``snapshot``, atomically."""
         save_masks(snapshot, self.masks, self.factor)
 
     def load(self, snapshot: Path) -> None:
-        """Go on with the masks and the place beside ``snapshot``, whose weights the network has.
+        """Load the masks and the factor beside ``snapshot``, whose weights the network already has.
 
         Raises:
             UserError: as `load_masks`.
@@ -132,11 +132,11 @@ class Pruner(ABC):
         if self.masks:
             self.hold(self.masks)
         if self.sparse:
-            self._report(f"The sparsity schedule goes on from {self.factor:g}")
+            self._report(f"The sparsity schedule continues from {self.factor:g}")
 
 
 def save_masks(snapshot: Path, masks: Arrays, factor: float) -> None:
-    """Write ``masks`` and the schedule's ``factor`` beside ``snapshot``, whole."""
+    """Write ``masks`` and the schedule's ``factor`` to a file beside ``snapshot``, atomically."""
     import numpy as np
 
     arrays = {_LAYER + layer: np.packbits(mask != 0) for layer, mask in masks.items()}
@@ -165,14 +165,14 @@ def load_masks(snapshot: Path, weights: Arrays) -> tuple[dict[str, NDArray[np.fl
                 masks[layer] = bits.reshape(values.shape).astype(np.float32)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing: {snapshot} does not say which zeros were frozen; take an earlier snapshot"
+            f"{path} is missing: {snapshot} does not say which zeros were frozen; use an earlier snapshot"
         ) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be used ({error}); take an earlier snapshot") from error
+        raise UserError(f"{path} cannot be used ({error}); use an earlier snapshot") from error
     moved = sum(int(np.count_nonzero(weights[layer][mask == 0])) for layer, mask in masks.items())
     if moved:
         raise UserError(
-            f"{path} does not belong to {snapshot}: {moved} frozen weights are not zero; take an earlier one"
+            f"{path} does not belong to {snapshot}: {moved} frozen weights are not zero; use an earlier one"
         )
     return masks, factor
 
@@ -183,7 +183,7 @@ def masks_file(snapshot: Path) -> Path:
 
 
 def check_masks_file(snapshot: Path) -> None:
-    """Refuse a snapshot whose masks are not whole.
+    """Refuse a snapshot whose masks are not complete.
 
     Raises:
         UserError: they are missing, or cut off or changed (by their checksums).

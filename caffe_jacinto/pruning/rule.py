@@ -9,7 +9,6 @@ published log's first threshold, from a ``sparsity_start_factor`` of 0, says
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -148,35 +147,3 @@ def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float
     if achieved >= sparse.target or factor > factor_cap(sparse.target) + 1e-9:
         return None
     return min(round(factor + sparse.step_factor, 9), 1.0)
-
-
-def fork_start_factor(sparse: SparseSettings, iteration: int, log: str) -> float:
-    """The factor that the fork had reached at its snapshot of ``iteration``, which does not hold it.
-
-    It is read from the stage's ``log`` (of several runs, one after the other), up to the line that reports
-    this snapshot. Without that line the steps are counted. The count is right as long as the target was not
-    reached; after that the factor no longer matters, since zeros stay and no threshold follows.
-    """
-    factor = sparse.start_factor
-    reached = None
-    event = re.compile(
-        r"^sparsity_start_factor: (?P<start>\S+)"
-        r"|\] Initializing solver from (?P<fresh>parameters)"
-        r"|\] Finding and applying sparsity: (?P<applied>\S+)"
-        rf"|\] Snapshotting to binary proto file .*_iter_(?P<snapshot>{iteration})\.caffemodel",
-        re.MULTILINE,
-    )
-    for found in event.finditer(log):
-        if found["fresh"]:
-            factor = 0.0  # the schema's default, where the solver's text has no other
-        elif found["snapshot"]:
-            reached = factor
-        else:
-            factor = float(found["start"] or found["applied"])
-    if reached is not None:
-        return reached
-    factor = sparse.start_factor
-    for step in range(iteration):
-        if is_step(sparse, step):
-            factor = next_factor(sparse, factor, 0.0) or factor
-    return factor

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import Recipe
@@ -60,7 +60,7 @@ class EngineRecord(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    kind: str
+    kind: EngineKind
     executable: str
     version: str | None
     dialect: Dialect

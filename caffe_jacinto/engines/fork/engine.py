@@ -5,6 +5,7 @@ It runs on CUDA devices only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from caffe_jacinto.common.errors import UserError
@@ -20,7 +21,7 @@ from caffe_jacinto.engines.contract import (
     stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
-from caffe_jacinto.pruning.rule import fork_start_factor
+from caffe_jacinto.pruning.rule import is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 
@@ -55,3 +56,35 @@ class CaffeJacintoEngine:
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         return fork_start_factor(sparse, iteration, log)
+
+
+def fork_start_factor(sparse: SparseSettings, iteration: int, log: str) -> float:
+    """The factor that the fork had reached at its snapshot of ``iteration``, which does not hold it.
+
+    It is read from the stage's ``log`` (of several runs, one after the other), up to the line that reports
+    this snapshot. Without that line the steps are counted. The count is right as long as the target was not
+    reached; after that the factor no longer matters, since zeros stay and no threshold follows.
+    """
+    factor = sparse.start_factor
+    reached = None
+    event = re.compile(
+        r"^sparsity_start_factor: (?P<start>\S+)"
+        r"|\] Initializing solver from (?P<fresh>parameters)"
+        r"|\] Finding and applying sparsity: (?P<applied>\S+)"
+        rf"|\] Snapshotting to binary proto file .*_iter_(?P<snapshot>{iteration})\.caffemodel",
+        re.MULTILINE,
+    )
+    for found in event.finditer(log):
+        if found["fresh"]:
+            factor = 0.0  # the schema's default, where the solver's text has no other
+        elif found["snapshot"]:
+            reached = factor
+        else:
+            factor = float(found["start"] or found["applied"])
+    if reached is not None:
+        return reached
+    factor = sparse.start_factor
+    for step in range(iteration):
+        if is_step(sparse, step):
+            factor = next_factor(sparse, factor, 0.0) or factor
+    return factor

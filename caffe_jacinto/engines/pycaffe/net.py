@@ -128,7 +128,7 @@ class TestNets:
             sums: dict[str, list[float]] = {}
             for _ in range(batches):
                 if stop():
-                    self._log.info("Test interrupted.")
+                    self._log.test_interrupted()
                     return False
                 net.forward()
                 for name, values in output_values(net).items():

@@ -104,23 +104,19 @@ def complete_stage(
     any moment it can be repeated: the other weights stay as they are.
     """
     statistics = Statistics(net, frozen)
-    if batches and statistics.layers:
-        count = statistics.layers
-        log.info(f"Recalibrating the statistics of {count} batch-norm layers over {batches} batches")
-        if not statistics.recalibrate(batches, net.forward, stop):
-            return False
-    elif batches:
-        log.info("No batch-norm statistics to recalibrate")
     if batches:
-        _replace_weights(net, final_weights, log)
+        log.recalibrates(statistics.layers, batches)
+        if statistics.layers and not statistics.recalibrate(batches, net.forward, stop):
+            return False
+        log.writes_weights(final_weights)
+        _replace_weights(net, final_weights)
     if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):
         return False
     mark_complete(final_weights, batches)
     return True
 
 
-def _replace_weights(net: Any, final_weights: Path, log: CaffeLog) -> None:
-    log.info(f"Snapshotting to binary proto file {final_weights}")
+def _replace_weights(net: Any, final_weights: Path) -> None:
     descriptor, beside = tempfile.mkstemp(prefix=".recalibrated.", dir=final_weights.parent)
     try:
         net.save(beside)
@@ -143,8 +139,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not final_is_complete(arguments.weights, Dialect.BVLC):
         raise RunFailed(
-            f"{arguments.weights} and its solver state are not there whole: "
-            "training stopped before its last iteration; go on with it from the newest snapshot"
+            f"{arguments.weights} or its solver state is missing or cut off: "
+            "training stopped before its last iteration; resume it from the newest snapshot"
         )
     requests = StopRequests()
     caffe, log = start_caffe(arguments.pycaffe, arguments.gpu)

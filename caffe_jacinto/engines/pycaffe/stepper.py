@@ -25,7 +25,7 @@ from typing import Any
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.engines.caffe_log import CaffeLog, number
+from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pycaffe.net import (
     CaffePruner,
@@ -115,20 +115,18 @@ class Stepper:
         """Load the weights that the stage starts from. Their zeros are held from here on, as in the fork."""
         job = self.job
         if job.snapshot:
-            self.log.info(f"Resuming from {job.snapshot}")
+            self.log.resumes_from(job.snapshot)
             self.solver.restore(str(job.snapshot))
             self.pruner.load(job.snapshot)
         elif job.weights:
-            self.log.info(f"Finetuning from {job.weights}")
+            self.log.starts_from(job.weights)
             self.net.copy_from(str(job.weights))
             self.pruner.freeze_zeros()
         self._last_snapshot = self.iteration
 
     def train(self) -> None:
         """Train to the last iteration, or until a request to stop, and complete the stage."""
-        self.log.info("Starting Optimization")
-        self.log.info(f"Solving {self.job.solver.train_file}")
-        self.log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
+        self.log.optimization_starts(self.job.solver.train_file, self.parameters.lr_policy)
         self._display_sparsity()
         while self.iteration < self.parameters.max_iter and not self.requests.stop:
             self._display_and_test()
@@ -136,9 +134,8 @@ class Stepper:
                 self._iterate()
         if self._last_snapshot != self.iteration:
             self._snapshot()
-        if self.iteration < self.parameters.max_iter or not self._finish():
-            self.log.info("Optimization stopped early.")
-        self.log.info("Optimization Done.")
+        early = self.iteration < self.parameters.max_iter or not self._finish()
+        self.log.optimization_ends(early=early)
 
     def _display_and_test(self) -> None:
         sparse, interval = self.job.sparse, self.parameters.test_interval
@@ -177,7 +174,7 @@ class Stepper:
             self._snapshot()
 
     def _snapshot(self) -> None:
-        """Masks first and the solver state last: where that is whole, so is the rest."""
+        """Masks first and the solver state last: where that is complete, so is the rest."""
         state = self.job.solver.snapshot(self.iteration, ".solverstate")
         state.unlink(missing_ok=True)
         self.pruner.save(state)
@@ -188,7 +185,7 @@ class Stepper:
         """Caffe's last lines, then complete the stage; False if a request to stop came first."""
         self._display_sparsity()
         self.net.forward()
-        self.log.info(f"Iteration {self.iteration}, loss = {number(loss(self.net))}")
+        self.log.last_loss(self.iteration, loss(self.net))
         final = self.job.solver.snapshot(self.iteration, ".caffemodel")
         batches, frozen = self.job.reestimate_batches, self.job.solver.frozen_layers()
         return complete_stage(self.net, self.tests, final, batches, frozen, self._stop, self.log)
@@ -200,8 +197,7 @@ class Stepper:
         )
         self._displayed, self._display_time = self.iteration, now
         self.log.outputs("Train", output_values(self.net), loss_weights(self.net))
-        rate, momentum = self.job.solver.rate(iteration), self.parameters.momentum
-        self.log.info(f"Iteration {iteration}, lr = {number(rate)}, m = {number(momentum)}")
+        self.log.rate(iteration, self.job.solver.rate(iteration), self.parameters.momentum)
 
     def _display_sparsity(self) -> None:
         self.log.sparsity(*self.pruner.counts())

@@ -14,12 +14,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
 from caffe_jacinto.common.errors import USER_ERROR, RunFailed, UserError, run_command
 from caffe_jacinto.common.processes import end_with_parent
-from caffe_jacinto.engines.contract import add_stage_arguments, pruning_settings
+from caffe_jacinto.engines.contract import Precision, add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _act(options: Options) -> int:
     if options.action == "time":
-        from caffe_jacinto.engines.pytorch.timing import time_net
+        from caffe_jacinto.engines.pytorch.evaluate import time_net
 
         return time_net(options)
     if options.action == "test":
@@ -88,14 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     description, _, examples = (__doc__ or "").partition("\n")
     parser = Parser("caffe-torch", description, examples.strip("\n"))
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|test|time|device_query")
-    train = _action(actions, "train", "train or go on training")
+    train = _action(actions, "train", "train, or resume training")
     train.add_argument("-solver", "--solver", type=Path, required=True, metavar="FILE")
     start = train.add_mutually_exclusive_group()
     start.add_argument(
         "-weights", "--weights", type=_paths, default=(), metavar="FILE", help="start from these weights"
     )
     start.add_argument(
-        "-snapshot", "--snapshot", type=Path, metavar="FILE", help="go on from this .solverstate"
+        "-snapshot", "--snapshot", type=Path, metavar="FILE", help="resume from this .solverstate"
     )
     train.add_argument(
         "-shuffle", "--shuffle", action="store_true", help="another order of the images each time through"
@@ -138,7 +139,7 @@ def _action(actions: argparse._SubParsersAction[Parser], name: str, what: str) -
     parser.add_argument(
         "-precision",
         "--precision",
-        choices=["fp32", "bf16"],
+        choices=get_args(Precision),
         default="fp32",
         help="of convolutions and products; weights and statistics are fp32 (default: %(default)s)",
     )
@@ -154,8 +155,8 @@ def _gpus(text: str) -> tuple[int, ...] | None:
 
 
 def _paths(text: str) -> tuple[Path, ...]:
-    """Caffe takes several weight files with commas between them."""
-    return tuple(Path(part) for part in text.split(","))
+    """One weight file or, as Caffe takes them, several with commas between them."""
+    return (Path(text),) if Path(text).exists() else tuple(Path(part) for part in text.split(","))
 
 
 def _flag(text: str) -> bool:

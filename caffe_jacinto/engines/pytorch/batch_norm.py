@@ -144,7 +144,7 @@ class Statistics:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Put the statistics back, at the end, as they are now."""
-        self.share()  # as every test does: with recalibration or without, ranks go on with the same ones
+        self.share()  # as every test does: with recalibration or without, ranks continue with the same ones
         own = [tensor.clone() for tensor, _ in self._averages]
         try:
             yield

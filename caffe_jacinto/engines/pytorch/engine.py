@@ -45,7 +45,7 @@ class Options:
     """Start from these, the later ones over the earlier; or evaluate them."""
 
     snapshot: Path | None = None
-    """Go on from this ``.solverstate``."""
+    """Resume from this ``.solverstate``."""
 
     gpus: tuple[int, ...] | None = ()
     """Empty: the CPU; None: all GPUs."""
@@ -106,7 +106,7 @@ class TorchEngine:
         return [command + gpu_arguments(job.gpus)]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is whole and marked complete."""
+        """Whether the final snapshot is complete and marked so."""
         final = job.final_weights
         return final_is_complete(final, self.info.dialect) and is_marked_complete(final)
 

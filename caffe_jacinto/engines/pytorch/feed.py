@@ -27,7 +27,7 @@ from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.solver import TRAIN
 
 _WAIT_SECONDS = 2.0
-"""Between two looks at whether the other side still lives."""
+"""Between two checks that the other process is still alive."""
 
 _AHEAD = 2
 """Batches that are decoded ahead, for each worker."""
@@ -100,11 +100,11 @@ class Feed:
         return self._images.layer
 
     def limit_labels(self, classes: int, ignored: int | None) -> None:
-        """From now on refuse labels outside of so many classes, except for the label ``ignored``."""
+        """From now on refuse labels not in [0, ``classes``), except for the label ``ignored``."""
         self._classes = (classes, ignored)
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
-        """Go on with batch number ``block``, and then every ``stride``-th; decode ``count`` of them ahead."""
+        """Continue with batch ``block``, and then every ``stride``-th; decode ``count`` of them ahead."""
         while self._outstanding():
             self._take_done()
         self._free += self._ready.values()
@@ -178,7 +178,7 @@ class Feed:
             slot = self._free.pop()
             event = self._copied[slot]
             if event is not None:
-                event.synchronize()  # long past: other batches went through the device since
+                event.synchronize()  # done long ago: other batches went through the device since
                 self._copied[slot] = None
             self._tasks.put((slot, self._asked))
             self._asked += self._stride
@@ -301,7 +301,7 @@ class Inputs:
                 feed.limit_labels(*limits[tops[1]])
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
-        """Go on with batch number ``block`` and then every ``stride``-th, ``count`` of them."""
+        """Continue with batch number ``block`` and then every ``stride``-th, ``count`` of them."""
         for feed in self._feeds:
             feed.start_at(block, stride, count)
 

@@ -1,4 +1,4 @@
-"""Snapshots of a training: ``.caffemodel`` and ``.solverstate`` as Caffe has them, to go on from exactly.
+"""Snapshots of a training: ``.caffemodel`` and ``.solverstate`` as Caffe has them, for an exact resume.
 
 The solver state is Caffe's message, which stock Caffe reads, too. One more field follows, which protobuf
 ignores: the seed and the number of images that the training has seen. Order, crops, mirroring and dropout
@@ -72,7 +72,7 @@ def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
 
 
 def save_weights(net: Net, path: Path) -> None:
-    """Write all layers of ``net`` with their blobs, as Caffe does, whole or not at all."""
+    """Write all layers of ``net`` with their blobs, as Caffe does, atomically."""
     new = [NewLayer(_header(net, layer), _arrays(net, layer.name)) for layer in net.layers]
     write_whole(path, net_parts(net.name, new, net.dialect))
 
@@ -130,7 +130,7 @@ def write_state(
     place: Place,
     dialect: Dialect,
 ) -> None:
-    """Write the solver state ``path``, whole or not at all."""
+    """Write the solver state ``path``, atomically."""
     head = messages(dialect).SolverState(
         iter=iteration, current_step=current_step, learned_net=str(learned_net)
     )
@@ -179,5 +179,5 @@ def read_place(path: Path) -> Place | None:
                 if field.number == _PLACE and field.wire_type == LENGTH:
                     return Place(**json.loads(bytes(view[field.start : field.end])))
     except (NotWholeError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: its place in the data cannot be read ({error}); take another one") from None
+        raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
     return None

@@ -2,7 +2,7 @@
 
 Each iteration is Caffe's: a test where one is due, passes forward and backward, one update, a snapshot where
 one is due. Everything random and the place in the data follow from the seed and the number of images seen,
-which snapshots hold: a resumed training is the training that never stopped.
+which snapshots hold: a resumed training gives the weights of one that never stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.data.batches import random_numbers
-from caffe_jacinto.engines.caffe_log import CaffeLog, number
+from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
@@ -48,14 +48,14 @@ from caffe_jacinto.pruning.pruner import masks_file
 
 T = TypeVar("T")
 
-_MOST_UNSEEN = 1000
-"""Losses that may wait on the device before they are looked at."""
+_MOST_UNCHECKED = 1000
+"""Losses that may wait on the device before they are checked."""
 
 
 def train(options: Options) -> int:
     """Train as ``options`` say, and return the exit code. Stopped by a signal it is 0, as Caffe's.
 
-    From the last iteration's snapshot nothing is trained, and the stage is completed again.
+    From the last iteration's snapshot nothing more is trained; the stage is only completed again.
 
     Raises:
         UserError: a file that is missing, damaged or not supported; nothing was trained.
@@ -135,7 +135,7 @@ class Trainer:
         log.info("Solver scaffolding done.")
         self._begin()
         self._losses: deque[Tensor] = deque(maxlen=max(self.parameters.average_loss, 1))
-        self._unseen: list[tuple[int, Tensor]] = []
+        self._unchecked: list[tuple[int, Tensor]] = []
         self._displayed, self._display_time = self.iteration, time.monotonic()
 
     # What the training starts from
@@ -191,7 +191,7 @@ class Trainer:
             yield from (path.strip() for path in entry.split(","))
 
     def _load(self, path: Path) -> None:
-        self.log.info(f"Finetuning from {path}")
+        self.log.starts_from(path)
         missing, unused = load_weights(self.net, path)
         for name in unused:
             self.log.info(f"Ignoring source layer {name}")
@@ -199,12 +199,12 @@ class Trainer:
             self.log.info(f"Layer {name} is not in {path}: it starts as its fillers say")
 
     def _resume(self, snapshot: Path) -> None:
-        self.log.info(f"Resuming from {snapshot}")
+        self.log.resumes_from(snapshot)
         history = [tensor for moment in self.updater.history for tensor in moment]
         self.iteration, weights, place = read_state(snapshot, history)
         missing, _ = load_weights(self.net, weights)
         if missing:
-            raise UserError(f"{weights}: lacks layer {missing[0]} of {self.net.where}; take another snapshot")
+            raise UserError(f"{weights}: lacks layer {missing[0]} of {self.net.where}; use another snapshot")
         if place is None:
             self._block = self.iteration * self.parameters.iter_size * self.ranks.size
         else:
@@ -226,25 +226,21 @@ class Trainer:
             UserError: a record of the data cannot be used.
         """
         most = self.parameters.max_iter
-        self.log.info("Starting Optimization")
-        self.log.info(f"Solving {self.net.name}")
-        self.log.info(f"Learning Rate Policy: {self.parameters.lr_policy}")
+        self.log.optimization_starts(self.net.name, self.parameters.lr_policy)
         if self.holds_zeros:
             self._display_sparsity()
-        self._go_to_place(self._block)
+        self._move_to_block(self._block)
         while self.iteration < most and not self._stopped:
             self._display_and_test()
             if not self._stopped:
                 self._iterate()
         if self.parameters.snapshot_after_train and self._last_snapshot != self.iteration:
             self._snapshot()
-        if self._stopped or not self._finish():
-            self.log.info("Optimization stopped early.")
-        self.log.info("Optimization Done.")
+        self.log.optimization_ends(early=self._stopped or not self._finish())
         return 0
 
-    def _go_to_place(self, block: int) -> None:
-        """Go on with batch number ``block`` and, by it, with that pass's random numbers."""
+    def _move_to_block(self, block: int) -> None:
+        """Make batch number ``block`` the next one; it also determines that pass's random numbers."""
         self._block = block
         self.inputs.start_at(block + self.ranks.rank, self.ranks.size)
 
@@ -254,7 +250,7 @@ class Trainer:
             self._display_sparsity()
         interval = self.parameters.test_interval
         if interval and iteration % interval == 0 and (iteration or self.parameters.test_initialization):
-            self._look_at_losses()
+            self._check_losses()
             self._test()
 
     def _sparsity_interval(self) -> int:
@@ -273,7 +269,7 @@ class Trainer:
         with self.statistics.kept():
             done = self.statistics.recalibrate(batches, self._pass, self._stop)
             done = done and self.tests.test(self.iteration, self._stop, batches)
-        self._go_to_place(place)
+        self._move_to_block(place)
         self._stopped |= not done
 
     def _stop(self) -> bool:
@@ -292,7 +288,7 @@ class Trainer:
             part = result.loss.detach()
             loss = part if loss is None else loss + part
         assert loss is not None and result is not None
-        self._note(loss / passes)
+        self._remember_loss(loss / passes)
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration, result)
         self.ranks.average(self.updater.gradients())
@@ -315,29 +311,33 @@ class Trainer:
         self._block += self.ranks.size
         return result
 
-    # What it reports
+    # The log
 
-    def _note(self, loss: Tensor) -> None:
+    def _remember_loss(self, loss: Tensor) -> None:
         """Remember this iteration's loss, which the device may still be computing."""
         self._losses.append(loss)
-        self._unseen.append((self.iteration, loss))
-        if len(self._unseen) >= _MOST_UNSEEN:
-            self._look_at_losses()
+        self._unchecked.append((self.iteration, loss))
+        if len(self._unchecked) >= _MOST_UNCHECKED:
+            self._check_losses()
 
-    def _look_at_losses(self) -> None:
-        """End a training whose loss is no longer a number; waits for the device."""
-        if not self._unseen:
+    def _check_losses(self) -> None:
+        """Wait for the device, and fail if a loss is no longer a number.
+
+        Raises:
+            RunFailed: one is not.
+        """
+        if not self._unchecked:
             return
-        values = self.ranks.total(torch.stack([loss for _, loss in self._unseen]).tolist())
-        bad = [at for (at, _), value in zip(self._unseen, values, strict=True) if not math.isfinite(value)]
-        self._unseen.clear()
+        values = self.ranks.total(torch.stack([loss for _, loss in self._unchecked]).tolist())
+        bad = [at for (at, _), value in zip(self._unchecked, values, strict=True) if not math.isfinite(value)]
+        self._unchecked.clear()
         if bad:
             raise RunFailed(
                 f"Iteration {bad[0]}: the loss is not a number; try a lower base_lr, or clip_gradients"
             )
 
     def _display(self, iteration: int, result: NetResult) -> None:
-        self._look_at_losses()
+        self._check_losses()
         smoothed = torch.stack(list(self._losses)).mean()
         names = self.net.output_names
         parts = [smoothed.reshape(1), *(result.outputs[name].reshape(-1) for name in names)]
@@ -348,16 +348,15 @@ class Trainer:
         self._displayed, self._display_time = iteration, now
         outputs = named(names, [part.numel() for part in parts[1:]], values[1:])
         self.log.outputs("Train", outputs, self.net.loss_weights)
-        momentum = ""
-        if self.solver.dialect is Dialect.CAFFE_JACINTO:
-            momentum = f", m = {number(self.parameters.momentum)}"
-        self.log.info(f"Iteration {iteration}, lr = {number(self.solver.rate(iteration))}{momentum}")
+        fork = self.solver.dialect is Dialect.CAFFE_JACINTO
+        momentum = self.parameters.momentum if fork else None
+        self.log.rate(iteration, self.solver.rate(iteration), momentum)
 
-    # What it leaves behind
+    # Snapshots and the end of the stage
 
     def _snapshot(self) -> None:
-        """Masks first and the solver state last: where that is whole, so is the rest."""
-        self._look_at_losses()
+        """Masks first and the solver state last: where that is complete, so is the rest."""
+        self._check_losses()
         self._last_snapshot = self.iteration
         if not self.ranks.first:
             return
@@ -365,9 +364,9 @@ class Trainer:
         state.unlink(missing_ok=True)
         if self.holds_zeros:
             self.pruner.save(state)
-        self.log.info(f"Snapshotting to binary proto file {weights}")
+        self.log.writes_weights(weights)
         save_weights(self.net, weights)
-        self.log.info(f"Snapshotting solver state to binary proto file {state}")
+        self.log.writes_state(state)
         write_state(
             state,
             iteration=self.iteration,
@@ -391,10 +390,10 @@ class Trainer:
             with torch.no_grad():
                 loss = self._pass().loss
             (value,) = self.ranks.total([float(loss)])
-            self.log.info(f"Iteration {self.iteration}, loss = {number(value / self.ranks.size)}")
+            self.log.last_loss(self.iteration, value / self.ranks.size)
         if batches:
             # The place at which a training resumed from its last snapshot would be.
-            self._go_to_place(place)
+            self._move_to_block(place)
             return self._complete(batches)
         if interval and self.iteration % interval == 0:
             self._test()
@@ -406,17 +405,12 @@ class Trainer:
         After a kill at any moment it can be repeated. False: a request to stop came first.
         """
         layers = self.statistics.layers
-        if layers:
-            self.log.info(
-                f"Recalibrating the statistics of {layers} batch-norm layers over {batches} batches"
-            )
-            if not self.statistics.recalibrate(batches, self._pass, self._stop):
-                return False
-        else:
-            self.log.info("No batch-norm statistics to recalibrate")
+        self.log.recalibrates(layers, batches)
+        if layers and not self.statistics.recalibrate(batches, self._pass, self._stop):
+            return False
         final = self._file(".caffemodel")
         if self.ranks.first:
-            self.log.info(f"Snapshotting to binary proto file {final}")
+            self.log.writes_weights(final)
             save_weights(self.net, final)
         if not self.tests.test(self.iteration, self._stop, batches if layers else 0):
             return False
