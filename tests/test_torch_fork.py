@@ -100,7 +100,7 @@ def test_every_stage_by_the_forks_own_fields(fork: Path, tmp_path: Path) -> None
 
 def test_gpus_that_are_not_there(fork: Path, tmp_path: Path) -> None:
     code, said = Trainer(fork, tmp_path).run(*tiny(), "-gpu", "1,2", "--output", "refused")
-    assert (code, "2 is not there" in said) == (2, True)
+    assert (code, "2 does not exist" in said) == (2, True)
     code, said = Trainer(fork, tmp_path).run(*tiny(), "--output", "refused")
     assert (code, "trains on GPUs only" in said) == (2, True)
 
