@@ -74,8 +74,8 @@ def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: 
         "network.strides=[2,2,2,2,1]",
     ]
     if "sparse" in only:
-        ramp = {"start_iter": 1, "step_iter": 1, "step_factor": 0.2, "display": 2}
-        settings += [f"stages.sparse.sparse.{name}={value}" for name, value in ramp.items()]
+        schedule = {"start_iter": 1, "step_iter": 1, "step_factor": 0.2, "display": 2}
+        settings += [f"stages.sparse.sparse.{name}={value}" for name, value in schedule.items()]
     for stage in only:
         values = {"max_iter": stages.get(stage, ITERATIONS), "snapshot": 2, "test_interval": 3, "display": 1}
         settings += [f"stages.{stage}.solver.{name}={value}" for name, value in values.items()]

@@ -1,4 +1,4 @@
-"""Fine-tuning for another task: what is frozen, what learns faster, what begins anew."""
+"""Fine-tuning for another task: what is frozen, what learns faster, what is initialized again."""
 
 from __future__ import annotations
 

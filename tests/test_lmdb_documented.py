@@ -1,4 +1,4 @@
-"""The commands of docs/lmdb.md and of create_lmdb's own help, as they stand there."""
+"""The commands of docs/lmdb.md and of create_lmdb's own help, as written there."""
 
 from __future__ import annotations
 

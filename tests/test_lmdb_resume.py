@@ -1,4 +1,4 @@
-"""Never a half LMDB: after any interruption the same command goes on, to the same records."""
+"""Never half an LMDB: after any interruption the same command continues, to the same records."""
 
 from __future__ import annotations
 

@@ -55,8 +55,13 @@ def test_the_imagenet_recipe_holds_the_published_values() -> None:
         assert (stage.solver.max_iter, stage.solver.base_lr) == (160_000, 0.01)
         assert (stage.solver.regularization, stage.solver.weight_decay) == ("L1", 1e-5)
     assert sparse.sparse is not None
-    ramp = sparse.sparse
-    assert (ramp.target, ramp.step_factor, ramp.step_iter, ramp.start_iter) == (0.8, 0.01, 1000, 20_000)
+    schedule = sparse.sparse
+    assert (schedule.target, schedule.step_factor, schedule.step_iter, schedule.start_iter) == (
+        0.8,
+        0.01,
+        1000,
+        20_000,
+    )
     assert (finetune.solver.max_iter, finetune.solver.base_lr, finetune.freeze_zeros) == (32_000, 1e-3, True)
     assert [stage.start for stage in recipe.stages.values()] == [None, "initial", "l1reg", "sparse"]
 

@@ -1,4 +1,4 @@
-"""Which snapshots training can go on from."""
+"""Which snapshots training can resume from."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_frozen_zeros_never_move_with_momentum_from_before_the_threshold(sparse:
 def test_without_the_masks_the_same_zeros_do_move(
     caffe_engine: Engine, sparse: SmallStage, tmp_path: Path
 ) -> None:
-    """Stock ``caffe train`` goes on from there: something does push the zeros of the test above."""
+    """Stock ``caffe train`` continues from there: something does push the zeros of the test above."""
     stage = SmallStage(tmp_path, sparse.lmdb)
     for kind in ("caffemodel", "solverstate"):
         (tmp_path / f"small_iter_10.{kind}").write_bytes(

@@ -151,7 +151,7 @@ def test_ranks_train_stop_and_fail_together(digits: Path, tmp_path: Path) -> Non
 
 @pytest.mark.caffe
 def test_ranks_end_with_a_launcher_that_is_killed(digits: Path, tmp_path: Path) -> None:
-    """They would train on, unseen, beside the run that is started anew."""
+    """They would keep training, unseen, beside the run when it is started again."""
     stage = SmallStage(tmp_path, digits)
     stage.solver(max_iter=100_000, snapshot=100_000, test_interval=100_000, display=1)
     log = tmp_path / "ranks.log"

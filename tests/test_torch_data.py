@@ -48,7 +48,7 @@ def test_a_test_batch_is_caffes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To the last bit, in every setting of the transform; the LMDB begins anew in the second batch."""
+    """To the last bit, in every setting of the transform; the LMDB starts again in the second batch."""
     monkeypatch.chdir(tmp_path)
     pictures = [noise(HEIGHT, WIDTH, 1 if stored == "grey" else 3, seed) for seed in range(5)]
     forms = {

@@ -1,4 +1,4 @@
-"""`train --engine torch`: the whole way in both dialects, stops and going on."""
+"""`train --engine torch`: all stages in both dialects, stops and resumes."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_statistics_are_the_same_in_both_dialects(initial: SmallStage, digits: P
 
 
 def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
-    """The batch is divided, rounded up; the solver's own fields sparsify; going on gives the same bits."""
+    """The batch is divided, rounded up; the solver's own fields sparsify; a resume gives the same bits."""
     stage = in_the_forks_dialect(SmallStage(tmp_path, digits))
     train = tmp_path / "train.prototxt"
     train.write_text(train.read_text().replace("batch_size: 32", "batch_size: 33"))

@@ -182,7 +182,7 @@ def test_truncated_snapshots_are_passed_over(trainer: Trainer) -> None:
     newest.write_bytes(newest.read_bytes()[:-1000])
     with trainer.running("--resume", "stopped") as process:
         before = len(trainer.log("stopped", "initial"))
-        wait_for(lambda: "] Iteration" in trainer.log("stopped", "initial")[before:], "going on")
+        wait_for(lambda: "] Iteration" in trainer.log("stopped", "initial")[before:], "resuming")
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -243,15 +243,15 @@ def test_a_finished_stage_whose_weights_are_damaged_goes_on_from_its_snapshot(
 
 def test_an_interrupted_hand_over_is_told_as_such(trainer: Trainer) -> None:
     with trainer.running(
-        *tiny(recipe_of(trainer.folder, "initial"), ("initial",)), "--output", "hand over"
+        *tiny(recipe_of(trainer.folder, "initial"), ("initial",)), "--output", "late stop"
     ) as process:
-        wait_for(lambda: "Recalibrating" in trainer.log("hand over", "initial"), "hand-over")
-        os.kill(trainer.pid("hand over", "initial"), signal.SIGINT)
+        wait_for(lambda: "Recalibrating" in trainer.log("late stop", "initial"), "recalibration")
+        os.kill(trainer.pid("late stop", "initial"), signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "before the stage was marked complete" in said
-    assert "to resume: python -m caffe_jacinto.train --resume 'hand over'" in said
-    assert trainer.run("--resume", "hand over")[0] == 0
+    assert "to resume: python -m caffe_jacinto.train --resume 'late stop'" in said
+    assert trainer.run("--resume", "late stop")[0] == 0
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_and_its_caffe(trainer: Trainer) -> None:

@@ -154,7 +154,7 @@ def _last_words(action: Callable[[], object]) -> str:
     """Caffe's error if ``action``, tried in a child process, makes it end the process; else empty."""
     with tempfile.TemporaryFile() as said:
         with warnings.catch_warnings():
-            # The child calls only Caffe, whose threads (OpenBLAS) start anew after a fork.
+            # The child calls only Caffe, whose threads (OpenBLAS) start again after a fork.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:

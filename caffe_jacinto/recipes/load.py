@@ -235,7 +235,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         try:
             tomllib.loads(collected)
         except tomllib.TOMLDecodeError:
-            continue  # a text or an array that goes on in the next line
+            continue  # a text or an array that continues on the next line
         yield first, collected
         collected = ""
 

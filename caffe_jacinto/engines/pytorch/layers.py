@@ -326,7 +326,7 @@ def softmax(layer: LayerSetup) -> Forward:
 
 
 def dummy_data(layer: LayerSetup) -> Forward:
-    """Constant tops are made once; others are drawn anew for every pass, as in Caffe."""
+    """Constant tops are made once; others are drawn again for every pass, as in Caffe."""
     layer.takes(0, tops=len(layer.message.top))
     fields = layer.parameters(
         "dummy_data_param", "shape", "data_filler", "num", "channels", "height", "width"
