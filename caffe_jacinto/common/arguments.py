@@ -61,7 +61,7 @@ def whole_numbers(least: int, example: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def gpu_list(text: str) -> tuple[int, ...]:
-    """An argument type: GPU numbers, ``0,1`` -> (0, 1); an empty text selects the CPU: ()."""
+    """An argument type: GPU numbers, ``0,1`` -> (0, 1); "" selects the CPU: ()."""
     if not text.strip():
         return ()
     parts = text.split(",")
