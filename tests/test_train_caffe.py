@@ -208,7 +208,7 @@ def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> Non
         said, _ = process.communicate(timeout=60)
     assert "Optimization Done." in trainer.log("interrupted caffe", "initial")
     assert process.returncode == 1
-    assert "Caffe ended early" in said
+    assert "training ended early" in said
 
 
 @pytest.mark.parametrize("damage", ["cut off", "deleted"])
