@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
@@ -282,3 +284,31 @@ def test_what_caffe_writes_is_read_and_fits(caffe_engine: Engine, tmp_path: Path
         for blob, values in zip(layer.blobs, read.get(layer.name, []), strict=True):
             assert values.ravel().tolist() == list(blob.data)
             assert list(values.shape) == list(blob.shape.dim)
+
+
+LARGE = """
+layer { name: "data" type: "DummyData" top: "data"
+  dummy_data_param { shape { dim: 1 } data_filler { type: "constant" value: 133119 } } }
+layer { name: "table" type: "Embed" bottom: "data" top: "row"
+  embed_param { input_dim: 133120 num_output: 1024 bias_term: false } }
+layer { name: "sum" type: "Reduction" bottom: "row" top: "sum" }
+"""
+"""The sum of the last row of a table of 520 MiB."""
+
+
+@pytest.mark.caffe
+def test_real_caffe_reads_weights_of_520_mib(caffe_engine: Engine, tmp_path: Path) -> None:
+    """VGG-16 and VGG-19 are of that size."""
+    net, weights = tmp_path / "large.prototxt", tmp_path / "large.caffemodel"
+    net.write_text(LARGE)
+    table = np.zeros((133120, 1024), np.float32)
+    table[-1] = 0.5
+    header = messages(Dialect.BVLC).NetParameter().layer.add(name="table", type="Embed")
+    write_net(weights, "large", [NewLayer(header, [table])], Dialect.BVLC)
+    del table
+    assert weights.stat().st_size > 520 * 1024**2
+    command = [str(caffe_engine.info.executable), "test", "-model", net, "-weights", weights]
+    done = subprocess.run([*command, "-iterations", "1"], capture_output=True, text=True, check=False)
+    weights.unlink()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Batch 0, sum = 512\n" in done.stderr

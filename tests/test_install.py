@@ -262,6 +262,34 @@ def test_a_second_run_finds_caffe_and_does_nothing_else(installed: Path) -> None
 
 
 @pytest.mark.caffe
+def test_a_caffe_of_an_earlier_build_is_built_again(installed: Path, tmp_path: Path) -> None:
+    """Until the new one is complete, the earlier one stays."""
+    prefix = tmp_path / "caffe"
+    shutil.copytree(installed, prefix, symlinks=True)
+    note = prefix / "installed.txt"
+    note.write_text(re.sub(r"build \d+\n", "", note.read_text()))  # The first build did not write its number.
+    install = Install(prefix)
+    install.wait_until_it_says("compiling")
+    install.stop(signal.SIGTERM)
+    said = install.output.read_text()
+    assert f"The Caffe in {prefix} cannot read weight files of 512 MiB and more. It is built again" in said
+    assert "fetching the source package from the Caffe that is replaced" in said
+    assert "caffe version" in run(prefix / "bin/caffe", "--version").stdout
+
+
+def test_folders_exchange_their_names(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "is").write_text(name)
+    call = f'. "{UTILS}/steps.sh"; exchange "$1" "{tmp_path}/new" "{tmp_path}/old"'
+    # By renameat2, and, without a Python, by renaming one after the other.
+    for python, found in ((sys.executable, "new"), ("/bin/false", "old")):
+        assert run("bash", "-euc", call, "bash", python).returncode == 0
+        assert (tmp_path / "old" / "is").read_text() == found
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.caffe
 @pytest.mark.parametrize("arguments", [(), ("--torch",)], ids=["plain", "torch"])
 def test_a_second_set_up_installs_nothing(caffe_engine: Engine, arguments: tuple[str, ...]) -> None:
     if Path(sys.prefix) != ROOT / ".venv":

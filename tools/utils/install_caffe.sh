@@ -11,13 +11,15 @@
 # The prefix gets bin/{caffe,convert_imageset,compute_image_mean}, lib/libcaffe.so*, python/caffe, and in src/ the source
 # package, Caffe's license, caffe.proto and tools/extra. Caffe is built and tested in a temporary folder beside the prefix,
 # which is then renamed. A prefix that exists is therefore complete: an interrupted installation leaves only a temporary
-# folder, which the next one removes. The build takes about 7 minutes of CPU time and 1 GB of disk.
+# folder, which the next one removes. A Caffe that an earlier version of this script built with a fault is built again, and
+# replaced in one step. The build takes about 7 minutes of CPU time and 1 GB of disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$here/steps.sh"
 
-# Official Caffe 1.0 (commit 9b89154) with one protobuf call updated and without reading weights from HDF5.
+# Official Caffe 1.0 (commit 9b89154) with one protobuf call updated and without reading weights from HDF5. The updated call
+# has a fault, which is put right below.
 package=brocolli-caffe version=3.0.0
 sha256=ad7ba487552f4343df25044a9fa14812a96add48ea2ff993b53bf2dafe8248e2
 source_files=116 # steps of the build, for the first estimate
@@ -42,10 +44,9 @@ case $prefix in /*) ;; *) prefix=$PWD/$prefix ;; esac
 prefix=${prefix%/}
 base=$(dirname "$prefix")
 
-installed() { [ -f "$prefix/installed.txt" ] && caffe_runs "$prefix/bin/caffe"; }
 already() { say "Caffe is already installed: $prefix/bin/caffe"; exit 0; }
 
-if installed; then already; fi
+if caffe_is_installed "$prefix"; then already; fi
 [ -f "$prefix/installed.txt" ] || [ ! -e "$prefix" ] || rmdir "$prefix" 2>/dev/null ||
   fail "$prefix exists and was not made by this script: remove it or choose another --prefix"
 missing=$(missing_packages "${caffe_packages[@]}" | xargs)
@@ -59,7 +60,7 @@ exec 9>"$base/.caffe-install.lock"
 if ! flock -n 9; then
   say "Another installer is building Caffe: waiting for it"
   flock 9
-  if installed; then already; fi
+  if caffe_is_installed "$prefix"; then already; fi
 fi
 rm -rf "$base"/.caffe-install.tmp-* 2>/dev/null || true # leftovers of interrupted installations
 
@@ -100,6 +101,10 @@ give_up() {
   fail "$1 failed; its full output is in $base/caffe-install.log"
 }
 
+earlier=$(build_in "$prefix") || earlier=$caffe_build
+if [ "$earlier" -lt "$caffe_build" ]; then
+  say "The Caffe in $prefix cannot read weight files of 512 MiB and more. It is built again, and stays in use until then."
+fi
 say "Building Caffe 1.0 for Python $python_version with $jobs jobs, about $(duration $((source_files * seconds_per_step / jobs))), into $prefix"
 
 # pycaffe must be built with the headers of NumPy 2: it then works with NumPy 1 as well, but not the other way round.
@@ -110,11 +115,19 @@ if ! "$python" -c 'import pip, numpy, google.protobuf, six, skimage; assert nump
   quietly "$python" -m pip install -q 'numpy>=2' protobuf six scikit-image
 fi
 
-say "  fetching the source package $package $version (5 MB)"
-echo "$package==$version --hash=sha256:$sha256" >"$work/requirements.txt"
-quietly "$python" -m pip download -q --no-deps --no-binary "$package" --require-hashes -r "$work/requirements.txt" -d "$work"
+archive=$package-$version.tar.gz
+if cp "$prefix/src/$archive" "$work" 2>/dev/null && sha256sum --status -c <<<"$sha256  $work/$archive"; then
+  say "  fetching the source package from the Caffe that is replaced"
+else
+  say "  fetching the source package $package $version (5 MB)"
+  echo "$package==$version --hash=sha256:$sha256" >"$work/requirements.txt"
+  quietly "$python" -m pip download -q --no-deps --no-binary "$package" --require-hashes -r "$work/requirements.txt" -d "$work"
+fi
 mkdir "$work/source" "$work/build"
-quietly tar -xf "$work/$package-$version.tar.gz" -C "$work/source" --strip-components=1 --no-same-owner
+quietly tar -xf "$work/$archive" -C "$work/source" --strip-components=1 --no-same-owner
+# The package's updated protobuf call limits a file to 512 MiB; official Caffe's constant beside it is 2 GB.
+quietly sed -i 's/SetTotalBytesLimit(536870912)/SetTotalBytesLimit(kProtoReadBytesLimit)/' "$work/source/src/caffe/util/io.cpp"
+quietly grep 'SetTotalBytesLimit(kProtoReadBytesLimit)' "$work/source/src/caffe/util/io.cpp"
 mkdir -p "$work/source/examples" # missing in the package, but required by CMake
 : >"$work/source/examples/CMakeLists.txt"
 
@@ -158,7 +171,7 @@ cp "$work/build/lib/_caffe.so" "$new/python/caffe/"
 strip --strip-unneeded "$new"/bin/* "$new"/lib/libcaffe.so.* "$new/python/caffe/_caffe.so"
 cp -r "$work/source/tools/extra" "$new/src/tools/"
 cp "$work/source/src/caffe/proto/caffe.proto" "$new/src/src/caffe/proto/"
-cp "$work/source/LICENSE" "$work/$package-$version.tar.gz" "$new/src/"
+cp "$work/source/LICENSE" "$work/$archive" "$new/src/"
 
 # Ubuntu 22.04's protoc writes Python that today's protobuf package rejects. This is what newer versions write.
 quietly protoc -I "$work/source/src/caffe/proto" --descriptor_set_out="$work/caffe.binpb" caffe.proto
@@ -202,10 +215,10 @@ quietly env PYTHONPATH="$new/python" "$python" "$work/try_out.py" "$work/try_out
 cat >"$new/installed.txt" <<TEXT
 Caffe 1.0, CPU only, with pycaffe for Python $python_version
 source $package $version sha256 $sha256
+build $caffe_build
 made by install_caffe.sh on $(date -u +%Y-%m-%dT%H:%M:%SZ)
 TEXT
 chmod -R a+rX "$new"
 sync -f "$new" # on disk before it gets its name, in case of a power failure
-[ ! -e "$prefix" ] || mv -T "$prefix" "$work/replaced" # an installation of ours that no longer runs
-mv -T "$new" "$prefix"
+if [ -e "$prefix" ]; then exchange "$python" "$new" "$prefix"; else mv -T "$new" "$prefix"; fi
 say "Caffe is installed: $prefix/bin/caffe"

@@ -31,12 +31,13 @@ own_caffe() {
   candidate=$(command -v caffe) && caffe_runs "$candidate" && echo "$candidate"
 }
 
-# Prints the Caffe in the prefix for the distribution's Python; fails if Python or a complete Caffe is missing.
+# Prints the Caffe in the prefix for the distribution's Python; fails if Python or a complete Caffe of today's build is
+# missing.
 built_caffe() {
   local prefix
   [ -x "$python" ] || return 1
   prefix=$(default_prefix "$(python_version "$python")")
-  [ -f "$prefix/installed.txt" ] && caffe_runs "$prefix/bin/caffe" && echo "$prefix/bin/caffe"
+  caffe_is_installed "$prefix" && echo "$prefix/bin/caffe"
 }
 
 # as_root COMMAND...: runs it as root

@@ -91,5 +91,34 @@ default_prefix() {
 # python_version PYTHON: prints its version, e.g. "3.11"
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
+# The number of our build of Caffe. Raise it when install_caffe.sh builds a better Caffe: the set-up then builds again what
+# an earlier one built. 1 (not written down): the source package as it is; 2: reads weight files of 512 MiB and more.
+caffe_build=2
+
+# build_in PREFIX: prints the number of the build of Caffe there; fails if there is no installation of ours
+build_in() {
+  [ -f "$1/installed.txt" ] || return 1
+  local number
+  number=$(sed -n 's/^build \([0-9]\{1,9\}\)$/\1/p' "$1/installed.txt")
+  echo "${number:-1}"
+}
+
+# caffe_is_installed PREFIX: whether a Caffe of this build or a later one is there, and runs
+caffe_is_installed() {
+  local build
+  build=$(build_in "$1") && [ "$build" -ge "$caffe_build" ] && caffe_runs "$1/bin/caffe"
+}
+
 # caffe_runs EXECUTABLE: whether it is a Caffe that runs on this machine
 caffe_runs() { [[ $("$1" --version 2>&1) == *"caffe version"* ]]; }
+
+# exchange PYTHON FOLDER OTHER: gives each of two folders the name of the other, in one step (renameat2 of Linux). Where
+# the file system cannot do that, OTHER is missing for a moment.
+exchange() {
+  "$1" - "$2" "$3" 2>/dev/null <<'PYTHON' || { mv -T "$3" "$2.old" && mv -T "$2" "$3" && mv -T "$2.old" "$2"; }
+import ctypes, os, sys
+folder, other = map(os.fsencode, sys.argv[1:])
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+sys.exit(ctypes.CDLL(None).renameat2(AT_FDCWD, folder, AT_FDCWD, other, RENAME_EXCHANGE) != 0)
+PYTHON
+}
