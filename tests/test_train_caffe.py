@@ -348,6 +348,7 @@ def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> No
         (("--set", "data.labels=none.txt"), "class names none.txt"),
         (("--set", "stages.l1reg.start=nothing"), 'no earlier stage produces the weights of "nothing"'),
         (("--engine", "caffe-jacinto"), "--engine caffe-jacinto"),
+        (("--set", "stages.sparse.sparse.step_iter=1000"), "stage sparse: no weight would become zero"),
     ],
 )
 def test_checked_before_anything_is_written(
@@ -391,6 +392,29 @@ def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> Non
     )
     assert code == 2
     assert "do not fit the network: conv1a" in said
+
+
+def test_start_weights_of_images_with_other_channels(trainer: Trainer, whole: tuple[int, str]) -> None:
+    weights = trainer.folder / RUN / f"initial/{PREFIX}_iter_{ITERATIONS}.caffemodel"
+    net = messages(Dialect.BVLC).NetParameter.FromString(weights.read_bytes())
+    blob = next(layer for layer in net.layer if layer.name == "conv1a").blobs[0]
+    blob.shape.dim[1] = 1
+    del blob.data[len(blob.data) // 3 :]
+    (trainer.folder / "grey.caffemodel").write_bytes(net.SerializeToString())
+    code, said = trainer.run(
+        *tiny(), "--set", "stages.initial.weights=grey.caffemodel", "--output", "refused"
+    )
+    assert code == 2
+    assert "conv1a: blob 0 is 32 x 1 x 5 x 5 in the weight file, 32 x 3 x 5 x 5 in the network" in said
+
+
+def test_a_target_out_of_reach_is_noted_and_trained_for(trainer: Trainer) -> None:
+    code, said = trainer.run(
+        *tiny(), "--set", "stages.sparse.sparse.step_factor=0.05", "--output", "out of reach", "--dry-run"
+    )
+    assert code == 0, said
+    assert "note: stage sparse: the sparsity cannot reach the target of 0.8: 5 thresholds before" in said
+    assert "stages.sparse.solver.max_iter=18 or stages.sparse.sparse.step_factor=0.161 would do" in said
 
 
 def test_the_mean_file_must_be_there_and_of_the_images_size(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_l
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import TRAIN
 from caffe_jacinto.netspec.layer_types import Shape
-from caffe_jacinto.netspec.shapes import blob_shapes
+from caffe_jacinto.netspec.shapes import FullShape, blob_shapes
 
 _FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
 
@@ -32,18 +33,19 @@ class Mismatch:
         return f"{self.layer}: {self.reason}"
 
 
-def check_fit(weights: Path, net: Any) -> list[Mismatch]:
+def check_fit(weights: Path, net: Any, data_shapes: Sequence[FullShape] = ()) -> list[Mismatch]:
     """The layers of ``net`` (a NetParameter message, in the TRAIN phase) that ``weights`` does not fill.
 
     Caffe matches layers by name, and ignores those that the network does not have. Where the file fills no
-    layer at all, every mismatch is fatal.
+    layer at all, every mismatch is fatal. ``data_shapes`` are the shapes (batch, channels, height, width)
+    that the data layers give, in order, where they are known: without them any number of input channels fits.
 
     Raises:
         UserError: the file is missing, cut off or not a weight file.
     """
     with mapped(weights) as view:
         stored = {layer.name: layer for layer in stored_layers(view, weights)}
-    expected = blob_shapes(net, TRAIN)
+    expected = blob_shapes(net, TRAIN, data_shapes)
     nothing_fits = not any(name in stored for name in expected)
     mismatches = []
     for name, shapes in expected.items():

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from caffe_jacinto.common.arguments import whole_number
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
@@ -177,6 +178,18 @@ def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShap
         channels = 1 if transform.force_gray else 3
     crop = transform.crop_size
     return (channels, crop or height, crop or width) if crop or height else None
+
+
+def data_shapes(net: Any, image_shapes: Mapping[str, ImageShape]) -> list[tuple[int, ...]]:
+    """The shapes (batch of 1) that the Data layers of ``net`` give, up to the first one not known."""
+    found: list[tuple[int, ...]] = []
+    for layer in messages_in(net):
+        if layer.type == "Data":
+            shape = image_shape(layer, image_shapes)
+            if shape is None:
+                break
+            found.append((1, *shape))
+    return found
 
 
 def caffe_train(executable: Path, job: TrainJob) -> list[str]:

@@ -76,9 +76,13 @@ def layer_shapes(
     ]
 
 
-def blob_shapes(net: Any, phase: str) -> dict[str, list[Shape]]:
-    """The shapes of the blobs of each layer that has any, in ``phase``; ``net`` is a NetParameter message."""
-    return {layer.string("name"): blobs for layer, _, _, blobs in _walk(tree_of(net), (), phase) if blobs}
+def blob_shapes(net: Any, phase: str, data_shapes: Sequence[FullShape] = ()) -> dict[str, list[Shape]]:
+    """The shapes of the blobs of each layer that has any, in ``phase``; ``net`` is a NetParameter message.
+
+    ``data_shapes``: as for `layer_shapes`.
+    """
+    walked = _walk(tree_of(net), data_shapes, phase)
+    return {layer.string("name"): blobs for layer, _, _, blobs in walked if blobs}
 
 
 def layer_costs(

@@ -63,6 +63,12 @@ def layer_fraction(shape: tuple[int, ...], group: int, factor: float) -> float:
     return factor / 2 if min(inputs, outputs) < MIN_CHANNELS else factor
 
 
+def most_zeros(together: int, fraction: float) -> int:
+    """How many of ``together`` weights one threshold may zero: at most this ``fraction`` of them."""
+    # A product such as 0.29 * 100 must not fall below 29 by its rounding.
+    return int(fraction * together + 1e-6)
+
+
 def small_weights(
     weights: NDArray[np.float32],
     fraction: float,
@@ -79,8 +85,7 @@ def small_weights(
 
     magnitudes = np.abs(weights).reshape(weights.shape[0] if by == "channel" else 1, -1)
     together = magnitudes.shape[1]
-    # At most this many of them; a product such as 0.29 * 100 must not fall below 29 by its rounding.
-    most = int(fraction * together + 1e-6)
+    most = most_zeros(together, fraction)
     cap = np.minimum(np.float32(value_max), np.float32(maxratio) * magnitudes.max(axis=1, keepdims=True))
     small = magnitudes <= cap
     if most < together:
@@ -136,9 +141,15 @@ def factor_cap(target: float) -> float:
     return min(target + 0.15, 0.95)
 
 
+def step_iterations(sparse: SparseSettings, max_iter: int) -> range:
+    """The iterations (counted from 0) below ``max_iter`` after whose update a threshold may be applied."""
+    first = -(-sparse.start_iter // sparse.step_iter) * sparse.step_iter
+    return range(first, max_iter, sparse.step_iter)
+
+
 def is_step(sparse: SparseSettings, iteration: int) -> bool:
     """Whether a threshold may be applied after the update of ``iteration`` (counted from 0)."""
-    return iteration >= sparse.start_iter and iteration % sparse.step_iter == 0
+    return iteration in step_iterations(sparse, iteration + 1)
 
 
 def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float | None:
@@ -147,3 +158,11 @@ def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float
     if achieved >= sparse.target or factor > factor_cap(sparse.target) + 1e-9:
         return None
     return min(round(factor + sparse.step_factor, 9), 1.0)
+
+
+def factors(sparse: SparseSettings) -> Iterator[float]:
+    """The factors of all thresholds of the schedule, in order, where the target is never reached."""
+    factor = next_factor(sparse, sparse.start_factor, 0.0)
+    while factor is not None:
+        yield factor
+        factor = next_factor(sparse, factor, 0.0)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.contract import data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import network_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
 from caffe_jacinto.runs.retention import snapshot_files
+from caffe_jacinto.runs.sparsity_check import shortfalls
 
 if TYPE_CHECKING:
     from caffe_jacinto.caffemodel.fit import Mismatch
@@ -59,8 +61,11 @@ class Findings:
                 self.problems.append(str(error))
 
 
-def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Findings:
-    """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained."""
+def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, *, resuming: bool = False) -> Findings:
+    """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained.
+
+    ``resuming``: the run has begun, and its recipe cannot be changed any more.
+    """
     findings = Findings()
     findings.attempt(lambda: check_gpus(run.engine.info, run.gpus))
     findings.attempt(lambda: _check_names(run))
@@ -73,6 +78,7 @@ def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int) -> Finding
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         if plan.name in texts and _starts_from_a_file(plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
+    findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, resuming=resuming))
     findings.problems += run.engine.check(texts, findings.image_shapes)
     if texts:
         findings.attempt(
@@ -193,7 +199,8 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
             "or name others"
         )
     net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
-    mismatches = {mismatch.layer: mismatch for mismatch in check_fit(plan.start_weights, net)}
+    shapes = data_shapes(net, findings.image_shapes)
+    mismatches = {mismatch.layer: mismatch for mismatch in check_fit(plan.start_weights, net, shapes)}
     left_out = run.left_out(plan)
     wrong = [found for found in mismatches.values() if found.fatal and found.layer not in left_out]
     if wrong:
@@ -219,6 +226,20 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
         for name in unused_layers(plan.start_weights, net)
     ]
     findings.notes += [f"stage {plan.name}: layer {note}" for note in notes]
+
+
+def _check_sparsity(
+    run: RunPlan,
+    stages: tuple[StagePlan, ...],
+    texts: dict[str, dict[str, str]],
+    findings: Findings,
+    *,
+    resuming: bool,
+) -> None:
+    """Refuse a sparse stage that would zero nothing; note one that ends below its target."""
+    for shortfall in shortfalls(run, stages, texts, findings.image_shapes):
+        refused = shortfall.useless and not resuming
+        (findings.problems if refused else findings.notes).append(shortfall.message)
 
 
 def _why(layer: str, mismatches: dict[str, Mismatch], left_out: Collection[str]) -> str:

@@ -131,7 +131,7 @@ def resume(folder: Path, options: Options) -> int:
     run = plan_run(recipe, folder, engine, recipe.training.gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
-    findings = preflight(run, waiting, recipe.training.keep)
+    findings = preflight(run, waiting, recipe.training.keep, resuming=True)
     _show_findings(findings, screen)
     _refuse(findings)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
