@@ -19,7 +19,7 @@ differently:
   caffe_jacinto  batch_size = batch / iter-size, which that Caffe divides among its GPUs
 
 CPU or GPU: `caffe train` without -gpu uses the device in the solver file. --gpus writes the first of its GPUs
-there, --cpu writes CPU. By default it is GPU 0 in caffe_jacinto files (that Caffe needs a GPU) and wherever
+there (all: those of this machine), --cpu writes CPU. By default it is GPU 0 in caffe_jacinto files (that Caffe needs a GPU) and wherever
 the network was published so, otherwise CPU.
 
 paths: solver.prototxt names the other files as DIR/train.prototxt and so on, with DIR as --output has it.
@@ -34,9 +34,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.arguments import Parser, gpu_list, not_empty, whole_number, whole_numbers
+from caffe_jacinto.common.arguments import Parser, gpu_request, not_empty, whole_number, whole_numbers
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import read_text
+from caffe_jacinto.engines.gpus import requested_gpus
 from caffe_jacinto.networks import stage_files as stages
 from caffe_jacinto.networks.registry import NETWORKS, takes_strides
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Write the files and say how to train them; or show and draw a network."""
     published = stages.published_recipe(_named_network(argv))
     arguments = _parser(published).parse_args(argv)
+    if arguments.gpus is not None:
+        arguments.gpus = requested_gpus(arguments.gpus, None)
     _check(arguments)
     if arguments.summary:
         _look(arguments, read_text(Path(arguments.summary), "give a network's prototxt"), arguments.summary)
@@ -122,7 +125,9 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     add("batch-size", "N", count, training.batch_size, "images of one update of the weights")
     add("iter-size", "N", count, training.iter_size, "passes that one update accumulates")
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--gpus", type=gpu_list, metavar="0,1", help="GPU numbers (default: see below)")
+    device.add_argument(
+        "--gpus", type=gpu_request, metavar="0,1|all", help="GPU numbers (default: see below)"
+    )
     device.add_argument("--cpu", action="store_true", help="write CPU in the solver (bvlc only)")
     look = parser.add_argument_group("show and draw a network, with --output or without")
     look.add_argument(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
+from caffe_jacinto.common.arguments import Parser, gpu_request, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -79,7 +79,10 @@ def _parser() -> Parser:
         help="override a value of the recipe, e.g. stages.initial.solver.max_iter=1000; repeatable",
     )
     parser.add_argument(
-        "--gpus", "--gpu", "-gpu", type=gpu_list, metavar="0,1", help='GPUs to train on; "" selects the CPU'
+        *("--gpus", "--gpu", "-gpu"),
+        type=gpu_request,
+        metavar="0,1|all",
+        help='GPUs to train on; all: those of this machine, auto: the CPU if it has none, "": the CPU',
     )
     parser.add_argument("--caffe", metavar="PATH", help="the caffe executable, or the tree it was built in")
     parser.add_argument(

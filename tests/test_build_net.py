@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machine_files import TWO_H200, stand_in_machine
 from normalised_net import first_difference
 
 from caffe_jacinto.build_net import main
@@ -210,6 +211,18 @@ def test_the_summary_names_a_command_that_a_shell_reads(
     assert command.strip() == f"caffe train -solver '{tmp_path}/with space/solver.prototxt' -gpu 0,1"
 
 
+def test_all_gpus_are_those_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = stand_in_machine(monkeypatch, tmp_path)
+    machine.nvidia_smi(TWO_H200)
+    assert build(tmp_path / "all", "--gpus", "all") == {
+        name: text.replace("/named/", "/all/")
+        for name, text in build(tmp_path / "named", "--gpus", "0,1").items()
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="all GPUs were requested, but CUDA_VISIBLE_DEVICES= hides"):
+        build(tmp_path / "none", "--gpus", "all")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -224,7 +237,7 @@ def test_the_summary_names_a_command_that_a_shell_reads(
         (["--batch-size", "255"], "use 254 or 256"),
         (["--batch-size", "256", "--gpus", "0,1,2"], "use 252 or 258"),
         (["--gpus", "0,0"], "twice"),
-        (["--gpus", "all"], "like 0,1"),
+        (["--gpus", "both"], "not a list of GPU numbers like 0,1, nor all or auto"),
         (["--gpus", "0", "--cpu"], "not allowed with"),
         (["--cpu"], "needs a GPU"),
         (["--network", "resnet10", "--strides", "2,2,2,2,2"], "those of resnet10 are fixed"),

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from machine_files import GTX_1080, TWO_H200, Machine, stand_in_machine
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines import discovery as find
 from caffe_jacinto.engines.contract import Engine, EngineInfo, TestJob, TrainJob
-from caffe_jacinto.engines.discovery import check_gpus, describe, find_engine, visible_gpus
+from caffe_jacinto.engines.discovery import check_gpus, describe, find_engine
 from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
 from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
 from caffe_jacinto.engines.pycaffe.stepper import main as stepper_main
-from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
+from caffe_jacinto.engines.pytorch.engine import TorchEngine, built_for, describe_torch
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
@@ -28,6 +29,8 @@ from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
 
 STOCK = b"snapshot_prefix"
 FORK = b"snapshot_prefix sparsity_target default_forward_type"
+CPU_STOCK = b"snapshot_prefix Cannot use GPU in CPU-only Caffe"
+NO_NCCL = b"snapshot_prefix rebuild with USE_NCCL"
 NVCAFFE = b"snapshot_prefix default_forward_type"
 
 
@@ -40,13 +43,15 @@ def stand_in(path: Path, marks: bytes, version: str = "caffe version 0.17.0") ->
 
 
 @pytest.fixture(autouse=True)
-def no_caffe_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
     """Only what a test puts there is found; real Caffe, where a test asks for it, was found before."""
     if "caffe_engine" in request.fixturenames:
         request.getfixturevalue("caffe_engine")
     monkeypatch.delenv("CAFFE_ROOT", raising=False)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    made = stand_in_machine(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", f"{made.bin}:/usr/bin:/bin")
     monkeypatch.setenv("CAFFE_JACINTO_HOME", str(tmp_path / "no home"))
+    return made
 
 
 def engine(kind: str, **changes: object) -> Engine:
@@ -114,9 +119,9 @@ def test_without_a_caffe_it_is_pytorch_where_there_is_one(monkeypatch: pytest.Mo
     )
     found = find_engine()
     assert found.info.kind == "torch"
-    assert "no Caffe was found" in found.info.notes[0]
+    assert "no Caffe was found" in found.info.reason
     forced = find_engine(force="torch", dialect=Dialect.CAFFE_JACINTO)
-    assert (forced.info.dialect, forced.info.notes) == (Dialect.CAFFE_JACINTO, ())
+    assert (forced.info.dialect, forced.info.reason) == (Dialect.CAFFE_JACINTO, "named by --engine")
     with pytest.raises(UserError, match="needs no Caffe"):
         find_engine("/opt/caffe", force="torch")
 
@@ -152,8 +157,10 @@ def test_pytorch_trains_each_stage_by_one_command_on_all_gpus() -> None:
     assert (plan.gpus, plan.iter_size, plan.note) == ((0, 1), 2, None)
 
 
-def test_gpus_that_a_pytorch_for_the_cpu_cannot_use() -> None:
-    with pytest.raises(UserError, match=r"PyTorch 1\.0\.0 is built for the CPU only.*install a PyTorch"):
+def test_gpus_that_a_pytorch_for_the_cpu_cannot_use(machine: Machine) -> None:
+    machine.nvidia_smi(TWO_H200)
+    says = r"PyTorch 1\.0\.0 is built for the CPU only.*install PyTorch for them: .* torch==\S+\+cu130 "
+    with pytest.raises(UserError, match=says):
         check_gpus(engine("torch", gpu=False).info, (0,))
 
 
@@ -244,7 +251,8 @@ def test_pycaffe_of_another_python_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.caffe
-def test_real_stock_caffe(caffe_engine: Engine, caffe_root: Path) -> None:
+def test_real_stock_caffe(caffe_engine: Engine, caffe_root: Path, machine: Machine) -> None:
+    machine.nvidia_smi(TWO_H200)
     info = caffe_engine.info
     assert (info.kind, info.version, info.dialect) == ("bvlc", "1.0.0", Dialect.BVLC)
     assert (info.gpu, info.multi_gpu) == (False, False)
@@ -259,32 +267,174 @@ def test_real_stock_caffe(caffe_engine: Engine, caffe_root: Path) -> None:
 # --- GPUs
 
 
-def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    listing = tmp_path / "nvidia-smi"
-    listing.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: B (UUID: y)'\n")
-    listing.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    machine.nvidia_smi(TWO_H200)
     info = engine("bvlc").info
     check_gpus(info, (0, 1))
-    with pytest.raises(UserError, match=r"GPUs 1,2 were requested, but 2 does not exist: .* GPUs 0 to 1"):
+    with pytest.raises(UserError, match=r"GPUs 1,2 requested, but 2 does not exist: .* GPUs 0 to 1"):
         check_gpus(info, (1, 2))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UserError, match="GPU 0 only"):
         check_gpus(info, (1,))
-    for hidden, count in (("", 0), ("-1", 0), ("1,-1,0", 1), ("0,1,2", 2)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert visible_gpus() == count
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES= hides this machine's 2 GPUs"):
+        check_gpus(info, (0,))
 
 
-def test_gpus_that_this_caffe_cannot_use() -> None:
+def test_gpus_on_a_machine_without(machine: Machine) -> None:
+    for kind in ("bvlc", "torch"):
+        with pytest.raises(
+            UserError, match="GPU 0 requested, but this machine has no GPU: leave the GPUs out"
+        ):
+            check_gpus(engine(kind).info, (0,))
+
+
+def test_gpus_that_this_caffe_cannot_use(machine: Machine) -> None:
+    machine.nvidia_smi(TWO_H200)
     check_gpus(engine("bvlc", gpu=False).info, ())
-    with pytest.raises(UserError, match="built for the CPU only"):
+    with pytest.raises(UserError, match=r"built for the CPU only: .*install PyTorch|--engine torch"):
         check_gpus(engine("bvlc", gpu=False).info, (0,))
     with pytest.raises(UserError, match="without NCCL"):
         check_gpus(engine("bvlc", multi_gpu=False).info, (0, 1))
     with pytest.raises(UserError, match="trains on GPUs only"):
         check_gpus(engine("caffe-jacinto").info, ())
+
+
+def test_gpus_of_another_maker(machine: Machine) -> None:
+    machine.amd(90402, 90402)
+    with pytest.raises(UserError, match="built for NVIDIA GPUs, and this machine has no NVIDIA GPU"):
+        check_gpus(engine("bvlc").info, (0,))
+    with pytest.raises(UserError, match=r"built for NVIDIA GPUs.*torch==\S+\+rocm7\.2 "):
+        check_gpus(engine("torch").info, (0,))
+    with pytest.raises(UserError, match="2 does not exist"):
+        check_gpus(engine("torch", maker="AMD").info, (2,))
+
+
+def test_a_driver_too_old_for_this_pytorch(machine: Machine) -> None:
+    machine.nvidia_smi(GTX_1080, "12.2", "6.1")
+    says = r"built for CUDA 13\.0, and NVIDIA's driver here is for 12\.2: .* torch==\S+\+cu126 "
+    with pytest.raises(UserError, match=says):
+        check_gpus(engine("torch", cuda=(13, 0)).info, (0,))
+    with pytest.raises(UserError, match="cannot use them"):  # what the real one here answers
+        check_gpus(engine("torch", cuda=(12, 6)).info, (0,))
+
+
+VERSION_FILES = {
+    "cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n": ((13, 0), False),
+    "cuda = '11.8'\nhip = None\n": ((11, 8), False),
+    "cuda: Optional[str] = None\nhip: Optional[str] = '7.2.26015-fc0010cf6a'\n": (None, True),
+    "cuda: Optional[str] = None\nhip: Optional[str] = None\n": (None, False),
+}
+
+
+@pytest.mark.parametrize("text", VERSION_FILES)
+def test_what_pytorch_is_built_for_is_in_its_own_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "version.py").write_text(text)
+    assert built_for(tmp_path / "version.py") == VERSION_FILES[text]
+
+
+class Installed:
+    """What is installed on a machine: Caffes that stand in, and a PyTorch of these facts."""
+
+    def __init__(self, machine: Machine, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        self.machine, self._home, self._monkeypatch = machine, home, monkeypatch
+        monkeypatch.setenv("CAFFE_JACINTO_HOME", str(home))
+        monkeypatch.setattr(find, "has_torch", lambda: False)
+
+    def on_path(self, marks: bytes) -> None:
+        stand_in(self.machine.bin / "caffe", marks)
+
+    def in_prefix(self, marks: bytes) -> None:
+        name = f"caffe-1.0-cpu-py{sys.version_info.major}.{sys.version_info.minor}"
+        stand_in(self._home / name / "bin/caffe", marks)
+
+    def pytorch(self, **facts: object) -> None:
+        self._monkeypatch.setattr(find, "has_torch", lambda: True)
+        self._monkeypatch.setattr(
+            find, "describe_torch", lambda dialect, precision="fp32": engine("torch", **facts).info
+        )
+
+
+@pytest.fixture
+def installed(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Installed:
+    return Installed(machine, monkeypatch, tmp_path / "home")
+
+
+def test_the_set_ups_own_caffe_leaves_the_gpus_to_pytorch(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.in_prefix(CPU_STOCK)
+    installed.pytorch()
+    for gpus in ("all", "auto", (0, 1)):
+        chosen = find_engine(gpus=gpus).info  # type: ignore[arg-type]
+        assert chosen.kind == "torch"
+        assert chosen.reason.endswith("caffe is built for the CPU only, and PyTorch can use the GPUs")
+    assert find_engine(gpus=()).info.kind == "bvlc"
+
+
+def test_caffe_jacinto_comes_first_wherever_it_is(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.on_path(STOCK)
+    installed.in_prefix(FORK)
+    installed.pytorch()
+    assert find_engine(gpus="all").info.kind == "caffe-jacinto"
+    assert find_engine(gpus="all", force="bvlc").info.kind == "bvlc"
+
+
+def test_a_stock_caffe_for_gpus_comes_before_pytorch(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.on_path(STOCK)
+    installed.pytorch()
+    chosen = find_engine(gpus=(0, 1)).info
+    assert (chosen.kind, chosen.reason) == ("bvlc", "from PATH, and it can use the GPUs")
+
+
+def test_a_stock_caffe_for_one_gpu_leaves_two_to_pytorch(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.on_path(NO_NCCL)
+    installed.pytorch()
+    assert find_engine(gpus=(1,)).info.kind == "bvlc"
+    assert find_engine(gpus="all").info.kind == "torch"
+
+
+def test_amds_gpus_are_pytorchs(installed: Installed) -> None:
+    installed.machine.amd(90402, 90402)
+    installed.on_path(STOCK)
+    installed.pytorch(maker="AMD")
+    chosen = find_engine(gpus="all").info
+    assert chosen.kind == "torch"
+    assert "is built for NVIDIA GPUs, and this machine has no NVIDIA GPU" in chosen.reason
+
+
+def test_a_caffe_that_does_not_start_is_passed_over_for_gpus(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.machine.program(
+        installed.machine.bin / "caffe", "# snapshot_prefix\necho libcudart.so.8.0: none >&2\nexit 127\n"
+    )
+    installed.pytorch()
+    assert "does not start: libcudart.so.8.0: none, and PyTorch" in find_engine(gpus="all").info.reason
+
+
+def test_gpus_that_nothing_here_can_use_are_refused_with_what_to_do(installed: Installed) -> None:
+    installed.machine.nvidia_smi(TWO_H200, "12.2", "9.0\n9.0")
+    installed.in_prefix(CPU_STOCK)
+    installed.pytorch(gpu=False)
+    with pytest.raises(UserError, match=r"built for the CPU only: .* torch==\S+\+cu126 .* or name a Caffe"):
+        check_gpus(find_engine(gpus="all").info, (0, 1))
+
+
+def test_what_is_named_comes_before_the_order(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed.machine.nvidia_smi(TWO_H200)
+    installed.on_path(FORK)
+    installed.pytorch()
+    named = stand_in(tmp_path / "named/caffe", CPU_STOCK)
+    assert find_engine(str(named), gpus="all").info.reason == "named by --caffe"
+    assert find_engine(force="torch", gpus="all").info.reason == "named by --engine"
+    with pytest.raises(UserError, match=r"built for the CPU only: .* train with --engine torch"):
+        check_gpus(find_engine(str(named), gpus="all").info, (0, 1))
+    monkeypatch.setenv("CAFFE_ROOT", str(named))
+    assert find_engine(gpus="all").info.reason == "named by $CAFFE_ROOT"
 
 
 # --- what is done where

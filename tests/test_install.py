@@ -12,8 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
+from zipfile import ZipFile
 
 import pytest
 
@@ -308,3 +312,140 @@ def test_a_second_set_up_installs_nothing(caffe_engine: Engine, arguments: tuple
 def changed_at(folder: Path, names: str) -> dict[Path, int]:
     """When the files and folders of these names in ``folder`` were last changed."""
     return {path: path.stat().st_mtime_ns for path in folder.glob(names)}
+
+
+# --- a machine with GPUs
+
+STAND_IN_TORCH = '''"""Stands for a build of PyTorch, which is several GB: says what it is for and sees."""
+
+class version:
+    cuda, hip = {cuda!r}, {hip!r}
+
+class cuda:
+    is_available = staticmethod(lambda: {sees} > 0)
+    device_count = staticmethod(lambda: {sees})
+    get_device_name = staticmethod(lambda number: "NVIDIA H200")
+'''
+
+
+def write_torch(folder: Path, version: str, *, cuda: str | None = None, sees: int = 0) -> None:
+    """A package torch in ``folder``, as an installer leaves it or a wheel holds it."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/__init__.py").write_text(STAND_IN_TORCH.format(cuda=cuda, hip=None, sees=sees))
+    facts = folder / f"torch-{version}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (facts / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    (facts / "RECORD").write_text("")
+
+
+@pytest.fixture
+def checkout(bare_machine: Path) -> Path:
+    """A machine with this project, a Caffe, two GPUs, and a .venv that lacks only PyTorch."""
+    shutil.copytree(ROOT / "caffe_jacinto", bare_machine / "caffe_jacinto")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, bare_machine / name)
+    (bare_machine / "bin/sync").symlink_to(shutil.which("sync") or "/bin/sync")
+    add_program(bare_machine, "caffe", "echo caffe version 1.0.0")
+    add_program(bare_machine, "dpkg-query", 'for package in "${@:3}"; do echo "$package installed"; done')
+    two = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)"
+    answers = f"-L) echo '{two}' ;; --query*) echo 9.0 && echo 9.0 ;; *) echo 'CUDA Version: 12.4' ;;"
+    add_program(bare_machine, "nvidia-smi", f'case "$1" in {answers} esac')
+    return bare_machine
+
+
+def make_venv(checkout: Path, *options: str) -> None:
+    """The .venv as setup.sh leaves it, without the packages."""
+    done = run("/usr/bin/python3", "-m", "venv", *options, checkout / ".venv")
+    assert done.returncode == 0, done.stderr
+    (checkout / ".venv/.made-by-setup").touch()
+    version = run("/usr/bin/python3", "--version").stdout.strip()
+    sums = subprocess.run(
+        ["sha256sum", "setup.py", "pyproject.toml"], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    (checkout / ".venv/installed.txt").write_text(f"{checkout} pycaffe,demo,dev {version}\n{sums.stdout}")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Not in the tests' output."""
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[str]:
+    """A server with an index of PyTorch's builds, each of which holds a stand-in."""
+    for tag, cuda in (("cpu", None), ("cu126", "12.6"), ("cu130", "13.0")):
+        version = f"2.13.0+{tag}"
+        write_torch(tmp_path / tag, version, cuda=cuda, sees=2 if cuda else 0)
+        wheels = tmp_path / "whl" / tag / "torch"
+        wheels.mkdir(parents=True)
+        with ZipFile(wheels / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+            for file in sorted((tmp_path / tag).rglob("*")):
+                if file.is_file():
+                    wheel.write(file, file.relative_to(tmp_path / tag))
+    (tmp_path / "empty").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def set_up(checkout: Path, index: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """setup.sh with the index's PyTorch alone: pip is real, and sees no other index."""
+    pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": f"{index}/empty", "PIP_FIND_LINKS": ""}
+    wheels = {"PYTORCH_INDEX": f"{index}/whl"}
+    return run(
+        checkout / "tools/utils/setup.sh", *arguments, env=environment(checkout, **pip, **wheels, **more)
+    )
+
+
+@pytest.mark.caffe
+def test_on_a_machine_with_gpus_the_pytorch_for_them_is_installed(checkout: Path, index: str) -> None:
+    make_venv(checkout)
+    done = set_up(checkout, index)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPU 1: NVIDIA H200\n" in done.stdout
+    assert "2 NVIDIA GPUs (NVIDIA H200), driver for CUDA 12.4: PyTorch 2.13.0 for CUDA 12.6" in done.stdout
+    assert "PyTorch 2.13.0+cu126 sees 2 GPUs (NVIDIA H200)" in done.stdout
+    assert list(checkout.glob(".venv/lib/python3*/site-packages/torch-2.13.0+cu126.dist-info"))
+    again = set_up(checkout, "http://127.0.0.1:9")
+    assert again.returncode == 0, again.stderr
+    assert "is kept: PyTorch 2.13.0+cu126 sees 2 GPUs (NVIDIA H200)" in again.stdout
+
+
+@pytest.mark.caffe
+def test_a_pytorch_for_the_cpu_is_kept_on_a_machine_with_gpus_with_a_word(checkout: Path, index: str) -> None:
+    make_venv(checkout, "--without-pip")
+    (site,) = checkout.glob(".venv/lib/python3*/site-packages")
+    write_torch(site, "2.12.0+cpu")
+    (site / "torch-2.12.0+cpu.dist-info/RECORD").write_text("\n")
+    done = set_up(checkout, index)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch 2.12.0+cpu is built for the CPU only, and this machine has 2 NVIDIA GPUs" in done.stdout
+    assert "to replace it: " in done.stdout
+    assert f"torch==2.13.0+cu126 --extra-index-url {index}/whl/cu126" in done.stdout
+
+
+@pytest.mark.caffe
+def test_what_only_pytorchs_index_has_is_said_before_pip_is_started(checkout: Path) -> None:
+    make_venv(checkout, "--without-pip")
+    done = set_up(checkout, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9/whl/cu126 cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(checkout.glob(".venv/lib/python3*/site-packages/torch*"))
+    assert set_up(checkout, "http://127.0.0.1:9", "--no-torch").returncode == 0
+
+
+@pytest.mark.caffe
+def test_a_containers_pytorch_is_kept_without_a_network(checkout: Path, tmp_path: Path) -> None:
+    # Stands for an image whose own `python3`, not the distribution's, has PyTorch.
+    done = run("/usr/bin/python3", "-m", "venv", "--without-pip", tmp_path / "image")
+    assert done.returncode == 0, done.stderr
+    (site,) = (tmp_path / "image").glob("lib/python3*/site-packages")
+    write_torch(site, "2.11.0+cu130", cuda="13.0", sees=2)
+    make_venv(checkout, "--without-pip", "--system-site-packages")
+    done = set_up(checkout, "http://127.0.0.1:9", PATH=f"{tmp_path}/image/bin:{checkout}/bin")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"PyTorch of {tmp_path}/image/bin/python3 is kept: PyTorch 2.11.0+cu130 sees 2 GPUs" in done.stdout
+    assert not list(checkout.glob(".venv/lib/python3*/site-packages/torch*"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from caffe_jacinto.common.errors import UserError, invoked_as
 
 INT32_MAX = 2**31 - 1
 """The largest integer that Caffe's files hold."""
+
+GpuRequest = tuple[int, ...] | Literal["all", "auto"]
+"""GPU numbers (none: the CPU), all GPUs of this machine, or all if it has any and else the CPU."""
 
 LARGEST_SIDE = 65_500
 """The longest side of a JPEG image that libjpeg writes, in pixels."""
@@ -71,6 +74,20 @@ def gpu_list(text: str) -> tuple[int, ...]:
     if len(set(gpus)) < len(gpus):
         raise argparse.ArgumentTypeError(f"{text!r} names a GPU twice")
     return gpus
+
+
+def gpu_request(text: str) -> GpuRequest:
+    """An argument type: GPU numbers, or the words ``all`` and ``auto``."""
+    if text == "all":
+        return "all"
+    if text == "auto":
+        return "auto"
+    try:
+        return gpu_list(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            str(error).replace("like 0,1", "like 0,1, nor all or auto")
+        ) from None
 
 
 def image_size(text: str) -> tuple[int, int]:

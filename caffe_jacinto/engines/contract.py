@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from caffe_jacinto.common.arguments import whole_number
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.gpus import Maker
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
@@ -65,6 +66,15 @@ class EngineInfo:
 
     precision: Precision = "fp32"
     """bf16: only on PyTorch."""
+
+    maker: Maker = "NVIDIA"
+    """Whose GPUs it can use, if any."""
+
+    cuda: tuple[int, int] | None = None
+    """The CUDA version that PyTorch brings with it."""
+
+    reason: str = ""
+    """Why this engine was chosen."""
 
 
 @dataclass(frozen=True)

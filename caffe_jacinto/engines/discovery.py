@@ -1,4 +1,4 @@
-"""Find a Caffe and identify it: the only place that looks for one.
+"""Choose the engine: find a Caffe and identify it, ask what PyTorch is, and compare both with the GPUs.
 
 The kind of an executable, and whether it can use a GPU, are read from the bytes of the program and its
 library. Only its version, and whether this Python imports its pycaffe, are found by running them.
@@ -13,19 +13,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind, Precision
 from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
+from caffe_jacinto.engines.gpus import any_visible, driver_cuda, lack, requested_gpus, visible_gpus
 from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
-from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch, has_torch
+from caffe_jacinto.engines.pytorch.builds import pip_command
+from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch, has_torch, refused_gpus
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
 def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
-    """Refuse GPUs that do not exist or that this Caffe cannot use; no GPU means the CPU.
+    """Refuse GPUs that do not exist or that this engine cannot use; no GPU means the CPU.
 
     Raises:
         UserError: the message names the problem and what to do.
@@ -36,55 +39,50 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
                 f"{info.executable} is caffe-jacinto, which trains on GPUs only: name them, e.g. --gpus 0"
             )
         return
-    asked = ",".join(map(str, gpus))
-    if not info.gpu:
-        what, other = (
-            (f"PyTorch {info.version}", "install a PyTorch for them")
-            if info.kind == "torch"
-            else (str(info.executable), "name a Caffe built with CUDA by --caffe")
-        )
-        raise UserError(
-            f"GPUs {asked} were requested, but {what} is built for the CPU only: "
-            f"leave the GPUs out, or {other}"
-        )
-    if len(gpus) > 1 and not info.multi_gpu:
-        raise UserError(
-            f"GPUs {asked} were requested, but {info.executable} is built without NCCL, for one GPU only: "
-            "name one, or rebuild it with USE_NCCL"
-        )
-    there = visible_gpus()
+    asked = f"GPU{'s' if len(gpus) > 1 else ''} {','.join(map(str, gpus))} requested, but"
+    if not any_visible():
+        raise UserError(f"{asked} {lack()}: leave the GPUs out")
+    misfit = _misfit(info, len(gpus))
+    if misfit:
+        raise UserError(f"{asked} {misfit}: leave the GPUs out, or {_instead(info)}")
+    there = len(visible_gpus(info.maker))
     missing = [gpu for gpu in gpus if gpu not in range(there)]
     if missing:
-        has = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0 only" if there else "no NVIDIA GPU"
+        has = f"GPUs 0 to {there - 1}" if there > 1 else "GPU 0 only"
         raise UserError(
-            f"GPUs {asked} were requested, but {', '.join(map(str, missing))} does not exist: "
-            f"this machine has {has}"
+            f"{asked} {', '.join(map(str, missing))} does not exist: this machine has {has}; "
+            "--gpus all takes all that there are"
         )
+    refused = refused_gpus(gpus) if info.kind == "torch" else None
+    if refused:
+        raise UserError(f"{asked} PyTorch {info.version} cannot use them: {refused}")
 
 
-def visible_gpus() -> int:
-    """How many NVIDIA GPUs a CUDA program started here would see; it numbers them from 0."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        # CUDA takes the list up to the first entry that is not a device.
-        named = [entry.strip() for entry in chosen.split(",")]
-        bad = next((i for i, entry in enumerate(named) if entry in ("", "-1")), len(named))
-        return min(bad, _gpus_of_machine())
-    return _gpus_of_machine()
+def _misfit(info: EngineInfo, count: int) -> str | None:
+    """Why this engine cannot use ``count`` GPUs of this machine, whichever they are; None if it can."""
+    name = f"PyTorch {info.version}" if info.kind == "torch" else str(info.executable)
+    if not info.gpu:
+        return f"{name} is built for the CPU only"
+    if not visible_gpus(info.maker):
+        return f"{name} is built for {info.maker} GPUs, and {lack(info.maker)}"
+    driver = driver_cuda()
+    if info.cuda and driver and driver[0] < info.cuda[0]:
+        needed, given = (".".join(map(str, version)) for version in (info.cuda, driver))
+        return f"{name} is built for CUDA {needed}, and NVIDIA's driver here is for {given}"
+    if count > 1 and not info.multi_gpu:
+        return f"{name} is built without NCCL, for one GPU only"
+    return None
 
 
-def _gpus_of_machine() -> int:
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-        return sum(line.startswith("GPU ") for line in listed.splitlines())
-    except (OSError, subprocess.SubprocessError):
-        pass
-    driver = Path("/proc/driver/nvidia/gpus")
-    if driver.is_dir():
-        return len(list(driver.iterdir()))
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+def _instead(info: EngineInfo) -> str:
+    """What to do where an engine cannot use the GPUs that are there."""
+    if info.gpu and not info.multi_gpu:
+        return "name one, or rebuild it with USE_NCCL"
+    pytorch = f"install PyTorch for them: {pip_command()}"
+    if info.kind == "torch":
+        return pytorch
+    usable = has_torch() and _misfit(describe_torch(info.dialect), 1) is None
+    return f"{'train with --engine torch' if usable else pytorch}; or name a Caffe built with CUDA by --caffe"
 
 
 IN_A_ROOT = ("build/tools/caffe", "build/tools/caffe.bin", "bin/caffe")
@@ -107,50 +105,113 @@ def find_engine(
     force: str | None = None,
     dialect: Dialect | None = None,
     precision: Precision | None = None,
+    gpus: GpuRequest = (),
 ) -> Engine:
-    """The Caffe to use: ``caffe`` (an executable or a tree), else $CAFFE_ROOT, else PATH, else the prefix.
+    """The engine that is named, or else the first of the order in docs/caffe.md; its `reason` says why.
 
-    If none is named and none is found, PyTorch is used, if this Python has it. ``force`` is the kind that it
-    has to be: ``bvlc``, ``caffe-jacinto`` or ``torch``. ``dialect`` and ``precision`` (default: fp32) are for
-    PyTorch.
+    ``caffe`` (an executable or a tree) and $CAFFE_ROOT name a Caffe, ``force`` a kind (``bvlc``,
+    ``caffe-jacinto``, ``torch``). Where ``gpus`` are requested and there, those that can use them come first:
+    caffe-jacinto, stock Caffe, PyTorch. Otherwise it is the Caffe on PATH, that of the prefix, or PyTorch.
+    ``dialect`` and ``precision`` (default: fp32) are for PyTorch.
 
     Raises:
-        UserError: there is none, it does not start, or it is not of the kind forced.
+        UserError: there is none, it does not start, or it is not what ``force``, ``dialect`` and
+            ``precision`` require.
     """
+    required = _Required(force, dialect, precision)
     if force == "torch":
         if caffe is not None:
             raise UserError("--engine torch needs no Caffe: leave --caffe out")
-        return TorchEngine(describe_torch(dialect or Dialect.BVLC, precision or "fp32"))
-    try:
-        executable, where = _executable(caffe)
-    except NoCaffeError:
-        if force is not None or not has_torch():
-            raise
-        chosen = "no Caffe was found, so PyTorch trains (docs/torch.md); --caffe PATH names a Caffe"
-        return TorchEngine(
-            replace(describe_torch(dialect or Dialect.BVLC, precision or "fp32"), notes=(chosen,))
-        )
-    info = describe(executable)
-    if force is not None and force != info.kind:
-        raise UserError(
-            f"--engine {force}: the Caffe from {where}, {executable}, is {_KIND_NAMES[info.kind]}; "
-            f"give the path of another with --caffe, or leave --engine out"
-        )
-    if dialect is not None and dialect is not info.dialect:
-        raise UserError(
-            f"--dialect {dialect.value}: {executable} is {_KIND_NAMES[info.kind]}, which reads "
-            f"{info.dialect.value} files; leave it out, or use --engine torch, which reads both"
-        )
-    if precision == "bf16":
-        raise UserError(
-            f"--precision bf16: {executable} is {_KIND_NAMES[info.kind]}, which computes in fp32; "
-            "leave it out, or use --engine torch"
-        )
-    return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)
+        return required.pytorch("named by --engine")
+    named = _named(caffe)
+    if named is not None:
+        executable, where = named
+        return required.caffe(describe(executable), where, f"named by {where}")
+    chosen = _for_gpus(gpus, required) if gpus and any_visible() else None
+    return chosen or _installed_engine(required)
 
 
-class NoCaffeError(UserError):
-    """None is named, and none is found in the usual places."""
+@dataclass(frozen=True)
+class _Required:
+    """What the command line requires of an engine."""
+
+    force: str | None
+    dialect: Dialect | None
+    precision: Precision | None
+
+    def pytorch(self, reason: str) -> Engine:
+        """The engine on PyTorch, with its `reason`."""
+        return TorchEngine(replace(self.describe_pytorch(), reason=reason))
+
+    def describe_pytorch(self) -> EngineInfo:
+        return describe_torch(self.dialect or Dialect.BVLC, self.precision or "fp32")
+
+    def caffe(self, info: EngineInfo, where: str, reason: str) -> Engine:
+        """The engine of a Caffe that was found at ``where``, with its `reason`.
+
+        Raises:
+            UserError: it is not what is required.
+        """
+        if self.force is not None and self.force != info.kind:
+            raise UserError(
+                f"--engine {self.force}: the Caffe from {where}, {info.executable}, is "
+                f"{_KIND_NAMES[info.kind]}; give the path of another with --caffe, or leave --engine out"
+            )
+        if self.dialect is not None and self.dialect is not info.dialect:
+            raise UserError(
+                f"--dialect {self.dialect.value}: {info.executable} is {_KIND_NAMES[info.kind]}, which reads "
+                f"{info.dialect.value} files; leave it out, or use --engine torch, which reads both"
+            )
+        if self.precision == "bf16":
+            raise UserError(
+                f"--precision bf16: {info.executable} is {_KIND_NAMES[info.kind]}, which computes in fp32; "
+                "leave it out, or use --engine torch"
+            )
+        info = replace(info, reason=reason)
+        return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)
+
+
+def _for_gpus(request: GpuRequest, required: _Required) -> Engine | None:
+    """The first engine that can use the GPUs: caffe-jacinto, stock Caffe, PyTorch; None if none can."""
+    count = len(requested_gpus(request, None))
+    found, misfits = [], []
+    for executable, where in _installed():
+        try:
+            info = describe(executable)
+            engine = required.caffe(info, where, f"from {where}, and it can use the GPUs")
+        except UserError as error:
+            misfits.append(str(error))
+            continue
+        misfit = _misfit(info, count)
+        if misfit:
+            misfits.append(misfit)
+        else:
+            found.append(engine)
+    found.sort(key=lambda engine: engine.info.kind != "caffe-jacinto")
+    if found:
+        return found[0]
+    if required.force is None and has_torch() and _misfit(required.describe_pytorch(), count) is None:
+        why = "; ".join(misfits) or "no Caffe was found"
+        return required.pytorch(f"{why}, and PyTorch can use the GPUs")
+    return None
+
+
+def _installed_engine(required: _Required) -> Engine:
+    """The Caffe that is installed, of the kind required; without any, PyTorch."""
+    installed = list(_installed())
+    if not installed:
+        if required.force is not None or not has_torch():
+            raise UserError(
+                f"no Caffe found (--caffe, $CAFFE_ROOT, PATH, {prefix() / 'bin/caffe'}): install stock Caffe "
+                f"with {INSTALL}, name one with --caffe PATH, or train without one: "
+                "pip install 'caffe-jacinto[torch]'"
+            )
+        return required.pytorch("no Caffe was found; --caffe PATH names one")
+    described = [
+        (describe(executable), where) for executable, where in installed[: 2 if required.force else 1]
+    ]
+    info, where = next((pair for pair in described if pair[0].kind == required.force), described[0])
+    return required.caffe(info, where, f"from {where}")
 
 
 _KIND_NAMES: dict[EngineKind, str] = {
@@ -169,21 +230,22 @@ def prefix() -> Path:
     return Path(home) / f"caffe-1.0-cpu-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def _executable(caffe: str | None) -> tuple[Path, str]:
-    """The executable to use, and where it was named."""
-    for named, where in ((caffe, "--caffe"), (os.environ.get("CAFFE_ROOT"), "$CAFFE_ROOT")):
-        if named:
-            return _in(Path(named).expanduser(), where), where
+def _named(caffe: str | None) -> tuple[Path, str] | None:
+    """The executable that is named, and where."""
+    for name, where in ((caffe, "--caffe"), (os.environ.get("CAFFE_ROOT"), "$CAFFE_ROOT")):
+        if name:
+            return _in(Path(name).expanduser(), where), where
+    return None
+
+
+def _installed() -> Iterator[tuple[Path, str]]:
+    """The executables in the usual places, and the places."""
     on_path = shutil.which("caffe")
     if on_path and _is_caffe(Path(on_path)):
-        return Path(on_path), "PATH"
-    installed = prefix() / "bin/caffe"
-    if _runs(installed):
-        return installed, "its prefix"
-    raise NoCaffeError(
-        f"no Caffe found (--caffe, $CAFFE_ROOT, PATH, {installed}): install stock Caffe with {INSTALL}, "
-        "name one with --caffe PATH, or train without one: pip install 'caffe-jacinto[torch]'"
-    )
+        yield Path(on_path), "PATH"
+    in_prefix = prefix() / "bin/caffe"
+    if _runs(in_prefix):
+        yield in_prefix, "its prefix"
 
 
 def _in(path: Path, where: str) -> Path:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caffe_jacinto import __version__
+from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
 from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.gpus import any_visible, requested_gpus, this_machine
 from caffe_jacinto.engines.snapshots import weights_are_finite
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -50,7 +52,7 @@ from caffe_jacinto.runs.progress import Screen
 class Options:
     """What the command line asks for. None leaves it to the recipe, or to the run that is resumed."""
 
-    gpus: tuple[int, ...] | None = None
+    gpus: GpuRequest | None = None
     """Empty: the CPU."""
     caffe: str | None = None
     engine: str | None = None
@@ -69,14 +71,16 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         RunFailed: a stage failed.
     """
     recipe = load_recipe(recipe_name, overrides)
-    if options.gpus is not None:
-        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(options.gpus)}"])
     folder = options.output or run_folder.default_folder(recipe)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
-    engine = _engine(options, recipe.training.gpus, screen)
-    run = plan_run(recipe, folder, engine, recipe.training.gpus)
+    engine, gpus = _engine(options, recipe.training.gpus, screen)
+    if options.gpus is not None:
+        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"])
+    elif not gpus and any_visible():
+        screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
+    run = plan_run(recipe, folder, engine, gpus)
     findings = preflight(run, run.stages, recipe.training.keep)
     _show_findings(findings, screen)
     if not (options.dry_run and findings.files_can_be_made):
@@ -122,13 +126,13 @@ def resume(folder: Path, options: Options) -> int:
     lock.acquire()
     # Another train may have changed it before the lock was taken.
     record = run_folder.load(folder)
-    recipe = _changed(record.recipe, options)
     screen = Screen()
     if all(state.state == "finished" for state in record.stages.values()):
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
-    engine = _same_engine(record, options, recipe.training.gpus, screen)
-    run = plan_run(recipe, folder, engine, recipe.training.gpus)
+    engine, gpus = _same_engine(record, options, screen)
+    recipe = _changed(record.recipe, options, gpus)
+    run = plan_run(recipe, folder, engine, gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
     findings = preflight(run, waiting, recipe.training.keep, resuming=True)
@@ -165,24 +169,32 @@ def _what_to_do(folder: Path) -> str:
     return " and is not an empty folder: give another --output"
 
 
-def _engine(options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
-    """Find the engine and show which it is."""
-    engine = find_engine(options.caffe, options.engine, options.dialect, options.precision)
+def _engine(
+    options: Options, gpus: tuple[int, ...], screen: Screen, reason: str | None = None
+) -> tuple[Engine, tuple[int, ...]]:
+    """Choose the engine and its GPUs (``gpus``, unless the options request others); show them and why."""
+    request = gpus if options.gpus is None else options.gpus
+    engine = find_engine(options.caffe, options.engine, options.dialect, options.precision, request)
     info = engine.info
+    gpus = requested_gpus(request, info.maker if info.gpu else None)
     devices = f"GPUs {','.join(map(str, gpus))}" if gpus else "the CPU"
     version = f" {info.version}" if info.version else ""
     written = info.dialect.value if info.precision == "fp32" else f"{info.dialect.value}, {info.precision}"
-    screen.say(f"engine: {info.kind}{version} at {info.executable}, dialect {written}, on {devices}")
+    screen.say(
+        f"engine: {info.kind}{version} at {info.executable}, dialect {written}, on {devices} "
+        f"({reason or info.reason})"
+    )
     for note in info.notes:
         screen.say(f"  note: {note}", style="yellow")
-    return engine
+    return engine, gpus
 
 
-def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], screen: Screen) -> Engine:
-    """The engine that the run used before, unless the options name another or it no longer exists."""
-    before, caffe, kind = record.engine, options.caffe, options.engine
+def _same_engine(record: RunRecord, options: Options, screen: Screen) -> tuple[Engine, tuple[int, ...]]:
+    """The run's engine and GPUs until now, unless the options name others or the engine no longer exists."""
+    before, caffe, kind, reason = record.engine, options.caffe, options.engine, None
     if before.kind == "torch" and kind in (None, "torch") and caffe is None:
         options = replace(options, engine="torch", dialect=before.dialect, precision=before.precision)
+        reason = "as before"
     elif before.kind == "torch":
         raise UserError(
             f"this run was started on PyTorch and cannot continue with "
@@ -191,7 +203,8 @@ def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], scr
         )
     elif caffe is None and kind != "torch" and Path(before.executable).exists():
         options = replace(options, caffe=before.executable)
-    engine = _engine(options, gpus, screen)
+        reason = "as before"
+    engine, gpus = _engine(options, record.recipe.training.gpus, screen, reason)
     if engine.info.kind != before.kind:
         raise UserError(
             f"this run was started with {before.kind} ({before.executable}), but {engine.info.executable} is "
@@ -202,7 +215,7 @@ def _same_engine(record: RunRecord, options: Options, gpus: tuple[int, ...], scr
             f"  note: until now the run used {before.executable} {before.version or ''}".rstrip(),
             style="yellow",
         )
-    return engine
+    return engine, gpus
 
 
 def _engine_record(engine: Engine) -> EngineRecord:
@@ -233,13 +246,12 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
             wanted.add(plan.start_weights)
 
 
-def _changed(recipe: Recipe, options: Options) -> Recipe:
-    """The recipe with the options' GPUs and number of snapshots, validated again as a whole."""
+def _changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
+    """The recipe with these GPUs and the options' number of snapshots, validated again as a whole."""
     from pydantic import ValidationError
 
     content = recipe.model_dump(mode="json")
-    if options.gpus is not None:
-        content["training"]["gpus"] = list(options.gpus)
+    content["training"]["gpus"] = list(gpus)
     if options.keep is not None:
         content["training"]["keep"] = options.keep
     try:

@@ -2,8 +2,11 @@
 # Installs what the project needs: system packages, the virtual environment .venv of the distribution's Python with this
 # checkout in it, and Caffe. Whatever is already installed is skipped, so a second run takes a second.
 #
-#   tools/utils/setup.sh [--torch]     --torch: also PyTorch, for the engine that needs no Caffe and for the tests
+#   tools/utils/setup.sh [--torch|--no-torch]
 #
+# --torch: also PyTorch, for the engine that needs no Caffe and for the tests. On a machine with an NVIDIA or AMD GPU,
+# PyTorch is installed without being asked for, in the build for that GPU, unless --no-torch forbids it. A PyTorch that
+# this Python, or the `python3` on the PATH, already has is kept: a distribution's, a container's.
 # Run it as root or as a user with sudo (Debian 12, Ubuntu 22.04 and 24.04). If it may not install system packages, it
 # lists the missing ones with the command to install them, and exits with a nonzero code.
 # An existing Caffe is used instead of building one: $CAFFE_ROOT, or `caffe` on the PATH.
@@ -13,11 +16,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$here/steps.sh"
-python=/usr/bin/python3
+own_python=/usr/bin/python3 # the distribution's
+python=$own_python
 venv=$root/.venv
 stamp=$venv/installed.txt # what .venv was installed from; written last, so without it .venv is incomplete
 extras=pycaffe,demo,dev
-torch_version=2.13.0
 
 # own_caffe: prints the user's own Caffe; fails if there is none
 own_caffe() {
@@ -104,17 +107,20 @@ venv_state() {
 install_venv() {
   local state started=$EPOCHSECONDS
   state=$(venv_state)
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ -x "$venv/bin/python" ]; then return; fi
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ -x "$venv/bin/python" ] && venv_shares_enough; then return; fi
   mkdir -p "$venv"
   if [ -n "$(ls -A "$venv")" ] && [ ! -f "$venv/.made-by-setup" ]; then
     fail "$venv exists and was not made by this script: move it away, and run this again"
   fi
   say "Python packages: into $venv (about 1 min)"
   local log=$venv/install.log
-  if [ ! -f "$stamp" ] || [ "$("$venv/bin/python" --version 2>/dev/null)" != "$("$python" --version)" ]; then
+  if [ ! -f "$stamp" ] || [ "$("$venv/bin/python" --version 2>/dev/null)" != "$("$python" --version)" ] ||
+    ! venv_shares_enough; then
     : >"$venv/.made-by-setup"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .made-by-setup -exec rm -rf {} + # incomplete, or of another Python
-    "$python" -m venv "$venv" >"$log" 2>&1 || venv_failure "making $venv" "$log"
+    local sharing=()
+    [ "$keep_torch" = no ] || sharing=(--system-site-packages)
+    "$python" -m venv "${sharing[@]}" "$venv" >"$log" 2>&1 || venv_failure "making $venv" "$log"
   fi
   rm -f "$stamp"
   pip_install "$log" -e "${root}[$extras]"
@@ -124,14 +130,50 @@ install_venv() {
   say "  done in $(duration $((EPOCHSECONDS - started)))"
 }
 
-# Any installed PyTorch is used. pip writes a package's RECORD last, and installs PyTorch after its dependencies.
+# Looks for GPUs, and for a PyTorch to keep. Sets gpus, with_torch, keep_torch, kept and python.
+look_around() {
+  local seen candidate
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "$python is $("$python" --version), and this project needs Python 3.10: use a newer distribution"
+  if seen=$(ask "$python" engines.gpus); then gpus=yes; fi
+  if [ "$gpus" = yes ] || [[ $seen == *note:* ]]; then say "$seen"; fi
+  if [ "$with_torch" = auto ]; then with_torch=$gpus; fi
+  if [ "$with_torch" = no ] || venv_torch; then return; fi
+  for candidate in "$python" "$(command -v python3 || true)"; do
+    if has_torch "$candidate" && seen=$(ask "$candidate" engines.pytorch.builds installed); then
+      python=$candidate keep_torch=yes kept=$seen
+      return
+    fi
+  done
+}
+# ask PYTHON MODULE [ARGUMENT...]: what a module of this project that needs no other package answers
+ask() { (cd "$root" && "$1" -m "caffe_jacinto.$2" "${@:3}"); }
+has_torch() { [ -x "$1" ] && "$1" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; }
+# pip writes a package's RECORD last, and installs PyTorch after its dependencies.
+venv_torch() { compgen -G "$venv/lib/python3*/site-packages/torch-*.dist-info/RECORD" >/dev/null; }
+# Whether .venv sees the packages of the Python that it is made of, if PyTorch is one of them.
+venv_shares_enough() {
+  [ "$keep_torch" = no ] || grep -q '^include-system-site-packages = true' "$venv/pyvenv.cfg"
+}
+
 install_torch() {
-  local started=$EPOCHSECONDS
-  if compgen -G "$venv/lib/python3*/site-packages/torch-*.dist-info/RECORD" >/dev/null; then return; fi
-  say "PyTorch $torch_version: into $venv (a build for the CPU is 200 MB and takes about 1 min; the build for NVIDIA GPUs is"
-  say "  several GB, and takes as long as the download. To choose the build, see docs/torch.md.)"
-  pip_install "$venv/install-torch.log" "torch==$torch_version"
+  local started=$EPOCHSECONDS choice arguments
+  if [ "$keep_torch" = yes ]; then
+    say "PyTorch of $python is kept: $kept"
+    return
+  fi
+  if venv_torch; then
+    [ "$gpus" = no ] || say "PyTorch in $venv is kept: $(ask "$venv/bin/python" engines.pytorch.builds installed 2>&1)"
+    return
+  fi
+  choice=$(ask "$venv/bin/python" engines.pytorch.builds) || exit 1
+  say "${choice%%$'\n'*}, into $venv"
+  say "  (a build for the CPU is 200 MB and takes about 1 min; one for GPUs is several GB, and takes as long as the download)"
+  arguments=$(ask "$venv/bin/python" engines.pytorch.builds pip) || exit 1
+  mapfile -t arguments <<<"$arguments"
+  pip_install "$venv/install-torch.log" "${arguments[@]}"
   sync -f "$venv"
+  say "  $(ask "$venv/bin/python" engines.pytorch.builds installed 2>&1)"
   say "  done in $(duration $((EPOCHSECONDS - started)))"
 }
 
@@ -168,17 +210,23 @@ venv_failure() {
   fail "$1 failed; its full output is in $2"
 }
 
-with_torch=no
+with_torch=auto gpus=no keep_torch=no kept=
 case ${1:-} in
   '') ;;
   --torch) with_torch=yes ;;
+  --no-torch) with_torch=no ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) fail "unknown argument '$1'; see --help" ;;
 esac
 began=$EPOCHSECONDS
 caffe=$(own_caffe) || { [ -z "${CAFFE_ROOT:-}" ] || exit 1; caffe=$(built_caffe) || caffe=''; }
-wanted=("${python_packages[@]}")
-[ -n "$caffe" ] || wanted+=("${caffe_packages[@]}")
+looked=no
+if [ -x "$python" ]; then look_around; looked=yes; fi
+wanted=()
+if [ "$python" = "$own_python" ]; then # another Python has what it needs, and Caffe is not built for it
+  wanted=("${python_packages[@]}")
+  [ -n "$caffe" ] || wanted+=("${caffe_packages[@]}")
+fi
 mapfile -t missing < <(missing_packages "${wanted[@]}")
 [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 
@@ -187,9 +235,12 @@ if ! flock -n 9; then
   say "Another setup is running in $root: waiting for it"
   flock 9
 fi
+[ "$looked" = yes ] || look_around
 install_venv
 [ "$with_torch" = no ] || install_torch
-if [ -z "$caffe" ]; then
+if [ -z "$caffe" ] && [ "$python" != "$own_python" ]; then
+  caffe="none, since it is built for the distribution's Python only; PyTorch trains"
+elif [ -z "$caffe" ]; then
   "$here/install_caffe.sh" --python "$venv/bin/python" 9<&-
   caffe=$(built_caffe)
 fi

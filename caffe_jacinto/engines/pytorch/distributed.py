@@ -251,6 +251,10 @@ def describe_devices(gpus: tuple[int, ...]) -> int:
             has = f"{count} GPU(s), numbered from 0" if count else "no GPU that PyTorch can use"
             raise UserError(f"-gpu {gpu}: this machine has {has}")
         properties = torch.cuda.get_device_properties(gpu)
+        try:
+            torch.ones(1, device=f"cuda:{gpu}").add_(1).item()
+        except RuntimeError as error:  # built for other architectures, taken by another process, broken
+            raise UserError(f"-gpu {gpu} ({properties.name}): {str(error).splitlines()[0]}") from None
         facts = {
             "Device id": gpu,
             "Name": properties.name,

@@ -135,19 +135,21 @@ def describe_torch(dialect: Dialect, precision: Precision = "fp32") -> EngineInf
             f"--engine torch: {sys.executable} has no PyTorch; install it: "
             f"{sys.executable} -m pip install 'caffe-jacinto[torch]'"
         )
-    gpu = _is_built_for_gpus(Path(found.origin).with_name("version.py"))
+    cuda, hip = built_for(Path(found.origin).with_name("version.py"))
     return EngineInfo(
         kind="torch",
         executable=Path(sys.executable),
         version=metadata.version("torch"),
         dialect=dialect,
-        gpu=gpu,
-        multi_gpu=gpu,
+        gpu=bool(cuda or hip),
+        multi_gpu=bool(cuda or hip),
         begins_data_again=False,
         own_rule=True,
         pycaffe=None,
         notes=(),
         precision=precision,
+        maker="AMD" if hip else "NVIDIA",
+        cuda=cuda,
     )
 
 
@@ -156,10 +158,25 @@ def has_torch() -> bool:
     return util.find_spec("torch") is not None
 
 
-def _is_built_for_gpus(version_file: Path) -> bool:
-    """Whether PyTorch's own record of its build names CUDA, or AMD's HIP."""
+def refused_gpus(gpus: tuple[int, ...]) -> str | None:
+    """Why PyTorch itself cannot compute on these GPUs, in one line; None if it can.
+
+    Asked in a process of its own, since this one does not import PyTorch.
+    """
+    command = [sys.executable, "-m", PROGRAM, "device_query", *gpu_arguments(gpus)]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if ran.returncode == 0:
+        return None
+    lines = ran.stderr.strip().splitlines()
+    return lines[-1].removeprefix("caffe-torch: error: ") if lines else f"exit code {ran.returncode}"
+
+
+def built_for(version_file: Path) -> tuple[tuple[int, int] | None, bool]:
+    """What PyTorch's ``version.py`` says of its build: the CUDA version, and whether it is for AMD's HIP."""
     try:
         text = version_file.read_text()
     except OSError:
-        return False
-    return re.search(r"^(?:cuda|hip)\b[^=]*= *'", text, re.MULTILINE) is not None
+        return None, False
+    cuda = re.search(r"^cuda\b[^=]*= *'(\d+)\.(\d+)", text, re.MULTILINE)
+    hip = re.search(r"^hip\b[^=]*= *'", text, re.MULTILINE)
+    return (int(cuda[1]), int(cuda[2])) if cuda else None, hip is not None
