@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.recipes.load import BUILT_IN_FOLDER, built_in_recipes, load_recipe
 from caffe_jacinto.recipes.model import Recipe
 
@@ -22,12 +28,18 @@ def line_of(text: str, part: str) -> int:
     return next(n for n, line in enumerate(text.split("\n"), start=1) if part in line)
 
 
+def messages_of(path: Path | str, *overrides: str) -> list[str]:
+    """The lines that loading this recipe fails with."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path), overrides, rules=RECIPE_RULES)
+    lines = caught.value.lines()
+    assert not any("\n" in line for line in lines)
+    return lines
+
+
 def message_of(path: Path | str, *overrides: str) -> str:
     """The one line that loading this recipe fails with."""
-    with pytest.raises(UserError) as caught:
-        load_recipe(str(path), overrides)
-    message = str(caught.value)
-    assert "\n" not in message
+    (message,) = messages_of(path, *overrides)
     return message
 
 
@@ -147,9 +159,8 @@ def test_a_mistake_is_one_line_with_file_line_field_and_remedy(
 def test_lines_are_found_in_odd_files(tmp_path: Path, text: str, line: int, says: str) -> None:
     path = tmp_path / "odd.toml"
     path.write_text(text)
-    message = message_of(path)
-    assert message.startswith(f"{path}:{line}: ")
-    assert says in message
+    messages = messages_of(path)
+    assert any(message.startswith(f"{path}:{line}: ") and says in message for message in messages)
 
 
 def test_a_missing_field_names_the_line_of_its_table(tmp_path: Path) -> None:
@@ -158,8 +169,151 @@ def test_a_missing_field_names_the_line_of_its_table(tmp_path: Path) -> None:
     said = f"{path}:{line}: stages.initial.solver.max_iter: missing; add it"
     assert message_of(path) == said
     path.write_text(re.sub(r"(?m)^(base_lr|weight_decay) = .*\n", "", path.read_text()))
-    said = said.replace("max_iter", "base_lr")
-    assert message_of(path) == f"{said}, and max_iter, weight_decay"
+    found = messages_of(path)
+    assert (found[0], len(found)) == (f"{said}, and base_lr, weight_decay", 4)  # a line for each stage
+
+
+FIRST_TRY = """\
+[data]
+dataset = "my flowers"
+train_lmdb = "data/train_lmdb"
+num_classes = "5"
+crop_size = 56
+
+[network]
+name = "jacintonet"
+strides = [2, 2]
+frozen = ["conv1a", "conv1a"]
+
+[stages.initial]
+max_iter = 1000
+base_lr = 0.1
+weight_decay = 1e-4
+
+[stages.sparse]
+start = "inital"
+target = 0.8
+
+[stages.sparse.solver]
+max_itr = 1000
+base_lr = 0.1
+lr_policy = "step"
+"""
+
+
+def test_all_mistakes_of_all_sections_are_reported_together(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(FIRST_TRY)
+    expected = [
+        ("[data]", "training: missing; add [training] with batch_size"),
+        ("[data]", "data.val_lmdb: missing; add it"),
+        ("dataset", 'data.dataset: the text "my flowers" cannot name a file'),
+        ("num_classes", 'data.num_classes: is the text "5"; give a whole number'),
+        ("crop_size", "data.crop_size: belongs in [network]; move it there"),
+        ("name =", "network.name: jacintonet: no such network; did you mean jacintonet11?"),
+        ("frozen", "network.frozen: ['conv1a', 'conv1a'] names a layer twice"),
+        ("[stages.initial]", "stages.initial: network.frozen keeps conv1a, conv1a as they are at the start"),
+        (
+            "max_iter",
+            "stages.initial.max_iter: belongs in [stages.initial.solver]; move it there, and base_lr",
+        ),
+        ("start =", 'stages.sparse.start: no earlier stage produces the weights of "inital"'),
+        ("target", "stages.sparse.target: belongs in [stages.sparse.sparse]; move it there"),
+        ("[stages.sparse.solver]", "stages.sparse.solver.weight_decay: missing; add it"),
+        ("max_itr", "stages.sparse.solver.max_itr: no such key; did you mean max_iter?"),
+        ("lr_policy", 'stages.sparse.solver.lr_policy: "step" needs gamma and stepsize; add'),
+    ]
+    found = messages_of(path)
+    assert len(found) == len(expected), "\n".join(found)
+    for message, (part, says) in zip(found, expected, strict=True):
+        assert message.startswith(f"{path}:{line_of(FIRST_TRY, part)}: {says}")
+
+
+def test_the_command_shows_each_mistake_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(FIRST_TRY)
+    command = [sys.executable, "-m", "caffe_jacinto.train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines == [f"caffe_jacinto.train: error: {message}" for message in messages_of(path)]
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_two_mistakes_in_different_keys_are_both_reported(data: st.DataObject) -> None:
+    """Each key of the digits' recipe set to a table, which none of them may be, beside another one."""
+    keys = data.draw(
+        st.lists(
+            st.sampled_from(sorted(leaves(load_recipe("demo_digits").model_dump()))),
+            min_size=2,
+            max_size=2,
+            unique=True,
+        )
+    )
+    found = messages_of("demo_digits", *(f"{key}={{}}" for key in keys))
+    for key in keys:
+        said = [message for message in found if message.startswith(f"override {key}={{}}: {key}: ")]
+        assert len(said) == 1
+        assert "an empty table" in said[0]
+
+
+def leaves(table: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The dotted keys of all values that are not tables and have one."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{key}.")
+        elif value is not None:
+            yield f"{above}{key}"
+
+
+@pytest.mark.parametrize(
+    ("key", "table"),
+    [
+        *(
+            (key, "stages.NAME.solver")
+            for key in ("max_iter", "base_lr", "weight_decay", "lr_policy", "type")
+        ),
+        *((key, "stages.NAME.sparse") for key in ("target", "start_iter", "step_iter", "by")),
+    ],
+)
+def test_a_key_below_the_stage_is_pointed_to_its_table(key: str, table: str) -> None:
+    (message,) = messages_of("demo_digits", f"stages.initial.{key}=1")
+    home = table.replace("NAME", "initial")
+    assert (
+        message
+        == f"override stages.initial.{key}=1: stages.initial.{key}: belongs in [{home}]; move it there"
+    )
+
+
+def test_a_network_that_cannot_be_built_is_a_mistake_of_its_line(tmp_path: Path) -> None:
+    path = changed(tmp_path, "strides = [1, 2, 2, 2, 2]", "strides = [1, 2]")
+    line = line_of(path.read_text(), "strides")
+    assert message_of(path).startswith(
+        f"{path}:{line}: network.strides: strides 1,2: jacintonet11 takes five"
+    )
+
+
+def test_the_least_that_a_recipe_needs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[data]\ndataset = "a"\ntrain_lmdb = "t"\nval_lmdb = "v"\nnum_classes = 2\n'
+        '[network]\nname = "jacintonet11"\ncrop_size = 32\n[training]\nbatch_size = 8\n'
+        "[stages.a.solver]\nmax_iter = 205\nbase_lr = 0.1\nweight_decay = 0.0\n"
+    )
+    recipe = load_recipe(str(path))
+    solver = recipe.stages["a"].solver
+    assert (recipe.training.iter_size, solver.regularization) == (1, "L2")
+    assert (solver.test_interval, solver.snapshot) == (21, 21)  # a tenth, rounded up
+    key = "stages.a.solver"
+    longer = load_recipe(str(path), [f"{key}.max_iter=320000"]).stages["a"].solver
+    assert (longer.test_interval, longer.snapshot) == (10_000, 10_000)
+    tested = (
+        load_recipe(str(path), [f"{key}.max_iter=320000", f"{key}.test_interval=3000"]).stages["a"].solver
+    )
+    assert (tested.test_interval, tested.snapshot) == (3000, 12_000)  # a snapshot falls on a test
+    again = load_recipe("demo_digits", ["stages.initial.solver.snapshot="]).stages["initial"].solver
+    assert (again.test_interval, again.snapshot) == (100, 100)
 
 
 def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:
@@ -224,7 +378,7 @@ def test_an_override_sets_one_value() -> None:
         ("stages.l1reg.weights=x.caffemodel", "not from both"),
         ("stages.initial.freeze_zeros=true", "no zeros"),
         ("stages.sparse.freeze_zeros=true", "freezes its zeros itself"),
-        ("stages.initial.solver.lr_policy=step", "needs stepsize"),
+        ("stages.initial.solver.lr_policy=step", "needs gamma and stepsize"),
         ("stages.initial.solver.lr_policy=stepp", "did you mean step?"),
         ("stages.initial.solver.type=AdaGrad", "momentum"),
         ("stages={}", "at least one stage"),
@@ -284,8 +438,18 @@ def test_the_guide_names_every_key_with_its_default() -> None:
         "[stages.NAME.solver]": model.SolverSettings,
         "[stages.NAME.sparse]": model.SparseSettings,
     }
+    computed = {
+        "test_interval": "max_iter / 10",
+        "snapshot": "max_iter / 10",
+    }
+
+    def shown_default(name: str, field: FieldInfo) -> str:
+        if field.default_factory is not None:
+            return computed[name]
+        return "" if field.is_required() or field.default is None else json.dumps(field.default)
+
     expected = {
-        f"{table} {name}": "" if field.is_required() or field.default is None else json.dumps(field.default)
+        f"{table} {name}": shown_default(name, field)
         for table, described in tables.items()
         for name, field in described.model_fields.items()
     }

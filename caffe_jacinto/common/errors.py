@@ -26,6 +26,21 @@ class UserError(Exception):
     def __str__(self) -> str:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
+    def lines(self) -> list[str]:
+        """What the user is shown: one line for each mistake."""
+        return [str(self)]
+
+
+class UserErrors(UserError):  # noqa: N818 - several of them
+    """Several mistakes that were found together. `run_command` shows each on a line of its own."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("; ".join(messages))
+        self._messages = messages
+
+    def lines(self) -> list[str]:
+        return [str(UserError(message)) for message in self._messages]
+
 
 class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
     """Work that started and failed for a reason outside this program (exit code 1)."""
@@ -51,7 +66,8 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
             sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        for line in error.lines():
+            print(f"{program}: error: {line}", file=sys.stderr)
         return FAILED if isinstance(error, RunFailed) else USER_ERROR
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -6,13 +6,14 @@ Adding a network takes one file beside this one and one entry in `NETWORKS`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.networks.layers import BatchNorm, Convolution, InnerProduct, Layer, Network
+from caffe_jacinto.recipes.rules import Mistake, Rule, Values
 
 NETWORKS = (
     "bvlc_alexnet",
@@ -48,6 +49,26 @@ def build_network(
     if not takes_strides(name):
         raise UserError(f"strides {','.join(map(str, strides))}: those of {name} are fixed; give none")
     return _builder(name)(num_classes, crop_size, strides=strides)
+
+
+def _network_exists(recipe: Values) -> Iterator[Mistake]:
+    name = recipe["network.name"]
+    if name not in NETWORKS:
+        yield recipe.mistake("network.name", f"{name}: no such network; {did_you_mean(name, NETWORKS)}")
+
+
+def _network_can_be_built(recipe: Values) -> Iterator[Mistake]:
+    name, crop, strides = (recipe[f"network.{key}"] for key in ("name", "crop_size", "strides"))
+    classes = recipe["data.num_classes"]
+    if name in NETWORKS:
+        try:
+            build_network(name, classes, crop, None if strides is None else tuple(strides))
+        except UserError as error:
+            yield recipe.mistake("network.name" if strides is None else "network.strides", str(error))
+
+
+RECIPE_RULES: tuple[Rule, ...] = (_network_exists, _network_can_be_built)
+"""What a recipe's network has to fulfil, for `load_recipe`."""
 
 
 def takes_strides(name: str) -> bool:

@@ -314,11 +314,12 @@ def _check_fork_supports(recipe: Recipe, stage_name: str) -> None:
     if sparse and sparse.by == "layer":
         raise UserError(
             f'stages.{stage_name}.sparse.by = "layer": caffe-jacinto\'s solver has no field for thresholds '
-            'by layer; train with stock Caffe (--engine bvlc; --dialect bvlc), or set it to "channel"'
+            "by layer; train with stock Caffe or PyTorch (--engine bvlc or torch, --dialect bvlc), or set it "
+            'to "channel"'
         )
     if sparse and frozen:
         raise UserError(
             f"network.frozen and stages.{stage_name}.sparse: caffe-jacinto's solver has no field that keeps "
-            "its thresholds out of frozen layers; train with stock Caffe (--engine bvlc; --dialect bvlc), "
-            "or freeze none"
+            "its thresholds out of frozen layers; train with stock Caffe or PyTorch (--engine bvlc or torch, "
+            "--dialect bvlc), or freeze none"
         )

@@ -1,4 +1,4 @@
-"""Read a recipe: a TOML file and overrides of its values. An error is one line with file, line and field."""
+"""Read a recipe: a TOML file and overrides of its values. A mistake is one line with file, line and field."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.recipes.rules import Keys, Place, Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,14 +19,9 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from pydantic_core import ErrorDetails
-
     from caffe_jacinto.recipes.model import Recipe
 
 BUILT_IN_FOLDER = Path(__file__).parent
-
-Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,15 +38,16 @@ def built_in_recipes() -> list[str]:
     return sorted(path.stem for path in BUILT_IN_FOLDER.glob("*.toml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, rules: Sequence[Rule] = ()) -> Recipe:
     """A built-in recipe by its name, or a recipe file by its path (it has a slash or ends in .toml).
 
     ``overrides`` have the form ``KEY.KEY=VALUE``, with a TOML value; a bare word is a string. They are
-    applied in order, before the recipe is checked.
+    applied in order, before the recipe is checked. ``rules`` are checked besides the recipe's own.
 
     Raises:
-        UserError: no such recipe, not TOML, or a value is wrong: file, line (or override), field and what to
-            do.
+        UserError: no such recipe, or not TOML.
+        UserErrors: values are wrong. Each mistake is one line: file and line (or override), field and what
+            to do.
     """
     path = _find(name_or_path)
     text = _read(path)
@@ -62,12 +59,20 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     from pydantic import ValidationError
 
+    from caffe_jacinto.recipes.explain import explain
     from caffe_jacinto.recipes.model import Recipe
 
+    recipe, errors = None, []
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        raise UserError(_first_mistake(error.errors(include_url=False), path, text, parsed)) from None
+        errors = error.errors(include_url=False)
+    if recipe is not None and not rules:
+        return recipe
+    found = explain(errors, document, rules, _Places(path, text, parsed))
+    if recipe is None or found:
+        raise UserErrors(found)
+    return recipe
 
 
 def _find(name_or_path: str) -> Path:
@@ -166,42 +171,20 @@ def _check_stage(document: Mapping[str, Any], override: Override) -> None:
             raise UserError(f"override {override.text}: no such stage {name}; {did_you_mean(name, stages)}")
 
 
-def _first_mistake(
-    errors: Sequence[ErrorDetails], path: Path, text: str, overrides: Sequence[Override]
-) -> str:
-    """The first mistake in the file, as one line; a mistake in an override comes before all others."""
-    lines = _lines_of_keys(text)
-    messages = []
-    missing: dict[Keys, list[str]] = {}
-    for error in errors:
-        # pydantic marks the key of a mapping with a last "[key]".
-        keys = tuple(str(part) for part in error["loc"] if part != "[key]")
-        keys += tuple(error.get("ctx", {}).get("path", ()))
-        override = next((o for o in reversed(overrides) if _made_by(keys, o.keys)), None)
-        line = _line(keys, lines)
-        place = f"override {override.text}" if override else f"{path}:{line}"
-        # A missing key is often a misspelt one: report the misspelt key.
-        rank = (override is None, error["type"] == "missing", line)
-        if error["type"] == "missing":
-            missing.setdefault(keys[:-1], []).append(keys[-1])
-        messages.append((rank, f"{place}: {_field(keys)}: {_explain(error, keys)}", keys))
-    _, message, keys = min(messages)
-    together = missing.get(keys[:-1], [])
-    others = [key for key in together if (*keys[:-1], key) != keys]
-    is_missing = len(others) < len(together)
-    return f"{message}, and {', '.join(others)}" if is_missing and others else message
+class _Places:
+    """Where the keys of a recipe stand: in which override, or else on which line of the file."""
 
+    def __init__(self, path: Path, text: str, overrides: Sequence[Override]) -> None:
+        self._path = path
+        self._overrides = overrides
+        self._lines = _lines_of_keys(text)
 
-def _made_by(keys: Keys, override: Keys) -> bool:
-    """Whether the override set the value at ``keys``, or a table that holds it."""
-    return keys[: len(override)] == override
-
-
-def _field(keys: Keys) -> str:
-    text = ""
-    for key in keys:
-        text += f"[{key}]" if key.isdigit() else f".{key}" if text else key
-    return text or "recipe"
+    def __call__(self, keys: Keys) -> Place:
+        for number, override in reversed(list(enumerate(self._overrides))):
+            if keys[: len(override.keys)] == override.keys:  # it set this value, or a table that holds it
+                return Place(f"override {override.text}", (0, number))
+        line = _line(keys, self._lines)
+        return Place(f"{self._path}:{line}", (1, line))
 
 
 def _line(keys: Keys, lines: Mapping[Keys, int]) -> int:
@@ -247,83 +230,3 @@ def _paths(table: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, A
             yield from _paths(value, (*above, key))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             yield from _paths(value[0], (*above, key))
-
-
-def _explain(error: ErrorDetails, keys: Keys) -> str:
-    """What is wrong and what to do, in the terms of a recipe."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "mistake":
-        return str(context["what"])
-    if kind == "extra_forbidden":
-        return f"no such key; {did_you_mean(keys[-1], _allowed(keys[:-1]))}"
-    if kind == "missing":
-        return "missing; add it"
-    if kind == "literal_error":
-        allowed = [str(choice) for choice in get_args(_annotation(keys))]
-        return f"{_shown(value)} is not allowed; {did_you_mean(str(value), allowed)}"
-    if kind == "string_pattern_mismatch":
-        if keys[:-1] == ("stages",):
-            return f"{_shown(value)} cannot name a folder; use letters, digits, - and _, a letter first"
-        if keys[-1] == "dataset":
-            return f"{_shown(value)} cannot name a file; use letters, digits, ., - and _"
-        return f"{_shown(value)} holds a character that file names cannot have"
-    expected = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "string_type": 'a text in quotes, like "name"',
-        "bool_type": "true or false",
-        "tuple_type": "a list, like [1, 2]",
-        "dict_type": "a table",
-        "model_type": "a table",
-        "finite_number": "a finite number",
-        "greater_than_equal": f"{context.get('ge')} or more",
-        "greater_than": f"more than {context.get('gt')}",
-        "less_than": f"less than {context.get('lt')}",
-        "less_than_equal": f"{context.get('le')} or less",
-        "string_too_long": f"at most {context.get('max_length')} characters",
-        "string_too_short": "a text that is not empty",
-        "too_short": "at least one stage, like [stages.initial]",
-    }.get(kind)
-    if expected is None:
-        return f"{_shown(value)}: {error['msg']}"
-    return f"is {_shown(value)}; give {expected}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        quoted = value.encode("unicode_escape").decode().replace('"', '\\"')
-        return f'the text "{quoted[:60]}"'
-    if isinstance(value, dict):
-        return "a table" if value else "an empty table"
-    return str(value)[:60]
-
-
-def _allowed(keys: Keys) -> list[str]:
-    """The keys that the table at ``keys`` may hold."""
-    model = _model(keys)
-    return list(model.model_fields)
-
-
-def _model(keys: Keys) -> type[BaseModel]:
-    """The model that describes the table at ``keys``."""
-    from caffe_jacinto.recipes import model as models
-
-    tables: dict[str, type[BaseModel]] = {
-        "data": models.DataSettings,
-        "network": models.NetworkSettings,
-        "training": models.TrainingSettings,
-        "solver": models.SolverSettings,
-        "sparse": models.SparseSettings,
-    }
-    if not keys:
-        return models.Recipe
-    if keys[0] == "stages":
-        return models.Stage if len(keys) == 2 else tables[keys[2]]
-    return tables[keys[0]]
-
-
-def _annotation(keys: Keys) -> Any:
-    return _model(keys[:-1]).model_fields[keys[-1]].annotation

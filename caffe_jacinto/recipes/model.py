@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUseDefault
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.recipes import rules
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4e38
@@ -30,8 +31,11 @@ FileNamePart = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z
 
 StageName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
-RESERVED_STAGE_NAMES = ("test",)
-"""Folders of a run that are not stages."""
+MISTAKE = "mistake"
+"""The type of pydantic's error for values that do not agree with each other."""
+
+MOST_TESTS_APART = 10_000
+"""Iterations: the largest default of ``test_interval``, and of ``snapshot`` if it allows for it."""
 
 
 def _none_if_empty(value: Any) -> Any:
@@ -39,10 +43,17 @@ def _none_if_empty(value: Any) -> Any:
     return None if value == "" else value
 
 
+def _default_if_empty(value: Any) -> Any:
+    if value == "":
+        raise PydanticUseDefault
+    return value
+
+
 Optional = BeforeValidator(_none_if_empty)
 OptionalText = Annotated[Text | None, Optional]
 OptionalInt = Annotated[PositiveInt | None, Optional]
 OptionalFloat = Annotated[PositiveFloat | None, Optional]
+IntWithDefault = Annotated[PositiveInt, BeforeValidator(_default_if_empty)]
 Ints = Field(strict=False)  # a TOML array is a list; its numbers are still strict
 
 
@@ -86,12 +97,6 @@ class NetworkSettings(_Settings):
     head_lr_mult: PositiveFloat = 1.0
     """Learning rate of the last layer with weights, as a multiple of the published one."""
 
-    @model_validator(mode="after")
-    def _frozen_once(self) -> NetworkSettings:
-        if len(set(self.frozen)) < len(self.frozen):
-            raise _mistake(("frozen",), f"{list(self.frozen)} names a layer twice; name each once")
-        return self
-
 
 class TrainingSettings(_Settings):
     """Settings that all stages share."""
@@ -99,7 +104,7 @@ class TrainingSettings(_Settings):
     batch_size: PositiveInt
     """The effective batch: images of one update of the weights, over all passes and GPUs."""
 
-    iter_size: PositiveInt
+    iter_size: PositiveInt = 1
     """Forward and backward passes whose gradients one update accumulates."""
 
     val_batch_size: PositiveInt = 50
@@ -120,11 +125,16 @@ class TrainingSettings(_Settings):
     """Run the scheduled tests with recalibrated statistics (PyTorch; stock Caffe in stages that prune or hold
     zeros). Training itself is the same either way."""
 
-    @model_validator(mode="after")
-    def _gpus_once(self) -> TrainingSettings:
-        if len(set(self.gpus)) < len(self.gpus):
-            raise _mistake(("gpus",), f"{list(self.gpus)} names a GPU twice; name each once")
-        return self
+
+def _tenth(max_iter: int) -> int:
+    """A tenth of the stage, rounded up, but not more than `MOST_TESTS_APART`."""
+    return min(-(-max_iter // 10), MOST_TESTS_APART)
+
+
+def _snapshot_at_a_test(settings: Mapping[str, Any]) -> int:
+    """A tenth of the stage, as in `_tenth`, rounded up to a multiple of ``test_interval``."""
+    interval: int = settings["test_interval"]
+    return -(-_tenth(settings["max_iter"]) // interval) * interval
 
 
 class SolverSettings(_Settings):
@@ -139,35 +149,17 @@ class SolverSettings(_Settings):
     stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
     momentum: Fraction = 0.9
     weight_decay: NaturalFloat
-    regularization: Literal["L1", "L2"]
-    test_interval: PositiveInt
+    regularization: Literal["L1", "L2"] = "L2"
+    test_interval: IntWithDefault = Field(default_factory=lambda settings: _tenth(settings["max_iter"]))
     test_initialization: bool = True
     """Test before the first iteration, too."""
 
-    snapshot: PositiveInt
+    snapshot: IntWithDefault = Field(default_factory=_snapshot_at_a_test)
+    """A snapshot belongs to the test of its iteration, so by default there is a test for each."""
+
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
     clip_gradients: OptionalFloat = None
-
-    @model_validator(mode="after")
-    def _policy_has_its_steps(self) -> SolverSettings:
-        if self.lr_policy in ("step", "sigmoid") and self.stepsize is None:
-            raise _mistake(("lr_policy",), f'"{self.lr_policy}" needs stepsize; add it beside lr_policy')
-        if self.lr_policy == "multistep" and not self.stepvalue:
-            raise _mistake(("lr_policy",), '"multistep" needs stepvalue, e.g. stepvalue = [1000, 2000]')
-        if self.lr_policy not in ("fixed", "poly") and self.gamma is None:
-            raise _mistake(
-                ("lr_policy",), f'"{self.lr_policy}" needs gamma; add it beside lr_policy, e.g. gamma = 0.1'
-            )
-        if self.type in ("AdaGrad", "RMSProp") and self.momentum:
-            raise _mistake(
-                ("type",), f'Caffe\'s "{self.type}" takes no momentum; set momentum = 0.0 beside it'
-            )
-        if any(later <= earlier for earlier, later in zip(self.stepvalue, self.stepvalue[1:], strict=False)):
-            raise _mistake(
-                ("stepvalue",), f"{list(self.stepvalue)} does not grow; name the iterations in order"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -298,33 +290,6 @@ class Stage(_Settings):
     freeze_zeros: bool = False
     """Keep at zero the weights of convolutions that are zero at the start."""
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Stage:
-        if self.start and self.weights:
-            raise _mistake(
-                ("weights",),
-                'a stage starts from `start` or from `weights`, not from both; set one of them to ""',
-            )
-        if self.reinit and not self.weights:
-            raise _mistake(
-                ("reinit",),
-                "only layers of `weights` can be left out, and this stage has none; remove reinit, or set "
-                "`weights`",
-            )
-        if self.freeze_zeros and self.sparse:
-            raise _mistake(("freeze_zeros",), "a sparse stage freezes its zeros itself; remove freeze_zeros")
-        if self.freeze_zeros and not (self.start or self.weights):
-            raise _mistake(
-                ("freeze_zeros",), "random weights have no zeros to freeze; set `start` or `weights`"
-            )
-        if self.sparse and self.sparse.start_iter >= self.solver.max_iter:
-            raise _mistake(
-                ("sparse", "start_iter"),
-                f"{self.sparse.start_iter} is not below the stage's max_iter {self.solver.max_iter}, "
-                "so no weight would become zero; make it smaller",
-            )
-        return self
-
 
 class Recipe(_Settings):
     """A data set, a network and the stages that train it, in order."""
@@ -337,43 +302,15 @@ class Recipe(_Settings):
     """In the order of the file, which is the order of training."""
 
     @model_validator(mode="after")
-    def _stages_follow(self) -> Recipe:
-        earlier: list[str] = []
-        for name, stage in self.stages.items():
-            if name.lower() in RESERVED_STAGE_NAMES:
-                raise _mistake(
-                    ("stages", name),
-                    f'"{name}" is the name of another folder of a run; choose a different name for the stage',
-                )
-            if name.lower() in (other.lower() for other in earlier):
-                raise _mistake(("stages", name), "the names of two stages differ only in case; rename one")
-            if stage.start is not None and stage.start not in earlier:
-                raise _mistake(("stages", name, "start"), _no_such_start(stage.start, earlier))
-            if self.network.frozen and stage.start is None and stage.weights is None:
-                raise _mistake(
-                    ("stages", name),
-                    f"network.frozen keeps {', '.join(self.network.frozen)} as they are at the start, and "
-                    "this stage starts from random weights; set `weights`",
-                )
-            both = [layer for layer in stage.reinit if layer in self.network.frozen]
-            if both:
-                raise _mistake(
-                    ("stages", name, "reinit"),
-                    f"{both[0]} is also in network.frozen, so it would keep random values; remove it from "
-                    "one of them",
-                )
-            earlier.append(name)
+    def _values_agree(self) -> Recipe:
+        found = list(rules.mistakes(rules.Values(self.model_dump())))
+        if found:
+            raise ValidationError.from_exception_data(
+                "recipe", [_pydantic_error(mistake) for mistake in found]
+            )
         return self
 
 
-def _no_such_start(start: str, earlier: list[str]) -> str:
-    known = f"earlier stages: {', '.join(earlier)}" if earlier else "it is the first one"
-    return (
-        f'no earlier stage produces the weights of "{start}" ({known}); '
-        "name an earlier stage, or use `weights`"
-    )
-
-
-def _mistake(path: tuple[str, ...], what: str) -> PydanticCustomError:
-    """An error at ``path`` below the model that raises it."""
-    return PydanticCustomError("mistake", "{what}", {"what": what, "path": list(path)})
+def _pydantic_error(mistake: rules.Mistake) -> InitErrorDetails:
+    kind = PydanticCustomError(MISTAKE, "{what}", {"what": mistake.what})
+    return InitErrorDetails(type=kind, loc=mistake.keys, input=None)

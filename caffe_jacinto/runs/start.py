@@ -12,7 +12,7 @@ from pathlib import Path
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import GpuRequest
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
@@ -20,6 +20,7 @@ from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.gpus import any_visible, requested_gpus, this_machine
 from caffe_jacinto.engines.snapshots import weights_are_finite
 from caffe_jacinto.logs.discover import RUN_RECORD
+from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
@@ -70,7 +71,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         UserError: something is wrong. Nothing was run, and only a dry run wrote anything.
         RunFailed: a stage failed.
     """
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES)
     folder = options.output or run_folder.default_folder(recipe)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
@@ -291,12 +292,9 @@ def _show_findings(findings: Findings, screen: Screen) -> None:
 
 
 def _refuse(findings: Findings) -> None:
-    """Report every problem, each as an error line of its own. The last one is raised."""
+    """Raise every problem that was found, each to be shown on a line of its own."""
     if findings.problems:
-        *others, last = (UserError(problem) for problem in findings.problems)
-        for problem in others:
-            print(f"caffe_jacinto.train: error: {problem}", file=sys.stderr)
-        raise last
+        raise UserErrors(findings.problems)
 
 
 def _copy_labels(run: RunPlan) -> None:

@@ -1,0 +1,258 @@
+"""Which values of a recipe must agree with each other.
+
+A rule whose values are missing or wrong themselves is left out, so that a recipe with several mistakes gets
+all that are certain at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+Keys = tuple[str, ...]
+
+RESERVED_STAGE_NAMES = ("test",)
+"""Folders of a run that are not stages."""
+
+
+class Mistake(NamedTuple):
+    """The key that a mistake is at, and what to say about it."""
+
+    keys: Keys
+    what: str
+
+
+class Place(NamedTuple):
+    """Where a key stands: what messages call the place, and what they are sorted by."""
+
+    name: str
+    order: tuple[int, ...]
+
+
+class _UnknownValue(Exception):  # noqa: N818 - not an error: the rule that needs it says nothing
+    """A rule needs a value that is missing or wrong itself."""
+
+
+class Values:
+    """A recipe's values, defaults included, by their dotted keys below a table."""
+
+    def __init__(self, content: Mapping[str, Any], wrong: Collection[Keys] = (), table: Keys = ()) -> None:
+        """``wrong`` are the keys, from the top of the recipe, whose values are missing or wrong."""
+        self._content = content
+        self._wrong = wrong
+        self.table = table
+
+    def __getitem__(self, dotted: str) -> Any:
+        keys = (*self.table, *dotted.split("."))
+        if any(keys[: len(wrong)] == wrong for wrong in self._wrong):
+            raise _UnknownValue
+        value: Any = self._content
+        for key in keys:
+            if value is None:  # an optional table that is not there
+                return None
+            if not isinstance(value, Mapping) or key not in value:
+                raise _UnknownValue
+            value = value[key]
+        if not isinstance(value, Mapping) and any(wrong[: len(keys)] == keys for wrong in self._wrong):
+            raise _UnknownValue  # something in a list is wrong
+        return value
+
+    def stages(self) -> list[Values]:
+        """The stages, in order; none where the table of stages is wrong itself."""
+        try:
+            names = self["stages"]
+        except _UnknownValue:
+            return []
+        return [Values(self._content, self._wrong, ("stages", name)) for name in names]
+
+    def mistake(self, dotted: str, what: str) -> Mistake:
+        """A mistake at a key below the table, or with "" at the table itself."""
+        return Mistake((*self.table, *filter(None, dotted.split("."))), what)
+
+
+Rule = Callable[[Values], Iterator[Mistake]]
+
+
+def mistakes(recipe: Values, rules: Sequence[Rule] = ()) -> Iterator[Mistake]:
+    """Every disagreement among the values of a whole recipe, by the rules of this page and by ``rules``."""
+    for rule in (*_RECIPE_RULES, *rules):
+        yield from _found(rule, recipe)
+    for stage in recipe.stages():
+        for rule in _STAGE_RULES:
+            yield from _found(rule, stage)
+
+
+def _found(rule: Rule, values: Values) -> list[Mistake]:
+    try:
+        return list(rule(values))
+    except _UnknownValue:
+        return []
+
+
+# ------------------------------------------------------------------------------------ of a whole recipe
+
+
+def _frozen_once(recipe: Values) -> Iterator[Mistake]:
+    frozen = recipe["network.frozen"]
+    if len(set(frozen)) < len(frozen):
+        yield recipe.mistake("network.frozen", f"{list(frozen)} names a layer twice; name each once")
+
+
+def _gpus_once(recipe: Values) -> Iterator[Mistake]:
+    gpus = recipe["training.gpus"]
+    if len(set(gpus)) < len(gpus):
+        yield recipe.mistake("training.gpus", f"{list(gpus)} names a GPU twice; name each once")
+
+
+def _names_make_folders(recipe: Values) -> Iterator[Mistake]:
+    earlier: set[str] = set()
+    for stage in recipe.stages():
+        name = stage.table[-1]
+        if name.lower() in RESERVED_STAGE_NAMES:
+            yield stage.mistake(
+                "", f'"{name}" is the name of another folder of a run; choose a different name for the stage'
+            )
+        elif name.lower() in earlier:
+            yield stage.mistake("", "the names of two stages differ only in case; rename one")
+        earlier.add(name.lower())
+
+
+def _stages_follow(recipe: Values) -> Iterator[Mistake]:
+    earlier: list[str] = []
+    for stage in recipe.stages():
+        yield from _found(lambda stage: _starts_after(stage, earlier), stage)
+        earlier.append(stage.table[-1])
+
+
+def _starts_after(stage: Values, earlier: list[str]) -> Iterator[Mistake]:
+    start = stage["start"]
+    if start is not None and start not in earlier:
+        known = f"earlier stages: {', '.join(earlier)}" if earlier else "it is the first one"
+        yield stage.mistake(
+            "start",
+            f'no earlier stage produces the weights of "{start}" ({known}); name an earlier stage, or use '
+            "`weights`",
+        )
+
+
+def _frozen_layers_have_weights(recipe: Values) -> Iterator[Mistake]:
+    frozen = recipe["network.frozen"]
+    for stage in recipe.stages():
+        yield from _found(lambda stage: _keeps_trained_weights(stage, frozen), stage)
+
+
+def _keeps_trained_weights(stage: Values, frozen: Collection[str]) -> Iterator[Mistake]:
+    if frozen and stage["start"] is None and stage["weights"] is None:
+        yield stage.mistake(
+            "",
+            f"network.frozen keeps {', '.join(frozen)} as they are at the start, and this stage starts from "
+            "random weights; set `weights`",
+        )
+    both = [layer for layer in stage["reinit"] if layer in frozen]
+    if both:
+        yield stage.mistake(
+            "reinit",
+            f"{both[0]} is also in network.frozen, so it would keep random values; remove it from one of "
+            "them",
+        )
+
+
+_RECIPE_RULES: tuple[Rule, ...] = (
+    _frozen_once,
+    _gpus_once,
+    _names_make_folders,
+    _stages_follow,
+    _frozen_layers_have_weights,
+)
+
+
+# ------------------------------------------------------------------------------------------ of one stage
+
+
+def _one_start(stage: Values) -> Iterator[Mistake]:
+    if stage["start"] and stage["weights"]:
+        yield stage.mistake(
+            "weights",
+            'a stage starts from `start` or from `weights`, not from both; set one of them to ""',
+        )
+
+
+def _reinit_needs_weights(stage: Values) -> Iterator[Mistake]:
+    if stage["reinit"] and not stage["weights"]:
+        yield stage.mistake(
+            "reinit",
+            "only layers of `weights` can be left out, and this stage has none; remove reinit, or set "
+            "`weights`",
+        )
+
+
+def _zeros_frozen_once(stage: Values) -> Iterator[Mistake]:
+    if stage["freeze_zeros"] and stage["sparse"]:
+        yield stage.mistake("freeze_zeros", "a sparse stage freezes its zeros itself; remove freeze_zeros")
+
+
+def _there_are_zeros(stage: Values) -> Iterator[Mistake]:
+    if stage["freeze_zeros"] and not (stage["start"] or stage["weights"]):
+        yield stage.mistake(
+            "freeze_zeros", "random weights have no zeros to freeze; set `start` or `weights`"
+        )
+
+
+def _pruning_begins(stage: Values) -> Iterator[Mistake]:
+    begin, end = stage["sparse.start_iter"], stage["solver.max_iter"]
+    if begin is not None and begin >= end:
+        yield stage.mistake(
+            "sparse.start_iter",
+            f"{begin} is not below the stage's max_iter {end}, so no weight would become zero; make it "
+            "smaller",
+        )
+
+
+_POLICY_SETTINGS = {
+    "exp": ("gamma",),
+    "inv": ("gamma",),
+    "step": ("gamma", "stepsize"),
+    "sigmoid": ("gamma", "stepsize"),
+    "multistep": ("gamma", "stepvalue"),
+}
+"""What a learning-rate policy needs besides the rate itself (GetLearningRate in Caffe's sgd_solver.cpp)."""
+
+_EXAMPLES = {"gamma": "gamma = 0.1", "stepsize": "stepsize = 1000", "stepvalue": "stepvalue = [1000, 2000]"}
+
+
+def _policy_has_its_settings(stage: Values) -> Iterator[Mistake]:
+    policy = stage["solver.lr_policy"]
+    lacking = [name for name in _POLICY_SETTINGS.get(policy, ()) if not stage[f"solver.{name}"]]
+    if lacking:
+        examples = ", ".join(_EXAMPLES[name] for name in lacking)
+        yield stage.mistake(
+            "solver.lr_policy",
+            f'"{policy}" needs {" and ".join(lacking)}; add to the solver, for example, {examples}',
+        )
+
+
+def _momentum_fits_type(stage: Values) -> Iterator[Mistake]:
+    kind = stage["solver.type"]
+    if kind in ("AdaGrad", "RMSProp") and stage["solver.momentum"]:
+        yield stage.mistake(
+            "solver.type", f'Caffe\'s "{kind}" takes no momentum; set momentum = 0.0 beside it'
+        )
+
+
+def _steps_grow(stage: Values) -> Iterator[Mistake]:
+    steps = list(stage["solver.stepvalue"])
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        yield stage.mistake("solver.stepvalue", f"{steps} does not grow; name the iterations in order")
+
+
+_STAGE_RULES: tuple[Rule, ...] = (
+    _one_start,
+    _reinit_needs_weights,
+    _zeros_frozen_once,
+    _there_are_zeros,
+    _pruning_begins,
+    _policy_has_its_settings,
+    _momentum_fits_type,
+    _steps_grow,
+)
