@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
-        _print(runs, arguments.format)
+        _print(runs, arguments.format, arguments.published)
     if plot is not None and runs:
         from caffe_jacinto.logs.plot import plot_runs
 
@@ -56,18 +56,22 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"draw the curves to FILE ({' or '.join(PLOT_KINDS)})"
     )
+    help_text = (
+        "show the published ImageNet results, also where they do not compare (default: only where they do)"
+    )
+    parser.add_argument("--published", action="store_true", help=help_text)
     return parser.parse_args(argv)
 
 
-def _print(runs: Sequence[Run], form: str) -> None:
+def _print(runs: Sequence[Run], form: str, published: bool) -> None:
     if form == "json":
         print(tables.as_json(runs))
     elif form == "csv":
-        print(tables.as_csv(runs), end="")
+        print(tables.as_csv(runs, published=published), end="")
     elif form == "markdown":
-        print(tables.as_markdown(tables.tables(runs)))
+        print(tables.as_markdown(tables.tables(runs, published=published)))
     else:
-        tables.show(tables.tables(runs), sys.stdout)
+        tables.show(tables.tables(runs, published=published), sys.stdout)
 
 
 if __name__ == "__main__":

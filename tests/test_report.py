@@ -19,7 +19,8 @@ from caffe_jacinto.report import main
 
 KEYS = [
     "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity",
-    "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds",
+    "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds", "classes",
+    "image_size",
 ]  # fmt: skip
 
 
@@ -63,12 +64,13 @@ def test_the_published_figures_to_the_last_digit(published: Path, capsys: pytest
         (jacinto, "test"): {
             "caffe_version": "NVCaffe 0.16.4", "finished": True, "iterations": 1000, "top1": 0.59618,
             "top5": 0.822022, "loss": 1.74816, "sparsity": 0.805, "sparsity_logged": 0.805,
-            "gigamacs": 0.4063,
+            "gigamacs": 0.4063, "classes": 1000, "image_size": [224, 224],
             "images_per_second": None,
         },
         (resnet, "test"): {
             "caffe_version": None, "finished": True, "top1": 0.638721, "top5": 0.85161, "loss": 1.53151,
-            "sparsity": None, "gigamacs": 0.8892, "images_per_second": None,
+            "sparsity": None, "gigamacs": 0.8892, "classes": 1000, "image_size": [224, 224],
+            "images_per_second": None,
             "outputs": {"accuracy": 0.638721, "loss": 1.53151, "top5": 0.85161},
         },
     }  # fmt: skip
@@ -177,12 +179,53 @@ def test_the_table_for_a_pipe_is_plain_text_on_whole_lines(
     assert sparse.split()[:2] == ["sparse", "40"]
     assert "80.5 %" in sparse
     assert "+0.00" in sparse
-    published = [line for line in lines if "(published)" in line]
-    assert [line.split("(published)")[1].split() for line in published] == [
-        ["60.91", "%", "83.05", "%", "0.410"],
-        ["63.9", "%", "85.2", "%", "0.910"],
-        ["57.1", "%", "80.2", "%", "0.687"],
+
+
+PUBLISHED_ROWS = [
+    ["60.91", "%", "83.05", "%", "0.410"],
+    ["63.9", "%", "85.2", "%", "0.910"],
+    ["57.1", "%", "80.2", "%", "0.687"],
+]
+
+
+def published_rows(text: str) -> list[list[str]]:
+    """The cells of the result table's published rows."""
+    return [
+        line.split("(published, ImageNet)")[1].split()
+        for line in text.splitlines()
+        if "(published, ImageNet)" in line
     ]
+
+
+def test_published_results_stand_only_beside_those_that_compare(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of ImageNet: 1000 classes, crops of 224 or 227 pixels; the made-up run has 10 classes."""
+    run = run_folder(tmp_path / "digits")
+    _, out, _ = report(run, capsys=capsys)
+    assert "digits, initial" in out
+    assert published_rows(out) == []
+    assert published_rows(report(run, "--published", capsys=capsys)[1]) == PUBLISHED_ROWS
+    imagenet = published / "logs"
+    assert published_rows(report(imagenet, capsys=capsys)[1]) == PUBLISHED_ROWS
+    assert published_rows(report(run, imagenet, capsys=capsys)[1]) == PUBLISHED_ROWS
+    for form, row in (("csv", "JacintoNet11,0.6091"), ("markdown", "published, ImageNet")):
+        assert row not in report(run, "--format", form, capsys=capsys)[1]
+        assert row in report(run, "--format", form, "--published", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "side", "compares"),
+    [(1000, 224, True), (1000, 227, True), (1000, 128, False), (999, 224, False)],
+)
+def test_what_compares_with_the_published_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], classes: int, side: int, compares: bool
+) -> None:
+    text = whole_stage().text.replace("num_output: 10\n", f"num_output: {classes}\n")
+    run = write(tmp_path / "a.log", text.replace(",3,8,8", f",3,{side},{side}"))
+    (stage,) = stages(run, capsys=capsys).values()
+    assert (stage["classes"], stage["image_size"]) == (classes, [side, side])
+    assert bool(published_rows(report(run, capsys=capsys)[1])) is compares
 
 
 def test_an_unfinished_stage_says_so_with_caffes_last_words(
@@ -223,7 +266,7 @@ def test_csv_holds_plain_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[0]["sparsity"] == ""
     assert float(rows[0]["gigamacs"]) == GIGAMACS
     results = list(csv.DictReader(io.StringIO(second)))
-    assert [row["published"] for row in results] == ["true", "true", "true", "false", "false"]
+    assert [row["published"] for row in results] == ["false", "false"]
 
 
 def test_a_loss_that_is_no_number_leaves_the_json_valid(

@@ -35,7 +35,7 @@ def test_all_stages_in_both_dialects(trainer: Trainer, dialect: str) -> None:
     assert trainer.states(run) == dict.fromkeys((*STAGES, "test"), "finished")
     assert re.search(rf"engine: torch 2\.\S+ at \S+, dialect {dialect}, on the CPU", said)
     assert re.search(r"stage 3/4 sparse: finished, 6 iterations in .*, top-1 .*, sparsity 0\.[1-9]", said)
-    assert "JacintoNet11 (published)" in said
+    assert "published" not in said  # ImageNet's results do not compare with ten digits
     sparse, fine = weights(trainer, run, "sparse"), weights(trainer, run, "finetune")
     zeros = {name: sparse[name][0] == 0 for name in sparse if sparse[name][0].ndim == 4}
     assert any(mask.sum() > 100 for mask in zeros.values())

@@ -64,7 +64,7 @@ def test_all_stages_and_the_test_end_in_the_result_table(trainer: Trainer, whole
     assert (folder / "labels.txt").read_text().splitlines() == [f"digit_{n}" for n in range(10)]
     assert "engine: bvlc 1.0" in said
     assert re.search(r"stage 3/4 sparse: finished, 6 iterations in .*, top-1 .*, sparsity 0\.\d", said)
-    assert "JacintoNet11 (published)" in said
+    assert "published" not in said  # ImageNet's results do not compare with ten digits
 
 
 def test_no_frozen_zero_moves_in_finetune(trainer: Trainer, whole: tuple[int, str]) -> None:

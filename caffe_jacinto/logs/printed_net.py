@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.netspec import graph
 from caffe_jacinto.netspec import shapes as complexity
+from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.prototxt import tree
 
 _PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
+_READ_SCORES = ("Accuracy", "SoftmaxWithLoss")
 _MOST_SHAPES = 8
 _MOST_NETS = 16
 
@@ -59,6 +62,22 @@ class PrintedNet:
             if layer.string("type") == "Accuracy" and layer.strings("top"):
                 found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
         return found
+
+    @cached_property
+    def classes(self) -> int | None:
+        """Number of classes: the scores of one image that the last accuracy or loss reads."""
+        scores = [shaped.bottoms[:1] for shaped in self._layers if shaped.kind in _READ_SCORES]
+        return prod(scores[-1][0][1:]) if scores and scores[-1] and scores[-1][0] else None
+
+    @cached_property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the network's images, after the crop."""
+        tops = [top for shaped in self._layers if role_of(shaped.kind) == "data" for top in shaped.tops[:1]]
+        return (tops[0][2], tops[0][3]) if tops and tops[0] and len(tops[0]) == 4 else None
+
+    @cached_property
+    def _layers(self) -> list[complexity.LayerShapes]:
+        return complexity.layer_shapes(self.message, self.shapes) if self.message else []
 
     @cached_property
     def outputs(self) -> int | None:

@@ -50,6 +50,9 @@ class StageFigures:
     sparsity_logged: float | None
     """The total that the log states, whatever it counts."""
     gigamacs: float | None
+    classes: int | None
+    image_size: tuple[int, int] | None
+    """Height and width of the network's images, after the crop."""
     images_per_second: float | None
     """Training: iterations per second times the images behind one update."""
     images_per_second_logged: float | None
@@ -378,6 +381,7 @@ class StageLog:
     def figures(self) -> StageFigures:
         """The figures as of the last complete line."""
         outputs = self._last_test(0)
+        main = self._nets.main()
         accuracies = self._nets.accuracies(0)
         named = by_name(outputs)
         losses = [output.loss for output in outputs.values() if output.loss is not None]
@@ -393,6 +397,8 @@ class StageLog:
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
             gigamacs=self._gigamacs(),
+            classes=main.classes if main else None,
+            image_size=main.image_size if main else None,
             images_per_second=self._images_per_second(),
             images_per_second_logged=self._speed,
             seconds=seconds,

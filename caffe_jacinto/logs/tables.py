@@ -36,6 +36,10 @@ PUBLISHED = (
 """ImageNet, one crop, 1000 classes: tidsp/caffe-jacinto-models; cvjena/cnn-models (arXiv:1612.01452);
 BVLC/caffe models/bvlc_alexnet. Complexity as the first of them gives it."""
 
+PUBLISHED_CLASSES = 1000
+PUBLISHED_CROPS = ((224, 224), (227, 227))
+"""Of the published rows: results for other classes or image sizes do not compare with them."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,9 +74,18 @@ STAGE_HEADERS = (
 RESULT_HEADERS = ("Configuration", "Top-1 accuracy", "Top-5 accuracy", "Complexity (GigaMACs)")
 
 
-def tables(runs: Sequence[Run]) -> list[Table]:
-    """A table of stages for each run, then the result table."""
-    return [*(stage_table(run) for run in runs), result_table(runs)]
+def tables(runs: Sequence[Run], *, published: bool = False) -> list[Table]:
+    """A table of stages for each run, then the result table; see `published_rows`."""
+    return [*(stage_table(run) for run in runs), result_table(runs, published_rows(runs, published))]
+
+
+def published_rows(runs: Sequence[Run], wanted: bool = False) -> tuple[Published, ...]:
+    """The published rows, where they are ``wanted`` or compare with one of the results; else none."""
+    compares = any(
+        stage.figures.classes == PUBLISHED_CLASSES and stage.figures.image_size in PUBLISHED_CROPS
+        for _, stage in results(runs)
+    )
+    return PUBLISHED if wanted or compares else ()
 
 
 def stage_table(run: Run) -> Table:
@@ -99,12 +112,12 @@ def stage_table(run: Run) -> Table:
     return table
 
 
-def result_table(runs: Sequence[Run]) -> Table:
-    """The published table, with each run's first and last stage below it."""
+def result_table(runs: Sequence[Run], published: Sequence[Published]) -> Table:
+    """Each run's first and last stage, below the ``published`` rows."""
     table = Table("Results", RESULT_HEADERS)
-    for row in PUBLISHED:
+    for row in published:
         cells = [
-            f"{row.name} (published)",
+            f"{row.name} (published, ImageNet)",
             percent(row.top1, row.decimals),
             percent(row.top5, row.decimals),
             f"{row.gigamacs:.3f}",
@@ -177,6 +190,7 @@ def _run_record(run: Run) -> dict[str, Any]:
 JSON_FIELDS = (
     *("caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity"),
     *("sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
+    *("classes", "image_size"),
 )
 
 
@@ -205,8 +219,11 @@ STAGE_FIELDS = (
 RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published")
 
 
-def as_csv(runs: Sequence[Run]) -> str:
-    """Both tables with plain numbers (fractions, seconds); an empty line between them."""
+def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
+    """Both tables with plain numbers (fractions, seconds); an empty line between them.
+
+    For ``published`` see `published_rows`.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(STAGE_FIELDS)
@@ -217,7 +234,7 @@ def as_csv(runs: Sequence[Run]) -> str:
             writer.writerow([_csv_cell(values[name]) for name in STAGE_FIELDS])
     writer.writerow([])
     writer.writerow(RESULT_FIELDS)
-    for row in PUBLISHED:
+    for row in published_rows(runs, published):
         writer.writerow([row.name, row.top1, row.top5, row.gigamacs, "true"])
     for run, stage in results(runs):
         figures = stage.figures
