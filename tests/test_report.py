@@ -277,6 +277,30 @@ def test_a_loss_that_is_no_number_leaves_the_json_valid(
     assert (stage["loss"], stage["top1"]) == (None, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("losses", "note"),
+    [
+        ((2.3, 87.3365, 87.3365), ": the loss is stuck at 87.3365 at iteration 4000"),
+        ((2.3, 87.3365, 1.5), None),
+        ((2.3, float("nan")), ": the loss is not a number (nan) at iteration 2000"),
+        (
+            (2.31, 2.3, 2.3026),
+            ": the loss has stayed at 2.303, that of guessing among 10 classes (ln 10)",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_last_losses_is_below_the_table(
+    losses: tuple[float, ...], note: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log().start()
+    for number, loss in enumerate(losses):
+        log.line("solver.cpp", f"Iteration {2000 * number} (2 iter/s, 5s/10 iters), loss = {loss:g}")
+        log.line("sgd_solver.cpp", f"Iteration {2000 * number}, lr = 0.01")
+    write(tmp_path / "stage/run.log", log.text)
+    _, said, _ = report(tmp_path, capsys=capsys)
+    assert (note in said) if note else ("the loss" not in said)
+
+
 @pytest.mark.parametrize("name", ["curves.png", "curves.SVG"])
 def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     run_folder(tmp_path / "$x$ 网")

@@ -122,7 +122,9 @@ def test_a_test_of_many_outputs_is_shown_in_one_line() -> None:
         ((2.3, float("-inf")), "not a number", 0),
         ((87.3365, 87.3365), None, 0),
         ((87.3365, 2.0, 87.3365, 87.3365), None, 10),
-        ((2.3, 87.3365, 87.3365, 87.3365), "stuck at 87.3365", 0),
+        ((2.3, 87.3365, 87.3365, 87.3365), "stuck at 87.3365 at iteration 30", 0),
+        ((2.3, 1746.73, 1746.73, 1746.73), "stuck at 1746.73 (87.3365 times its loss_weight, 20)", 0),
+        ((2.3, 1746.73, 1746.9, 1746.73), None, 20),
     ],
 )
 def test_a_loss_that_goes_wrong(losses: tuple[float, ...], trouble: str | None, sound: int) -> None:
@@ -130,6 +132,78 @@ def test_a_loss_that_goes_wrong(losses: tuple[float, ...], trouble: str | None, 
     view.feed(displays(*losses))
     assert (view.trouble is None) if trouble is None else (trouble in str(view.trouble))
     assert view.sound == sound
+
+
+def softmax_log(*losses: float, weight: float = 1, step: int = 100) -> bytes:
+    """A training of a network of ten classes whose softmax loss has a ``weight``."""
+    log = Log()
+    log.start()
+    log.text = log.text.replace('top: "loss"\n', f'top: "loss"\n  loss_weight: {weight}\n')
+    for number, loss in enumerate(losses):
+        log.line("solver.cpp", f"Iteration {number * step} (5 iter/s, 20s/100 iters), loss = {loss:g}")
+    return log.text.encode()
+
+
+@pytest.mark.parametrize("weight", [1, 0.3, 1.6, 20])
+@pytest.mark.parametrize("dialect_start", [b"", b"[0.0] "])
+def test_the_largest_loss_in_any_multiple(weight: float, dialect_start: bytes) -> None:
+    text = softmax_log(2.3, *[87.3365 * weight] * 3, weight=weight)
+    view = StageView()
+    view.feed(text.replace(b"] Iteration", b"] " + dialect_start + b"Iteration"))
+    assert view.trouble is not None
+    assert f"stuck at {87.3365 * weight:g}" in view.trouble
+    assert ("loss_weight" in view.trouble) == (weight != 1)
+    assert view.sound == 0
+
+
+def test_a_loss_between_76_and_87_is_named_but_trains_on() -> None:
+    wrong = [80, 87.3365, 76.5, 87.3365, 87.3365, 81, 84, 79, 83, 87.0]
+    view = StageView()
+    view.feed(softmax_log(2.3, *wrong[:9]))
+    assert (view.trouble, view.doubts(), view.sound) == (None, {}, 0)
+    view.feed(softmax_log(2.3, *wrong, weight=2))  # of a network whose loss it is half of
+    assert view.doubts() == {}
+    view = StageView()
+    view.feed(softmax_log(2.3, *wrong, 1.5))
+    assert view.trouble is None
+    assert view.doubts()["high"].startswith("the loss has been between 76 and 87.3365 since iteration 100")
+    assert view.sound == 1100
+
+
+def test_a_loss_that_stays_at_chance_for_thousands_of_iterations_is_named() -> None:
+    chance = [2.30, 2.31, 2.302, 2.3026] * 10
+    view = StageView()
+    view.feed(softmax_log(*chance[:30]))
+    assert view.doubts() == {}
+    view = StageView()
+    view.feed(softmax_log(2.8, *chance))
+    assert "guessing among 10 classes (ln 10), since iteration 100" in view.doubts()["chance"]
+    assert view.trouble is None
+    learns = StageView()
+    learns.feed(softmax_log(*chance[:29], 2.2, *chance[:29]))
+    assert learns.doubts() == {}
+    weighted = StageView()
+    weighted.feed(softmax_log(*(20 * loss for loss in chance), weight=20))
+    assert "stayed at 46.04, that of guessing among 10 classes" in weighted.doubts()["chance"]
+
+
+def test_the_losses_of_a_published_training_raise_no_doubt(published: Path) -> None:
+    view = StageView()
+    view.feed((published / "logs" / "imagenet_jacintonet11_sparse.log").read_bytes())
+    assert (view.trouble, view.doubts()) == (None, {})
+
+
+def test_what_is_said_of_a_loss_is_said_once_in_a_run(tmp_path: Path) -> None:
+    from caffe_jacinto.runs.driver import Driver
+
+    out = io.StringIO()
+    driver = Driver(None, None, None, Screen(out), None, 2, None)  # type: ignore[arg-type]
+    for _ in ("one stage", "the next"):
+        view = StageView()
+        view.feed(softmax_log(*[2.3026] * 40))
+        for _ in range(3):
+            driver._say_doubts(view)
+    assert out.getvalue().count("guessing among 10 classes") == 1
 
 
 def test_a_new_part_forgets_how_the_one_before_ended() -> None:

@@ -25,13 +25,16 @@ from digits_run import (
     wait_for,
     write_lmdbs,
 )
+from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.logs.stage import read_stage
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.runs.lock import is_held
+from caffe_jacinto.runs.watch import StageView
 
 pytestmark = pytest.mark.caffe
 
@@ -276,6 +279,19 @@ def test_a_loss_that_is_not_a_number_stops_the_stage(trainer: Trainer) -> None:
     assert re.search(r"stage initial failed: the loss is (not a number|stuck at 87.3365)", said), said
     assert "good" in said
     assert "stages.initial.solver.base_lr=1e+29" in said
+
+
+def test_a_loss_that_hovers_below_its_largest_value_is_named(caffe_engine: Engine, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, write_digits(tmp_path / "lmdb", images=320))
+    stage.solver(base_lr=100, lr_policy='"fixed"', display=1, max_iter=30, test_interval=100, snapshot=100)
+    network = tmp_path / "train.prototxt"
+    network.write_text(network.read_text().replace('top: "loss" }', 'top: "loss" loss_weight: 20 }'))
+    view = StageView()
+    view.feed(
+        stage.run([[str(caffe_engine.info.executable), "train", "-solver", "solver.prototxt"]]).encode()
+    )
+    assert "the loss has been between 1520 and 1746.73 since iteration" in view.doubts()["high"]
+    assert read_stage(tmp_path / "run.log").figures().notes[0].startswith("the loss has been between 1520")
 
 
 def test_caffes_fatal_line_is_the_message(trainer: Trainer) -> None:

@@ -9,6 +9,7 @@ from math import prod
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
+from caffe_jacinto.logs.loss import SoftmaxLosses, softmax_losses
 from caffe_jacinto.netspec import graph
 from caffe_jacinto.netspec import shapes as complexity
 from caffe_jacinto.netspec.layer_types import role_of
@@ -80,6 +81,11 @@ class PrintedNet:
         return complexity.layer_shapes(self.message, self.shapes) if self.message else []
 
     @cached_property
+    def softmax_losses(self) -> SoftmaxLosses | None:
+        """Its losses, if all of them are softmax losses."""
+        return softmax_losses(self.message, self.classes) if self.message else None
+
+    @cached_property
     def outputs(self) -> int | None:
         """How many blobs the network produces and does not use."""
         if self.message is None:
@@ -100,6 +106,8 @@ class PrintedNets:
         self._given: PrintedNet | None = None
         self._nets: list[PrintedNet] = []
         self._all_are_old = False
+        self._losses: tuple[SoftmaxLosses | None] | None = None
+        """What `softmax_losses` has found, once it has looked."""
 
     def start_process(self) -> None:
         """A new process: its first network replaces those that were printed before."""
@@ -111,6 +119,7 @@ class PrintedNets:
             self._all_are_old = False
         if len(self._nets) < _MOST_NETS:
             self._nets.append(PrintedNet(printed))
+            self._losses = None
 
     def add_shape(self, event: events.DataShape) -> None:
         """A data layer of the network that was printed last has printed its shape."""
@@ -137,6 +146,14 @@ class PrintedNets:
         """The network to count: the test net, or where the log has no complete one, the train net."""
         nets = [self.of("TEST"), self.of("TRAIN"), *self._nets]
         return next((net for net in nets if net is not None and net.message is not None), None)
+
+    def softmax_losses(self) -> SoftmaxLosses | None:
+        """The losses of the training network, or where the log has no complete one, of the test network."""
+        if self._losses is None:
+            train = self.of("TRAIN")
+            net = train if train is not None and train.message is not None else self.main()
+            self._losses = (net.softmax_losses if net is not None else None,)
+        return self._losses[0]
 
     def accuracies(self, number: int) -> dict[int, str]:
         """top_k -> the output that holds it, of test net number ``number``."""

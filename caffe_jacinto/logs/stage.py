@@ -14,6 +14,7 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
+from caffe_jacinto.logs.loss import LossCheck
 from caffe_jacinto.logs.printed_net import PrintedNets, conv_sparsity
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, StageCurves, Timing, by_name
@@ -68,7 +69,7 @@ class StageFigures:
     solver_paths: tuple[str, ...]
     """Paths in the solver's settings that may contain the stage's name."""
     notes: tuple[str, ...]
-    """Why a figure is missing, where that can be said."""
+    """Why a figure is missing, where that can be said, and what is wrong with the last losses."""
 
 
 class StageLog:
@@ -85,6 +86,8 @@ class StageLog:
         """The iteration reached; in ``caffe test``, the batch."""
         self.loss: float | None = None
         """The loss of the last display."""
+        self.losses = LossCheck()
+        """What goes wrong with the losses displayed."""
         self.learning_rate: float | None = None
         """Not read when the log is skimmed."""
         self.displays = 0
@@ -159,6 +162,7 @@ class StageLog:
         self.in_test = False
         self._recalibrated = False
         self._pace.clear()
+        self.losses.restart()
 
     # --- events -----------------------------------------------------------------------------------------
 
@@ -215,6 +219,7 @@ class StageLog:
         self._timing.progress(event)
         self._pace.append((event.iteration, event.stamp))
         self.iteration, self.loss = event.iteration, event.loss
+        self.losses.take(event.iteration, event.loss, self._nets.softmax_losses())
         self.displays += 1
         self._recalibrated = False
         self._plot_sparsity()
@@ -459,9 +464,13 @@ class StageLog:
         return tuple(path for name in names if (path := self._solver.settings.string(name)))
 
     def _notes(self) -> tuple[str, ...]:
+        notes = []
         if self._nets.any_is_cut():
-            return ("the log's printed network is cut off (glog's limit): figures that need it are missing",)
-        return ()
+            notes.append(
+                "the log's printed network is cut off (glog's limit): figures that need it are missing"
+            )
+        wrong = self.losses.at_end(self.iteration or 0)
+        return (*notes, wrong) if wrong else tuple(notes)
 
 
 def _speed_digits(speed: float) -> float:

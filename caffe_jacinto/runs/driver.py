@@ -11,6 +11,7 @@ from pathlib import Path
 from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.snapshots import StartPoint, final_is_complete, start_point, weights_are_finite
 from caffe_jacinto.logs.discover import STAGE_LOG
+from caffe_jacinto.logs.loss import Kind
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, State, resume_command
@@ -74,6 +75,8 @@ class Driver:
     """How many of the newest snapshots are kept."""
 
     val_images: int | None
+    doubted: set[Kind] = field(default_factory=set)
+    """What has been said of the losses of this run."""
 
     def drive(self) -> int:
         """Train the stages that are not trained yet, then test; returns the exit code.
@@ -103,6 +106,7 @@ class Driver:
         # A driver may have been killed after the stage's end, before it recorded that.
         if state.state == "finished" or self._is_trained(plan):
             self._note(state, "finished")
+            self.doubted |= StageView(read_log(plan.folder)).doubts().keys()
             self.screen.say(f"{place.title()}: already finished")
             return True
         return not self.signals.requested and self._train(plan, state, place)
@@ -127,6 +131,7 @@ class Driver:
         view = StageView(read_log(plan.folder))
         log = view.log
         view.begin_part(point.iteration)
+        self.doubted |= view.doubts().keys()  # an earlier train has said it
         keeper = Keeper(plan.prefix, dialect, self.keep, plan.max_iter, point.iteration)
         self._note(state, "running")
         begun = time.monotonic()
@@ -275,9 +280,17 @@ class Driver:
                 f"  iteration {iteration:,}, test: {outputs_line(log, log.tests[iteration].outputs)}"
             )
             watched.shown_test = iteration
+        self._say_doubts(watched.view)
         news = log.displays > watched.shown_displays
         watched.shown_displays = log.displays
         self.screen.show(progress(log, place, silent=silent), done / place.max_iter, news=news)
+
+    def _say_doubts(self, view: StageView) -> None:
+        """Say what a loss that trains on looks like, of each kind once in a run."""
+        for kind, words in view.doubts().items():
+            if kind not in self.doubted:
+                self.doubted.add(kind)
+                self.screen.say(f"  {words}", style="yellow")
 
     def _say_stopping(self, count: int) -> None:
         following = NEXT_REQUEST[min(count, len(NEXT_REQUEST)) - 1]

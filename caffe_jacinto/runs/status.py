@@ -24,7 +24,9 @@ def status_lines(folder: Path) -> list[str]:
     held = is_held(folder)
     lines = [f"{folder}: {_whole(folder, record, held)}"]
     for name, state in record.stages.items():
-        lines.append(f"  {_stage(folder, record, name, state, held)}")
+        log = read_log(folder / name)
+        lines.append(f"  {_stage(folder, record, name, state, held, log)}")
+        lines += [f"    {words}" for words in log.losses.found.values() if state.state == "running"]
         if state.message and state.state == "failed":
             lines.append(f"    {state.message}")
     if _finished(record):
@@ -59,11 +61,10 @@ def _finished(record: RunRecord) -> bool:
     return all(state.state == "finished" for state in record.stages.values())
 
 
-def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: bool) -> str:
+def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: bool, log: StageLog) -> str:
     shown = "cut off" if state.state == "running" and not held else state.state
     if state.state == "waiting":
         return f"{name}: {shown}"
-    log = read_log(folder / name)
     running = shown == "running"
     silent = _silent(folder / name / STAGE_LOG) if running else 0.0
     if name == TEST:

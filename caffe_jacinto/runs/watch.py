@@ -9,16 +9,11 @@ from pathlib import Path
 from caffe_jacinto.engines.snapshots import Skipped, start_point
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.discover import STAGE_LOG
+from caffe_jacinto.logs.loss import USELESS, Kind
 from caffe_jacinto.logs.stage import CHUNK, StageLog
 from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 from caffe_jacinto.runs.process import describe_exit
-
-STUCK_LOSS = 87.3365
-"""-log of the smallest normal float32: SoftmaxWithLoss where every true class has probability 0."""
-
-STUCK_DISPLAYS = 3
-"""As many displays in a row at `STUCK_LOSS` are not a coincidence."""
 
 FULL_DISK = 1 << 20
 """With fewer bytes free, the disk is the reason."""
@@ -65,38 +60,33 @@ def read_test_net(folder: Path) -> str | None:
 
 
 class StageView:
-    """A running stage: its log as it grows, and what is wrong with its loss."""
+    """A running stage: its log as it grows, and what is wrong with it."""
 
     def __init__(self, log: StageLog | None = None) -> None:
         """``log`` holds what earlier processes of the stage have printed."""
         self.log = log or StageLog(live=True)
         self.trouble: str | None = None
-        """What is wrong with the loss."""
+        """Why training on is useless: what is wrong with the loss or the weights."""
         self.sound = 0
         """The last iteration displayed with nothing wrong with its loss."""
-        self._stuck = 0
 
     def begin_part(self, iteration: int) -> None:
         """A new process resumes at ``iteration``: what earlier ones did beyond it does not count."""
         self.log.resume_at(iteration)
-        self.trouble, self.sound, self._stuck = None, iteration, 0
+        self.trouble, self.sound = None, iteration
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the log."""
         for event in self.log.feed(data):
-            if isinstance(event, events.TrainProgress):
-                self._check_loss(event)
-            elif isinstance(event, events.TestOutput) and event.loss is not None and math.isnan(event.value):
+            if isinstance(event, events.TestOutput) and event.loss is not None and math.isnan(event.value):
                 self.trouble = f"the loss is not a number in the test at iteration {event.iteration}"
+        losses = self.log.losses
+        self.sound = self.sound if losses.sound is None else losses.sound
+        self.trouble = next((losses.found[kind] for kind in USELESS if kind in losses.found), self.trouble)
 
-    def _check_loss(self, event: events.TrainProgress) -> None:
-        self._stuck = self._stuck + 1 if abs(event.loss - STUCK_LOSS) < 1e-3 else 0
-        if not math.isfinite(event.loss):
-            self.trouble = f"the loss is not a number ({event.loss}) at iteration {event.iteration}"
-        elif self._stuck >= STUCK_DISPLAYS:
-            self.trouble = f"the loss is stuck at {STUCK_LOSS} at iteration {event.iteration}"
-        elif not self._stuck:
-            self.sound = event.iteration
+    def doubts(self) -> dict[Kind, str]:
+        """What else is wrong with the loss, in words: training goes on."""
+        return {kind: words for kind, words in self.log.losses.found.items() if kind not in USELESS}
 
 
 def skipped_line(skipped: Skipped) -> str:
