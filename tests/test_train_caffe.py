@@ -25,6 +25,7 @@ from digits_run import (
     wait_for,
     write_lmdbs,
 )
+from machine_files import TWO_H200, Machine
 from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.storage import read_weights
@@ -352,7 +353,7 @@ def test_dry_run_shows_what_it_can_and_all_that_is_wrong(trainer: Trainer) -> No
     [
         (("--set", "data.train_lmdb=nowhere"), "LMDB nowhere does not exist"),
         (("--set", "data.val_lmdb=digits"), "digits is not an LMDB"),
-        (("-gpu", "0,1"), "is built for the CPU only"),
+        (("-gpu", "0,1"), "GPUs 0,1 requested, but "),
         (("--set", "training.batch_size=1024"), "holds 320 images, and one batch alone needs 1,024"),
         (("--set", "data.num_classes=5"), "5 classes"),
         (("--set", "network.crop_size=64"), "smaller than the crop of 64x64"),
@@ -377,6 +378,25 @@ def test_checked_before_anything_is_written(
     assert not (trainer.folder / "refused").exists()
 
 
+def test_gpus_that_nothing_installed_can_use_are_refused_with_the_cure(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = Machine(tmp_path)
+    machine.nvidia_smi(TWO_H200, "12.4", "9.0\n9.0")
+    monkeypatch.setenv("PATH", f"{machine.bin}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code, said = trainer.run(*tiny(), "--gpus", "auto", "--output", "refused")
+    assert code == 2
+    (error,) = [line for line in said.splitlines() if "error" in line]
+    assert re.search(
+        r"GPUs 0,1 requested, but \S+/caffe is built for the CPU only: leave the GPUs out", error
+    )
+    assert "torch==2.13.0+cu126" in error or "train with --engine torch" in error
+    assert not (trainer.folder / "refused").exists()
+    code, said = trainer.run(*tiny(), "--dry-run", "--output", "on_the_cpu")
+    assert "note: of 2 NVIDIA GPUs (NVIDIA H200) none is used; --gpus all takes them all" in said
+
+
 def test_disk_space_is_checked(trainer: Trainer) -> None:
     many = ("--set", "stages.initial.solver.max_iter=100000", "--set", "stages.initial.solver.snapshot=1")
     code, said = trainer.run(*tiny(), *many, "--keep", "1000000", "--output", "refused")
@@ -388,7 +408,7 @@ def test_all_problems_come_at_once(trainer: Trainer) -> None:
     code, said = trainer.run(*tiny(), "--set", "data.train_lmdb=nowhere", "-gpu", "0", "--output", "refused")
     assert code == 2
     assert "LMDB nowhere does not exist" in said
-    assert "is built for the CPU only" in said
+    assert "GPU 0 requested, but " in said
 
 
 def test_start_weights_must_fit(trainer: Trainer, whole: tuple[int, str]) -> None:
