@@ -1,5 +1,5 @@
 # Short names for the scripts in tools/utils, which need only bash.
-.PHONY: help setup demo test test-fast bench
+.PHONY: help setup demo test test-fast bench faults
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 - \2/p' $(MAKEFILE_LIST)
 setup: ## install what is missing: system packages, .venv, Caffe
@@ -12,3 +12,5 @@ test-fast: ## set up, then run all checks and the quick tests
 	@tools/utils/test.sh --fast
 bench: ## set up, then run the benchmarks of docs/benchmarks.md
 	@tools/utils/bench.sh
+faults: ## set up, then kill, fill and damage real trainings for ten minutes, and compare them with undisturbed ones
+	@tools/utils/faults.sh

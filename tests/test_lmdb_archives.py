@@ -24,6 +24,8 @@ from ilsvrc import (
 from lmdb_records import create, labels_of, mistake, names_in, records
 from small_stage import SmallStage
 
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.devkit import read_devkit
 from caffe_jacinto.data.digits import load_digits
 from caffe_jacinto.engines.contract import Engine
 
@@ -177,6 +179,18 @@ def test_development_kits_that_do_not_fit(tmp_path: Path) -> None:
             member.size = 200
             tar.addfile(member, io.BytesIO(b"1\n" * 100))
     assert "meta.mat cannot be read" in mistake([*options, "--devkit", tmp_path / "bad.tar.gz"])
+
+
+def test_a_development_kit_damaged_anywhere_is_read_or_refused(tmp_path: Path) -> None:
+    kit = write_devkit(tmp_path, VAL_LABELS)
+    sound, refused = kit.read_bytes(), 0
+    for at in range(0, len(sound), 11):
+        kit.write_bytes(sound[:at] + bytes(255 - byte for byte in sound[at : at + 4]) + sound[at + 4 :])
+        try:
+            read_devkit(kit)
+        except UserError:
+            refused += 1
+    assert refused > 50
 
 
 @pytest.mark.caffe

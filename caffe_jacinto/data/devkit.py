@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _files(path: Path) -> tuple[bytes, bytes]:
                         content = tar.extractfile(member)
                         assert content is not None  # It is a regular file.
                         found[ending] = content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"development kit {path} cannot be read: {reason}") from None
     missing = [name for name in (GROUND_TRUTH, META) if name not in found]
@@ -101,7 +102,6 @@ def _files(path: Path) -> tuple[bytes, bytes]:
 def _synsets(path: Path, meta: bytes) -> dict[int, str]:
     """The synset's id of each class's number, without the hierarchy's inner nodes: those have no images."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
@@ -110,8 +110,8 @@ def _synsets(path: Path, meta: bytes) -> dict[int, str]:
             for row in rows.reshape(-1)
             if int(row["num_children"]) == 0
         }
-    # scipy does not document what it raises for a damaged file.
-    except (MatReadError, KeyError, ValueError, TypeError, IndexError, NotImplementedError, OSError) as error:
+    # For a damaged file scipy raises whatever it runs into: zlib's error, a MemoryError, any of its own.
+    except Exception as error:
         raise UserError(f"{path}, {META} cannot be read: {type(error).__name__}: {error}") from None
     if not synsets or len(set(synsets.values())) != len(synsets):
         raise UserError(f"{path}, {META} does not name each class once: download the development kit again")
