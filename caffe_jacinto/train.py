@@ -4,6 +4,7 @@ python -m caffe_jacinto.train demo_digits
 python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
 python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
 python -m caffe_jacinto.train demo_digits --engine torch
+python -m caffe_jacinto.train --new my_recipe.toml --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb
 python -m caffe_jacinto.train --resume training/first_try
 python -m caffe_jacinto.train --status training/first_try
 """
@@ -20,16 +21,18 @@ from caffe_jacinto.common.arguments import Parser, gpu_request, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.recipes.load import built_in_recipes
+from caffe_jacinto.recipes.load import built_in_recipes, toml_value
 
 
 def main(arguments: Sequence[str]) -> int:
     """Start or resume a run, or print its status; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    given = [option for option in (options.recipe, options.resume, options.status) if option is not None]
-    if len(given) != 1:
-        parser.error("give one of RECIPE, --resume RUN and --status RUN")
+    what = (options.recipe, options.resume, options.status, options.new)
+    if sum(option is not None for option in what) != 1:
+        parser.error("give one of RECIPE, --resume RUN, --status RUN and --new FILE")
+    if options.new is not None:
+        return _new_recipe(parser, options)
     if options.status is not None:
         from caffe_jacinto.runs.status import status_lines
 
@@ -58,6 +61,19 @@ def main(arguments: Sequence[str]) -> int:
     return resume(Path(options.resume), wanted)
 
 
+def _new_recipe(parser: Parser, options: argparse.Namespace) -> int:
+    """Write a recipe for a data set."""
+    lmdbs = ("train_lmdb", "val_lmdb")
+    given = (name for name, value in vars(options).items() if value != parser.get_default(name))
+    others = set(given).difference(("new", *lmdbs))
+    if others or not all(getattr(options, name) for name in lmdbs):
+        parser.error("--new FILE takes --train-lmdb DIR and --val-lmdb DIR and nothing else")
+    from caffe_jacinto.runs.new_recipe import write_new_recipe
+
+    print("\n".join(write_new_recipe(Path(options.new), options.train_lmdb, options.val_lmdb)))
+    return 0
+
+
 def _parser() -> Parser:
     description, _, examples = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.train", description, examples.strip("\n"))
@@ -70,6 +86,8 @@ def _parser() -> Parser:
     count = whole_number(1)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--status", metavar="RUN", help="print how far the run in this folder is")
+    new_help = "write a recipe for the data set in --train-lmdb and --val-lmdb, to train with and to change"
+    parser.add_argument("--new", metavar="FILE", help=new_help)
     parser.add_argument(
         "--set",
         dest="settings",
@@ -127,16 +145,9 @@ def _overrides(options: argparse.Namespace) -> list[str]:
         "data.train_lmdb": options.train_lmdb,
         "data.val_lmdb": options.val_lmdb,
     }
-    given = [f"{key}={_toml(value)}" for key, value in shortcuts.items() if value is not None]
+    given = [f"{key}={toml_value(value)}" for key, value in shortcuts.items() if value is not None]
     settings: list[str] = options.settings
     return given + settings
-
-
-def _toml(value: object) -> str:
-    """A number or string in TOML; JSON's strings are TOML's but for one control character."""
-    import json
-
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,30 @@ def test_all_stages_in_both_dialects(trainer: Trainer, dialect: str) -> None:
     assert any(mask.sum() > 100 for mask in zeros.values())
     for name, mask in zeros.items():
         assert not fine[name][0][mask].any(), f"zeros of {name} moved in finetune"
+
+
+def test_a_new_recipe_trains_as_it_is(trainer: Trainer) -> None:
+    """`train --new` on 40 digits of 12x12 pixels: the result has learned them and is sparse."""
+    lines = (trainer.folder / "digits" / "train.txt").read_text().splitlines()
+    (trainer.folder / "few.txt").write_text("\n".join(lines[:: len(lines) // 40][:40]) + "\n")
+    making = ["--images", "digits/train", "--list", "few.txt", "--size", "12", "--output", "few_train_lmdb"]
+    for arguments in (
+        ["caffe_jacinto.create_lmdb", *making, "--labels", "digits/labels.txt", "--shuffle", "1"],
+        [
+            *("caffe_jacinto.train", "--new", "few.toml"),
+            *("--train-lmdb", "few_train_lmdb", "--val-lmdb", "few_train_lmdb"),
+        ],
+    ):
+        subprocess.run([sys.executable, "-m", *arguments], cwd=trainer.folder, check=True)
+    code, said = trainer.run("few.toml", "--output", "new")
+    assert code == 0, said
+    assert trainer.states("new") == dict.fromkeys((*STAGES, "test"), "finished")
+    sparsity = re.search(r"stage 3/4 sparse: finished, .*, sparsity (0\.\d+)", said)
+    top1 = re.search(r"stage 4/4 finetune: finished, .*, top-1 (\S+)", said)
+    assert sparsity is not None
+    assert float(sparsity[1]) >= 0.8
+    assert top1 is not None
+    assert float(top1[1].rstrip(",")) > 0.9
 
 
 @pytest.mark.parametrize("dialect", ["bvlc", "caffe_jacinto"])

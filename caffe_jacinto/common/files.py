@@ -43,6 +43,21 @@ def write_whole(
     sync_folder(path.parent)
 
 
+def write_new(path: Path, content: str) -> None:
+    """Write a file that must not exist yet; it appears whole.
+
+    Raises:
+        FileExistsError: it exists, and is left as it is.
+        OSError: as `write_whole`.
+    """
+    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}")
+    write_whole(beside, content)
+    try:
+        path.hardlink_to(beside)
+    finally:
+        beside.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut (fsync on the directory)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -18,7 +18,7 @@ from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import count_of, image_progress
 from caffe_jacinto.data.datum import parse_datum, read_record
 from caffe_jacinto.data.encode import BadImageError
 
@@ -249,6 +249,7 @@ class LmdbFacts:
         images: all records, as LMDB counts them.
         channels: of the sampled images.
         height, width: the smallest of the sampled images, in pixels.
+        largest: the largest height and width.
         highest_label: of the records whose label was read.
         sampled: images that were decoded.
         notes: what is allowed but probably a mistake, one sentence each, to be shown as warnings.
@@ -258,6 +259,7 @@ class LmdbFacts:
     channels: int
     height: int
     width: int
+    largest: tuple[int, int]
     highest_label: int
     sampled: int
     notes: tuple[str, ...] = ()
@@ -316,10 +318,28 @@ def check_lmdb(
         channels=channels,
         height=min(height for height, _ in sizes),
         width=min(width for _, width in sizes),
+        largest=(max(height for height, _ in sizes), max(width for _, width in sizes)),
         highest_label=max(labels),
         sampled=len(sizes),
         notes=(_order_notes(folder, first_labels, labels) if training else ()) + _lock_notes(folder),
     )
+
+
+def highest_label(folder: Path) -> int:
+    """The highest label of all records of an LMDB, which are read in full: an image may be of any class.
+
+    Raises:
+        UserError: the LMDB cannot be read, or a record is not an image.
+    """
+    highest = 0
+    with LmdbReader(folder) as reader, image_progress(f"labels of {folder.name}", len(reader)) as advance:
+        for key, record in reader.records():
+            try:
+                highest = max(highest, parse_datum(record).label)
+            except BadImageError as error:
+                raise UserError(f"{reader.place(key)}: {error}: make the LMDB again") from None
+            advance()
+    return highest
 
 
 def _check_label(where: str, label: int, num_classes: int | None) -> None:

@@ -75,6 +75,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, rules: Sequ
     return recipe
 
 
+def toml_value(value: object) -> str:
+    """A number, string, truth value or list of these in TOML.
+
+    JSON's strings are TOML's but for one control character.
+    """
+    import json
+
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _find(name_or_path: str) -> Path:
     known = built_in_recipes()
     path = Path(name_or_path)
