@@ -20,6 +20,7 @@ from log_text import Log
 from test_snapshots import write_pair
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.snapshots import spoiled_snapshots
 from caffe_jacinto.logs.series import SolverTest
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -313,18 +314,28 @@ def test_all_files_of_a_snapshot_go_together_and_newer_ones_stay(tmp_path: Path)
     assert left == {"b_iter_1.caffemodel", *(f"a_[net]_iter_{n}.caffemodel" for n in (2, 3, 4))}
 
 
-def test_weights_that_are_not_numbers_push_no_good_snapshot_out(tmp_path: Path) -> None:
+def spoil(folder: Path, iteration: int) -> None:
+    """Put a weight that is not a number into a snapshot that `write_pair` wrote."""
+    model = folder / f"net_iter_{iteration}.caffemodel"
+    model.write_bytes(model.read_bytes().replace(struct.pack("<f", 0.5), struct.pack("<f", float("nan"))))
+
+
+def test_weights_that_are_not_numbers_are_not_kept(tmp_path: Path) -> None:
     prefix = tmp_path / "net"
     view = StageView()
-    for iteration in (10, 20, 30, 40):
+    for iteration in (10, 20, 30, 40, 50):
         write_pair(prefix, iteration)
-        view.feed(line(1, f"Snapshotting to binary proto file net_iter_{iteration}.caffemodel").encode())
-    for iteration in (30, 40):
-        model = tmp_path / f"net_iter_{iteration}.caffemodel"
-        model.write_bytes(model.read_bytes().replace(struct.pack("<f", 0.5), struct.pack("<f", float("nan"))))
-    assert not Keeper(prefix, Dialect.BVLC, 1, 100, 0).clean(view.log)
-    left = {path.stem for path in tmp_path.glob("*.caffemodel")}
-    assert left == {"net_iter_20", "net_iter_30", "net_iter_40"}
+        if iteration < 50:
+            view.feed(line(1, f"Snapshotting to binary proto file net_iter_{iteration}.caffemodel").encode())
+    for iteration in (30, 40, 50):  # of an earlier try: the last
+        spoil(tmp_path, iteration)
+    keeper = Keeper(prefix, Dialect.BVLC, 1, 100, 0)
+    keeper.clean(view.log)
+    assert keeper.spoiled == 30
+    assert {path.stem for path in tmp_path.iterdir()} == {"net_iter_20", "net_iter_50"}
+    view.see_weights(keeper.spoiled)
+    assert view.trouble == "in the snapshot of iteration 30, now removed, weights are not numbers"
+    assert spoiled_snapshots(prefix, Dialect.BVLC) == [50]
 
 
 RECALIBRATED = "    Test statistics: recalibrated over 30 batches"

@@ -123,6 +123,20 @@ def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None
     assert "was started on PyTorch and cannot continue with --caffe" in said
 
 
+def test_weights_that_are_not_numbers_are_not_written(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial")
+    values = {"base_lr": "1e20", "weight_decay": "1e30", "snapshot": "1"}
+    settings = [
+        word for key, value in values.items() for word in ("--set", f"stages.initial.solver.{key}={value}")
+    ]
+    code, said = trainer.run(*tiny(recipe, ("initial",)), *settings, "--output", "spoiled")
+    assert code == 1
+    message = rf"{PREFIX}_iter_1.caffemodel is not written: weights of layer \S+ are not numbers"
+    assert re.search(message, said), said
+    assert "to resume: python -m caffe_jacinto.train --resume spoiled" in said
+    assert not list((trainer.folder / "spoiled/initial").glob("*.caffemodel"))
+
+
 def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
     arguments = (*tiny(), "--output", "dry")
     assert trainer.run(*arguments, "--dry-run")[0] == 0

@@ -31,6 +31,7 @@ from small_stage import SmallStage, write_digits
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.snapshots import spoiled_snapshots
 from caffe_jacinto.logs.stage import read_stage
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -280,6 +281,38 @@ def test_a_loss_that_is_not_a_number_stops_the_stage(trainer: Trainer) -> None:
     assert re.search(r"stage initial failed: the loss is (not a number|stuck at 87.3365)", said), said
     assert "good" in said
     assert "stages.initial.solver.base_lr=1e+29" in said
+
+
+def test_snapshots_of_weights_that_are_not_numbers_are_not_kept(trainer: Trainer) -> None:
+    wild = ("--set", "stages.initial.solver.base_lr=1e30", "--set", 'stages.initial.solver.lr_policy="fixed"')
+    rare = (
+        "--set",
+        "stages.initial.solver.display=5000",
+        "--set",
+        "stages.initial.solver.test_interval=5000",
+    )
+    code, said = trainer.run(*tiny(initial=5000), *wild, *rare, "--output", "spoiled")
+    assert code == 1
+    assert (
+        "stage initial failed: in the snapshot of iteration 2, now removed, weights are not numbers" in said
+    )
+    assert "no snapshot before it is good" in said
+    assert "to resume: python -m caffe_jacinto.train --resume spoiled" in said
+    folder = trainer.folder / "spoiled/initial"
+    assert spoiled_snapshots(folder / PREFIX, Dialect.BVLC) == []
+
+
+def test_the_stepper_writes_no_weights_that_are_not_numbers(trainer: Trainer, whole: tuple[int, str]) -> None:
+    only = ("sparse",)
+    weights = f"{RUN}/l1reg/{PREFIX}_iter_{ITERATIONS}.caffemodel"
+    changes = {"start": "", "weights": f'"{weights}"', "solver.base_lr": "3e38", "solver.snapshot": "1"}
+    settings = [word for key, value in changes.items() for word in ("--set", f"stages.sparse.{key}={value}")]
+    code, said = trainer.run(*tiny(recipe_of(trainer.folder, *only), only), *settings, "--output", "stepped")
+    assert code == 1
+    message = rf"stage sparse failed: {PREFIX}_iter_1.caffemodel is not written: weights of layer \S+ are not"
+    assert re.search(message, said), said
+    assert "to resume: python -m caffe_jacinto.train --resume stepped" in said
+    assert not list((trainer.folder / "stepped/sparse").glob("*.caffemodel"))
 
 
 def test_a_loss_that_hovers_below_its_largest_value_is_named(caffe_engine: Engine, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.storage import (
@@ -27,6 +28,10 @@ from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, check_masks_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def completion_record(final_weights: Path) -> Path:
@@ -110,13 +115,32 @@ def start_point(prefix: Path, dialect: Dialect, last: int) -> StartPoint:
 
 def weights_are_finite(caffemodel: Path) -> bool:
     """Whether the file can be read and every weight in it is finite."""
-    import numpy as np
-
     try:
-        weights = read_weights(caffemodel)
+        return layer_of_no_numbers(read_weights(caffemodel)) is None
     except UserError:
         return False
-    return all(bool(np.isfinite(blob).all()) for blobs in weights.values() for blob in blobs)
+
+
+def layer_of_no_numbers(weights: Mapping[str, Iterable[NDArray[np.float32]]]) -> str | None:
+    """The first layer with a weight that is not finite, if there is one."""
+    import numpy as np
+
+    wrong = (name for name, blobs in weights.items() if any(not np.isfinite(blob).all() for blob in blobs))
+    return next(wrong, None)
+
+
+def no_numbers(layer: str) -> str:
+    """That weights of ``layer`` are not numbers, and what may help."""
+    return f"weights of layer {layer} are not numbers; try a lower base_lr, or clip_gradients"
+
+
+def spoiled_snapshots(prefix: Path, dialect: Dialect) -> list[int]:
+    """The iterations of complete snapshots with weights that are not finite, oldest first."""
+    return sorted(
+        snapshot.iteration
+        for snapshot in complete_snapshots(prefix, dialect)
+        if not weights_are_finite(snapshot.caffemodel)
+    )
 
 
 def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:

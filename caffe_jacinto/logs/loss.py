@@ -50,7 +50,7 @@ class SoftmaxLosses:
 
 
 def softmax_losses(net: Message, classes: int | None) -> SoftmaxLosses | None:
-    """The softmax losses of a network of ``classes``; None where it has none, or has losses of another kind."""
+    """The softmax losses of a network of ``classes``; None where it has none, or others, too."""
     weight = 0.0
     for layer in layers_in(net):
         kind = layer.string("type")

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from caffe_jacinto.common.errors import RunFailed
-from caffe_jacinto.engines.snapshots import StartPoint, final_is_complete, start_point, weights_are_finite
+from caffe_jacinto.common.text import count_of
+from caffe_jacinto.engines.snapshots import (
+    StartPoint,
+    final_is_complete,
+    spoiled_snapshots,
+    start_point,
+    weights_are_finite,
+)
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.loss import Kind
 from caffe_jacinto.logs.stage import StageLog
@@ -35,8 +42,16 @@ from caffe_jacinto.runs.progress import (
     progress,
     stage_summary,
 )
-from caffe_jacinto.runs.retention import Keeper
-from caffe_jacinto.runs.watch import StageView, Tail, read_log, read_test_net, skipped_line, why_failed
+from caffe_jacinto.runs.retention import Keeper, remove_snapshots
+from caffe_jacinto.runs.watch import (
+    NO_NUMBERS,
+    StageView,
+    Tail,
+    read_log,
+    read_test_net,
+    skipped_line,
+    why_failed,
+)
 
 POLL_SECONDS = 0.1
 
@@ -119,6 +134,7 @@ class Driver:
     def _train(self, plan: StagePlan, state: StageState, place: Place) -> bool:
         """Train a stage to its end; False when it was stopped on request."""
         dialect = self.run.engine.info.dialect
+        self._remove_spoiled(plan)
         point = start_point(plan.prefix, dialect, plan.max_iter)
         job = train_job(self.run, plan, point.snapshot.solverstate if point.snapshot else None)
         commands = self.run.engine.train_commands(job)
@@ -139,6 +155,9 @@ class Driver:
         code = self._run(plan.folder, state, commands, watched)
         if view.trouble is None:
             keeper.clean(log)
+            view.see_weights(keeper.spoiled)
+        if view.trouble is not None:
+            self._remove_spoiled(plan)  # Caffe may have written more of them before it was stopped
         if view.trouble is None and self._is_trained(plan):
             self._note(state, "finished")
             self.screen.say(stage_summary(log, place, time.monotonic() - begun), style="green")
@@ -148,6 +167,15 @@ class Driver:
             self._note(state, "stopped", f"at iteration {log.iteration or 0:,}")
             return False
         raise self._failure(plan, state, view, code)
+
+    def _remove_spoiled(self, plan: StagePlan) -> None:
+        """Delete the snapshots of a stage that is not running whose weights are not numbers."""
+        spoiled = spoiled_snapshots(plan.prefix, self.run.engine.info.dialect)
+        if spoiled:
+            remove_snapshots(plan.prefix, spoiled)
+            which = f"{count_of(len(spoiled), 'snapshot')} of iteration {spoiled[0]:,}"
+            later = f" to {spoiled[-1]:,}" if len(spoiled) > 1 else ""
+            self.screen.say(f"  {which}{later} removed: {NO_NUMBERS}", style="yellow")
 
     def _warn_if_too_dense(self, plan: StagePlan, log: StageLog) -> None:
         """Warn if a stage ended below its target sparsity. Not with the fork, which may count differently."""
@@ -262,6 +290,7 @@ class Driver:
                 self._say_stopping(shown_stops)
             if watched.keeper is not None and watched.view.trouble is None:
                 watched.keeper.clean_now_and_then(watched.view.log)
+                watched.view.see_weights(watched.keeper.spoiled)
             if ended:
                 return child.exit_code
             time.sleep(POLL_SECONDS)

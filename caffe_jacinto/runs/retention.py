@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import complete_snapshots, weights_are_finite
@@ -26,6 +26,8 @@ class Keeper:
         self._keep = keep
         self._max_iter = max_iter
         self._start = start
+        self.spoiled: int | None = None
+        """The first iteration whose snapshot was deleted since its weights were not numbers."""
         self._seen: tuple[int, int] | None = None
         self._looked = float("-inf")
 
@@ -41,19 +43,23 @@ class Keeper:
     def clean(self, log: StageLog) -> bool:
         """Delete what is not kept; False when a snapshot that the log names is not complete yet.
 
-        Snapshots beyond the iteration that the stage has reached are of an earlier try. They are neither
-        counted nor deleted: the stage will write them again.
+        One with weights that are not numbers is never kept: see `spoiled`. Snapshots beyond the iteration
+        that the stage has reached are of an earlier try. They are neither counted nor deleted: the stage will
+        write them again.
         """
-        own = {
-            snapshot.iteration
+        complete = {
+            snapshot.iteration: snapshot.caffemodel
             for snapshot in complete_snapshots(self._prefix, self._dialect)
             if snapshot.iteration <= self._start or snapshot.iteration in log.snapshots
-            # Weights that went wrong between two displays must not push out the last good ones.
-            if weights_are_finite(snapshot.caffemodel)
         }
+        spoiled = {iteration for iteration, file in complete.items() if not weights_are_finite(file)}
+        if spoiled:
+            self.spoiled = min(spoiled)
+            remove_snapshots(self._prefix, spoiled)
+        own = complete.keys() - spoiled
         kept = kept_iterations(own, comparable_top1(log.tests), self._keep, self._max_iter)
         remove_others(self._prefix, own, kept)
-        return max(log.snapshots, default=0) in own | {0}
+        return max(log.snapshots, default=0) in {0, *complete}
 
 
 def comparable_top1(tests: Mapping[int, SolverTest]) -> dict[int, float]:
@@ -93,13 +99,19 @@ def remove_others(prefix: Path, complete: Iterable[int], kept: frozenset[int]) -
     being written, and are left alone. Returns the iterations that were removed.
     """
     newest = max(complete, default=0)
-    removed = []
-    for iteration, files in sorted(snapshot_files(prefix).items()):
-        if iteration < newest and iteration not in kept:
+    removed = sorted(
+        iteration for iteration in snapshot_files(prefix) if iteration < newest and iteration not in kept
+    )
+    remove_snapshots(prefix, removed)
+    return removed
+
+
+def remove_snapshots(prefix: Path, iterations: Collection[int]) -> None:
+    """Delete all files of the snapshots of these iterations."""
+    for iteration, files in snapshot_files(prefix).items():
+        if iteration in iterations:
             for file in files:
                 file.unlink(missing_ok=True)
-            removed.append(iteration)
-    return removed
 
 
 def snapshot_files(prefix: Path) -> dict[int, list[Path]]:

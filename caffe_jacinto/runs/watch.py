@@ -18,6 +18,8 @@ from caffe_jacinto.runs.process import describe_exit
 FULL_DISK = 1 << 20
 """With fewer bytes free, the disk is the reason."""
 
+NO_NUMBERS = "weights are not numbers"
+
 WORDS = 300
 """Characters shown of a log's last line."""
 
@@ -84,6 +86,11 @@ class StageView:
         self.sound = self.sound if losses.sound is None else losses.sound
         self.trouble = next((losses.found[kind] for kind in USELESS if kind in losses.found), self.trouble)
 
+    def see_weights(self, spoiled: int | None) -> None:
+        """``spoiled``: the iteration of a snapshot whose weights were not numbers, if there was one."""
+        if spoiled is not None and self.trouble is None:
+            self.trouble = f"in the snapshot of iteration {spoiled}, now removed, {NO_NUMBERS}"
+
     def doubts(self) -> dict[Kind, str]:
         """What else is wrong with the loss, in words: training goes on."""
         return {kind: words for kind, words in self.log.losses.found.items() if kind not in USELESS}
@@ -102,12 +109,12 @@ def why_failed(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str
 
 
 def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
-    resume = f"to resume: {resume_command(run.folder)}"
+    resume = _to_resume(run)
     log = view.log
     if view.trouble is not None:
         return _trouble(run, plan, view.trouble, view.sound)
     if log.fatal is not None:
-        return log.fatal + _if_out_of_memory(plan, log.fatal)
+        return f"{log.fatal}{_if_out_of_memory(plan, log.fatal)}; {resume}"
     if code != 0:
         return f"{describe_exit(code)}{last_words(plan.log)}; {resume}"
     if (log.iteration or 0) < plan.max_iter:
@@ -119,13 +126,17 @@ def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
     return f"it ended before the stage was marked complete, as it does when it is interrupted; {resume}"
 
 
+def _to_resume(run: RunPlan) -> str:
+    return f"to resume: {resume_command(run.folder)}"
+
+
 def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
     good = start_point(plan.prefix, run.engine.info.dialect, sound).snapshot
     rate = plan.stage.solver.base_lr
     named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
     return (
         f"{trouble}, so it was stopped; {named}; a new run with a lower learning rate may train, such as "
-        f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g})"
+        f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g}); {_to_resume(run)}"
     )
 
 

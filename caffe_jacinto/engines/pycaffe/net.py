@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.caffe_log import CaffeLog
+from caffe_jacinto.engines.snapshots import layer_of_no_numbers, no_numbers
 from caffe_jacinto.prototxt.solver import SolverFile
 from caffe_jacinto.pruning.pruner import Pruner
 from caffe_jacinto.recipes.model import SparseSettings
@@ -88,6 +89,14 @@ class CaffePruner(Pruner):
         for layer, mask in self.masks.items():
             gradients = self._blobs[layer].diff
             np.multiply(gradients, mask, out=gradients)
+
+
+def check_numbers(net: Any, path: Path, log: CaffeLog) -> None:
+    """End the program with a fatal line, before ``path`` is written, if a weight is not a number."""
+    wrong = layer_of_no_numbers({name: [blob.data for blob in blobs] for name, blobs in net.params.items()})
+    if wrong is not None:
+        log.fatal(f"{path.name} is not written: {no_numbers(wrong)}")
+        raise SystemExit(1)
 
 
 def output_values(net: Any) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from caffe_jacinto.common.errors import RunFailed, run_command
 from caffe_jacinto.common.files import sync_folder
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
-from caffe_jacinto.engines.pycaffe.net import TestNets, start_caffe, use_device
+from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, start_caffe, use_device
 from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
@@ -108,6 +108,7 @@ def complete_stage(
         log.recalibrates(statistics.layers, batches)
         if statistics.layers and not statistics.recalibrate(batches, net.forward, stop):
             return False
+        check_numbers(net, final_weights, log)
         log.writes_weights(final_weights)
         _replace_weights(net, final_weights)
     if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):

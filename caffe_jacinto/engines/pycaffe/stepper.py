@@ -30,6 +30,7 @@ from caffe_jacinto.engines.contract import add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pycaffe.net import (
     CaffePruner,
     TestNets,
+    check_numbers,
     loss,
     loss_weights,
     output_values,
@@ -175,6 +176,7 @@ class Stepper:
 
     def _snapshot(self) -> None:
         """Masks first and the solver state last: where that is complete, so is the rest."""
+        check_numbers(self.net, self.job.solver.snapshot(self.iteration, ".caffemodel"), self.log)
         state = self.job.solver.snapshot(self.iteration, ".solverstate")
         state.unlink(missing_ok=True)
         self.pruner.save(state)

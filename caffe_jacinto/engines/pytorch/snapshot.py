@@ -27,9 +27,10 @@ from caffe_jacinto.caffemodel.storage import (
     read_weights,
     stored_state,
 )
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.engines.snapshots import layer_of_no_numbers, no_numbers
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -72,8 +73,16 @@ def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
 
 
 def save_weights(net: Net, path: Path) -> None:
-    """Write all layers of ``net`` with their blobs, as Caffe does, atomically."""
-    new = [NewLayer(_header(net, layer), _arrays(net, layer.name)) for layer in net.layers]
+    """Write all layers of ``net`` with their blobs, as Caffe does, atomically.
+
+    Raises:
+        RunFailed: a weight is not a number. Nothing was written.
+    """
+    weights = {layer.name: _arrays(net, layer.name) for layer in net.layers}
+    wrong = layer_of_no_numbers(weights)
+    if wrong is not None:
+        raise RunFailed(f"{path.name} is not written: {no_numbers(wrong)}")
+    new = [NewLayer(_header(net, layer), weights[layer.name]) for layer in net.layers]
     write_whole(path, net_parts(net.name, new, net.dialect))
 
 
