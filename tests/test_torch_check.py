@@ -14,11 +14,12 @@ pytestmark = pytest.mark.caffe
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_pytorch_says_before_a_run_what_it_would_refuse(dialect: Dialect) -> None:
     torch = find_engine(None, "torch", dialect)
-    assert torch.check(stages_of(dialect=dialect), LMDBS) == []
-    (problem,) = torch.check(stages_of(*RMSPROP, dialect=dialect), {})
-    assert problem == (
-        "run/finetune/solver.prototxt: solver type 'RMSProp' is not supported; supported: SGD, Nesterov, Adam"
-    )
+    assert torch.check(stages_of(*RMSPROP, dialect=dialect), LMDBS) == []
+    stages = stages_of(dialect=dialect)
+    solver = stages["finetune"]["solver.prototxt"]
+    stages["finetune"]["solver.prototxt"] = solver.replace("momentum: 0.9", "momentum: 9")
+    (problem,) = torch.check(stages, {})
+    assert problem == ("run/finetune/solver.prototxt: momentum is 9; it has to be at least 0 and less than 1")
     problems = torch.check(stages_of(dialect=dialect, ReLU="Wavelet"), LMDBS)
     assert [problem.split(": ")[0] for problem in problems] == [
         f"run/{stage}/{phase}.prototxt"

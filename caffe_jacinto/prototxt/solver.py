@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,9 @@ class SolverFile:
         """The learning rate of an iteration."""
         return learning_rate(self.parameters, iteration)
 
-    def current_step(self, iteration: int) -> int:
-        """How often the learning rate has stepped: a number in Caffe's solver state."""
-        fields = self.parameters
-        if fields.lr_policy == "multistep":
-            return sum(iteration >= value for value in fields.stepvalue)
-        return iteration // fields.stepsize if fields.lr_policy == "step" else 0
+    def current_step(self, updates: int) -> int:
+        """How often the learning rate had stepped in the last of ``updates``; solver states have it."""
+        return _steps(self.parameters, max(updates - 1, 0))
 
     def snapshot(self, iteration: int, extension: str) -> Path:
         """The file of a snapshot of ``iteration``."""
@@ -165,27 +162,52 @@ def is_frozen(layer: Any) -> bool:
     return bool(layer.param) and all(parameter.lr_mult == 0 for parameter in layer.param)
 
 
+LR_POLICIES = ("fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid")
+"""The learning-rate policies of Caffe 1.0."""
+
+
 def learning_rate(solver: Any, iteration: int) -> float:
     """The learning rate of the update of ``iteration``; ``solver`` is a SolverParameter message.
 
-    Formulas: SolverParameter.lr_policy in Caffe's schema. NaN for a policy that Caffe 1.0 does not have.
+    Formulas: SolverParameter.lr_policy in Caffe's schema. NaN for a policy that Caffe 1.0 does not have, and
+    where a formula gives no real number.
     """
-    base, gamma = solver.base_lr, solver.gamma
+    base, gamma, power = float(solver.base_lr), float(solver.gamma), float(solver.power)
     policy = solver.lr_policy
     if policy == "fixed":
-        return float(base)
-    if policy == "step":
-        return float(base * gamma ** (iteration // solver.stepsize))
+        return base
+    if policy in ("step", "multistep"):
+        return base * _power(gamma, _steps(solver, iteration))
     if policy == "exp":
-        return float(base * gamma**iteration)
+        return base * _power(gamma, iteration)
     if policy == "inv":
-        return float(base * (1 + gamma * iteration) ** -solver.power)
-    if policy == "multistep":
-        return float(base * gamma ** sum(iteration >= value for value in solver.stepvalue))
+        return base * _power(1 + gamma * iteration, -power)
     if policy == "poly":
-        return float(base * (1 - iteration / solver.max_iter) ** solver.power)
+        return base * _power(1 - iteration / solver.max_iter, power)
     if policy == "sigmoid":
         exponent = gamma * (iteration - solver.stepsize)
         small = exp(-abs(exponent))  # exp of the other sign could overflow
-        return float(base * (1 if exponent > 0 else small) / (1 + small))
-    return float("nan")
+        return base * (1 if exponent > 0 else small) / (1 + small)
+    return nan
+
+
+def _steps(solver: Any, iteration: int) -> int:
+    """How often the learning rate has stepped at ``iteration``; once an iteration at most, as in Caffe."""
+    if solver.lr_policy == "step":
+        return int(iteration // solver.stepsize)
+    steps, at = 0, -1
+    for value in solver.stepvalue if solver.lr_policy == "multistep" else ():
+        at = max(at + 1, value)
+        if iteration < at:
+            break
+        steps += 1
+    return steps
+
+
+def _power(base: float, exponent: float) -> float:
+    """C's pow: infinite where the result is too large, NaN where it is not real."""
+    try:
+        result = base**exponent
+    except (OverflowError, ZeroDivisionError):
+        return inf
+    return nan if isinstance(result, complex) else float(result)

@@ -259,5 +259,7 @@ class LayerSetup:
         if index < len(specs) and specs[index].lr_mult != 0 and specs[index].HasField("lr_mult"):
             self.refuse(f"param {index} is a statistic and does not learn: its lr_mult has to be 0")
         tensor = torch.full(shape, constant, device=self.device)
-        self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=0.0))
+        # Weight decay does not move it either, but stock Caffe's solver states have its squares.
+        decay_mult = specs[index].decay_mult if index < len(specs) else 1.0
+        self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=decay_mult))
         return tensor

@@ -1,208 +1,342 @@
-"""Caffe's solvers: how a gradient updates the weights, and what of a solver file is supported.
+"""Caffe's six solvers as optimizers of PyTorch: how gradients update the weights.
 
-V = momentum V + lr lr_mult (gradient / passes + decay decay_mult w);  w = w - V
+The gradient g of a blob w, before the rule of the solver (Caffe's solvers/sgd_solver.cpp):
 
-and the rules of Nesterov and Adam (Caffe's solvers/*.cpp; SolverParameter in its schema). All blobs are
-updated by a few fused operations, however many there are.
+    g = clipped(sum of the gradients of iter_size passes) / iter_size + weight_decay decay_mult reg(w)
+
+where reg(w) is w for L2 and sign(w) for L1. The learning rate of a blob, r below, is that of the iteration
+times the blob's lr_mult. The rules are those of Caffe's solvers/*.cpp; momentum, momentum2, rms_decay and
+delta are fields of SolverParameter. All blobs with the same multipliers are updated by a few fused
+operations, however many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import isnan, sqrt
-from typing import Any
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import Learnable
-from caffe_jacinto.prototxt.solver import SolverFile
-from caffe_jacinto.recipes.model import sparse_fields
+from caffe_jacinto.prototxt.dialects import Dialect
 
-SOLVERS = ("SGD", "Nesterov", "Adam")
-_OLD_NAMES = {0: "SGD", 1: "Nesterov", 5: "Adam"}
-"""SolverParameter.solver_type, the older form."""
+Tensors = list[Tensor]
 
-_CARRIED_OUT = frozenset(
-    {
-        *("net", "train_net", "test_net", "train_state", "test_state", "test_iter", "test_interval"),
-        *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
-        *("gamma", "power", "momentum", "momentum2", "delta", "weight_decay", "regularization_type"),
-        *("stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix", "random_seed", "type"),
-        *("solver_type", "snapshot_after_train", "weights", "sparse_mode"),
-        *(field.name for field in sparse_fields().values()),
-    }
-)
-_NO_EFFECT = frozenset(
-    {
-        # Where to compute, which -gpu decides here; what to show of networks that are not classifiers.
-        *("solver_mode", "device_id", "layer_wise_reduce", "snapshot_log", "eval_type", "ap_version"),
-        *("show_per_class_result", "rms_decay"),
-        # These matter only with a policy that is not supported.
-        *("momentum_power", "max_momentum", "larc_policy", "larc_eta", "weight_decay_power"),
-    }
-)
-_ONLY_DEFAULT: dict[str, Any] = {
-    "debug_info": False,
-    "test_compute_loss": False,
-    "snapshot_diff": False,
-    "snapshot_format": 1,
-    "rampup_interval": 0,
-    "rampup_lr": 0.0,
-    "min_lr": 0.0,
-    "momentum_policy": "fixed",
-    "larc": False,
-    "weight_decay_policy": "fixed",
-    "solver_data_type": 0,
-    "store_blobs_in_old_format": False,
-    "test_and_snapshot_last_epochs": 0,
-    "sparsity_itr_increment_bfr_applying": True,
-}
+Rate = float | Tensor
+"""A learning rate: a number, or a tensor of no dimensions on the device."""
 
 
-def check_solver(solver: SolverFile) -> None:
-    """Refuse what this engine cannot carry out of a solver file.
+class CaffeSolver(Optimizer):
+    """A solver of Caffe; each subclass is one.
 
-    Raises:
-        UserError: names the file and the field, and what is supported.
+    ``param_groups`` has a group for each pair of multipliers, with ``lr``, ``lr_mult``, ``decay_mult`` and
+    ``weight_decay``, the products of the multipliers with the solver's own. ``state[tensor]["history"]`` is
+    the list of the solver's moments of that blob, each of the blob's shape.
+
+    Each iteration: `prepare`, `step`, ``zero_grad``. `step` computes in the gradients' own memory.
+
+    Blobs with an lr_mult of 0 never change, batch norm's statistics among them. Their histories change as in
+    stock Caffe: by weight decay, where squares of gradients are summed up. One difference: stock Caffe's SGD
+    and Nesterov move a blob that is frozen in the middle of a training by what is left of its momentum.
     """
-    fields, where = solver.parameters, str(solver.path)
-    for descriptor, value in fields.ListFields():
-        name = descriptor.name
-        if name in _ONLY_DEFAULT:
-            if value != _ONLY_DEFAULT[name]:
-                raise UserError(f"{where}: {name}: only its default is supported; remove it")
-        elif name not in _CARRIED_OUT | _NO_EFFECT:
-            raise UserError(f"{where}: {name} is not supported; remove it")
-    solver_type(fields, where)
-    if fields.regularization_type not in ("L1", "L2"):
-        raise UserError(f"{where}: regularization_type has to be L1 or L2")
-    if fields.lr_policy == "step" and fields.stepsize < 1:
-        raise UserError(f"{where}: lr_policy step needs a stepsize of at least 1")
-    if fields.max_iter < 1 or fields.iter_size < 1:
-        raise UserError(f"{where}: max_iter and iter_size have to be at least 1")
-    if isnan(solver.rate(0)):
-        raise UserError(f"{where}: lr_policy {fields.lr_policy!r} is unknown")
-    solver.pruning()
 
+    moments: ClassVar[int] = 1
+    """How many tensors the history has for each blob."""
 
-class Updater:
-    """Updates the learnables of a net by their gradients; keeps the history that the solver needs."""
+    least_delta: ClassVar[float] = 0.0
+    """The fork raises a smaller ``delta`` to this (NVCaffe 0.17, src/caffe/solvers)."""
 
-    def __init__(self, parameters: Any, learnables: Sequence[Learnable], where: str) -> None:
-        """``parameters`` is the SolverParameter of the file ``where``, which `check_solver` accepts."""
-        self._type = solver_type(parameters, where)
-        self._parameters, self._learnables = parameters, learnables
-        times = 2 if self._type == "Adam" else 1
-        self.history = [
-            [torch.zeros_like(learnable.tensor, requires_grad=False) for learnable in learnables]
-            for _ in range(times)
+    decays: ClassVar[tuple[str, ...]] = ("momentum",)
+    """The fields that say how much of a moment stays: each at least 0, and less than 1."""
+
+    divides: ClassVar[bool] = True
+    """Whether the gradient is divided by a measure of its own size, which ``delta`` keeps above 0."""
+
+    def __init__(
+        self,
+        learnables: Sequence[Learnable],
+        parameters: Any,
+        *,
+        dialect: Dialect = Dialect.BVLC,
+        capturable: bool = False,
+    ) -> None:
+        """``learnables`` are in Caffe's order, ``parameters`` a SolverParameter that `check_solver` accepts.
+
+        ``capturable``: `step` can be captured in a CUDA graph. What changes from iteration to iteration is
+        then in tensors on the device, which `prepare` fills; otherwise it is in numbers. The results are the
+        same up to rounding.
+        """
+        self._parameters, self._dialect, self._capturable = parameters, dialect, capturable
+        self._order = [learnable.tensor for learnable in learnables]
+        self._learning = [learnable.tensor for learnable in learnables if learnable.lr_mult]
+        self._device = self._order[0].device if self._order else torch.device("cpu")
+        self._delta = float(parameters.delta)
+        if dialect is Dialect.CAFFE_JACINTO:
+            self._delta = max(self._delta, self.least_delta)
+        super().__init__(_groups(learnables, parameters.weight_decay), {})
+        for tensor in self._order:
+            self.state[tensor]["history"] = [
+                torch.zeros_like(tensor, requires_grad=False) for _ in range(self.moments)
+            ]
+        self.prepare(0, parameters.base_lr)
+
+    @property
+    def history(self) -> list[Tensor]:
+        """The history in the order of Caffe's SolverState: all blobs' first moments, then the second ones."""
+        return [
+            self.state[tensor]["history"][moment] for moment in range(self.moments) for tensor in self._order
         ]
-        """One tensor for each learnable, in Caffe's order; for Adam both moments."""
-
-        self._moving = [i for i, learnable in enumerate(learnables) if learnable.tensor.requires_grad]
-        self._weights = [learnables[i].tensor for i in self._moving]
-        self._groups = _groups([learnables[i] for i in self._moving])
-
-    def history_of(self) -> dict[int, list[Tensor]]:
-        """The history of each learnable, by the id of its tensor."""
-        return {
-            id(learnable.tensor): [moment[i] for moment in self.history]
-            for i, learnable in enumerate(self._learnables)
-        }
-
-    @torch.no_grad()
-    def apply(self, iteration: int, rate: float, passes: int) -> None:
-        """One update by the gradients that ``passes`` passes have summed up; they are gone then."""
-        gradients = [
-            torch.zeros_like(weights) if weights.grad is None else weights.grad for weights in self._weights
-        ]
-        if not gradients:
-            return
-        self._clip(gradients)
-        if passes > 1:
-            torch._foreach_mul_(gradients, 1 / passes)
-        rule = {"SGD": self._sgd, "Nesterov": self._nesterov, "Adam": self._adam}[self._type]
-        for (lr_mult, decay_mult), members in self._groups.items():
-            weights = [self._weights[i] for i in members]
-            grouped = [gradients[i] for i in members]
-            self._regularize(weights, grouped, decay_mult)
-            rule(weights, grouped, [self._moving[i] for i in members], rate * lr_mult, iteration)
-        for updated in self._weights:
-            updated.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that the passes left, of everything that learns, in order."""
-        for weights in self._weights:
-            if weights.grad is None:
-                weights.grad = torch.zeros_like(weights)
-        return [weights.grad for weights in self._weights if weights.grad is not None]
+        """The gradients of everything that learns, in Caffe's order; zeros where the passes left none."""
+        for tensor in self._learning:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return [tensor.grad for tensor in self._learning if tensor.grad is not None]
 
-    def _clip(self, gradients: list[Tensor]) -> None:
-        """Scale all gradients down where their norm, of all together, is above ``clip_gradients``."""
-        most = self._parameters.clip_gradients
-        if most < 0:
+    def prepare(self, iteration: int, rate: float) -> None:
+        """Set what the next `step` needs: the number of updates before it, and its learning rate.
+
+        With a captured step, the tensors that the graph reads are filled; nothing waits for the device.
+        """
+        for group in self.param_groups:
+            group["lr"] = self._variable(rate * group["lr_mult"], group.get("lr"))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update by the gradients that ``iter_size`` passes have summed up, which are overwritten."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._clip_and_average(self.gradients())
+        for group in self.param_groups:
+            weights = group["params"]
+            if not weights:
+                continue
+            if group["lr_mult"]:
+                gradients = [tensor.grad for tensor in weights]
+            elif self.divides and self._dialect is Dialect.BVLC:
+                gradients = [torch.zeros_like(tensor) for tensor in weights]
+            else:
+                continue
+            self._regularize(weights, gradients, group["weight_decay"])
+            histories = [self.state[tensor]["history"] for tensor in weights]
+            by_moment = [list(moment) for moment in zip(*histories, strict=True)]
+            self._update(weights, gradients, by_moment, group["lr"])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's; the tensors of the history stay the same ones, for those who hold them."""
+        own = {tensor: self.state[tensor]["history"] for tensor in self._order}
+        rates = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for tensor, moments in own.items():
+            torch._foreach_copy_(moments, self.state[tensor]["history"])
+            self.state[tensor]["history"] = moments
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = self._variable(float(group["lr"]), rate)
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        """The solver's rule, for blobs that learn at ``rate``; ``gradients`` may be overwritten."""
+        raise NotImplementedError
+
+    def _variable(self, value: float, into: Rate | None) -> Rate:
+        """A number that changes between steps: of type float, or a tensor that keeps its place."""
+        if not self._capturable:
+            return value
+        if isinstance(into, Tensor):
+            return into.fill_(value)
+        return torch.tensor(value, dtype=torch.float32, device=self._device)
+
+    def _clip_and_average(self, gradients: list[Tensor]) -> None:
+        """Scale down if the norm, of all together, is above ``clip_gradients``; then average over passes."""
+        if not gradients:
             return
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (most / norm).clamp(max=1))
+        most, passes = self._parameters.clip_gradients, self._parameters.iter_size
+        if most >= 0:
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            torch._foreach_mul_(gradients, (most / norm).clamp(max=1).nan_to_num_(nan=1))
+        if passes > 1:
+            torch._foreach_mul_(gradients, 1 / passes)
 
-    def _regularize(self, weights: list[Tensor], gradients: list[Tensor], decay_mult: float) -> None:
-        decay = self._parameters.weight_decay * decay_mult
-        if not decay:
-            return
-        l1 = self._parameters.regularization_type == "L1"
-        torch._foreach_add_(gradients, torch._foreach_sign(weights) if l1 else weights, alpha=decay)
+    def _regularize(self, weights: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+        if decay:
+            l1 = self._parameters.regularization_type == "L1"
+            torch._foreach_add_(gradients, torch._foreach_sign(weights) if l1 else weights, alpha=decay)
 
-    def _sgd(
-        self, weights: list[Tensor], gradients: list[Tensor], at: list[int], rate: float, iteration: int
-    ) -> None:
-        momenta = [self.history[0][i] for i in at]
+
+class SGD(CaffeSolver):
+    """h = momentum h + r g;  w = w - h."""
+
+    divides = False
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        (momenta,) = history
         torch._foreach_mul_(momenta, self._parameters.momentum)
-        torch._foreach_add_(momenta, gradients, alpha=rate)
+        _add_scaled(momenta, gradients, rate)
         torch._foreach_sub_(weights, momenta)
 
-    def _nesterov(
-        self, weights: list[Tensor], gradients: list[Tensor], at: list[int], rate: float, iteration: int
-    ) -> None:
-        momenta, momentum = [self.history[0][i] for i in at], self._parameters.momentum
+
+class Nesterov(CaffeSolver):
+    """h' = momentum h + r g;  w = w + momentum h - (1 + momentum) h'."""
+
+    divides = False
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        (momenta,), momentum = history, self._parameters.momentum
         torch._foreach_add_(weights, momenta, alpha=momentum)
         torch._foreach_mul_(momenta, momentum)
-        torch._foreach_add_(momenta, gradients, alpha=rate)
+        _add_scaled(momenta, gradients, rate)
         torch._foreach_sub_(weights, momenta, alpha=1 + momentum)
 
-    def _adam(
-        self, weights: list[Tensor], gradients: list[Tensor], at: list[int], rate: float, iteration: int
-    ) -> None:
-        first, second = ([moment[i] for i in at] for moment in self.history)
+
+class AdaGrad(CaffeSolver):
+    """h = h + g^2;  w = w - r g / (sqrt(h) + delta)."""
+
+    least_delta = 1e-3
+    decays = ()
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        (squares,) = history
+        torch._foreach_addcmul_(squares, gradients, gradients)
+        _subtract_quotients(weights, gradients, _roots(squares, self._delta), rate)
+
+
+class RMSProp(CaffeSolver):
+    """h = rms_decay h + (1 - rms_decay) g^2;  w = w - r g / (sqrt(h) + delta)."""
+
+    least_delta = 1e-4
+    decays = ("rms_decay",)
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        (squares,) = history
+        _average(squares, self._parameters.rms_decay, gradients)
+        _subtract_quotients(weights, gradients, _roots(squares, self._delta), rate)
+
+
+class AdaDelta(CaffeSolver):
+    """h = momentum h + (1 - momentum) g^2;  u = g sqrt((k + delta) / (h + delta));
+    k = momentum k + (1 - momentum) u^2;  w = w - r u.
+    """
+
+    moments = 2
+    least_delta = 1e-3
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        (squares, updates), momentum = history, self._parameters.momentum
+        _average(squares, momentum, gradients)
+        ratios = torch._foreach_add(updates, self._delta)
+        torch._foreach_div_(ratios, torch._foreach_add(squares, self._delta))
+        torch._foreach_sqrt_(ratios)
+        torch._foreach_mul_(gradients, ratios)
+        _average(updates, momentum, gradients)
+        _add_scaled(weights, gradients, -rate)
+
+
+class Adam(CaffeSolver):
+    """m = momentum m + (1 - momentum) g;  v = momentum2 v + (1 - momentum2) g^2;
+    w = w - r c m / (sqrt(v) + delta), where after t updates c = sqrt(1 - momentum2^t) / (1 - momentum^t).
+    """
+
+    moments = 2
+    least_delta = 1e-4
+    decays = ("momentum", "momentum2")
+    _correction: Rate | None = None
+
+    def prepare(self, iteration: int, rate: float) -> None:
+        super().prepare(iteration, rate)
         beta1, beta2 = self._parameters.momentum, self._parameters.momentum2
+        correction = sqrt(1 - beta2 ** (iteration + 1)) / (1 - beta1 ** (iteration + 1))
+        self._correction = self._variable(correction, self._correction)
+
+    def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
+        first, second = history
+        beta1 = self._parameters.momentum
         torch._foreach_mul_(first, beta1)
         torch._foreach_add_(first, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-        correction = sqrt(1 - beta2 ** (iteration + 1)) / (1 - beta1 ** (iteration + 1))
-        divisors = torch._foreach_sqrt(second)
-        torch._foreach_add_(divisors, self._parameters.delta)
-        torch._foreach_addcdiv_(weights, first, divisors, value=-rate * correction)
+        _average(second, self._parameters.momentum2, gradients)
+        assert self._correction is not None
+        _subtract_quotients(weights, first, _roots(second, self._delta), rate * self._correction)
 
 
-def solver_type(parameters: Any, where: str) -> str:
-    """The solver that a SolverParameter names.
+SOLVERS: dict[str, type[CaffeSolver]] = {
+    solver.__name__: solver for solver in (SGD, Nesterov, AdaGrad, RMSProp, AdaDelta, Adam)
+}
+"""By Caffe's names, in the order of SolverParameter.solver_type, the older form."""
+
+
+def solver_class(parameters: Any, where: str) -> type[CaffeSolver]:
+    """The solver that a SolverParameter names; ``where`` is its file, for messages.
 
     Raises:
-        UserError: one that is not supported.
+        UserError: Caffe has no such solver.
     """
     name = str(parameters.type)
     if parameters.HasField("solver_type"):
-        name = _OLD_NAMES.get(parameters.solver_type, f"number {parameters.solver_type}")
+        if parameters.HasField("type"):
+            raise UserError(f"{where}: it has both type and solver_type, the older form; remove solver_type")
+        name = list(SOLVERS)[parameters.solver_type]
     if name not in SOLVERS:
         raise UserError(f"{where}: solver type {name!r} is not supported; supported: {', '.join(SOLVERS)}")
-    return name
+    return SOLVERS[name]
 
 
-def _groups(learnables: Sequence[Learnable]) -> dict[tuple[float, float], list[int]]:
-    """The places of those that learn and decay at the same pace."""
-    groups: dict[tuple[float, float], list[int]] = {}
-    for i, learnable in enumerate(learnables):
-        groups.setdefault((learnable.lr_mult, learnable.decay_mult), []).append(i)
-    return groups
+def _groups(learnables: Sequence[Learnable], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups: what learns and decays at the same pace."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for learnable in learnables:
+        lr_mult, decay_mult = learnable.lr_mult, learnable.decay_mult
+        group = groups.setdefault(
+            (lr_mult, decay_mult),
+            {
+                "params": [],
+                "lr_mult": lr_mult,
+                "decay_mult": decay_mult,
+                "weight_decay": weight_decay * decay_mult,
+            },
+        )
+        group["params"].append((learnable.name, learnable.tensor))
+    return list(groups.values()) or [{"params": [], "lr_mult": 1.0, "decay_mult": 1.0, "weight_decay": 0.0}]
+
+
+def _add_scaled(to: Tensors, values: Tensors, factor: Rate) -> None:
+    """to += factor values. A factor on the device overwrites ``values``."""
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(values, factor)
+        torch._foreach_add_(to, values)
+    else:
+        torch._foreach_add_(to, values, alpha=factor)
+
+
+def _average(squares: Tensors, decay: float, values: Tensors) -> None:
+    """squares = decay squares + (1 - decay) values^2."""
+    torch._foreach_mul_(squares, decay)
+    torch._foreach_addcmul_(squares, values, values, value=1 - decay)
+
+
+def _roots(squares: Tensors, delta: float) -> Tensors:
+    """sqrt(squares) + delta."""
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, delta)
+    return list(roots)
+
+
+def _subtract_quotients(weights: Tensors, values: Tensors, divisors: Tensors, rate: Rate) -> None:
+    """weights -= rate values / divisors."""
+    if isinstance(rate, Tensor):
+        quotients = torch._foreach_div(values, divisors)
+        torch._foreach_mul_(quotients, rate)
+        torch._foreach_sub_(weights, quotients)
+    else:
+        torch._foreach_addcdiv_(weights, values, divisors, value=-rate)

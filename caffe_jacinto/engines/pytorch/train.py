@@ -40,7 +40,8 @@ from caffe_jacinto.engines.pytorch.snapshot import (
     save_weights,
     write_state,
 )
-from caffe_jacinto.engines.pytorch.solvers import Updater, check_solver
+from caffe_jacinto.engines.pytorch.solver_fields import check_solver
+from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
@@ -120,7 +121,9 @@ class Trainer:
         )
         self.inputs.fit(self.net)
         self.net.write_to(log)
-        self.updater = Updater(self.parameters, self.net.learnables, str(solver.path))
+        self.optimizer = solver_class(self.parameters, str(solver.path))(
+            self.net.learnables, self.parameters, dialect=solver.dialect
+        )
         self.statistics = Statistics(self.net, ranks)
         self.sparse = solver.pruning() or options.sparse
         self.holds_zeros = bool(self.sparse or solver.holds_zeros or options.freeze_zeros)
@@ -129,7 +132,7 @@ class Trainer:
             log.info,
             sparse=self.sparse,
             unchanged=solver.frozen_layers(),
-            history=self.updater.history_of(),
+            history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
         )
         self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, options.precision, log)
         log.info("Solver scaffolding done.")
@@ -200,8 +203,7 @@ class Trainer:
 
     def _resume(self, snapshot: Path) -> None:
         self.log.resumes_from(snapshot)
-        history = [tensor for moment in self.updater.history for tensor in moment]
-        self.iteration, weights, place = read_state(snapshot, history)
+        self.iteration, weights, place = read_state(snapshot, self.optimizer.history)
         missing, _ = load_weights(self.net, weights)
         if missing:
             raise UserError(f"{weights}: lacks layer {missing[0]} of {self.net.where}; use another snapshot")
@@ -291,9 +293,11 @@ class Trainer:
         self._remember_loss(loss / passes)
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration, result)
-        self.ranks.average(self.updater.gradients())
+        self.ranks.average(self.optimizer.gradients())
         self.pruner.hold_gradients()
-        self.updater.apply(iteration, self.solver.rate(iteration), passes)
+        self.optimizer.prepare(iteration, self.solver.rate(iteration))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.pruner.after_update(iteration)
         self.iteration += 1
         self._stopped, asked = self.ranks.any(self._requests.stop, self._requests.take_snapshot())
@@ -372,7 +376,7 @@ class Trainer:
             iteration=self.iteration,
             current_step=self.solver.current_step(self.iteration),
             learned_net=weights,
-            history=[tensor for moment in self.updater.history for tensor in moment],
+            history=self.optimizer.history,
             place=Place(self.seed, self._block * self.inputs.batch_size, self.solver.dialect.value),
             dialect=self.solver.dialect,
         )

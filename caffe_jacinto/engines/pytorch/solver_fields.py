@@ -1,0 +1,103 @@
+"""What of a solver file the engine on PyTorch carries out, and what it refuses."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.solvers import solver_class
+from caffe_jacinto.prototxt.render import number
+from caffe_jacinto.prototxt.solver import LR_POLICIES, SolverFile
+from caffe_jacinto.recipes.model import sparse_fields
+
+_CARRIED_OUT = frozenset(
+    {
+        *("net", "train_net", "test_net", "train_state", "test_state", "test_iter", "test_interval"),
+        *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
+        *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
+        *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
+        *("random_seed", "type", "solver_type", "snapshot_after_train", "weights", "sparse_mode"),
+        *(field.name for field in sparse_fields().values()),
+    }
+)
+_NO_EFFECT = frozenset(
+    {
+        # Where to compute, which -gpu decides here; what to show of networks that are not classifiers.
+        *("solver_mode", "device_id", "layer_wise_reduce", "snapshot_log", "eval_type", "ap_version"),
+        "show_per_class_result",
+        # These matter only with a policy that is not supported.
+        *("momentum_power", "max_momentum", "larc_policy", "larc_eta", "weight_decay_power"),
+    }
+)
+_ONLY_DEFAULT: dict[str, Any] = {
+    "debug_info": False,
+    "test_compute_loss": False,
+    "snapshot_diff": False,
+    "snapshot_format": 1,
+    "rampup_interval": 0,
+    "rampup_lr": 0.0,
+    "min_lr": 0.0,
+    "momentum_policy": "fixed",
+    "larc": False,
+    "weight_decay_policy": "fixed",
+    "solver_data_type": 0,
+    "store_blobs_in_old_format": False,
+    "test_and_snapshot_last_epochs": 0,
+    "sparsity_itr_increment_bfr_applying": True,
+}
+
+
+def check_solver(solver: SolverFile) -> None:
+    """Refuse what this engine cannot carry out of a solver file.
+
+    Raises:
+        UserError: names the file and the field, and what is supported.
+    """
+    fields, where = solver.parameters, str(solver.path)
+    for descriptor, value in fields.ListFields():
+        name = descriptor.name
+        if name in _ONLY_DEFAULT:
+            if value != _ONLY_DEFAULT[name]:
+                raise UserError(f"{where}: {name}: only its default is supported; remove it")
+        elif name not in _CARRIED_OUT | _NO_EFFECT:
+            raise UserError(f"{where}: {name} is not supported; remove it")
+    if fields.regularization_type not in ("L1", "L2"):
+        raise UserError(f"{where}: regularization_type has to be L1 or L2")
+    if fields.max_iter < 1 or fields.iter_size < 1:
+        raise UserError(f"{where}: max_iter and iter_size have to be at least 1")
+    _check_rule(fields, where)
+    _check_rates(solver)
+    solver.pruning()
+
+
+def _check_rule(fields: Any, where: str) -> None:
+    """Refuse what the rule of the solver cannot compute with; Caffe's own limits, and divisions by zero."""
+    solver = solver_class(fields, where)
+    name = solver.__name__
+    if "momentum" not in solver.decays and fields.momentum:
+        raise UserError(f"{where}: {name} takes no momentum; remove it, or set it to 0")
+    for field in solver.decays:
+        value = getattr(fields, field)
+        if not 0 <= value < 1:
+            raise UserError(f"{where}: {field} is {number(value)}; it has to be at least 0 and less than 1")
+    if solver.divides and not fields.delta > 0:
+        raise UserError(
+            f"{where}: delta is {number(fields.delta)}; {name} divides by it: it has to be above 0"
+        )
+
+
+def _check_rates(solver: SolverFile) -> None:
+    """Refuse a learning-rate policy that is unknown, or that gives no number at the start or the end."""
+    fields, where = solver.parameters, str(solver.path)
+    policy = fields.lr_policy
+    if policy not in LR_POLICIES:
+        raise UserError(f"{where}: lr_policy {policy!r} is unknown; known: {', '.join(LR_POLICIES)}")
+    if policy == "step" and fields.stepsize < 1:
+        raise UserError(f"{where}: lr_policy step needs a stepsize of at least 1")
+    for iteration in (0, fields.max_iter - 1):
+        if not isfinite(solver.rate(iteration)):
+            raise UserError(
+                f"{where}: lr_policy {policy} gives no finite learning rate at iteration {iteration}; "
+                "check base_lr, gamma and power"
+            )
