@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from caffe_jacinto.common.errors import UserError
 
@@ -80,6 +82,18 @@ def read_text(path: Path, hint: str = "") -> str:
         raise UserError(f"{path}: {error.strerror or error}{advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}){advice}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that ``text`` holds as JSON.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python reads it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def check_parent(path: Path, what: str = "") -> None:

@@ -202,7 +202,7 @@ def _tar_members(archive: Archive, what: str, start: int, size: int) -> Iterator
                 f"archive {what} is cut off or damaged at byte {tar.offset:,}: its end mark is missing;"
                 " compare its MD5, and download it again"
             )
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # tarfile recurses through headers of headers
         raise UserError(f"archive {what} cannot be read: {_why_no_tar(section, str(error))}") from None
     except OSError as error:
         raise UserError(f"archive {what} cannot be read: {error.strerror}") from None

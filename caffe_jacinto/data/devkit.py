@@ -87,7 +87,7 @@ def _files(path: Path) -> tuple[bytes, bytes]:
                         content = tar.extractfile(member)
                         assert content is not None  # It is a regular file.
                         found[ending] = content.read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"development kit {path} cannot be read: {reason}") from None
     missing = [name for name in (GROUND_TRUTH, META) if name not in found]

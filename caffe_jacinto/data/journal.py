@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.common.text import image_progress
 from caffe_jacinto.data.lmdb_reader import check_not_cut_off
 
@@ -160,7 +161,7 @@ def _read(path: Path) -> list[tuple[dict[str, Any], int]]:
     for line in content.splitlines(keepends=True):
         end += len(line)
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
+            value = parse_json(line) if line.endswith(b"\n") else None
         except ValueError:
             value = None
         if not isinstance(value, dict):

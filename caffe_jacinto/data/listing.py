@@ -166,10 +166,10 @@ def check_folder_exists(folder: Path) -> None:
 def _list_line(list_file: Path, number: int, line: bytes, names: tuple[str, ...] | None) -> tuple[bytes, int]:
     match = _LIST_LINE.fullmatch(line)
     if match is None:
-        raise UserError(f"{list_file}:{number}: {os.fsdecode(line)!r} is not of the form 'path label'")
-    text = os.fsdecode(match["label"])
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{list_file}:{number}: label {text!r} is not a whole number from 0")
+        raise UserError(f"{list_file}:{number}: {_shown(line)} is not of the form 'path label'")
+    text = match["label"]
+    if not re.fullmatch(rb"[0-9]{1,9}", text):
+        raise UserError(f"{list_file}:{number}: label {_shown(text)} is not a whole number from 0")
     label = int(text)
     if names is not None and label >= len(names):
         raise UserError(
@@ -177,6 +177,11 @@ def _list_line(list_file: Path, number: int, line: bytes, names: tuple[str, ...]
             f" (labels 0 to {len(names) - 1})"
         )
     return match["path"], label
+
+
+def _shown(text: bytes) -> str:
+    """Text of a list in quotes, at most its first 80 bytes."""
+    return f"{os.fsdecode(text)!r}" if len(text) <= 80 else f"{os.fsdecode(text[:79])!r}…"
 
 
 def _look_into(folder: Path) -> tuple[list[str], list[str]]:

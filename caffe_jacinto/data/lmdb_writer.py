@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import RunFailed, UserError
-from caffe_jacinto.common.files import check_parent, sync_folder, write_whole
+from caffe_jacinto.common.files import check_parent, parse_json, sync_folder, write_whole
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
@@ -234,7 +234,7 @@ def _publish(partial: Path, output: Path, replace: bool) -> None:
 def noted_form(folder: Path) -> str | None:
     """The form of the images (`ImageForm.text`) that an LMDB's own record notes; None where there is none."""
     try:
-        form = json.loads((folder / MADE_FROM).read_text()).get("form")
+        form = parse_json((folder / MADE_FROM).read_text()).get("form")
     except (OSError, ValueError, AttributeError):
         return None
     return form if isinstance(form, str) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.common.text import count_of, duration, image_progress
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.data.lmdb_reader import LmdbReader, check_folder
@@ -114,7 +114,7 @@ def _check_same(shards: Sequence[Path]) -> None:
 def _made_from(shard: Path) -> dict[str, Any]:
     """What a shard notes that it was made from, without its number."""
     try:
-        facts: dict[str, Any] = json.loads((shard / MADE_FROM).read_text())
+        facts: dict[str, Any] = parse_json((shard / MADE_FROM).read_text())
         facts.pop("shard", None)
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{shard} holds no readable {MADE_FROM}: make it again with --shard") from None

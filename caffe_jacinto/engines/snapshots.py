@@ -24,7 +24,7 @@ from caffe_jacinto.caffemodel.storage import (
     stored_state,
 )
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.files import parse_json, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, check_masks_file
@@ -48,7 +48,7 @@ def mark_complete(final_weights: Path, recalibrated_batches: int) -> None:
 def is_marked_complete(final_weights: Path) -> bool:
     """Whether there is a record of exactly these weights."""
     try:
-        content = json.loads(completion_record(final_weights).read_text())
+        content = parse_json(completion_record(final_weights).read_text())
         return bool(content["sha256"] == _sha256(final_weights))
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -217,7 +217,7 @@ def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:
     """
     net = caffemodel.parent / "train.prototxt"
     if net.is_file():
-        mismatches = check_fit(caffemodel, parse_net(net.read_text(encoding="utf-8"), dialect, str(net)))
+        mismatches = check_fit(caffemodel, parse_net(read_text(net), dialect, str(net)))
         if mismatches:
             raise UserError(f"{caffemodel} does not fill {net}: {mismatches[0]}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import read_text
+from caffe_jacinto.common.files import parse_json, read_text
 from caffe_jacinto.data.datum import Transform, datum_pixels, parse_datum
 from caffe_jacinto.data.encode import JPEG_START, ImageForm, form_of, image_record, read_content
 from caffe_jacinto.data.index import UnreadableImageError
@@ -147,7 +146,7 @@ class _Run(NamedTuple):
 
 def _read_run(path: Path) -> _Run:
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         recipe = record["recipe"]
         return _Run(
             f"{recipe['data']['dataset']}_{recipe['network']['name']}",

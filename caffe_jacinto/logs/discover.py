@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.logs.events import moment
 from caffe_jacinto.logs.series import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
@@ -97,7 +97,7 @@ def _log_files(path: Path) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             return
-        found = list(_walk(path, set()))
+        found = list(_walk(path))
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not found:
@@ -105,22 +105,25 @@ def _log_files(path: Path) -> Iterator[Path]:
     yield from found
 
 
-def _walk(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Logs in ``folder`` and below, by name; of a stage folder, only its run.log."""
-    real = folder.resolve()
-    if real in visited:
-        return
-    visited.add(real)
-    with os.scandir(folder) as entries:
-        children = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
-    files = [name for name, _, is_file in children if is_file]
-    if STAGE_LOG in files:
-        yield folder / STAGE_LOG
-    elif RUN_RECORD not in files:
-        yield from (folder / name for name in files if _LOG_NAME.fullmatch(name))
-    for name, is_folder, _ in children:
-        if is_folder and not name.startswith("."):
-            yield from _walk(folder / name, visited)
+def _walk(top: Path) -> Iterator[Path]:
+    """Logs in ``top`` and below, by name; of a stage folder, only its run.log."""
+    visited: set[tuple[int, int]] = set()  # links may lead round in a circle
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            children = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
+        files = [name for name, _, is_file in children if is_file]
+        if STAGE_LOG in files:
+            yield folder / STAGE_LOG
+        elif RUN_RECORD not in files:
+            yield from (folder / name for name in files if _LOG_NAME.fullmatch(name))
+        folders = [name for name, is_folder, _ in children if is_folder and not name.startswith(".")]
+        waiting += [folder / name for name in reversed(folders)]
 
 
 def _size(path: Path) -> int:
@@ -173,7 +176,7 @@ def _in_order(folder: Path, stages: list[Stage]) -> list[Stage]:
 def _recorded_order(folder: Path) -> list[str]:
     """The names of the stages in run.json, if there is a readable one."""
     try:
-        record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RUN_RECORD).read_text(encoding="utf-8"))
         return [str(name).lower() for name in record["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -41,43 +41,47 @@ from caffe_jacinto.logs.events import (
 )
 from caffe_jacinto.prototxt import tree
 
-PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d+) ([\w.+-]+):\d+\] ")
+PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) ([\w.+-]+):\d+\] ")
 """What glog puts before a message; the groups are the thread's number and the source file."""
 
 MESSAGE_LIMIT = 29_990
 """glog cuts a message at 30,000 characters, prefix included."""
 
-NUMBER = rb"[-+]?(?:nan|inf|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)"
+# Whole numbers have a limit of digits, and no pattern can match the same text in two ways: no line takes more
+# time than others of its length.
+NUMBER = rb"[-+]?(?:nan|inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
 ITERATION = re.compile(
-    rb"Iteration (\d+)(?:(?: \((?:([^ ()]+) iter/s, )?[^()]*\))?, (?:[\d./]+ep, )?loss = (%b)"
-    rb"|, lr = (%b)(?:, \w+ = %b)*|, Testing net \(#(\d+)\))$" % (NUMBER, NUMBER, NUMBER)
+    rb"Iteration (\d{1,18})(?:(?: \((?:([^ ()]+) iter/s, )?[^()]*\))?, (?:[\d./]+ep, )?loss = (%b)"
+    rb"|, lr = (%b)(?:, \w+ = %b)*|, Testing net \(#(\d{1,18})\))$" % (NUMBER, NUMBER, NUMBER)
 )
 TEST_OUTPUT = re.compile(
-    rb"    Test net output #(\d+): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
+    rb"    Test net output #(\d{1,18}): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
 )
 _TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
 _MARK = re.compile(
-    rb"This is \S*[Cc]affe\S* \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
+    rb"This is \S{0,99}[Cc]affe\S{0,99} \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
     rb"|Initializing solver from parameters:"
 )
 """Lines that only a process that has just started prints."""
 
-_VERSION = re.compile(rb"This is (\S*[Cc]affe\S* \d[\w.+-]*)(?: .*)?$")
-_STARTED = re.compile(rb" started at .* (\d{4})$")
+_VERSION = re.compile(rb"This is (\S{0,99}[Cc]affe\S{0,99} \d[\w.+-]*)(?: .*)?$")
+_STARTED = re.compile(rb" started at .{1,99} (\d{4})$")
 _SPEED = re.compile(
     rb" *(Root |Overall multi-GPU |Overall )?(?:Solver )?performance(?: on device \d+)?: "
-    rb"(?:.* = )?(%b) img/sec(?: \(.*\))?$" % NUMBER
+    rb"(?:.* = )?(%b) img/sec(?: \([^()]*\))?$" % NUMBER
 )
-_DONE = re.compile(rb"Optimization Done(?:\.| in(?: (\d+)d)?(?: (\d+)h)?(?: (\d+)m)?(?: (\d+)s)?)$")
-_PARAMETER = re.compile(rb"(.+)_param_(\d+)\((%b)\)$" % NUMBER)
+_DONE = re.compile(
+    rb"Optimization Done(?:\.| in(?: (\d{1,9})d)?(?: (\d{1,9})h)?(?: (\d{1,9})m)?(?: (\d{1,9})s)?)$"
+)
+_PARAMETER = re.compile(rb"(.+)_param_(\d{1,18})\((%b)\)$" % NUMBER)
 _TOTAL = re.compile(
     rb"Total Sparsity \(zero_weights/count\) = +\((%b)/(%b)\) (%b)$" % (NUMBER, NUMBER, NUMBER)
 )
-_SHAPE = re.compile(rb"(?:\(\d+\) )?[Oo]utput data size: ([\d, ]+)$")
-_BATCH = re.compile(rb"Batch (\d+), .* = %b$" % NUMBER)
+_SHAPE = re.compile(rb"(?:\(\d+\) )?[Oo]utput data size: (\d{1,10}(?:[ ,]+\d{1,10}){0,31})[ ,]*$")
+_BATCH = re.compile(rb"Batch (\d{1,18}), .* = %b$" % NUMBER)
 _RECALIBRATED = re.compile(
-    rb"    Test statistics: recalibrated over (\d+) batches$"
-    rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d+) batches$"
+    rb"    Test statistics: recalibrated over (\d{1,18}) batches$"
+    rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d{1,18}) batches$"
 )
 _PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
 
@@ -185,7 +189,7 @@ class MessageReader:
         if message == b"Use CPU.":
             ids: tuple[int, ...] = ()
         else:
-            match = re.match(rb"(?:Using GPUs|Use GPU with device ID) (\d+(?:, ?\d+)*)$", message)
+            match = re.match(rb"(?:Using GPUs|Use GPU with device ID) (\d{1,9}(?:, ?\d{1,9})*)$", message)
             if match is None:
                 return
             ids = tuple(int(part) for part in match.group(1).split(b","))
@@ -315,7 +319,7 @@ class MessageReader:
             self.events.append(StoppedEarly())
 
     def _planned(self, line: bytes, message: bytes, thread: int) -> None:
-        match = re.match(rb"Running for (\d+) iterations\.$", message)
+        match = re.match(rb"Running for (\d{1,18}) iterations\.$", message)
         if match is not None:
             self.events.append(TestPlanned(int(match.group(1))))
 

@@ -3,7 +3,7 @@
 Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `messages`). Lines of
 several threads are interleaved. A process that was killed leaves a cut line, and the next process starts in
 the middle of it. A line counts once its end has arrived, so that a log cut anywhere gives the first events of
-the whole log.
+the whole log. Lines end in a newline, a carriage return or both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ class LogReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data``, the next piece of the log, completes."""
-        lines = (self._tail + data).split(b"\n")
+        content = self._tail + data
+        if b"\r" in data:
+            # A piece may end between the two of \r\n; the empty line that this makes changes nothing.
+            content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = content.split(b"\n")
         self._tail = lines.pop()
         if len(self._tail) > _LINE_LIMIT:
             self._tail = self._tail[-1000:]
@@ -150,26 +154,27 @@ class LogReader:
     def _odd_line(self, line: bytes) -> None:
         """A line that does not begin with glog's prefix: printed text, or the rest of a cut line."""
         match = PREFIX.search(line)
-        if match is not None:
-            self._messages.text_line(line[: match.start()])
-            self._glog_line(line[match.start() :])
+        if match is None:
+            self._messages.text_line(line)
             return
-        self._messages.text_line(line)
+        self._messages.text_line(line[: match.start()])
+        self._glog_line(line[match.start() :])
 
     def _glog_line(self, line: bytes) -> None:
-        """A line with glog's prefix at its start or, after a cut line, further in."""
+        """A line with glog's prefix at its start and, after each cut line, further in."""
         prefix = PREFIX.match(line)
         if prefix is None:
             self._odd_line(line)
             return
-        inner = PREFIX.search(line, prefix.end()) if b"] " in line[prefix.end() :] else None
-        if inner is not None:
-            cut = line[: inner.start()]
-            if _CLOSED.search(cut):
-                self._message(cut, prefix)
-            self._glog_line(line[inner.start() :])
+        if line.find(b"] ", prefix.end()) < 0:
+            self._message(line, prefix)
             return
-        self._message(line, prefix)
+        starts = [match.start() for match in PREFIX.finditer(line)]
+        for start, end in zip(starts, [*starts[1:], len(line)], strict=True):
+            piece = line[start:end]
+            prefix = PREFIX.match(piece)
+            if prefix is not None and (end == len(line) or _CLOSED.search(piece)):
+                self._message(piece, prefix)
 
     def _message(self, line: bytes, prefix: re.Match[bytes]) -> None:
         if not self.is_caffe and _CAFFE_SOURCES.match(prefix.group(2)):

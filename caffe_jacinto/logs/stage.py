@@ -26,7 +26,7 @@ PACE_POINTS = 50
 _MOST_TESTS = 10_000
 """Tests kept for the live view: more than any training has."""
 
-_SNAPSHOT_ITERATION = re.compile(r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?$")
+_SNAPSHOT_ITERATION = re.compile(r"_iter_(\d{1,18})\.(?:caffemodel|solverstate)(?:\.h5)?$")
 
 
 @dataclass(frozen=True)

@@ -91,16 +91,21 @@ def nodes_of(layers: Iterable[Any]) -> list[Node]:
     ]
 
 
+def readers_of_each(nodes: Sequence[Node]) -> list[list[int]]:
+    """For each layer, those that read what it writes, up to the one that overwrites it."""
+    found: list[dict[int, None]] = [{} for _ in nodes]
+    writers: dict[str, int] = {}
+    for at, node in enumerate(nodes):
+        for blob in node.bottoms:
+            if blob in writers:
+                found[writers[blob]][at] = None
+        writers.update(dict.fromkeys(node.tops, at))
+    return [list(of_one) for of_one in found]
+
+
 def readers(nodes: Sequence[Node], at: int) -> list[int]:
     """The layers that read what layer ``at`` writes, up to the one that overwrites it."""
-    found: dict[int, None] = {}
-    for blob in nodes[at].tops:
-        for later in range(at + 1, len(nodes)):
-            if blob in nodes[later].bottoms:
-                found[later] = None
-            if blob in nodes[later].tops:
-                break
-    return sorted(found)
+    return readers_of_each(nodes)[at]
 
 
 def writer(nodes: Sequence[Node], before: int, blob: str) -> int | None:
@@ -131,19 +136,28 @@ def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
 
     Caffe puts a Split layer between a blob and its several readers, and saves it in weight files.
     """
+    found = readers_of_each(nodes)
     return [
-        node.name for at, node in enumerate(nodes) if node.type == "Convolution" and not _scores(nodes, at)
+        node.name
+        for at, node in enumerate(nodes)
+        if node.type == "Convolution" and not _scores(nodes, found, at)
     ]
 
 
-def _scores(nodes: Sequence[Node], at: int) -> bool:
-    """Whether a softmax reads the output of layer ``at``, with nothing but Split layers in between."""
-    same = [at]  # the layers whose outputs hold what layer `at` writes
-    for writer_at in same:
-        for reader in readers(nodes, writer_at):
+def _scores(nodes: Sequence[Node], found: Sequence[Sequence[int]], at: int) -> bool:
+    """Whether a softmax reads the output of layer ``at``, with nothing but Split layers in between.
+
+    ``found`` has the readers of each layer.
+    """
+    same = {at}  # the layers whose outputs hold what layer `at` writes
+    waiting = [at]
+    while waiting:
+        writer_at = waiting.pop()
+        for reader in found[writer_at]:
             node = nodes[reader]
             if node.type.startswith("Softmax") and node.bottoms[0] in nodes[writer_at].tops:
                 return True
             if node.type == "Split" and reader not in same:
-                same.append(reader)
+                same.add(reader)
+                waiting.append(reader)
     return False

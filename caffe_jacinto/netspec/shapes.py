@@ -27,6 +27,12 @@ FullShape = tuple[int, ...]
 _GIVEN = ("Data", "ImageData", "WindowData")
 """Data layers whose shape a log prints."""
 
+_MOST_IN_A_BLOB = (1 << 31) - 1
+"""Numbers in a blob of Caffe's, which counts them with an int (Blob::Reshape)."""
+
+_MOST_MACS = 1 << 62
+"""No network computes more; the text of a log may say anything."""
+
 
 @dataclass(frozen=True)
 class LayerShapes:
@@ -145,6 +151,7 @@ def _walk(
         if role_of(kind) == "data":
             known = next(given, None) if kind in _GIVEN else None
             tops = [_single(known or tops[0]), *map(_single, tops[1:])] if tops else []
+        tops = [_possible(top) for top in tops]
         shapes.update(zip(names, tops, strict=True))
         yield layer, bottoms, tops, blob_shapes_of(layer, bottoms)
 
@@ -166,6 +173,13 @@ def _single(shape: Shape | None) -> Shape | None:
     if not shape:
         return None
     return (1, *(dim if dim is None or dim > 0 else None for dim in shape[1:]))
+
+
+def _possible(shape: Shape | None) -> Shape | None:
+    """The shape, with None for a dimension that Caffe's blobs cannot have."""
+    if shape is None or all(dim is None or dim <= _MOST_IN_A_BLOB for dim in shape):
+        return shape
+    return tuple(dim if dim is None or dim <= _MOST_IN_A_BLOB else None for dim in shape)
 
 
 def _full(shapes: Sequence[Shape | None]) -> list[FullShape | None]:
@@ -195,4 +209,7 @@ def _cost(item: LayerShapes, counted: bool) -> LayerCost:
     else:
         # Several bottoms share one set of weights, each with its own top.
         positions = math.prod((target if item.kind == "Convolution" else source)[2:]) * len(item.bottoms)
-    return LayerCost(name, item.kind, weights * positions, weights, filters, counted)
+    macs = weights * positions
+    if macs > _MOST_MACS:
+        return LayerCost(name, item.kind, None, None, filters, counted)
+    return LayerCost(name, item.kind, macs, weights, filters, counted)

@@ -26,6 +26,9 @@ _ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{1,2})|(.))", re.DOTALL)
 _NAMED_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
 _MAX_DEPTH = 100
 
+_MOST_DIGITS = 20
+"""Of a whole number of 64 bits, its sign included."""
+
 
 class Message:
     """The fields of one message, in the order of the text; a repeated field comes several times."""
@@ -184,10 +187,11 @@ def _value(tokens: list[tuple[str, str, int]], at: int, where: str, depth: int) 
 def _scalar(word: str) -> Scalar:
     if word in ("true", "false"):
         return word == "true"
-    try:
-        return int(word, 0) if word.lower().lstrip("-").startswith("0x") else int(word)
-    except ValueError:
-        pass
+    if len(word) <= _MOST_DIGITS:
+        try:
+            return int(word, 0) if word.lower().lstrip("-").startswith("0x") else int(word)
+        except ValueError:
+            pass
     try:
         return float(word.rstrip("fF")) if word[:1] in "-.0123456789" else word
     except ValueError:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import parse_json
 
 LOCK_NAME = "lock"
 RELEASE_SECONDS = 0.5
@@ -161,7 +162,7 @@ def _refusal(path: Path) -> str:
 
 def _owner(path: Path) -> tuple[str, str]:
     try:
-        owner = json.loads(path.read_text())
+        owner = parse_json(path.read_text())
         return str(owner["host"]), str(owner["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return "an unknown machine", "?"

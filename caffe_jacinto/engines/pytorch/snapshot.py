@@ -28,7 +28,7 @@ from caffe_jacinto.caffemodel.storage import (
     stored_state,
 )
 from caffe_jacinto.common.errors import RunFailed, UserError
-from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.files import parse_json, write_whole
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.snapshots import layer_of_no_numbers, no_numbers
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -186,7 +186,7 @@ def read_place(path: Path) -> Place | None:
         with mapped(path) as view:
             for field in fields(view):
                 if field.number == _PLACE and field.wire_type == LENGTH:
-                    return Place(**json.loads(bytes(view[field.start : field.end])))
+                    return Place(**parse_json(bytes(view[field.start : field.end])))
     except (NotWholeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
     return None
