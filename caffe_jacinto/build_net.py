@@ -19,8 +19,8 @@ differently:
   caffe_jacinto  batch_size = batch / iter-size, which that Caffe divides among its GPUs
 
 CPU or GPU: `caffe train` without -gpu uses the device in the solver file. --gpus writes the first of its GPUs
-there (all: those of this machine), --cpu writes CPU. By default it is GPU 0 in caffe_jacinto files (that Caffe needs a GPU) and wherever
-the network was published so, otherwise CPU.
+there (all: those of this machine), --cpu writes CPU. By default it is GPU 0 in caffe_jacinto files (that
+Caffe needs a GPU) and wherever the network was published so, otherwise CPU.
 
 paths: solver.prototxt names the other files as DIR/train.prototxt and so on, with DIR as --output has it.
 Start Caffe in the folder where a relative DIR, and relative LMDB paths, are valid.

@@ -5,6 +5,7 @@ python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batc
 python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
 python -m caffe_jacinto.train demo_digits --engine torch
 python -m caffe_jacinto.train --new my_recipe.toml --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb
+python -m caffe_jacinto.train imagenet_jacintonet11 --engine torch --slurm --nodes 2 --gpus-per-node 8
 python -m caffe_jacinto.train --resume training/first_try
 python -m caffe_jacinto.train --status training/first_try
 """
@@ -22,6 +23,7 @@ from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes, toml_value
+from caffe_jacinto.runs.slurm import SlurmRequest, sbatch_option, slurm_minutes
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
     overrides = _overrides(options)
     wanted = Options(
-        gpus=options.gpus,
+        gpus=options.gpus if options.gpus_per_node is None else tuple(range(options.gpus_per_node)),
         caffe=options.caffe,
         engine=options.engine,
         dialect=None if options.dialect is None else Dialect(options.dialect),
@@ -50,13 +52,14 @@ def main(arguments: Sequence[str]) -> int:
         output=None if options.output is None else Path(options.output),
         keep=options.keep,
         dry_run=options.dry_run,
+        slurm=_slurm(options),
     )
     if options.resume is None:
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
         raise UserError(
-            "--resume continues with the run's own recipe: only --gpus, --caffe, --engine and --keep may be "
-            "given with it; to change more, start a new run"
+            "--resume continues with the run's own recipe: only --gpus, --caffe, --engine, --keep and the "
+            "options for Slurm may be given with it; to change more, start a new run"
         )
     return resume(Path(options.resume), wanted)
 
@@ -133,7 +136,50 @@ def _parser() -> Parser:
     parser.add_argument("--iter-size", type=count, metavar="N", help="training.iter_size, passes per update")
     parser.add_argument("--train-lmdb", metavar="DIR", help="data.train_lmdb")
     parser.add_argument("--val-lmdb", metavar="DIR", help="data.val_lmdb")
+    _add_slurm_arguments(parser)
     return parser
+
+
+def _add_slurm_arguments(parser: Parser) -> None:
+    slurm = parser.add_argument_group("as a Slurm job (docs/slurm.md)")
+    slurm.add_argument(
+        "--slurm", action="store_true", help="submit the run to Slurm instead of training here"
+    )
+    slurm.add_argument(
+        "--nodes", type=whole_number(1), metavar="N", help="training.nodes: machines that train together"
+    )
+    slurm.add_argument(
+        "--gpus-per-node", type=whole_number(0), metavar="G", help="GPUs of each node; 0 trains on the CPU"
+    )
+    slurm.add_argument(
+        "--time",
+        type=slurm_minutes,
+        metavar="T",
+        help="a job's time limit, as 90 (minutes), 12:00:00 or 2-12; the run goes on in the next job",
+    )
+    slurm.add_argument("--partition", metavar="P", help="Slurm's partition")
+    slurm.add_argument(
+        "--set-slurm",
+        dest="slurm_options",
+        type=sbatch_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another option of sbatch, e.g. cpus-per-task=8 or account=NAME; repeatable",
+    )
+
+
+def _slurm(options: argparse.Namespace) -> SlurmRequest | None:
+    request = SlurmRequest(options.nodes, options.time, options.partition, tuple(options.slurm_options))
+    if options.slurm:
+        if options.gpus is not None:
+            raise UserError("--gpus: a Slurm job's GPUs are numbered by Slurm; give --gpus-per-node")
+        return request
+    if request != SlurmRequest() or options.gpus_per_node is not None:
+        raise UserError(
+            "--nodes, --gpus-per-node, --time, --partition and --set-slurm are for a Slurm job: add --slurm"
+        )
+    return None
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

@@ -138,10 +138,10 @@ class Trainer:
         return path.read_text(errors="replace") if path.exists() else ""
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    give_up = time.monotonic() + WAIT_SECONDS
+def wait_for(condition: Callable[[], object], what: str, seconds: float = WAIT_SECONDS) -> None:
+    give_up = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < give_up, f"no {what} within {WAIT_SECONDS} s"
+        assert time.monotonic() < give_up, f"no {what} within {seconds:g} s"
         time.sleep(0.02)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +21,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.__main__ import main
 
 PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
-RANKS = (
-    "import sys; from caffe_jacinto.engines.pytorch.__main__ import main; "
-    "from caffe_jacinto.engines.pytorch.distributed import launch_ranks; "
-    "from caffe_jacinto.common.errors import run_command; "
-    "sys.exit(run_command('caffe-torch', lambda argv: launch_ranks(argv, 2)))"
-)
-"""What ``-gpu 0,1`` starts, with the CPU for the two GPUs."""
+RANKS = [*PROGRAM, "train", "-solver", "solver.prototxt", "-cpu_ranks", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +29,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits") / "lmdb")
 
 
-def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROGRAM, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+def run(
+    *arguments: str, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_gpu_lists() -> None:
@@ -130,10 +135,9 @@ def test_time_says_what_caffe_time_says(digits: Path, tmp_path: Path) -> None:
 def test_ranks_train_stop_and_fail_together(digits: Path, tmp_path: Path) -> None:
     stage = SmallStage(tmp_path, digits)
     stage.solver(max_iter=100_000, snapshot=100_000, test_interval=100_000, display=1)
-    command = [sys.executable, "-c", RANKS, "train", "-solver", "solver.prototxt"]
     log = tmp_path / "ranks.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=output, start_new_session=True)
+        process = subprocess.Popen(RANKS, cwd=tmp_path, stderr=output, start_new_session=True)
     wait_until(lambda: "Iteration 3 " in log.read_text() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0, log.read_text()[-2000:]
@@ -143,7 +147,7 @@ def test_ranks_train_stop_and_fail_together(digits: Path, tmp_path: Path) -> Non
     assert "Optimization stopped early." in said
     assert len(list(tmp_path.glob("small_iter_*.solverstate"))) == 1
     (tmp_path / "solver.prototxt").write_text("max_itr: 5\n")
-    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    failed = subprocess.run(RANKS, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2
     assert failed.stderr.count("max_itr") == 1
     assert len(failed.stderr.splitlines()) == 1, failed.stderr
@@ -156,13 +160,58 @@ def test_ranks_end_with_a_launcher_that_is_killed(digits: Path, tmp_path: Path) 
     stage.solver(max_iter=100_000, snapshot=100_000, test_interval=100_000, display=1)
     log = tmp_path / "ranks.log"
     with log.open("w") as output:
-        command = [sys.executable, "-c", RANKS, "train", "-solver", "solver.prototxt"]
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=output)
+        process = subprocess.Popen(RANKS, cwd=tmp_path, stderr=output)
     wait_until(lambda: "Iteration 3 " in log.read_text() or process.poll() is not None)
     assert len(processes_in(tmp_path)) > 2, log.read_text()
     process.kill()
     process.wait()
     wait_until(lambda: not processes_in(tmp_path))
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize(
+    ("rank", "why"),
+    [
+        ("0", "only 1 of 2 ranks came to 127.0.0.1:"),
+        ("1", "where the ranks meet, was not open within 2 s ($CAFFE_JACINTO_RENDEZVOUS_SECONDS): "),
+    ],
+)
+def test_a_meeting_that_nobody_joins_is_one_line(digits: Path, tmp_path: Path, rank: str, why: str) -> None:
+    SmallStage(tmp_path, digits).solver(max_iter=2, snapshot=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CAFFE_JACINTO_RENDEZVOUS_SECONDS": "2"}
+    alone = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **meeting}
+    done = run("train", "-solver", "solver.prototxt", folder=tmp_path, environment=alone)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert why in done.stderr
+
+
+@pytest.mark.caffe
+def test_a_killed_rank_ends_the_others_in_one_line(digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=100_000, snapshot=100_000, test_interval=100_000, display=1)
+    log = tmp_path / "ranks.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(RANKS, cwd=tmp_path, stderr=output)
+    wait_until(lambda: "Iteration 3 " in log.read_text() or process.poll() is not None)
+    os.kill(max(rank for rank in processes_in(tmp_path) if is_rank(rank)), signal.SIGKILL)
+    assert process.wait(timeout=60) == 75, log.read_text()
+    said = log.read_text()
+    assert re.search(
+        r"(?m)^caffe-torch: error: rank [01] was killed by SIGKILL; is there enough memory\?$", said
+    )
+    assert "Traceback" not in said
+    assert not processes_in(tmp_path)
+
+
+def is_rank(pid: int) -> bool:
+    """Whether it is a rank, and not one of the processes that decode images for it."""
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    environments = (Path(f"/proc/{process}/environ").read_bytes() for process in (pid, parent))
+    return [b"\0RANK=" in variables for variables in environments] == [True, False]
 
 
 def wait_until(condition: Callable[[], object]) -> None:

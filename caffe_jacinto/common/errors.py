@@ -13,6 +13,9 @@ USER_ERROR = 2
 FAILED = 1
 """Exit code for work that started and did not succeed."""
 
+LOST = 75
+"""Exit code for work that something outside cut short, and that can go on as it is (EX_TEMPFAIL)."""
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
@@ -46,6 +49,17 @@ class RunFailed(UserError):  # noqa: N818 - a run that failed is what it is
     """Work that started and failed for a reason outside this program (exit code 1)."""
 
 
+class WorkLost(RunFailed):
+    """Work that something outside cut short (a killed rank, a lost machine); it can go on (exit code 75)."""
+
+
+def exit_code(error: UserError) -> int:
+    """The exit code that goes with an error."""
+    if isinstance(error, RunFailed):
+        return LOST if isinstance(error, WorkLost) else FAILED
+    return USER_ERROR
+
+
 def invoked_as(program: str) -> str:
     """The name of the running program: ``program``, or ``caffe-jacinto report`` where that started it."""
     return sys.argv[0] if sys.argv[0].startswith("caffe-jacinto ") else program
@@ -55,7 +69,7 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     """Call ``main(sys.argv[1:])`` and turn errors that the user can mend into one line on stderr.
 
     Returns the exit code: main's own, 2 for a `UserError`, 1 for a `RunFailed` and for what the system
-    refuses (a full disk behind stdout, no permission), 130 after Ctrl-C.
+    refuses (a full disk behind stdout, no permission), 75 for `WorkLost`, 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path that the terminal's encoding cannot show must not end the command.
@@ -68,7 +82,7 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     except UserError as error:
         for line in error.lines():
             print(f"{program}: error: {line}", file=sys.stderr)
-        return FAILED if isinstance(error, RunFailed) else USER_ERROR
+        return exit_code(error)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -14,8 +14,12 @@ _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that this process gets when its parent ends."""
 
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What batch systems send some time before they end a job (Slurm's ``--signal``): requests to stop."""
+
+
 class StopRequests:
-    """What signals have requested: SIGINT and SIGTERM stop after the iteration, SIGHUP takes a snapshot."""
+    """What signals have requested: SIGHUP takes a snapshot; the others stop after the iteration."""
 
     def __init__(self) -> None:
         self.stop = False
@@ -24,7 +28,7 @@ class StopRequests:
 
     def install(self) -> None:
         """Handle the signals; call it again after Caffe has started, which handles SIGTERM itself."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(number, self._request_stop)
         # Under nohup SIGHUP is ignored from the start, and stays so.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -88,6 +88,17 @@ class DevicePlan:
     note: str | None
     """Why this is not what was requested; None if it is."""
 
+    nodes: int = 1
+    """Machines that train together, each on its own ``gpus`` or with ``cpu_ranks``."""
+
+    cpu_ranks: int = 1
+    """Processes that train on the CPU of each machine."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together, on all machines."""
+        return self.nodes * (len(self.gpus) or self.cpu_ranks)
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -113,6 +124,10 @@ class TrainJob:
 
     recalibrate_tests: bool = False
     """Recalibrate a copy of the statistics before each scheduled test, too."""
+
+    nodes: int = 1
+    cpu_ranks: int = 1
+    """As in `DevicePlan`; above 1 on PyTorch only."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch, ha
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
-def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
+def check_gpus(info: EngineInfo, gpus: tuple[int, ...], *, here: bool = True) -> None:
     """Refuse GPUs that do not exist or that this engine cannot use; no GPU means the CPU.
+
+    ``here``: they are this machine's.
 
     Raises:
         UserError: the message names the problem and what to do.
@@ -40,6 +42,10 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
             )
         return
     asked = f"GPU{'s' if len(gpus) > 1 else ''} {','.join(map(str, gpus))} requested, but"
+    if not here:
+        if not info.gpu:
+            raise UserError(f"{asked} {_name(info)} is built for the CPU only")
+        return
     if not any_visible():
         raise UserError(f"{asked} {lack()}: leave the GPUs out")
     misfit = _misfit(info, len(gpus))
@@ -60,7 +66,7 @@ def check_gpus(info: EngineInfo, gpus: tuple[int, ...]) -> None:
 
 def _misfit(info: EngineInfo, count: int) -> str | None:
     """Why this engine cannot use ``count`` GPUs of this machine, whichever they are; None if it can."""
-    name = f"PyTorch {info.version}" if info.kind == "torch" else str(info.executable)
+    name = _name(info)
     if not info.gpu:
         return f"{name} is built for the CPU only"
     if not visible_gpus(info.maker):
@@ -72,6 +78,10 @@ def _misfit(info: EngineInfo, count: int) -> str | None:
     if count > 1 and not info.multi_gpu:
         return f"{name} is built without NCCL, for one GPU only"
     return None
+
+
+def _name(info: EngineInfo) -> str:
+    return f"PyTorch {info.version}" if info.kind == "torch" else str(info.executable)
 
 
 def _instead(info: EngineInfo) -> str:

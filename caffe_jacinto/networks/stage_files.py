@@ -50,11 +50,13 @@ def stage_files(
     solver_mode_gpu: bool,
     val_images: int | None = None,
     start_factor: float | None = None,
+    ranks: int | None = None,
 ) -> dict[str, str]:
     """Texts of train, val, deploy and solver.prototxt by name, each checked against the dialect's schema.
 
     ``folder`` prefixes the solver's paths, which Caffe resolves against the folder it is started in.
-    ``gpus`` and ``iter_size`` divide the recipe's effective batch. One test covers all ``val_images``.
+    ``ranks`` (default: one for each of ``gpus``) and ``iter_size`` divide the recipe's effective batch. One
+    test covers all ``val_images``.
     ``start_factor`` replaces the recipe's where the fork's sparsity schedule continues after a resume.
 
     Raises:
@@ -65,7 +67,7 @@ def stage_files(
         _check_fork_supports(recipe, stage_name)
     network = network_of(recipe)
     check_crop(network)
-    batch = file_batch(dialect, recipe.training.batch_size, iter_size, len(gpus))
+    batch = file_batch(dialect, recipe.training.batch_size, iter_size, ranks or len(gpus))
     data = partial(_data, network, mean_file=recipe.data.mean_file)
     train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)

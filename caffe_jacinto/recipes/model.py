@@ -111,6 +111,12 @@ class TrainingSettings(_Settings):
     gpus: Annotated[tuple[NaturalInt, ...], Ints] = ()
     """Device numbers; empty is the CPU."""
 
+    nodes: PositiveInt = 1
+    """Machines that train together (PyTorch, as a Slurm job), each on ``gpus`` or with ``cpu_ranks``."""
+
+    cpu_ranks: PositiveInt = 1
+    """Processes that train together on each machine's CPU (PyTorch), where ``gpus`` is empty."""
+
     random_seed: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 33
     """Seeds the initial weights, mirroring and cropping; -1 takes a different seed each time, as in Caffe."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from caffe_jacinto.common.errors import RunFailed
+from caffe_jacinto.common.errors import LOST, RunFailed, WorkLost
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.snapshots import (
     StartPoint,
@@ -335,7 +335,8 @@ class Driver:
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:
         reason = why_failed(self.run, plan, view, code)
         self._note(state, "failed", reason)
-        return RunFailed(f"stage {plan.name} failed: {reason}; log: {plan.log}")
+        kind = WorkLost if code == LOST and view.trouble is None else RunFailed
+        return kind(f"stage {plan.name} failed: {reason}; log: {plan.log}")
 
     def _note(self, state: StageState, now: State, message: str | None = None) -> None:
         """Record a stage's new state."""

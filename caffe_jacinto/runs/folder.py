@@ -3,6 +3,7 @@
 training/<dataset>_<network>_<time>/
     run.json    the recipe in full, the engine, the state of each stage
     lock        held while something trains here
+    slurm/      the files of its Slurm jobs, if it was submitted (runs/slurm.py)
     labels.txt  the class names, if the data set has them
     initial/  l1reg/  sparse/  finetune/  test/
         train.prototxt val.prototxt deploy.prototxt solver.prototxt
@@ -67,6 +68,19 @@ class EngineRecord(BaseModel):
     precision: Precision = "fp32"
 
 
+class SlurmRecord(BaseModel):
+    """How the run is submitted to Slurm; the nodes and GPUs are the recipe's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    time: int | None = None
+    """The time limit of a job, in minutes; None: the partition's."""
+
+    partition: str | None = None
+    options: dict[str, str | None] = {}
+    """More options of sbatch; None: a flag."""
+
+
 class RunRecord(BaseModel):
     """The contents of run.json."""
 
@@ -86,6 +100,9 @@ class RunRecord(BaseModel):
     recipe: Recipe
     engine: EngineRecord
     gpus: tuple[int, ...]
+    slurm: SlurmRecord | None = None
+    """None: it was not submitted to Slurm."""
+
     stages: dict[str, StageState]
     """Every stage of the recipe in its order, then `test`."""
 
@@ -182,6 +199,10 @@ def start_log(path: Path, header: str) -> int:
 
 def resume_command(folder: Path) -> str:
     return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
+
+
+def status_command(folder: Path) -> str:
+    return shlex.join(["python", "-m", "caffe_jacinto.train", "--status", str(folder)])
 
 
 def report_command(folder: Path) -> str:

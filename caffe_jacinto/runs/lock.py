@@ -26,6 +26,10 @@ RELEASE_SECONDS = 0.5
 """How long to wait for a holder that is about to end."""
 
 
+SLURM_DRIVER = "submitit.core._submit"
+"""The module that calls `runs.slurm_job.train_in_job` in a Slurm job."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """A process that holds a run's lock."""
@@ -36,7 +40,7 @@ class Holder:
 
     @property
     def is_driver(self) -> bool:
-        return "caffe_jacinto.train" in self.words[:8]
+        return not {"caffe_jacinto.train", SLURM_DRIVER}.isdisjoint(self.words[:8])
 
     @property
     def is_shell(self) -> bool:
@@ -63,15 +67,15 @@ class RunLock:
             raise RuntimeError("the lock is not held")
         return self._descriptor
 
-    def acquire(self) -> None:
-        """Take the lock.
+    def acquire(self, seconds: float = RELEASE_SECONDS) -> None:
+        """Take the lock; wait up to ``seconds`` for a holder to end.
 
         Raises:
             UserError: another process has it; the message names that process and says what to do.
         """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not _try_lock(descriptor):
+            if not _try_lock(descriptor, seconds):
                 raise UserError(_refusal(self.path))
             _write_owner(descriptor)
         except BaseException:
@@ -115,8 +119,8 @@ def holders(folder: Path) -> list[Holder]:
     return sorted(found, key=lambda holder: (holder.is_shell, holder.pid))
 
 
-def _try_lock(descriptor: int) -> bool:
-    give_up = time.monotonic() + RELEASE_SECONDS
+def _try_lock(descriptor: int, seconds: float) -> bool:
+    give_up = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
@@ -97,6 +97,7 @@ class RunPlan:
             solver_mode_gpu=bool(plan.devices.gpus),
             val_images=val_images,
             start_factor=start_factor,
+            ranks=plan.devices.ranks,
         )
 
     def left_out(self, plan: StagePlan) -> frozenset[str]:
@@ -121,7 +122,11 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
             folder=folder / name,
             prefix=folder / name / f"{recipe.data.dataset}_{recipe.network.name}",
             start_weights=start,
-            devices=engine.plan(stage, gpus, recipe.training.iter_size),
+            devices=replace(
+                engine.plan(stage, gpus, recipe.training.iter_size),
+                nodes=recipe.training.nodes,
+                cpu_ranks=recipe.training.cpu_ranks,
+            ),
         )
     return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
 
@@ -139,6 +144,8 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
         freeze_zeros=plan.stage.freeze_zeros,
         reestimate_batches=batches,
         recalibrate_tests=run.recipe.training.recalibrate_tests,
+        nodes=plan.devices.nodes,
+        cpu_ranks=plan.devices.cpu_ranks,
     )
 
 

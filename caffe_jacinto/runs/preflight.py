@@ -61,13 +61,22 @@ class Findings:
                 self.problems.append(str(error))
 
 
-def preflight(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, *, resuming: bool = False) -> Findings:
+def preflight(
+    run: RunPlan,
+    stages: tuple[StagePlan, ...],
+    keep: int,
+    *,
+    resuming: bool = False,
+    here: bool = True,
+) -> Findings:
     """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained.
 
-    ``resuming``: the run has begun, and its recipe cannot be changed any more.
+    ``resuming``: the run has begun, and its recipe cannot be changed any more. ``here``: this process is to
+    train them, on this machine.
     """
     findings = Findings()
-    findings.attempt(lambda: check_gpus(run.engine.info, run.gpus))
+    findings.attempt(lambda: check_gpus(run.engine.info, run.gpus, here=here))
+    findings.attempt(lambda: _check_ranks(run, here))
     findings.attempt(lambda: _check_names(run))
     findings.attempt(lambda: _check_train_lmdb(run, findings))
     findings.attempt(lambda: _check_val_lmdb(run, findings))
@@ -96,6 +105,20 @@ def _starts_from_a_file(plan: StagePlan, stages: tuple[StagePlan, ...]) -> bool:
     return plan.start_weights is not None and all(
         plan.start_weights != other.final_weights for other in stages
     )
+
+
+def _check_ranks(run: RunPlan, here: bool) -> None:
+    training = run.recipe.training
+    for name, value in (("nodes", training.nodes), ("cpu_ranks", training.cpu_ranks)):
+        if value > 1 and run.engine.info.kind != "torch":
+            raise UserError(
+                f"training.{name} is {value}, and only PyTorch trains so: add --engine torch, or set it to 1"
+            )
+    if here and training.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            f"training.nodes is {training.nodes}: several nodes train as a Slurm job: add --slurm "
+            "(docs/slurm.md), or set it to 1"
+        )
 
 
 def _check_names(run: RunPlan) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from caffe_jacinto.common.files import PACKAGE
+from caffe_jacinto.common.processes import WARNINGS
 
 ENVIRONMENT = {
     # All of Caffe's lines go to the log, and only there. Otherwise glog keeps copies in /tmp, or a level set
@@ -103,7 +104,10 @@ def describe_exit(code: int) -> str:
 
 
 class StopSignals:
-    """Passes Ctrl-C and SIGTERM on to the running command, escalating each time; ignores SIGHUP."""
+    """Passes requests to stop on to the running command, escalating each time; ignores SIGHUP.
+
+    They are Ctrl-C, SIGTERM, and a batch system's warning that it will end the job.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -113,7 +117,7 @@ class StopSignals:
         """The first of the signals."""
 
         self._child: Child | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(number, self._request)
         # The terminal may close; the run continues.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

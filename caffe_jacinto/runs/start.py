@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from caffe_jacinto.runs.folder import (
     report_command,
     resume_command,
 )
-from caffe_jacinto.runs.lock import RunLock
+from caffe_jacinto.runs.lock import RELEASE_SECONDS, RunLock
 from caffe_jacinto.runs.plan import (
     RunPlan,
     plan_run,
@@ -47,6 +48,7 @@ from caffe_jacinto.runs.plan import (
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen
+from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit, submit_command
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,24 @@ class Options:
     output: Path | None = None
     keep: int | None = None
     dry_run: bool = False
+    slurm: SlurmRequest | None = None
+    """Submit the run to Slurm instead of training here."""
 
 
 def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
-    """Start a new run and drive it to its end; returns the exit code.
+    """Start a new run and drive it to its end, or submit it; returns the exit code.
 
     Raises:
         UserError: something is wrong. Nothing was run, and only a dry run wrote anything.
         RunFailed: a stage failed.
     """
+    if options.slurm:
+        check_slurm()
+        overrides = [*overrides, *(f"training.nodes={n}" for n in (options.slurm.nodes,) if n is not None)]
     recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES)
+    if options.slurm and options.gpus is None:
+        # Slurm gives each job its GPUs, and programs number them from 0.
+        options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
     folder = options.output or run_folder.default_folder(recipe)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
@@ -79,10 +89,10 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     engine, gpus = _engine(options, recipe.training.gpus, screen)
     if options.gpus is not None:
         recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"])
-    elif not gpus and any_visible():
+    elif not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
-    findings = preflight(run, run.stages, recipe.training.keep)
+    findings = preflight(run, run.stages, recipe.training.keep, here=options.slurm is None)
     _show_findings(findings, screen)
     if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
@@ -94,6 +104,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         recipe=recipe,
         engine=_engine_record(engine),
         gpus=run.gpus,
+        slurm=None if options.slurm is None else options.slurm.record(),
         stages={name: StageState() for name in (*recipe.stages, TEST)},
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,24 +118,42 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if options.dry_run:
         _write_all(run, findings, screen)
         _refuse(findings)
-        screen.say(f"nothing was run; to run it: {resume_command(folder)}")
+        how = resume_command(folder) if record.slurm is None else submit_command(folder)
+        screen.say(f"nothing was run; to run it: {how}")
         return 0
-    return _drive(run, record, lock, screen, recipe.training.keep, findings)
+    if options.slurm:
+        try:
+            return _submit(folder, record, lock, screen)
+        except UserError:
+            shutil.rmtree(folder)  # it did not exist before, and nothing was trained in it
+            raise
+    return _drive(run, record, lock, screen, StopSignals(), findings)
 
 
-def resume(folder: Path, options: Options) -> int:
-    """Resume a run where it stopped; returns the exit code.
+def resume(
+    folder: Path,
+    options: Options,
+    signals: StopSignals | None = None,
+    lock_seconds: float = RELEASE_SECONDS,
+) -> int:
+    """Resume a run where it stopped, or submit it; returns the exit code.
+
+    ``signals``: those of a caller that waits for signals already. ``lock_seconds``: how long to wait for
+    another process to leave the run.
 
     Raises:
         UserError: the folder has no run, another process is training in it, or it cannot be resumed.
         RunFailed: a stage failed.
     """
+    if options.slurm:
+        check_slurm()
     folder = folder.absolute()
     record = run_folder.load(folder)
     _go_to_start_folder(folder, record)
     folder = Path(record.folder)
+    check_no_other_job(folder)
     lock = RunLock(folder)
-    lock.acquire()
+    lock.acquire(lock_seconds)
     # Another train may have changed it before the lock was taken.
     record = run_folder.load(folder)
     screen = Screen()
@@ -136,19 +165,38 @@ def resume(folder: Path, options: Options) -> int:
     run = plan_run(recipe, folder, engine, gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
-    findings = preflight(run, waiting, recipe.training.keep, resuming=True)
+    here = options.slurm is None
+    findings = preflight(run, waiting, recipe.training.keep, resuming=True, here=here)
     _show_findings(findings, screen)
     _refuse(findings)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
+    if options.slurm:
+        record.slurm = options.slurm.record(record.slurm)
     run_folder.save(folder, record)
     screen.say(f"run folder: {folder}")
-    return _drive(run, record, lock, screen, recipe.training.keep, findings)
+    if options.slurm:
+        return _submit(folder, record, lock, screen)
+    return _drive(run, record, lock, screen, signals or StopSignals(), findings)
+
+
+def _submit(folder: Path, record: RunRecord, lock: RunLock, screen: Screen) -> int:
+    """Submit the run to Slurm, and leave it to the job; returns the exit code.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    assert record.slurm is not None
+    lock.release()
+    for line in submit(folder, record.recipe.training, record.slurm):
+        screen.say(line)
+    return 0
 
 
 def _drive(
-    run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, keep: int, findings: Findings
+    run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, signals: StopSignals, findings: Findings
 ) -> int:
-    driver = Driver(run, record, lock, screen, StopSignals(), keep, findings.val_images)
+    keep = run.recipe.training.keep
+    driver = Driver(run, record, lock, screen, signals, keep, findings.val_images)
     try:
         code = driver.drive()
     finally:
@@ -248,11 +296,13 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
 
 
 def _changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
-    """The recipe with these GPUs and the options' number of snapshots, validated again as a whole."""
+    """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole."""
     from pydantic import ValidationError
 
     content = recipe.model_dump(mode="json")
     content["training"]["gpus"] = list(gpus)
+    if options.slurm is not None and options.slurm.nodes is not None:
+        content["training"]["nodes"] = options.slurm.nodes
     if options.keep is not None:
         content["training"]["keep"] = options.keep
     try:

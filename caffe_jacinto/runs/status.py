@@ -11,6 +11,7 @@ from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
 from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, sparsity_field
+from caffe_jacinto.runs.slurm import cancel_command, job_of, submit_command
 from caffe_jacinto.runs.watch import read_log
 
 
@@ -21,8 +22,13 @@ def status_lines(folder: Path) -> list[str]:
         UserError: there is no run, or its record is damaged.
     """
     record = run_folder.load(folder)
-    held = is_held(folder)
+    job = job_of(folder)
+    # Not every file system shows the lock of another machine.
+    held = is_held(folder) or (job is not None and job.running)
     lines = [f"{folder}: {_whole(folder, record, held)}"]
+    if job is not None:
+        cancel = f"; to cancel it: {cancel_command(job.number)}" if job.alive else ""
+        lines.append(f"  {job.line()}{cancel}")
     for name, state in record.stages.items():
         log = read_log(folder / name)
         lines.append(f"  {_stage(folder, record, name, state, held, log)}")
@@ -31,8 +37,9 @@ def status_lines(folder: Path) -> list[str]:
             lines.append(f"    {state.message}")
     if _finished(record):
         lines.append(f"tables: {report_command(folder)}")
-    elif not held:
-        lines.append(f"to resume: {resume_command(folder)}")
+    elif not held and (job is None or not job.alive):
+        how = resume_command(folder) if record.slurm is None else submit_command(folder)
+        lines.append(f"to resume: {how}")
     return lines
 
 

@@ -37,6 +37,8 @@ caffe_packages=(
   cmake ninja-build g++ python3-dev protobuf-compiler libboost-system-dev libboost-thread-dev libboost-filesystem-dev
   libboost-python-dev libprotobuf-dev libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev libopenblas-dev libopencv-dev
 )
+# shellcheck disable=SC2034
+test_packages=(munge slurm-client slurmctld slurmd)
 
 # missing_packages NAME...: prints the packages that are not installed, one per line. Without dpkg it looks for a command
 # or header of each package, so that users of other distributions get an exact list too.
@@ -75,9 +77,13 @@ package_by_sight() {
     liblmdb-dev) have_header lmdb.h ;;
     libopenblas-dev) have_header 'openblas*/cblas.h' || have_header cblas.h ;;
     libopencv-dev) have_header opencv4/opencv2/core.hpp || have_header opencv2/core.hpp ;;
+    munge) have_daemon munged ;;
+    slurm-client) command -v sbatch >/dev/null ;;
+    slurmctld | slurmd) have_daemon "$1" ;;
     *) false ;;
   esac
 }
+have_daemon() { command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ]; }
 have_header() {
   compgen -G "/usr/include/$1" >/dev/null || compgen -G "/usr/include/*-linux-gnu/$1" >/dev/null ||
     compgen -G "/usr/local/include/$1" >/dev/null

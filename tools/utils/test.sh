@@ -8,14 +8,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 
-tests=() estimate="about 10 min on two cores"
+tests=() needed=(--tests) estimate="about 10 min on two cores"
 case ${1:-} in
   '') ;;
-  --fast) tests=(-m 'not caffe') estimate="about 1 min" ;;
+  --fast) tests=(-m 'not caffe') needed=() estimate="about 1 min" ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) fail "unknown argument '$1'; see --help" ;;
 esac
-"$root/tools/utils/setup.sh" --torch
+"$root/tools/utils/setup.sh" --torch "${needed[@]}"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import get_args
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
-from caffe_jacinto.common.errors import USER_ERROR, RunFailed, UserError, run_command
+from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import end_with_parent
 from caffe_jacinto.engines.contract import Precision, add_stage_arguments, pruning_settings
+from caffe_jacinto.engines.pytorch import slurm
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
 def script() -> int:
     """The console script."""
-    return run_command("caffe-torch", main)
+    return slurm.exit_code_of_rank(lambda: run_command("caffe-torch", main))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     for name in vars(arguments).keys() & vars(options).keys():
         setattr(options, name, getattr(arguments, name))
     options.sparse = pruning_settings(arguments)
+    slurm.become_rank()
+    # Before PyTorch is imported: what fails between ranks is reported here, without C++ stack traces.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from caffe_jacinto.engines.pytorch import distributed
 
     if options.action == "check":
@@ -48,17 +53,20 @@ def main(argv: Sequence[str]) -> int:
         options.gpus = distributed.all_gpus()
     if options.action == "device_query":
         return distributed.describe_devices(options.gpus)
-    if options.action == "train" and len(options.gpus) > 1 and not distributed.is_rank():
-        return distributed.launch_ranks(argv, len(options.gpus))
+    if options.action == "train" and not distributed.is_rank():
+        ranks = len(options.gpus) or options.cpu_ranks
+        if options.nodes > 1:
+            return slurm.launch_ranks(argv, options.nodes, ranks, on_cpu=not options.gpus)
+        if ranks > 1:
+            if not options.gpus:
+                distributed.share_cores(ranks)
+            return distributed.launch_ranks(argv, ranks)
     if distributed.is_rank():
         end_with_parent()
     try:
         return _act(options)
-    except UserError as error:
-        # What is wrong before the ranks have met is wrong in all of them: reported once.
-        if distributed.is_another_rank() and not isinstance(error, RunFailed):
-            return USER_ERROR
-        raise
+    except (UserError, OSError) as error:
+        return distributed.report_of_rank(error)
 
 
 def _act(options: Options) -> int:
@@ -100,6 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "-shuffle", "--shuffle", action="store_true", help="another order of the images each time through"
+    )
+    train.add_argument(
+        *("-nodes", "--nodes"),
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="inside a Slurm job: machines that train together",
+    )
+    train.add_argument(
+        *("-cpu_ranks", "--cpu_ranks"),
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="without -gpu: processes that train together on each machine's CPU",
     )
     add_stage_arguments(train, batches=0)
     test = _action(actions, "test", "evaluate weights by a model's outputs")

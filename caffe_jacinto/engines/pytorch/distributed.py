@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,13 +21,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.errors import FAILED, USER_ERROR, RunFailed, UserError
-from caffe_jacinto.common.processes import keep_freed_memory
+from caffe_jacinto.common.errors import (
+    FAILED,
+    LOST,
+    USER_ERROR,
+    RunFailed,
+    UserError,
+    WorkLost,
+    exit_code,
+)
+from caffe_jacinto.common.processes import WARNINGS, keep_freed_memory
 from caffe_jacinto.engines.caffe_log import CaffeLog, write_line
 from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""
+
+MEETING_SECONDS = "CAFFE_JACINTO_RENDEZVOUS_SECONDS"
+"""The environment variable with the time in which all ranks have to start; default: 10 minutes."""
 
 
 def device_of_rank(gpus: Sequence[int]) -> torch.device:
@@ -38,13 +51,16 @@ def device_of_rank(gpus: Sequence[int]) -> torch.device:
         keep_freed_memory()
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= len(gpus):
-        raise UserError(f"rank {local} of this machine has no GPU: -gpu names {len(gpus)}")
+    # Every rank of a machine checks for all of them, so that one can report.
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local + 1)
+    if here > len(gpus):
+        raise UserError(f"{here} ranks of this machine have no GPU each: -gpu names {len(gpus)}")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus[local] >= there:
+    missing = [gpu for gpu in gpus if gpu >= there]
+    if missing:
         has = f"{there} GPU(s) that PyTorch can use, from 0" if there else "no GPU that PyTorch can use"
         raise UserError(
-            f"GPU {gpus[local]} was requested, and this machine has {has}; leave -gpu out for the CPU"
+            f"GPU {missing[0]} was requested, and this machine has {has}; leave -gpu out for the CPU"
         )
     device = torch.device("cuda", gpus[local])
     torch.cuda.set_device(device)
@@ -62,7 +78,11 @@ class Ranks:
         self._device = device
         self._control: Any = None
         if self.size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            store = _meet(self.rank, self.size)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
+            )
             # Requests to stop are compared on the CPU, so that nothing waits for the device.
             self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -121,6 +141,54 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def _meet(rank: int, size: int) -> Any:
+    """Wait until all ranks are there; returns their common store.
+
+    They meet where torchrun or Slurm says: at $MASTER_PORT of $MASTER_ADDR, the first rank's machine.
+
+    Raises:
+        RunFailed: not all of them came within the limit.
+    """
+    limit = _meeting_limit()
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdigit():
+        raise UserError("$MASTER_ADDR and $MASTER_PORT must name where the ranks meet, as torchrun sets them")
+    at, seconds = f"{host}:{port}", f"{limit.total_seconds():g} s (${MEETING_SECONDS})"
+    c10d: Any = dist  # its type stubs lack the stores
+    own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = c10d.TCPStore(host, int(port), size, own, timeout=limit, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        what = "cannot be opened for the other ranks" if own else f"was not open within {seconds}"
+        raise RunFailed(
+            f"rank {rank} of {size}: {at}, where the ranks meet, {what}: {_first_line(error)}"
+        ) from None
+    store = c10d.PrefixStore(f"caffe-torch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    try:
+        if store.add("ranks", 1) == size:
+            store.set("all", "")
+        store.wait(["all"], limit)
+    except RuntimeError:
+        with suppress(RuntimeError):
+            raise RunFailed(
+                f"only {store.add('ranks', 0)} of {size} ranks came to {at} within {seconds}: "
+                "start the others within that time, and see what those that ended have said"
+            ) from None
+        raise WorkLost(f"rank {rank} of {size}: the first rank ended before all had come to {at}") from None
+    return store
+
+
+def _meeting_limit() -> timedelta:
+    text = os.environ.get(MEETING_SECONDS, "600")
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 10**6:
+        raise UserError(f"${MEETING_SECONDS} is {text[:40]!r}, not a number of seconds")
+    return timedelta(seconds=int(text))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 SOURCE = "caffe.cpp:0"
 """The file that Caffe's own command line logs from: readers of logs know it by that."""
 
@@ -143,18 +211,28 @@ def open_log(ranks: Ranks, gpus: Sequence[int], options: Options) -> Iterator[Ca
     try:
         yield log
     except UserError as error:
-        log.fatal(str(error))
-        raise SystemExit(FAILED if isinstance(error, RunFailed) else USER_ERROR) from None
+        log.fatal(_here() + str(error))
+        raise SystemExit(exit_code(error)) from None
     except torch.OutOfMemoryError as error:
-        log.fatal(f"the GPU's memory is too small: use a smaller batch_size ({UserError(error)})")
+        log.fatal(f"{_here()}the GPU's memory is too small: use a smaller batch_size ({UserError(error)})")
         raise SystemExit(FAILED) from None
+    except OSError as error:
+        if not _several_machines():
+            raise
+        log.fatal(f"{_here()}{UserError(error)}")
+        raise SystemExit(FAILED) from None
+    except RuntimeError as error:
+        if ranks.size == 1 or not _is_lost_connection(error):
+            raise
+        log.fatal(f"{_here()}rank {ranks.rank} lost another rank: {_first_line(error)[:200]}")
+        raise SystemExit(LOST) from None
 
 
 def _write_info(message: str) -> None:
     write_line("I", message, SOURCE)
 
 
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 """Requests to stop, or for a snapshot."""
 
 
@@ -175,9 +253,40 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def is_another_rank() -> bool:
-    """Whether this is a rank that does not report for all."""
-    return os.environ.get("RANK", "0") != "0"
+def report_of_rank(error: Exception) -> int:
+    """Report what ended this process before its log was open: returns the exit code, or raises the error.
+
+    What is wrong for one rank before the ranks have met is wrong for all on its machine: one of them says so.
+    """
+    if isinstance(error, UserError) and not isinstance(error, RunFailed):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return USER_ERROR
+        raise UserError(_here() + str(error)) from None
+    raise error
+
+
+def _several_machines() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+
+
+def _here() -> str:
+    """Begins a message with this machine's name, where there are several."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return f"on {name}: " if _several_machines() else ""
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether it is gloo's, NCCL's or the store's error for a rank that is gone."""
+    return isinstance(error, dist.DistError) or re.search(r"\bgloo\b|NCCL", str(error)) is not None
+
+
+def share_cores(ranks: int) -> None:
+    """Have each of ``ranks`` processes on this machine's CPU compute with its share of the cores.
+
+    The user's own $OMP_NUM_THREADS is kept.
+    """
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
 
 
 def launch_ranks(argv: Sequence[str], ranks: int) -> int:
@@ -213,10 +322,12 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", PROGRAM, *argv)
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        if first.exitcode > 0:
+        _, first = error.get_first_failure()
+        killed = {r: failure for r, failure in error.failures.items() if failure.exitcode < 0}
+        if first.exitcode > 0 and not (first.exitcode == LOST and killed):
             return int(first.exitcode)
-        raise RunFailed(f"rank {rank} was killed by {first.signal_name()}; is there enough memory?") from None
+        rank, first = next(iter(killed.items()))
+        raise WorkLost(f"rank {rank} was killed by {first.signal_name()}; is there enough memory?") from None
     return 0
 
 

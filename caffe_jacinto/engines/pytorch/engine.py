@@ -50,6 +50,10 @@ class Options:
     gpus: tuple[int, ...] | None = ()
     """Empty: the CPU; None: all GPUs."""
 
+    nodes: int = 1
+    cpu_ranks: int = 1
+    """Machines that train together, and processes on the CPU of each where it has no GPUs to use."""
+
     dialect: Dialect = Dialect.BVLC
     precision: Precision = "fp32"
     workers: int | None = None
@@ -103,6 +107,10 @@ class TorchEngine:
         command += recalibration_arguments(job)
         if self.info.dialect is Dialect.BVLC:  # the fork's solver file says the rest itself
             command += pruning_arguments(job)
+        if job.nodes > 1:
+            command += ["-nodes", str(job.nodes)]
+        if job.cpu_ranks > 1 and not job.gpus:
+            command += ["-cpu_ranks", str(job.cpu_ranks)]
         return [command + gpu_arguments(job.gpus)]
 
     def finished(self, job: TrainJob) -> bool:
