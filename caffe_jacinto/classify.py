@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.common.arguments import Parser, image_size, whole_number
+from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
 from caffe_jacinto.common.errors import FAILED, UserError, run_command
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         form = network.file_form(done, options.resize)
         total, samples = len(paths), network.file_samples(paths, done, form)
-    backend = open_backend(options.backend, trained, options.caffe)
+    backend = open_backend(options.backend, trained, options.caffe, options.gpus)
     known = [folder for folder in (*files.folders, lmdb, done.lmdb) if folder]
     names = network.class_names(options.labels, tuple(known), backend.classes)
     print(f"{files.weights} on {backend.label}", file=sys.stderr)
@@ -106,6 +106,8 @@ def _parser() -> Parser:
     add("--labels", type=Path, metavar="FILE", help=labels)
     add("--backend", choices=backends, help="what computes the scores (default: the first that works)")
     add("--caffe", metavar="PATH", help="the caffe executable or its tree")
+    gpus = "compute on the first of these GPUs, where the backend can (default: on the CPU)"
+    add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0|all", help=gpus)
     add("--resize", type=image_size, metavar="WIDTHxHEIGHT", help=resize)
     add("--batch", type=whole_number(1), default=50, metavar="N", help="batch size (default: %(default)s)")
     add("--format", choices=("text", "json", "csv"), default="text", help="(default: text)")

@@ -22,6 +22,7 @@ import pytest
 from deploy_nets import built, by_onnx, write_random
 from digits_run import recipe_of, tiny, write_lmdbs
 from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
+from machine_files import TWO_H200, stand_in_machine
 
 from caffe_jacinto.classify import main
 from caffe_jacinto.common.errors import UserError
@@ -289,6 +290,24 @@ def test_without_caffe_opencv_computes_and_the_line_says_so(
     monkeypatch.delattr(cv2.dnn, "readNetFromCaffe")
     assert main(arguments(network)) == 0
     assert "on onnxruntime 1" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_or_that_no_backend_can_use(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAFFE_ROOT", "/no/caffe")
+    machine = stand_in_machine(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="GPU 0 requested, but this machine has no GPU"):
+        main(arguments(network, "--gpus", "0"))
+    assert main(arguments(network, "--gpus", "auto")) == 0
+    with_gpus = tmp_path / "with GPUs"
+    with_gpus.mkdir()
+    machine = stand_in_machine(monkeypatch, with_gpus)
+    machine.nvidia_smi(TWO_H200)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"onnxruntime \S+ cannot compute on GPU 0 here .*onnxruntime-gpu"):
+        main(arguments(network, "--gpus", "all"))
+    assert "opencv cannot be used: OpenCV's own packages compute on the CPU only" in capsys.readouterr().err
 
 
 @pytest.mark.caffe  # for its time

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.engines.gpus import Maker, any_visible, lack, requested_gpus, visible_gpus
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import stock_net
 from caffe_jacinto.inference.network import TrainedNetwork
@@ -45,24 +47,31 @@ class Backend:
     """
 
 
-def open_backend(name: str | None, network: TrainedNetwork, caffe: str | None) -> Backend:
+def open_backend(
+    name: str | None, network: TrainedNetwork, caffe: str | None, gpus: GpuRequest = ()
+) -> Backend:
     """The backend ``name`` with the network loaded, or the first of `BACKENDS` that works; it has been tried
     on an image of zeros.
 
     Args:
         caffe: the executable of a Caffe, or its tree.
+        gpus: compute on the first of them; none: on the CPU.
 
     Raises:
-        UserError: it is not installed, cannot compute the network, or the weights do not fit.
+        UserError: it is not installed, cannot compute the network (or not on that GPU), or the weights do not
+            fit.
     """
     _check_weights(network)
+    gpu = next(iter(requested_gpus(gpus, None)), None)
+    if gpu is not None and not any_visible():
+        raise UserError(f"GPU {gpu} requested, but {lack()}: leave the GPUs out")
     *others, last = [name or "caffe"] if name or caffe else BACKENDS
     for other in others:
         try:
-            return _opened(other, network, caffe)
+            return _opened(other, network, caffe, gpu)
         except UserError as error:
             print(f"{other} cannot be used: {error}", file=sys.stderr)
-    return _opened(last, network, caffe)
+    return _opened(last, network, caffe, gpu)
 
 
 def _check_weights(network: TrainedNetwork) -> None:
@@ -78,11 +87,13 @@ def _check_weights(network: TrainedNetwork) -> None:
             )
 
 
-def _opened(name: str, network: TrainedNetwork, caffe: str | None) -> Backend:
+def _opened(name: str, network: TrainedNetwork, caffe: str | None, gpu: int | None) -> Backend:
     """The backend ``name``, whose scores are checked."""
     import numpy as np
 
-    label, compute = BACKENDS[name](network, caffe)
+    label, compute = BACKENDS[name](network, caffe, gpu)
+    if gpu is not None:
+        label = f"{label}, GPU {gpu}"
 
     def scores(images: Values) -> Values:
         try:
@@ -100,13 +111,14 @@ def _opened(name: str, network: TrainedNetwork, caffe: str | None) -> Backend:
     return Backend(label, scores(np.zeros((1, *network.shape), np.float32)).shape[1], scores)
 
 
-def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
-    from caffe_jacinto.engines.discovery import find_engine
+def _caffe(network: TrainedNetwork, path: str | None, gpu: int | None) -> tuple[str, Scores]:
+    from caffe_jacinto.engines.discovery import check_gpus, find_engine
 
-    folder = find_engine(path).info.pycaffe
-    if folder is None:
+    info = find_engine(path).info
+    if info.pycaffe is None:
         raise UserError("this Caffe has no pycaffe that this Python can import; use --backend opencv")
-    caffe = quiet_pycaffe(folder)
+    check_gpus(info, () if gpu is None else (gpu,))
+    caffe = quiet_pycaffe(info.pycaffe)
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
         if network.dialect is Dialect.BVLC:
@@ -116,9 +128,13 @@ def _caffe(network: TrainedNetwork, path: str | None) -> tuple[str, Scores]:
             merge_bn(network.text, str(network.where), network.dialect, network.weights).write(
                 deploy, weights
             )
+        # In a child process, and so on the CPU: CUDA does not survive a fork.
         last_words = _last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
         if last_words:
             raise UserError(f"{network.where}: Caffe cannot read it: {last_words}")
+        if gpu is not None:
+            caffe.set_mode_gpu()
+            caffe.set_device(gpu)
         net = caffe.Net(str(deploy), caffe.TEST, weights=str(weights))
     source, output = net.inputs[0], net.outputs[-1]
 
@@ -174,10 +190,12 @@ def _last_words(action: Callable[[], object]) -> str:
     return reason[:300] or f"it ended with signal {os.WTERMSIG(status)}"
 
 
-def _opencv(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
+def _opencv(network: TrainedNetwork, _: str | None, gpu: int | None) -> tuple[str, Scores]:
     import cv2
     import numpy as np
 
+    if gpu is not None:
+        raise UserError("OpenCV's own packages compute on the CPU only: leave the GPUs out")
     merged = merge_bn(network.text, str(network.where), network.dialect, network.weights)
     try:
         net = cv2.dnn.readNetFromCaffe(
@@ -194,7 +212,11 @@ def _opencv(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
     return f"OpenCV {cv2.__version__}", scores
 
 
-def _onnxruntime(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
+_PROVIDERS: dict[Maker, str] = {"NVIDIA": "CUDAExecutionProvider", "AMD": "ROCMExecutionProvider"}
+"""What onnxruntime calls the use of a GPU."""
+
+
+def _onnxruntime(network: TrainedNetwork, _: str | None, gpu: int | None) -> tuple[str, Scores]:
     from caffe_jacinto.export.onnx import export_onnx
 
     try:
@@ -202,7 +224,10 @@ def _onnxruntime(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
     except ImportError:
         raise UserError(f"onnxruntime is missing: {sys.executable} -m pip install onnxruntime onnx") from None
     model = export_onnx(network.text, str(network.where), network.dialect, network.weights)
-    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    provider: Any = "CPUExecutionProvider"
+    if gpu is not None:
+        provider = (_provider(onnxruntime, gpu), {"device_id": gpu})
+    session: Any = onnxruntime.InferenceSession(model, providers=[provider])
     source = session.get_inputs()[0].name
 
     def scores(images: Values) -> Values:
@@ -212,7 +237,23 @@ def _onnxruntime(network: TrainedNetwork, _: str | None) -> tuple[str, Scores]:
     return f"onnxruntime {onnxruntime.__version__}", scores
 
 
-BACKENDS: dict[str, Callable[[TrainedNetwork, str | None], tuple[str, Scores]]] = {
+def _provider(onnxruntime: Any, gpu: int) -> str:
+    """How this onnxruntime computes on ``gpu``.
+
+    Raises:
+        UserError: it cannot, or there is no such GPU.
+    """
+    available = onnxruntime.get_available_providers()
+    for maker, provider in _PROVIDERS.items():
+        if provider in available and gpu < len(visible_gpus(maker)):
+            return provider
+    raise UserError(
+        f"onnxruntime {onnxruntime.__version__} cannot compute on GPU {gpu} here "
+        f"(it has {', '.join(available)}): leave the GPUs out, or install onnxruntime-gpu"
+    )
+
+
+BACKENDS: dict[str, Callable[[TrainedNetwork, str | None, int | None], tuple[str, Scores]]] = {
     "caffe": _caffe,
     "opencv": _opencv,
     "onnxruntime": _onnxruntime,
