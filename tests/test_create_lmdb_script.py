@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -89,14 +90,76 @@ def test_both_lmdbs_from_the_archives_as_downloaded(place: Path) -> None:
     assert (place / "t" / "labels.txt").read_text() == (place / "v" / "labels.txt").read_text()
 
 
-def test_mistakes_end_it_with_one_line(place: Path) -> None:
-    missing = start(place, DATA="none")
-    assert missing.returncode == 2
-    assert missing.stderr.splitlines() == [
-        "caffe_jacinto.create_lmdb: error: image folder none/train does not exist:"
-        " give the folder that holds the images"
+def problems(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines about what is missing; nothing has been made."""
+    assert done.returncode == 2
+    assert done.stdout == ""
+    prefix = f"{SCRIPT.name}: error: "
+    assert all(line.startswith(prefix) for line in done.stderr.splitlines())
+    return [line.removeprefix(prefix) for line in done.stderr.splitlines()]
+
+
+def test_all_that_is_missing_is_said_before_it_begins(place: Path) -> None:
+    assert problems(start(place, DATA="none", VAL_LMDB="no/v")) == [
+        "training images: looked for the archive none/ILSVRC2012_img_train.tar and for the folder none/train, and"
+        " there is neither: put one there, or set DATA or TRAIN_IMAGES",
+        "validation images: looked for the archive none/ILSVRC2012_img_val.tar and for the folder none/val, and"
+        " there is neither: put one there, or set DATA or VAL_IMAGES",
+        "no/v: the folder that it is made in does not exist; make that first",
+    ]
+    named = problems(start(place, TRAIN_IMAGES="a.tar", VAL_IMAGES="b.tar"))
+    assert named == [
+        "training images: there is no a.tar, which TRAIN_IMAGES names",
+        "validation images: there is no b.tar, which VAL_IMAGES names",
     ]
     assert sorted(item.name for item in (place / "data").iterdir()) == ["ilsvrc12"]
+
+
+def test_the_devkit_is_looked_for_before_the_training_images_are_read(place: Path) -> None:
+    """Without labels for the validation archive, hours of work on the training images would be for nothing."""
+    data = place / "archives"
+    data.mkdir()
+    write_train(data, train_images(2))
+    write_val(data, val_images(3))
+    settings = {"DATA": "archives", "TRAIN_LMDB": "t", "VAL_LMDB": "v", "SIZE": "32"}
+    assert problems(start(place, **settings)) == [
+        "labels of the validation images in archives/ILSVRC2012_img_val.tar: looked for the development kit"
+        " archives/ILSVRC2012_devkit_t12.tar.gz and for the list archives/val.txt, and there is neither: put one"
+        " there, or set DEVKIT or VAL_LIST"
+    ]
+    assert not (place / "t").exists()
+    (place / "data" / "ilsvrc12" / "val.txt").unlink()
+    (flat,) = problems(start(place))
+    assert flat.startswith(
+        "labels of the validation images in ./data/ilsvrc12/val: looked for the development kit"
+    )
+    write_devkit(data, (2, 0, 1))
+    done = start(place, **settings)
+    assert done.returncode == 0, done.stderr
+    assert "training images: archives/ILSVRC2012_img_train.tar\n" in done.stdout
+    assert (
+        "validation images: archives/ILSVRC2012_img_val.tar, labels from archives/ILSVRC2012_devkit_t12.tar.gz\n"
+    ) in done.stdout
+
+
+def test_what_a_kept_lmdb_was_made_of_is_not_needed_any_more(place: Path) -> None:
+    assert start(place, SIZE="32").returncode == 0
+    (place / "data" / "ilsvrc12").rename(place / "elsewhere")
+    done = start(place, SIZE="32")
+    assert (done.returncode, done.stdout.count(": kept, ")) == (0, 2)
+    assert len(problems(start(place, SIZE="32", FORCE="1"))) == 2
+
+
+def test_a_validation_archive_of_class_folders_needs_no_devkit(place: Path) -> None:
+    with tarfile.open(place / "val.tar", "w") as archive:
+        archive.add(place / "data" / "ilsvrc12" / "train" / "dog", "./dog")
+    done = start(place, SIZE="32", VAL_IMAGES="val.tar", VAL_LIST="none")
+    assert done.returncode == 0, done.stderr
+    assert "val.tar, labels from their class folders" in done.stdout
+    assert len(order(place / "data" / "ilsvrc12_val_lmdb")) == 10
+
+
+def test_a_python_without_the_packages_is_named(place: Path) -> None:
     bare = start(place, PYTHON="/bin/false")
     assert bare.returncode == 2
     assert "/bin/false lacks the Python packages of this project: run tools/utils/setup.sh" in bare.stderr

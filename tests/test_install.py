@@ -400,6 +400,21 @@ def set_up(checkout: Path, index: str, *arguments: str, **more: str) -> subproce
 
 
 @pytest.mark.caffe
+def test_for_pytorch_alone_no_caffe_is_built_nor_are_its_packages_installed(
+    checkout: Path, index: str
+) -> None:
+    make_venv(checkout)
+    (checkout / "bin/caffe").unlink()
+    only_python = 'case "$package" in *python3 | *python3-venv | ca-*) echo "$package installed" ;; esac'
+    add_program(checkout, "dpkg-query", f'for package in "${{@:3}}"; do {only_python}; done')
+    done = set_up(checkout, index, "--torch", "--no-caffe")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "System packages" not in done.stdout
+    assert list(checkout.glob(".venv/lib/python3*/site-packages/torch-2.13.0+*.dist-info"))
+    assert done.stdout.splitlines()[-1].endswith("Caffe: none (--no-caffe)")
+
+
+@pytest.mark.caffe
 def test_on_a_machine_with_gpus_the_pytorch_for_them_is_installed(checkout: Path, index: str) -> None:
     make_venv(checkout)
     done = set_up(checkout, index)

@@ -44,28 +44,38 @@ def test_all_stages_in_both_dialects(trainer: Trainer, dialect: str) -> None:
         assert not fine[name][0][mask].any(), f"zeros of {name} moved in finetune"
 
 
+NARROW = """
+import runpy
+from caffe_jacinto.networks import jacintonet11
+assert jacintonet11.PAIR_OUTPUTS == (64, 128, 256, 512)
+jacintonet11.PAIR_OUTPUTS = (32, 32, 32, 32)
+runpy.run_module("caffe_jacinto.train", run_name="__main__", alter_sys=True)
+"""
+"""`python -m caffe_jacinto.train` with a JacintoNet11 of few channels, which trains in seconds."""
+
+
 def test_a_new_recipe_trains_as_it_is(trainer: Trainer) -> None:
-    """`train --new` on 40 digits of 12x12 pixels: the result has learned them and is sparse."""
+    """`train --new` on 128 digits of 12x12 pixels: the result has learned them and is sparse."""
     lines = (trainer.folder / "digits" / "train.txt").read_text().splitlines()
-    (trainer.folder / "few.txt").write_text("\n".join(lines[:: len(lines) // 40][:40]) + "\n")
+    (trainer.folder / "few.txt").write_text("\n".join(lines[:: len(lines) // 128][:128]) + "\n")
     making = ["--images", "digits/train", "--list", "few.txt", "--size", "12", "--output", "few_train_lmdb"]
-    for arguments in (
-        ["caffe_jacinto.create_lmdb", *making, "--labels", "digits/labels.txt", "--shuffle", "1"],
-        [
-            *("caffe_jacinto.train", "--new", "few.toml"),
-            *("--train-lmdb", "few_train_lmdb", "--val-lmdb", "few_train_lmdb"),
-        ],
+    lmdbs = ["--train-lmdb", "few_train_lmdb", "--val-lmdb", "few_train_lmdb"]
+    for command in (
+        ["-m", "caffe_jacinto.create_lmdb", *making, "--labels", "digits/labels.txt", "--shuffle", "1"],
+        ["-m", "caffe_jacinto.train", "--new", "few.toml", *lmdbs],
+        ["-c", NARROW, "few.toml", "--engine", "torch", "--output", "new"],
     ):
-        subprocess.run([sys.executable, "-m", *arguments], cwd=trainer.folder, check=True)
-    code, said = trainer.run("few.toml", "--output", "new")
-    assert code == 0, said
+        done = subprocess.run(
+            [sys.executable, *command], cwd=trainer.folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
     assert trainer.states("new") == dict.fromkeys((*STAGES, "test"), "finished")
-    sparsity = re.search(r"stage 3/4 sparse: finished, .*, sparsity (0\.\d+)", said)
-    top1 = re.search(r"stage 4/4 finetune: finished, .*, top-1 (\S+)", said)
+    sparsity = re.search(r"stage 3/4 sparse: finished, .*, sparsity (0\.\d+)", done.stdout)
+    top1 = re.search(r"stage 4/4 finetune: finished, .*, top-1 (0\.\d+)", done.stdout)
     assert sparsity is not None
     assert float(sparsity[1]) >= 0.8
     assert top1 is not None
-    assert float(top1[1].rstrip(",")) > 0.9
+    assert float(top1[1]) > 0.8
 
 
 @pytest.mark.parametrize("dialect", ["bvlc", "caffe_jacinto"])

@@ -21,6 +21,11 @@ NETWORK = "jacintonet11"
 LARGE = 100_000
 """Training images from which on the published lengths and rates are taken."""
 
+SMALL_BATCH = 64
+LEAST = (300, 200, 400, 60)
+"""The fewest iterations of the four stages, in batches of 64: the demo's and some more. L1 takes that long to
+shrink the weights, however few images there are."""
+
 SMALLEST_MAP = 3
 """Pixels: the least height and width that the strides leave to the last convolutions."""
 
@@ -168,7 +173,7 @@ def val_batch_for(images: int) -> int:
 def _batch_for(images: int) -> int:
     if images >= LARGE:
         return 256
-    return max(2, min(64, 1 << int(math.log2(max(images, 8) / 4))))
+    return max(2, min(SMALL_BATCH, 1 << int(math.log2(max(images, 4) / 2))))
 
 
 def _passes_for(batch: int, crop: int) -> int:
@@ -183,12 +188,12 @@ def _passes_for(batch: int, crop: int) -> int:
 def _stages(images: int, batch: int) -> list[dict[str, Any]]:
     """The four stages as the template writes them."""
     large = images >= LARGE
-    scale = 1.0 if large else batch / 64
+    scale = 1.0 if large else batch / SMALL_BATCH  # of the rates; shorter steps need more of them
 
     def stage(
         name: str, about: str, epochs: float, least: int, rate: float, start: str = ""
     ) -> dict[str, Any]:
-        length = _round(max(epochs * images / batch, least), 2)
+        length = _round(max(epochs * images / batch, least / scale), 2)
         solver = {"max_iter": int(length), "base_lr": _round(rate * scale, 2)}
         return {
             "name": name, "about": about, "start": start, "freeze_zeros": False, "sparse": {},
@@ -197,14 +202,18 @@ def _stages(images: int, batch: int) -> list[dict[str, Any]]:
 
     long, half, short = (64, 32, 6.4) if large else (30, 15, 3)
     rates = (0.1, 0.01, 0.01, 0.001) if large else (0.05, 0.02, 0.02, 0.005)
-    initial = stage("initial", "Dense weights.", long, 300, rates[0])
+    initial = stage("initial", "Dense weights.", long, LEAST[0], rates[0])
     l1reg = stage(
-        "l1reg", "L1 regularization shrinks most weights, so that they can be pruned.", half, 150, rates[1],
+        "l1reg",
+        "L1 regularization shrinks most weights, so that they can be pruned.",
+        half,
+        LEAST[1],
+        rates[1],
         "initial",
-    )  # fmt: skip
-    sparse = stage("sparse", "Prunes the smallest weights, step by step.", half, 300, rates[2], "l1reg")
+    )
+    sparse = stage("sparse", "Prunes the smallest weights, step by step.", half, LEAST[2], rates[2], "l1reg")
     finetune = stage(
-        "finetune", "The remaining weights recover; zeros stay zero.", short, 60, rates[3], "sparse"
+        "finetune", "The remaining weights recover; zeros stay zero.", short, LEAST[3], rates[3], "sparse"
     )
     finetune["freeze_zeros"] = True
     for found in (initial, l1reg, sparse, finetune):
@@ -225,7 +234,7 @@ def _l1_decay(solver: dict[str, Any]) -> float:
 def _schedule(length: int) -> dict[str, Any]:
     """The published schedule for ``length`` iterations: none in the first 1/8, then 0.8 in half of them."""
     factor = 0.01 if length >= 1600 else 0.02
-    step = max(1, int(length * factor / 1.6))
+    step = max(1, round(length * factor / 1.6))
     return {
         "target": 0.8,
         "start_iter": int(_round(length / 8, 2)),

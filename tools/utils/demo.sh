@@ -4,18 +4,18 @@
 #
 #   tools/utils/demo.sh [OPTION...]     options are passed to the training,
 #                                       e.g. --set stages.initial.solver.max_iter=300
-#   tools/utils/demo.sh --engine torch  trains on PyTorch, which the setup then installs too
+#   tools/utils/demo.sh --engine torch  trains on PyTorch; the setup then installs that, and builds no Caffe
 #
-# The run folder is training/digits_jacintonet11_<time>. About 10 minutes on two cores after the setup; less on PyTorch.
+# The run folder is training/digits_jacintonet11_<time>. Times on two cores are in README.md.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
-with_torch=()
-case " $* " in *' --engine torch '* | *' --engine=torch '*) with_torch=(--torch) ;; esac
-"$root/tools/utils/setup.sh" "${with_torch[@]}"
+engine=()
+case " $* " in *' --engine torch '* | *' --engine=torch '*) engine=(--torch --no-caffe) ;; esac
+"$root/tools/utils/setup.sh" "${engine[@]}"
 cd "$root"
 mkdir -p data training
 python=$root/.venv/bin/python

@@ -2,12 +2,13 @@
 # Installs what the project needs: system packages, the virtual environment .venv of the distribution's Python with this
 # checkout in it, and Caffe. Whatever is already installed is skipped, so a second run takes a second.
 #
-#   tools/utils/setup.sh [--torch|--no-torch] [--tests]
+#   tools/utils/setup.sh [--torch|--no-torch] [--no-caffe] [--tests]
 #
 # --torch: also PyTorch, for the engine that needs no Caffe and for the tests. On a machine with an NVIDIA or AMD GPU,
 # PyTorch is installed without being asked for, in the build for that GPU, unless --no-torch forbids it. A PyTorch that
 # this Python, or the `python3` on the PATH, already has is kept: a distribution's, a container's.
 # --tests: also Slurm, whose daemons the tests start and end by themselves.
+# --no-caffe: builds no Caffe and installs none of the packages that its build needs. With --torch, PyTorch trains.
 # Run it as root or as a user with sudo (Debian 12, Ubuntu 22.04 and 24.04). If it may not install system packages, it
 # lists the missing ones with the command to install them, and exits with a nonzero code.
 # An existing Caffe is used instead of building one: $CAFFE_ROOT, or `caffe` on the PATH.
@@ -211,11 +212,12 @@ venv_failure() {
   fail "$1 failed; its full output is in $2"
 }
 
-with_torch=auto with_tests=no gpus=no keep_torch=no kept=
+with_torch=auto with_tests=no build_caffe=yes gpus=no keep_torch=no kept=
 for argument in "$@"; do
   case $argument in
     --torch) with_torch=yes ;;
     --no-torch) with_torch=no ;;
+    --no-caffe) build_caffe=no ;;
     --tests) with_tests=yes ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument '$argument'; see --help" ;;
@@ -228,7 +230,7 @@ if [ -x "$python" ]; then look_around; looked=yes; fi
 wanted=()
 if [ "$python" = "$own_python" ]; then # another Python has what it needs, and Caffe is not built for it
   wanted=("${python_packages[@]}")
-  [ -n "$caffe" ] || wanted+=("${caffe_packages[@]}")
+  [ -n "$caffe" ] || [ "$build_caffe" = no ] || wanted+=("${caffe_packages[@]}")
 fi
 if [ "$with_tests" = yes ]; then wanted+=("${test_packages[@]}"); fi
 mapfile -t missing < <(missing_packages "${wanted[@]}")
@@ -244,6 +246,8 @@ install_venv
 [ "$with_torch" = no ] || install_torch
 if [ -z "$caffe" ] && [ "$python" != "$own_python" ]; then
   caffe="none, since it is built for the distribution's Python only; PyTorch trains"
+elif [ -z "$caffe" ] && [ "$build_caffe" = no ]; then
+  caffe="none (--no-caffe)"
 elif [ -z "$caffe" ]; then
   "$here/install_caffe.sh" --python "$venv/bin/python" 9<&-
   caffe=$(built_caffe)
