@@ -1,14 +1,16 @@
 """Show, compare, convert, sparsify and export weight files; Caffe is not needed.
 
-    python -m caffe_jacinto.weights show trained.caffemodel
+    python -m caffe_jacinto.weights show training/RUN
     python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
-    python -m caffe_jacinto.weights convert a.caffemodel --from bvlc --to caffe_jacinto --output b.caffemodel
+    python -m caffe_jacinto.weights convert training/RUN --to caffe_jacinto
     python -m caffe_jacinto.weights sparsify dense.caffemodel --target 0.8 --output sparse.caffemodel
     python -m caffe_jacinto.weights merge-bn trained.caffemodel deploy.prototxt --output merged
-    python -m caffe_jacinto.weights export trained.caffemodel deploy.prototxt --onnx trained.onnx
+    python -m caffe_jacinto.weights export training/RUN --onnx trained.onnx
 
+RUN is a run folder of train, or a stage's folder in one: its newest weights, and the network beside them.
 Files of stock Caffe and of caffe-jacinto are read, with blobs in the old form or the new. A file is never
-changed in place: --output names a new one, which appears whole or not at all.
+changed in place: the output is another file, beside the weights if no name is given, which appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -16,13 +18,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.arguments import Parser, fraction
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
+
+if TYPE_CHECKING:
+    from caffe_jacinto.inference.network import NetworkFiles
+
+MOST_SHOWN = 100
+"""Characters of a value that `export` prints."""
 
 DIALECTS = [dialect.value for dialect in Dialect]
 
@@ -45,22 +54,24 @@ def _parser() -> Parser:
         return sub
 
     show = add("show", "list layers: shapes, zeros, ranges, numbers that are not finite", _show)
-    show.add_argument("file", type=Path, metavar="FILE")
+    _add_weights(show)
     show.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
     _add_dialect(show)
 
     diff = add("diff", "compare two files layer by layer; exit code 1 where they differ", _diff)
-    diff.add_argument("a", type=Path, metavar="A")
-    diff.add_argument("b", type=Path, metavar="B")
+    _add_weights(diff, "a", "A")
+    _add_weights(diff, "b", "B")
 
     convert = add("convert", "convert a file between the two Caffes' forms of batch normalization", _convert)
-    convert.add_argument("file", type=Path, metavar="FILE")
-    convert.add_argument("--from", dest="origin", choices=DIALECTS, required=True)
-    convert.add_argument("--to", choices=DIALECTS, required=True)
-    _add_output(convert)
+    _add_weights(convert)
+    convert.add_argument(
+        "--from", dest="origin", choices=DIALECTS, help="(default: recognized from the file)"
+    )
+    convert.add_argument("--to", choices=DIALECTS, help="(default: the other one)")
+    _add_output(convert, "NAME_<dialect>.caffemodel")
 
     sparsify = add("sparsify", "zero small weights once, by the rule of training, to try it", _sparsify)
-    sparsify.add_argument("file", type=Path, metavar="FILE")
+    _add_weights(sparsify)
     sparsify.add_argument(
         "--target", type=fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
     )
@@ -76,7 +87,7 @@ def _parser() -> Parser:
         default="on",
         help="on: as published, no threshold above 0.2 or 0.2 of the largest weight (default: on)",
     )
-    _add_output(sparsify)
+    _add_output(sparsify, "NAME_sparsified.caffemodel")
     _add_dialect(sparsify)
 
     merge = add("merge-bn", "fold batch norms into the convolutions, for stock Caffe and OpenCV", _merge_bn)
@@ -84,25 +95,69 @@ def _parser() -> Parser:
     merge.add_argument(
         "--output",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing",
+        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing "
+        "(default: merged, beside the weights)",
     )
 
     export = add("export", "write a trained network as an ONNX file", _export)
     _add_network(export)
-    export.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
+    export.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="OUT",
+        help="the ONNX file to write (default: NAME.onnx, beside the weights)",
+    )
+    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
+    labels = "class names, one a line (default: labels.txt of RUN, beside DEPLOY or in the val LMDB)"
+    export.add_argument("--val", type=Path, metavar="FILE", help=val)
+    export.add_argument("--labels", type=Path, metavar="FILE", help=labels)
     return parser
 
 
+def _add_weights(parser: Any, name: str = "file", metavar: str = "FILE") -> None:
+    parser.add_argument(name, type=_weights, metavar=metavar, help="a weight file, or a RUN with its newest")
+
+
+def _weights(text: str) -> Path:
+    """An argument type: a weight file, or the newest one of a run folder."""
+    path = Path(text)
+    if not path.is_dir():
+        return path
+    from caffe_jacinto.inference.network import network_files
+
+    return network_files(path, None, None).weights
+
+
 def _add_network(parser: Any) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="the weights")
-    parser.add_argument("deploy", type=Path, metavar="DEPLOY", help="the network, its deploy.prototxt")
+    parser.add_argument("file", type=Path, metavar="FILE|RUN", help="the weights, or a run folder")
+    help_text = "with FILE: the network, its deploy.prototxt"
+    parser.add_argument("deploy", type=Path, nargs="?", metavar="DEPLOY", help=help_text)
     parser.add_argument("--dialect", choices=DIALECTS, help="of DEPLOY (default: recognized from its text)")
 
 
-def _add_output(parser: Any) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the weight file to write")
+def _take_network(options: argparse.Namespace) -> NetworkFiles | None:
+    """Where a run folder is given: its files, of which two take the places of FILE and DEPLOY."""
+    if options.file.is_dir():
+        from caffe_jacinto.inference.network import network_files
+
+        if options.deploy is not None:
+            raise UserError(
+                f"{options.file} is a folder, whose network is found by itself; leave out {options.deploy}"
+            )
+        files = network_files(options.file, None, None)
+        options.file, options.deploy = files.weights, files.deploy
+        return files
+    if options.deploy is None:
+        raise UserError(
+            f"{options.file}: give its deploy.prototxt after it, or the folder of a run instead of both"
+        )
+    return None
+
+
+def _add_output(parser: Any, default: str) -> None:
+    help_text = f"the weight file to write (default: {default}, beside the input)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=help_text)
 
 
 def _add_dialect(parser: Any) -> None:
@@ -139,12 +194,18 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel.convert import convert
+    from caffe_jacinto.caffemodel.net_file import find_dialect
 
-    if options.origin == options.to:
-        raise UserError(f"--from and --to are both {options.to}; there is nothing to convert")
-    _check_output(options.output, options.file)
-    done = "; ".join(convert(options.file, options.output, Dialect(options.to)))
-    print(f"{options.output}: {options.file} in the form of {options.to}; {done or 'nothing to change'}")
+    origin, to = options.origin, options.to
+    if origin is None and to is None:
+        origin = find_dialect(options.file).value
+    to = to or next(dialect for dialect in DIALECTS if dialect != origin)
+    if origin == to:
+        raise UserError(f"--from and --to are both {to}; there is nothing to convert")
+    output = options.output or options.file.with_name(f"{options.file.stem}_{to}.caffemodel")
+    _check_output(output, options.file)
+    done = "; ".join(convert(options.file, output, Dialect(to)))
+    print(f"{output}: {options.file} in the form of {to}; {done or 'nothing to change'}")
     return 0
 
 
@@ -154,7 +215,8 @@ def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.pruning.rule import sparsify
     from caffe_jacinto.recipes.model import SparseSettings
 
-    _check_output(options.output, options.file)
+    output = options.output or options.file.with_name(f"{options.file.stem}_sparsified.caffemodel")
+    _check_output(output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)
     published = SparseSettings.model_fields
     maxratio, value_max = 1.0, float("inf")
@@ -163,15 +225,15 @@ def _sparsify(options: argparse.Namespace) -> int:
         value_max = published["threshold_value_max"].default
     pruned = sparsify(
         options.file,
-        options.output,
+        output,
         dialect,
         factor=options.target,
         by=options.by,
         maxratio=maxratio,
         value_max=value_max,
     )
-    facts = [fact for fact in show.blob_facts(options.output, dialect) if fact.counts]
-    show.show(facts, str(options.output), sys.stdout)
+    facts = [fact for fact in show.blob_facts(output, dialect) if fact.counts]
+    show.show(facts, str(output), sys.stdout)
     print(f"pruned: {', '.join(pruned) or 'no layer; the rule leaves all of them out'}")
     if pruned and options.caps == "on" and show.sparsity(facts).fraction < options.target - 0.01:
         print(
@@ -184,12 +246,14 @@ def _sparsify(options: argparse.Namespace) -> int:
 def _merge_bn(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.merge_bn import merge_bn
 
+    _take_network(options)
+    folder = options.output or options.file.parent / "merged"
     merged = merge_bn(_deploy_text(options), str(options.deploy), _named_dialect(options), options.file)
-    deploy = options.output / "deploy_merged.prototxt"
-    weights = options.output / f"{options.file.stem}_merged.caffemodel"
-    if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output {options.output} is a file; name a folder")
-    options.output.mkdir(parents=True, exist_ok=True)
+    deploy = folder / "deploy_merged.prototxt"
+    weights = folder / f"{options.file.stem}_merged.caffemodel"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
     for output, source in ((deploy, options.deploy), (weights, options.file)):
         _check_output(output, source)
     merged.write(deploy, weights)
@@ -205,13 +269,33 @@ def _merge_bn(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.onnx import export_onnx
 
+    files = _take_network(options)
+    output = options.onnx or options.file.with_suffix(".onnx")
     for source in (options.file, options.deploy):
-        _check_output(options.onnx, source, "--onnx")
+        _check_output(output, source, "--onnx")
     text = _deploy_text(options)
-    content = export_onnx(text, str(options.deploy), _named_dialect(options), options.file)
-    write_whole(options.onnx, content)
-    print(f"{options.onnx}: {options.deploy} with the weights of {options.file}, {len(content):,} bytes")
+    metadata = _metadata(options, files)
+    content = export_onnx(text, str(options.deploy), _named_dialect(options), options.file, metadata)
+    write_whole(output, content)
+    print(f"{output}: {options.deploy} with the weights of {options.file}, {len(content):,} bytes")
+    for key, value in metadata.items():
+        print(f"  {key}: {value if len(value) <= MOST_SHOWN else value[:MOST_SHOWN] + ' ...'}")
     return 0
+
+
+def _metadata(options: argparse.Namespace, run: NetworkFiles | None) -> dict[str, str]:
+    """What the ONNX file says about classes and preprocessing; a line on stderr where it is not known."""
+    from caffe_jacinto.inference.metadata import network_metadata
+    from caffe_jacinto.inference.network import network_files
+
+    try:
+        files = run or network_files(options.deploy, options.file, options.val)
+        return network_metadata(replace(files, val=options.val or files.val), options.labels)
+    except UserError as error:
+        if options.val or options.labels:
+            raise
+        print(f"the ONNX file does not say how to prepare images: {error}", file=sys.stderr)
+        return {}
 
 
 def _deploy_text(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ its sizes up, and in ONNX that takes explicit padding. Weights keep their layout
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,17 @@ _MOST_NUMBERS = 2**31 - 1
 """In one blob, which Caffe counts in an int."""
 
 
-def export_onnx(deploy_text: str, where: str, dialect: Dialect | None, weights: Path) -> bytes:
+def export_onnx(
+    deploy_text: str,
+    where: str,
+    dialect: Dialect | None,
+    weights: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """The bytes of a ``.onnx`` file: the deploy network ``deploy_text`` with the weights of a file.
 
     Inputs and outputs have the names of Caffe's blobs. ``where`` names the text in messages. Where
-    ``dialect`` is None, the text may be in either.
+    ``dialect`` is None, the text may be in either. ``metadata`` becomes the model's ``metadata_props``.
 
     Raises:
         UserError: as `stock_net`; a layer or field cannot be exported (it is named); onnx is missing.
@@ -59,6 +65,7 @@ def export_onnx(deploy_text: str, where: str, dialect: Dialect | None, weights: 
         ) from None
     net = stock_net(deploy_text, where, dialect, weights)
     model = _Graph(net, where).model()
+    onnx.helper.set_model_props(model, dict(metadata or {}))
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
