@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import re
+import subprocess
 import tarfile
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ilsvrc import (
     SYNSETS,
     jpeg,
@@ -27,6 +32,8 @@ from small_stage import SmallStage
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.devkit import read_devkit
 from caffe_jacinto.data.digits import load_digits
+from caffe_jacinto.data.index import Archive, UnreadableImageError
+from caffe_jacinto.data.tar_files import TarFiles
 from caffe_jacinto.engines.contract import Engine
 
 VAL_LABELS = (3, 0, 2, 1, 1, 0)
@@ -116,6 +123,162 @@ def test_an_archive_of_class_folders(tmp_path: Path, top: str, tar_format: int) 
         f"cat/{long}.JPEG".encode(),
         b"dog/2.JPEG",
     ]
+
+
+# ---------------------------------------------------------------------------------- as tar extracts them
+
+
+def extract(archive: Path, folder: Path) -> Path:
+    """What the system's tar leaves, complaints about links without targets aside.
+
+    Without -P, GNU tar 1.34 holds links with '..' back, and may then put them in the place of a later file.
+    """
+    folder.mkdir()
+    subprocess.run(["tar", "-xPf", archive, "-C", folder], capture_output=True, check=False)
+    return folder
+
+
+def member(name: str, *, kind: bytes = tarfile.REGTYPE, target: str = "", size: int = 0) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, size
+    return info
+
+
+def write_members(path: Path, members: Sequence[tuple[tarfile.TarInfo, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_links_duplicates_and_hidden_files_as_tar_extracts_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = write_members(
+        tmp_path / "any.tar",
+        [
+            (member("blobs/1.bin"), b"not an image"),
+            (member("set/a/1.JPEG"), jpeg(1)),
+            (member("set/a/._1.JPEG"), jpeg(2)),
+            (member("set/__MACOSX/1.JPEG"), jpeg(2)),
+            (member("set/b/1.JPEG"), jpeg(3)),
+            (member("set/b/hard.JPEG", kind=tarfile.LNKTYPE, target="set/a/1.JPEG"), b""),
+            (member("set/a/1.JPEG"), jpeg(4)),
+            (member("set/c/soft.JPEG", kind=tarfile.SYMTYPE, target="../a/1.JPEG"), b""),
+            (member("set/c/lost.JPEG", kind=tarfile.SYMTYPE, target="/etc/1.JPEG"), b""),
+            (member("set/d", kind=tarfile.SYMTYPE, target="b"), b""),
+            (member("set/a/late.JPEG", kind=tarfile.LNKTYPE, target="set/e/1.JPEG"), b""),
+            (member("set/e/1.JPEG"), jpeg(5)),
+        ],
+    )
+    unopened = create_small(tmp_path, "unopened", "--images", archive)
+    said = capsys.readouterr()
+    assert f"{archive}: among the images: 1 hard link, 3 symbolic links\n" in said.out
+    left_out = "2 hidden files, 1 file with a name that comes again later, 1 hard link to files that it does"
+    assert f"{archive}: left out: {left_out} not hold\n" in said.out
+    assert "c/lost.JPEG: a link to '/etc/1.JPEG', which leads out of the archive" in said.err
+    unpacked = create_small(tmp_path, "unpacked", "--images", extract(archive, tmp_path / "x") / "set")
+    assert records(unopened) == records(unpacked)
+    assert (unopened / "labels.txt").read_text() == "a\nb\nc\nd\ne\n"
+    # By name, a list also finds what is hidden, or is in a folder that is a link.
+    (tmp_path / "list").write_text("set/a/._1.JPEG 0\nset/d/hard.JPEG 1\nset/c/../a/1.JPEG 2\n")
+    listed = create_small(tmp_path, "listed", "--images", archive, "--list", tmp_path / "list")
+    files = create_small(tmp_path, "files", "--images", tmp_path / "x", "--list", tmp_path / "list")
+    assert records(listed) == records(files)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax 0.0", "pax 0.1", "pax 1.0"])
+def test_sparse_files_are_read_with_their_holes(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path / "images", {"a": {"1.JPEG": jpeg(1)}, "b": {"2.JPEG": jpeg(2)}})
+    with (folder / "b" / "2.JPEG").open("r+b") as image:  # Decoders stop at the image's end.
+        image.truncate(3 << 20)
+        image.seek(1 << 20)
+        image.write(b"more")
+    kind, _, version = form.partition(" ")
+    options = ["--sparse", f"--format={kind}", *([f"--sparse-version={version}"] if version else [])]
+    subprocess.run(["tar", *options, "-cf", tmp_path / "sparse.tar", "-C", folder, "a", "b"], check=True)
+    assert (tmp_path / "sparse.tar").stat().st_size < 1 << 20
+    unopened = create_small(tmp_path, "unopened", "--images", tmp_path / "sparse.tar", "--size", "original")
+    assert "among the images: 1 sparse file\n" in capsys.readouterr().out
+    unpacked = create_small(tmp_path, "unpacked", "--images", folder, "--size", "original")
+    assert records(unopened) == records(unpacked)
+    assert max(map(len, records(unopened).values())) > 3 << 20
+
+
+def test_a_class_without_images_does_not_shift_the_labels(tmp_path: Path) -> None:
+    folder_b = member("b", kind=tarfile.DIRTYPE)
+    for second in ((folder_b, b""), (member("b/notes.txt"), b"none"), (member("b/._1.JPEG"), jpeg(1))):
+        images = [(member(f"{name}/1.JPEG"), jpeg(1)) for name in "ac"]
+        archive = write_members(tmp_path / "gap.tar", [images[0], second, images[1]])
+        message = mistake(["--images", archive, "--output", tmp_path / "o"])
+        assert f"archive {archive}, class b holds no images: is it whole?" in message
+    (tmp_path / "labels").write_text("a\nb\nc\n")
+    output = create_small(tmp_path, "o", "--images", archive, "--labels", tmp_path / "labels")
+    assert labels_of(output) == {"a/1.JPEG": 0, "c/1.JPEG": 2}
+
+
+def test_members_that_cannot_be_read_as_files(tmp_path: Path) -> None:
+    def of(*members: tarfile.TarInfo) -> str:
+        content = [(info, b"" if info.type != tarfile.REGTYPE else jpeg(1)) for info in members]
+        archive = write_members(tmp_path / "odd.tar", [(member("a/1.JPEG"), jpeg(0)), *content])
+        return mistake(["--images", archive, "--output", tmp_path / "o"])
+
+    link = member("b", kind=tarfile.SYMTYPE, target="a")
+    assert "holds 'b' as a link and as a folder: extract it with tar" in of(link, member("b/2.JPEG"))
+    lost = member("n1.tar", kind=tarfile.SYMTYPE, target="n2.tar")
+    assert "odd.tar, n1.tar cannot be read: it is a broken symbolic link" in of(lost)
+    assert "continues a/2.JPEG from another volume" in of(member("a/2.JPEG", kind=b"M"))
+    # A thousand headers that each extend the next one, and a map of parts without an end.
+    long_names = member("x", kind=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) * 5000
+    endless = member("a/2.JPEG")
+    endless.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    for damaged in (long_names, endless.tobuf(tarfile.PAX_FORMAT) + bytes(10240)):
+        (tmp_path / "odd.tar").write_bytes(damaged)
+        message = mistake(["--images", tmp_path / "odd.tar", "--output", tmp_path / "o"])
+        assert "damaged" in message or "cut off" in message
+
+
+_NAMES = ("a/1", "a/2", "b/1", "b/2", "c/1", "l")
+_MEMBERS = st.one_of(
+    st.tuples(st.sampled_from(_NAMES[:-1]), st.just(tarfile.REGTYPE), st.just("")),
+    st.tuples(st.sampled_from(_NAMES[:-1]), st.just(tarfile.LNKTYPE), st.sampled_from(_NAMES)),
+    st.tuples(
+        st.sampled_from(_NAMES),
+        st.just(tarfile.SYMTYPE),
+        st.sampled_from(
+            ("1", "2", "../a/1", "../b/2", "../c/1", "../l", "../l/1", "a", "b", "/a/1", "../../away")
+        ),
+    ),
+)
+
+
+@given(st.lists(_MEMBERS, max_size=12))
+def test_any_order_of_files_and_links_gives_what_tar_extracts(made: list[tuple[str, bytes, str]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        members = [
+            (member(path, kind=kind, target=target), f"{number}".encode() if kind == tarfile.REGTYPE else b"")
+            for number, (path, kind, target) in enumerate(made)
+        ]
+        archive = Archive(write_members(folder / "any.tar", members))
+        ours: dict[str, bytes | None] = {}
+        for file in TarFiles(archive, "any.tar", 0, archive.size, lambda place: None):
+            try:
+                ours[file.path.decode()] = archive.read(file.path, file.offset, file.size)
+            except UnreadableImageError:
+                ours[file.path.decode()] = None
+        extracted = extract(folder / "any.tar", folder / "x")
+        theirs: dict[str, bytes | None] = {}
+        for path in [*extracted.glob("*"), *extracted.glob("*/*")]:
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(extracted))
+            if not (inside and path.is_dir()):
+                theirs[str(path.relative_to(extracted))] = path.read_bytes() if path.is_file() else None
+        # Folders of images are one level deep; a link inside one may be a folder again.
+        ours = {name: content for name, content in ours.items() if name.count("/") < 2}
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("name", ["/etc/cat/1.JPEG", "../cat/1.JPEG", "cat/../../1.JPEG"])

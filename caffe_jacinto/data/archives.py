@@ -6,40 +6,31 @@ Archives are laid out like ILSVRC 2012's:
     ILSVRC2012_img_val.tar      all images side by side; their labels come from elsewhere
     any.tar                     class folders with images, <class>/*.JPEG, also below one folder
 
-Only the headers are read, once. Compressed archives are refused, since they cannot be read from the middle.
+The images are those of the unpacked archive. Only the headers are read, once. Compressed archives are
+refused, since they cannot be read from the middle.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import posixpath
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import count_of, image_progress
 from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder
-from caffe_jacinto.data.listing import and_others, class_labels, is_image_name, list_lines
+from caffe_jacinto.data.listing import and_others, class_labels, is_hidden, is_image_name, list_lines
+from caffe_jacinto.data.tar_files import TarFile, TarFiles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 MEGABYTE = 10**6
-_HEADER_BUFFER = 2 * tarfile.BLOCKSIZE
-"""Bytes read for one header; a larger buffer would read the images around it, too."""
-
-
-class _Member(NamedTuple):
-    """A file in an archive: its path, and where its content lies in the outermost archive."""
-
-    path: str
-    offset: int
-    size: int
 
 
 def list_class_archive(path: Path, names: tuple[str, ...] | None = None) -> ImageIndex:
@@ -49,21 +40,24 @@ def list_class_archive(path: Path, names: tuple[str, ...] | None = None) -> Imag
         UserError: the file is not a tar archive, is compressed or cut off, has names that lead out of it, or
             has no classes; or as `class_labels`.
     """
-    index, folders = _read(path)
+    contents = _Contents(path)
+    index, folders = contents.images()
     if not any(folders):
         raise UserError(
             f"archive {path} holds {count_of(len(index), 'image')} directly and no classes: give the"
             " development kit (--devkit) or a list file (--list) with their labels"
         )
     start, classes = _class_names(path, folders)
-    found = sorted(name for name in classes if name)
+    empty = contents.folders_in(start) - set(classes)
+    found = sorted({name for name in classes if name} | empty)
     labels = class_labels(found, names, f"archive {path}, class ")
+    if empty and names is None:
+        first = min(empty)
+        raise UserError(
+            f"archive {path}, class {first} holds no images{and_others(sorted(empty))}: is it whole?"
+        )
     ranks = {name: rank for rank, name in enumerate(found)}
     numbers = _by_class(index, [ranks.get(name, -1) for name in classes])
-    used = {index.label(int(number)) for number in numbers}
-    empty = [name for number, name in enumerate(classes) if name and number not in used]
-    if empty and names is None:
-        raise UserError(f"archive {path}, class {empty[0]} holds no images{and_others(empty)}: is it whole?")
     return index.relabelled(
         numbers,
         (labels[classes[index.label(number)]] for number in numbers),
@@ -76,56 +70,136 @@ def list_class_archive(path: Path, names: tuple[str, ...] | None = None) -> Imag
 
 def list_flat_archive(path: Path) -> ImageIndex:
     """The images of an archive, sorted by path, without labels; raises UserError as `list_class_archive`."""
-    index, _ = _read(path)
+    index, _ = _Contents(path).images()
     numbers = sorted(range(len(index)), key=index.path)
     return index.relabelled(numbers, [0] * len(numbers), None, "an archive")
 
 
 def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None = None) -> ImageIndex:
-    """The images of an archive that ``list_file`` names, in its order, with its labels.
+    """The files of an archive that ``list_file`` names, in its order, with its labels.
 
     Raises:
         UserError: as `list_from_file` and `list_class_archive`; or an image is not there.
     """
-    import numpy as np
-
-    index, _ = _read(path)
-    # Hashes take eight bytes an image; a dictionary of a million names would take hundreds of megabytes.
-    hashes = np.fromiter((hash(index.path(number)) for number in range(len(index))), np.int64, len(index))
-    order = np.argsort(hashes)
-    hashes = hashes[order]
-    build = IndexBuilder(index.place)
+    contents = _Contents(path)
+    build = IndexBuilder(contents.archive)
+    kinds: Counter[str] = Counter()
     for line, (name, label) in list_lines(list_file, names):
-        wanted = name.removeprefix(b"./")
-        at = int(np.searchsorted(hashes, hash(wanted)))
-        while at < len(order) and hashes[at] == hash(wanted) and index.path(int(order[at])) != wanted:
-            at += 1
-        if at == len(order) or index.path(int(order[at])) != wanted:
+        file = contents.find(name)
+        if file is None:
             raise UserError(f"{list_file}:{line}: archive {path} holds no image {os.fsdecode(name)!r}")
+        kinds[file.kind] += 1
         # The name as the list has it, "./" and all: it becomes the key, as with files.
-        build.add(name, label, *index.span(int(order[at])))
-    return build.index(names, f"list {list_file}")
+        build.add(name, label, file.offset, file.size)
+    return build.index(names, f"list {list_file}", 0, _remarks(kinds))
 
 
-def _read(path: Path) -> tuple[ImageIndex, list[str]]:
-    """The images in the archive's own order, each labelled with its folder's number, and the folders."""
-    archive = Archive(path)
-    build = IndexBuilder(archive)
-    folders: dict[str, int] = {}
-    ignored = 0
-    with image_progress(f"reading {path.name}", archive.size // MEGABYTE, unit="MB") as advance:
-        done = 0
-        for member in _members(archive, folders):
-            advance(member.offset // MEGABYTE - done)
-            done = member.offset // MEGABYTE
-            if not is_image_name(member.path):
+class _Contents:
+    """The files of an archive, and of each archive in it, which is extracted to a folder of its name.
+
+    Raises:
+        UserError: as `TarFiles`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.archive = Archive(path)
+        size = self.archive.size
+        with image_progress(f"reading {path.name}", size // MEGABYTE, unit="MB") as advance:
+            done = 0
+
+            def reached(place: int) -> None:
+                nonlocal done
+                advance(max(place // MEGABYTE - done, 0))
+                done = max(place // MEGABYTE, done)
+
+            self._outer = TarFiles(self.archive, f"{path}", 0, size, reached)
+            self._inner: dict[str, list[TarFiles]] = {}
+            for file in self._outer:
+                name = os.fsdecode(file.path)
+                if name.endswith(".tar") and not _is_hidden(file.path):
+                    what = f"{path}, {name}"
+                    if file.offset < 0:
+                        reason = "a sparse file" if file.kind == "sparse file" else f"a broken {file.kind}"
+                        raise UserError(f"archive {what} cannot be read: it is {reason}; extract it with tar")
+                    inner = TarFiles(self.archive, what, file.offset, file.size, reached)
+                    folder = posixpath.basename(name).removesuffix(".tar")
+                    self._inner.setdefault(folder, []).append(inner)
+
+    def images(self) -> tuple[ImageIndex, list[str]]:
+        """The images in the archive's order, each labelled with its folder's number, and these folders."""
+        build = IndexBuilder(self.archive)
+        folders: dict[str, int] = {}
+        kinds: Counter[str] = Counter()
+        ignored = hidden = 0
+        for file in self._files():
+            if _is_hidden(file.path):
+                hidden += 1
+                continue
+            name = os.fsdecode(file.path)
+            if not is_image_name(name):
                 ignored += 1
                 continue
-            label = folders.setdefault(posixpath.dirname(member.path), len(folders))
-            build.add(os.fsencode(member.path), label, member.offset, member.size)
-    if not len(build):
-        raise UserError(f"archive {path} holds no images; one like ILSVRC2012_img_train.tar is expected")
-    return build.index(None, "", ignored), list(folders)
+            label = folders.setdefault(posixpath.dirname(name), len(folders))
+            kinds[file.kind] += 1
+            build.add(file.path, label, file.offset, file.size)
+        if not len(build):
+            raise UserError(
+                f"archive {self.archive.path} holds no images; one like ILSVRC2012_img_train.tar is expected"
+            )
+        parts = [self._outer, *itertools.chain.from_iterable(self._inner.values())]
+        replaced, broken = sum(part.replaced for part in parts), sum(part.broken for part in parts)
+        remarks = _remarks(kinds, hidden, replaced, broken)
+        return build.index(None, "", ignored, remarks), list(folders)
+
+    def folders_in(self, start: str) -> set[str]:
+        """The names of the folders directly in ``start`` (``''``, or with a slash at its end)."""
+        folders = {os.fsdecode(folder) for folder in self._outer.folders if not _is_hidden(folder)}
+        names = {folder[len(start) :] for folder in folders | set(self._inner) if folder.startswith(start)}
+        return {name for name in names if name and "/" not in name}
+
+    def find(self, path: bytes) -> TarFile | None:
+        """The file ``path``, through links."""
+        found = self._outer.find(path)
+        if found is None:
+            folder, _, name = path.removeprefix(b"./").partition(b"/")
+            for inner in self._inner.get(os.fsdecode(folder), []):
+                found = inner.find(name) or inner.find(path) or found
+        return found
+
+    def _files(self) -> Iterator[TarFile]:
+        """All files but the archives; those in an archive as ``<its name>/<name>``."""
+        for file in self._outer:
+            if not file.path.endswith(b".tar") or _is_hidden(file.path):
+                yield file
+        for folder, inners in self._inner.items():
+            start = os.fsencode(f"{folder}/")
+            for file in itertools.chain.from_iterable(inners):
+                yield file._replace(path=start + file.path.removeprefix(start))
+
+
+def _is_hidden(path: bytes) -> bool:
+    if not (
+        path.startswith(b".") or b"/." in path or b"__MACOSX" in path
+    ):  # Quickly, for nearly all of them.
+        return False
+    return any(is_hidden(os.fsdecode(part)) for part in path.split(b"/"))
+
+
+def _remarks(kinds: Counter[str], hidden: int = 0, replaced: int = 0, broken: int = 0) -> tuple[str, ...]:
+    """What the user should know of unusual members; ``kinds`` counts the images by `TarFile.kind`."""
+    usual = ("hard link", "symbolic link", "sparse file")
+    taken = [count_of(kinds[kind], kind) for kind in usual if kinds[kind]]
+    left_out = [
+        text
+        for count, text in (
+            (hidden, count_of(hidden, "hidden file")),
+            (replaced, f"{count_of(replaced, 'file')} with a name that comes again later"),
+            (broken, f"{count_of(broken, 'hard link')} to files that it does not hold"),
+        )
+        if count
+    ]
+    lines = (("among the images", taken), ("left out", left_out))
+    return tuple(f"{what}: {', '.join(items)}" for what, items in lines if items)
 
 
 def _class_names(path: Path, folders: list[str]) -> tuple[str, list[str]]:
@@ -153,108 +227,3 @@ def _by_class(index: ImageIndex, rank_of: list[int]) -> NDArray[np.int64]:
     for begin, end in itertools.pairwise(starts):
         numbers[begin:end] = sorted(numbers[begin:end].tolist(), key=lambda n: os.fsdecode(index.path(n)))
     return numbers
-
-
-# ---------------------------------------------------------------------------------- headers
-
-
-def _members(archive: Archive, folders: dict[str, int]) -> Iterator[_Member]:
-    """The files of an archive, those of archives inside it as ``<class>/<name>``.
-
-    The classes of archives inside it are put into ``folders``, also where they hold no images.
-    """
-    for member in _tar_members(archive, f"{archive.path}", 0, archive.size):
-        if not member.path.endswith(".tar"):
-            yield member
-            continue
-        folder = posixpath.basename(member.path).removesuffix(".tar")
-        folders.setdefault(folder, len(folders))
-        for inner in _tar_members(archive, f"{archive.path}, {member.path}", member.offset, member.size):
-            yield inner._replace(path=f"{folder}/{inner.path.removeprefix(f'{folder}/')}")
-
-
-def _tar_members(archive: Archive, what: str, start: int, size: int) -> Iterator[_Member]:
-    """The regular files of the tar archive in the ``size`` bytes from ``start``.
-
-    Raises:
-        UserError: it is not a tar archive, is cut off, or a name leads out of it.
-    """
-    section = _Section(archive, start, size)
-    try:
-        tar = tarfile.TarFile(fileobj=io.BufferedReader(section, _HEADER_BUFFER))
-        before = -1
-        while (member := tar.next()) is not None:
-            cast(Any, tar).members.clear()  # tarfile would keep all of a million members.
-            end = member.offset_data + member.size
-            if member.size < 0 or tar.offset <= before:
-                raise tarfile.ReadError("a header that points backwards")
-            before = tar.offset
-            name = _safe_name(what, member.name)
-            if member.isreg() and not member.issparse() and name:
-                if end > size:
-                    raise UserError(
-                        f"archive {what} is cut off inside {name}: it has {size:,} bytes, and that ends at"
-                        f" {end:,}; compare its MD5, and download it again"
-                    )
-                yield _Member(name, start + member.offset_data, member.size)
-        if section.at(tar.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(
-                f"archive {what} is cut off or damaged at byte {tar.offset:,}: its end mark is missing;"
-                " compare its MD5, and download it again"
-            )
-    except (tarfile.TarError, RecursionError) as error:  # tarfile recurses through headers of headers
-        raise UserError(f"archive {what} cannot be read: {_why_no_tar(section, str(error))}") from None
-    except OSError as error:
-        raise UserError(f"archive {what} cannot be read: {error.strerror}") from None
-
-
-def _safe_name(what: str, name: str) -> str:
-    """A member's path without './'; raises UserError for one that leads out of the archive."""
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts:
-        raise UserError(f"archive {what} holds the name {name!r}, which leads out of it: refused")
-    return "/".join(part for part in parts if part not in ("", "."))
-
-
-def _why_no_tar(section: _Section, reason: str) -> str:
-    start = section.at(0, 6)
-    for magic, kind, command in (
-        (b"\x1f\x8b", "gzip", "gunzip"),
-        (b"BZh", "bzip2", "bunzip2"),
-        (b"\xfd7zXZ\0", "xz", "unxz"),
-    ):
-        if start.startswith(magic):
-            return f"it is compressed ({kind}), and cannot be read from the middle: {command} it"
-    if start.startswith(b"PK"):
-        return "it is a zip archive: unpack it, and give the folder"
-    return f"it is neither a folder nor a tar archive, or it is damaged ({reason})"
-
-
-class _Section(io.RawIOBase):
-    """A part of an archive as a file of its own."""
-
-    def __init__(self, archive: Archive, start: int, size: int) -> None:
-        self._archive, self._start, self._size = archive, start, size
-        self._position = 0
-
-    def at(self, position: int, size: int) -> bytes:
-        """At most ``size`` bytes from ``position``."""
-        return self._archive.bytes_at(self._start + position, max(min(size, self._size - position), 0))
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: object) -> int:
-        view = cast(memoryview, memoryview(buffer))  # type: ignore[arg-type]
-        content = self.at(self._position, len(view))
-        view[: len(content)] = content
-        self._position += len(content)
-        return len(content)

@@ -127,6 +127,8 @@ def make_lmdb(
         )
         writer.add_made_from(made_from)
     _summarize(writer, output, len(places) - writer.resumed, time.monotonic() - start)
+    for remark in index.remarks:
+        print(f"{index.place.path}: {remark}")
 
 
 def store_images(

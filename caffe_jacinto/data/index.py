@@ -35,6 +35,10 @@ MAX_FILE_BYTES = 1 << 29
 """No image of at most 100 megapixels is a larger file."""
 
 
+NOT_A_FILE = "not a file but a folder, a pipe or a device"
+"""The reason why such an image is unreadable."""
+
+
 class UnreadableImageError(Exception):
     """An image that cannot be used; the text is the reason."""
 
@@ -59,7 +63,7 @@ class Folder:
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise UnreadableImageError("not a file but a folder, a pipe or a device")
+                raise UnreadableImageError(NOT_A_FILE)
             _check_size(facts.st_size)
             return os.read(descriptor, facts.st_size)
         except OSError as error:
@@ -78,10 +82,33 @@ class Archive:
         except OSError as error:
             raise UserError(f"cannot read archive {path}: {error.strerror}") from None
         self.size = os.fstat(self._descriptor).st_size
+        self._unusual: list[str | list[tuple[int, int, int]]] = []
+
+    def unreadable(self, reason: str) -> int:
+        """An offset for a file of which only that ``reason`` can be read."""
+        self._unusual.append(reason)
+        return -len(self._unusual)
+
+    def in_parts(self, parts: list[tuple[int, int, int]]) -> int:
+        """An offset for a sparse file: place in the file, offset in the archive and length of each part."""
+        self._unusual.append(parts)
+        return -len(self._unusual)
 
     def read(self, _path: bytes, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; raises UnreadableImageError."""
+        if offset >= 0:
+            _check_size(size)
+            return self._whole(offset, size)
+        unusual = self._unusual[-offset - 1]
+        if isinstance(unusual, str):
+            raise UnreadableImageError(unusual)
         _check_size(size)
+        content = bytearray(size)
+        for place, start, length in unusual:
+            content[place : place + length] = self._whole(start, length)
+        return bytes(content)
+
+    def _whole(self, offset: int, size: int) -> bytes:
         try:
             content = self.bytes_at(offset, size)
         except OSError as error:
@@ -102,6 +129,24 @@ def _check_size(size: int) -> None:
         raise UnreadableImageError(f"{size / 1e6:,.0f} MB: too large for an image of at most 100 megapixels")
 
 
+class PackedPaths:
+    """Paths by number from 0, as one block of bytes."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.ends = array("q")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> bytes:
+        return bytes(self.text[self.ends[number - 1] if number else 0 : self.ends[number]])
+
+    def append(self, path: bytes) -> None:
+        self.text += path
+        self.ends.append(len(self.text))
+
+
 @dataclass(frozen=True)
 class ImageIndex:
     """The images to store, by number from 0; never empty.
@@ -111,6 +156,7 @@ class ImageIndex:
         names: class names, item N for label N; None where only numbers are known.
         source: how the labels were found, for messages ("10 class folders", "list val.txt").
         ignored: files that are not images by their suffix, and folders in class folders.
+        remarks: what else the user should know of them, a line each.
         order: the numbers in the order in which the images are stored; None for 0, 1, 2, ...
     """
 
@@ -118,19 +164,19 @@ class ImageIndex:
     names: tuple[str, ...] | None
     source: str
     ignored: int
-    _paths: bytes
-    _ends: NDArray[np.int64]
+    _paths: PackedPaths
     _labels: NDArray[np.int32]
     _offsets: NDArray[np.int64] | None = None
     _sizes: NDArray[np.int64] | None = None
     order: NDArray[np.uint32] | None = None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._paths)
 
     def path(self, number: int) -> bytes:
         """An image's path, as the LMDB's key has it."""
-        return self._paths[self._ends[number - 1] if number else 0 : self._ends[number]]
+        return self._paths[number]
 
     def label(self, number: int) -> int:
         return int(self._labels[number])
@@ -159,8 +205,8 @@ class ImageIndex:
 
     def digest(self) -> str:
         """A hash of the images' paths, labels, places and order."""
-        total = hashlib.blake2b(self._paths, digest_size=16)
-        for part in (self._ends, self._labels, self._offsets, self._sizes, self.order):
+        total = hashlib.blake2b(self._paths.text, digest_size=16)
+        for part in (self._paths.ends, self._labels, self._offsets, self._sizes, self.order):
             total.update(b"-" if part is None else part.tobytes())
         return total.hexdigest()
 
@@ -181,7 +227,7 @@ class ImageIndex:
         build = IndexBuilder(self.place)
         for number, label in zip(numbers, labels, strict=True):
             build.add(self.path(number)[cut:], label, *self.span(number))
-        return build.index(names, source, self.ignored if ignored is None else ignored)
+        return build.index(names, source, self.ignored if ignored is None else ignored, self.remarks)
 
 
 class IndexBuilder:
@@ -190,14 +236,13 @@ class IndexBuilder:
     def __init__(self, place: Folder | Archive) -> None:
         self._place = place
         self._archived = isinstance(place, Archive)
-        self._paths = bytearray()
-        self._ends = array("q")
+        self._paths = PackedPaths()
         self._labels = array("i")
         self._offsets = array("q")
         self._sizes = array("q")
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._paths)
 
     def add(self, path: bytes, label: int, offset: int = 0, size: int = 0) -> None:
         """Append an image; ``offset`` and ``size`` are those of its content in an archive.
@@ -211,16 +256,17 @@ class IndexBuilder:
                 f"path {os.fsdecode(path)[:60]!r}… is too long for an LMDB key: {size_of_key} bytes with its"
                 f" number, {MAX_KEY_BYTES} at most"
             )
-        if len(self._ends) == MAX_IMAGES:
+        if len(self._paths) == MAX_IMAGES:
             raise UserError(f"more than {MAX_IMAGES:,} images: Caffe's keys cannot number more")
-        self._paths += path
-        self._ends.append(len(self._paths))
+        self._paths.append(path)
         self._labels.append(label)
         if self._archived:
             self._offsets.append(offset)
             self._sizes.append(size)
 
-    def index(self, names: tuple[str, ...] | None, source: str, ignored: int = 0) -> ImageIndex:
+    def index(
+        self, names: tuple[str, ...] | None, source: str, ignored: int = 0, remarks: tuple[str, ...] = ()
+    ) -> ImageIndex:
         """What has been collected."""
         import numpy as np
 
@@ -229,9 +275,9 @@ class IndexBuilder:
             names,
             source,
             ignored,
-            bytes(self._paths),
-            np.frombuffer(self._ends, np.int64),
+            self._paths,
             np.frombuffer(self._labels, np.int32),
             np.frombuffer(self._offsets, np.int64) if self._archived else None,
             np.frombuffer(self._sizes, np.int64) if self._archived else None,
+            remarks=remarks,
         )

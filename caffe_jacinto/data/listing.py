@@ -157,6 +157,11 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out by its name, as ``._<name>`` and ``__MACOSX`` of macOS are."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def check_folder_exists(folder: Path) -> None:
     """Raises UserError unless ``folder`` is a folder."""
     if not folder.is_dir():
@@ -191,7 +196,7 @@ def _look_into(folder: Path) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(folder) as inside:
             for item in inside:
-                if not item.name.startswith("."):
+                if not is_hidden(item.name):
                     (folders if _is_folder(item) else files).append(item.name)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_missing_folder(folder)) from None
