@@ -246,6 +246,19 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
     weights.write_bytes(stored.SerializeToString())
     with pytest.raises(UserError, match=r"c/bn .* not finite"):
         merge_bn(text, "deploy.prototxt", STOCK, weights)
+    stored.layer[1].blobs[1].data[2] = 1
+    stored.layer[1].blobs[2].data[0] = 0
+    weights.write_bytes(stored.SerializeToString())
+    with pytest.raises(
+        UserError, match=r"a factor of 0 beside means and variances: c/bn; if NVCaffe wrote them"
+    ):
+        merge_bn(text, "deploy.prototxt", STOCK, weights)
+    for blob in stored.layer[1].blobs[:2]:
+        blob.data[:] = [0] * len(blob.data)
+    (tmp_path / "none").write_bytes(stored.SerializeToString())
+    for write_as in (merge_bn, export_onnx):
+        with pytest.raises(UserError, match=r"without statistics, which no training has set: c/bn; train"):
+            write_as(text, "deploy.prototxt", STOCK, tmp_path / "none")
     batch = text.replace('"c" }', '"c" batch_norm_param { use_global_stats: false } }')
     with pytest.raises(UserError, match="use_global_stats"):
         merge_bn(batch, "deploy.prototxt", STOCK, weights)

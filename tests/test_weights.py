@@ -133,23 +133,65 @@ def test_folded_statistics_are_stock_caffes_over_its_factor(
     stock = write(folder / "stock", stock_net(factor, seed))
     convert(stock, folder / "fork", FORK)
     mean, variance, stored_factor = blobs_of(stock, STOCK)["conv/bn"]
+    inverse = 1 / stored_factor  # Caffe multiplies by the inverse.
     gain, offset = blobs_of(stock, STOCK)["conv/scale"]
     folded = blobs_of(folder / "fork", FORK)
-    np.testing.assert_array_equal(folded["conv/bn"][0], mean / stored_factor)
-    np.testing.assert_array_equal(folded["conv/bn"][1], variance / stored_factor)
+    np.testing.assert_array_equal(folded["conv/bn"][0], mean * inverse)
+    np.testing.assert_array_equal(folded["conv/bn"][1], variance * inverse)
     np.testing.assert_array_equal(folded["conv/bn"][2], [1])
     np.testing.assert_array_equal(folded["conv/bn"][3], gain)
     np.testing.assert_array_equal(folded["conv/bn"][4], offset)
     np.testing.assert_array_equal(folded["data/bias"][0], np.full(8, -128, np.float32))
     convert(folder / "fork", folder / "back", STOCK)
-    np.testing.assert_array_equal(blobs_of(folder / "back", STOCK)["conv/bn"][0], mean / stored_factor)
+    np.testing.assert_array_equal(blobs_of(folder / "back", STOCK)["conv/bn"][0], mean * inverse)
 
 
-def test_a_factor_of_nothing_is_statistics_of_nothing(tmp_path: Path) -> None:
-    """As stock Caffe takes it: a batch norm that has seen no batch."""
+def test_batch_norms_without_statistics_are_refused_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stock = write(tmp_path / "stock", stock_net(factor=0))
-    convert(stock, tmp_path / "fork", FORK)
-    assert not blobs_of(tmp_path / "fork", FORK)["conv/bn"][0].any()
+    with pytest.raises(UserError, match="without statistics, which no training has set: conv/bn; train"):
+        convert(stock, tmp_path / "fork", FORK)
+    assert not (tmp_path / "fork").exists()
+    marked = {(fact.layer, fact.blob) for fact in blob_facts(stock, STOCK) if fact.no_statistics}
+    assert marked == {("conv/bn", "factor")}
+    assert main(["show", str(stock)]) == 0
+    shown = capsys.readouterr().out
+    assert "factor, no statistics" in shown
+    assert "batch norms without statistics (factor 0): conv/bn\n" in shown
+    # The fork's form: five blobs, whose factor says nothing.
+    convert(write(tmp_path / "trained", stock_net()), tmp_path / "fork", FORK)
+    fork = messages(FORK).NetParameter.FromString((tmp_path / "fork").read_bytes())
+    norm = next(layer for layer in fork.layer if layer.name == "conv/bn")
+    for blob in norm.blobs[:2]:
+        blob.data[:] = [0] * 32
+    with pytest.raises(UserError, match="without statistics, which no training has set: conv/bn"):
+        convert(write(tmp_path / "zeros", fork), tmp_path / "stock2", STOCK)
+    # Many layers: a line of a length that one reads.
+    many = messages(STOCK).NetParameter(name="many")
+    for number in range(9):
+        add_layer(many, f"bn{number}", "BatchNorm", [0.0], [0.0], [0])
+    with pytest.raises(UserError, match="set: bn0, bn1, bn2, bn3, bn4, 4 others; train"):
+        convert(write(tmp_path / "many", many), tmp_path / "fork2", FORK)
+
+
+def test_plain_averages_beside_a_factor_of_0_are_nvcaffes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message's own command writes the factor."""
+    net = stock_net(factor=1)
+    norm = next(layer for layer in net.layer if layer.name == "conv/bn")
+    norm.blobs[2].data[:] = [0]
+    nvcaffe = write(tmp_path / "nvcaffe", net)
+    with pytest.raises(
+        UserError, match="a factor of 0 beside means and variances: conv/bn; if NVCaffe"
+    ) as caught:
+        convert(nvcaffe, tmp_path / "fork", FORK)
+    command = str(caught.value).partition("python -m caffe_jacinto.weights ")[2].replace("NEW", "")
+    assert main([*command.split(), str(tmp_path / "stock")]) == 0
+    before, after = blobs_of(nvcaffe, STOCK)["conv/bn"], blobs_of(tmp_path / "stock", STOCK)["conv/bn"]
+    assert after[2].tolist() == [1]
+    np.testing.assert_array_equal(after[:2], before[:2])
 
 
 def test_old_files_of_the_fork_hold_channels_as_1xcx1x1(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caffe_jacinto.caffemodel.batch_norm import averages, lacks_statistics, require_statistics
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import nodes_of, scale_after
@@ -36,11 +37,20 @@ def convert(source: Path, target: Path, to: Dialect) -> list[str]:
     Returns what was done, a line for each kind of change. All other layers are copied byte for byte.
 
     Raises:
-        UserError: the file is not in the other dialect, or its layers cannot be expressed in ``to``.
+        UserError: the file is not in the other dialect, its layers cannot be expressed in ``to``, or its
+            batch norms have no statistics.
     """
     origin = Dialect.BVLC if to is Dialect.CAFFE_JACINTO else Dialect.CAFFE_JACINTO
     with open_net(source, origin) as (name, layers):
         _check_origin(source, layers, to)
+        require_statistics(
+            source,
+            {
+                layer.name: [layer.values(index) for index in range(3)]
+                for layer in layers
+                if norm_lacks_statistics(layer, origin)
+            },
+        )
         done: dict[str, int] = {}
         translate = as_fork if to is Dialect.CAFFE_JACINTO else as_stock
         write_net(target, name, translate(source, layers, done), to)
@@ -51,7 +61,13 @@ def _check_origin(source: Path, layers: list[NetLayer], to: Dialect) -> None:
     """Refuse a file that is already in the dialect ``to``."""
     own = 5 if to is Dialect.CAFFE_JACINTO else 3
     for layer in layers:
-        if layer.type == "BatchNorm" and len(layer.blobs) == own and _is_of(layer, to):
+        if (
+            layer.type == "BatchNorm"
+            and len(layer.blobs) == own
+            and _is_of(layer, to)
+            # NVCaffe wrote plain averages beside a factor of 0.
+            and not norm_lacks_statistics(layer, to)
+        ):
             raise UserError(
                 f"{source}: layer {layer.name} is a batch norm of {own} blobs, the form of {to.value}; "
                 "the file needs no conversion, or --from and --to are the wrong way round"
@@ -92,7 +108,7 @@ def as_fork(source: Path, layers: list[NetLayer], done: dict[str, int]) -> Itera
 def _folded(source: Path, norm: NetLayer, scale: NetLayer | None) -> NewLayer:
     import numpy as np
 
-    mean, variance = averages(norm)
+    mean, variance = norm_averages(norm)
     header, _ = translated(norm.header, Dialect.CAFFE_JACINTO)
     one = np.ones(1, np.float32)
     if scale is None:
@@ -119,15 +135,18 @@ def _check_norm(source: Path, norm: NetLayer) -> None:
         )
 
 
-def averages(norm: NetLayer) -> tuple[Values, Values]:
-    """Mean and variance of stock Caffe's BatchNorm; as in Caffe, with a factor of 0 both are 0."""
-    import numpy as np
+def norm_averages(norm: NetLayer) -> tuple[Values, Values]:
+    """Mean and variance of a BatchNorm in stock Caffe's form, by channel."""
+    mean, variance, factor = (norm.values(index).reshape(-1) for index in range(3))
+    return averages(mean, variance, factor[0])
 
-    mean, variance, factors = (norm.values(index).reshape(-1) for index in range(3))
-    factor = factors[0]
-    if factor == 0:
-        return np.zeros_like(mean), np.zeros_like(variance)
-    return (mean, variance) if factor == 1 else (mean / factor, variance / factor)
+
+def norm_lacks_statistics(layer: NetLayer, dialect: Dialect) -> bool:
+    """Whether ``layer``, of a file in the ``dialect``, is a BatchNorm that has not seen an image."""
+    if layer.type != "BatchNorm" or len(layer.blobs) < 3:
+        return False
+    blobs = [layer.values(index) for index in range(3)]
+    return lacks_statistics(blobs, plain=dialect is Dialect.CAFFE_JACINTO)
 
 
 def _scales(layers: list[NetLayer]) -> dict[int, NetLayer]:

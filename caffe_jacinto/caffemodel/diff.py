@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from caffe_jacinto.caffemodel.convert import as_fork, averages
+from caffe_jacinto.caffemodel.convert import as_fork, norm_averages
 from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net
 from caffe_jacinto.caffemodel.storage import blob_values
 from caffe_jacinto.common.text import Column, Line, show_table
@@ -126,7 +126,7 @@ def _is_factor(kind: str, index: int) -> bool:
 
 
 def _average(layer: NetLayer, index: int) -> Values:
-    return averages(layer)[index]
+    return norm_averages(layer)[index]
 
 
 def _given(values: Values) -> Values:

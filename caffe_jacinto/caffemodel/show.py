@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from caffe_jacinto.caffemodel.convert import norm_lacks_statistics
 from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
@@ -46,6 +47,9 @@ class BlobFacts:
     counts: bool
     """Whether its zeros count as the network's sparsity: the weights of most convolutions do."""
 
+    no_statistics: bool
+    """Whether it is the factor of a batch norm that has not seen an image."""
+
     @property
     def sparsity(self) -> float:
         return self.zeros / self.count if self.count else 0.0
@@ -72,7 +76,12 @@ def blob_facts(path: Path, dialect: Dialect) -> list[BlobFacts]:
     with open_net(path, dialect) as (_, layers):
         counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
         return [
-            _facts(layer, index, index == 0 and layer.name in counted)
+            _facts(
+                layer,
+                index,
+                counts=index == 0 and layer.name in counted,
+                no_statistics=index == 2 and norm_lacks_statistics(layer, dialect),
+            )
             for layer in layers
             for index in range(len(layer.blobs))
         ]
@@ -102,7 +111,7 @@ def summary_with_zeros(
     return summarize(tree_of(net), where, zeros)
 
 
-def _facts(layer: NetLayer, index: int, counts: bool) -> BlobFacts:
+def _facts(layer: NetLayer, index: int, *, counts: bool, no_statistics: bool) -> BlobFacts:
     import numpy as np
 
     values = layer.values(index)
@@ -134,11 +143,12 @@ def _facts(layer: NetLayer, index: int, counts: bool) -> BlobFacts:
         mean_magnitude=total / finite if finite else None,
         not_finite=broken,
         counts=counts,
+        no_statistics=no_statistics,
     )
 
 
 def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
-    """Write the table; blobs with numbers that are not finite are in red."""
+    """Write the table; in red, numbers that are not finite and batch norms without statistics."""
     total = sum(fact.count for fact in facts)
     columns = [
         Column("Layer", words=True, total="total"),
@@ -152,8 +162,10 @@ def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
         Column("Mean |w|"),
         Column("Not finite"),
     ]
-    lines = [Line(_cells(fact), "red" if fact.not_finite else "") for fact in facts]
-    show_table(out, title, columns, lines, sparsity_line(facts))
+    lines = [Line(_cells(fact), "red" if fact.not_finite or fact.no_statistics else "") for fact in facts]
+    lacking = [fact.layer for fact in facts if fact.no_statistics]
+    warnings = [f"batch norms without statistics (factor 0): {', '.join(lacking)}"] * bool(lacking)
+    show_table(out, title, columns, lines, *warnings, sparsity_line(facts))
 
 
 def sparsity_line(facts: list[BlobFacts]) -> str:
@@ -172,7 +184,7 @@ def _cells(fact: BlobFacts) -> list[str]:
     return [
         fact.layer,
         fact.type,
-        fact.blob,
+        f"{fact.blob}, no statistics" if fact.no_statistics else fact.blob,
         "x".join(map(str, fact.shape)) or "scalar",
         f"{fact.count:,}",
         f"{fact.sparsity:.1%}" if fact.zeros else "-",

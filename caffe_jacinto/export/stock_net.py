@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.batch_norm import averages, lacks_statistics, require_statistics
 from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
@@ -82,7 +83,8 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
     several phases this is the test phase.
 
     Raises:
-        UserError: the text is not a deploy network, the weights do not fit, or stock Caffe cannot express it.
+        UserError: the text is not a deploy network, the weights do not fit or have batch norms without
+            statistics, or stock Caffe cannot express it.
     """
     net = parse_any_net(deploy_text, where, dialect)
     _check_deploy(net, where)
@@ -94,9 +96,13 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
     for shape in net.input_shape:
         result.message.input_shape.add(dim=shape.dim)
     result.message.input_dim.extend(net.input_dim)
+    lacking = {}
     for layer in messages_in(net, TEST):
         blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
+        if layer.type == "BatchNorm" and blobs and lacks_statistics(blobs, plain=_has_plain_averages(layer)):
+            lacking[layer.name] = blobs
         result.layers += _stock_layers(layer, blobs, where)
+    require_statistics(weights, lacking)
     return result
 
 
@@ -152,17 +158,19 @@ def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[Stock
     message.batch_norm_param.ClearField("use_global_stats")
     message.batch_norm_param.ClearField("moving_average_fraction")
     one = np.ones(1, np.float32)
-    if dialect_of(layer) is Dialect.CAFFE_JACINTO:
-        # The fork ignores its correction factor.
+    if _has_plain_averages(layer):
         message.batch_norm_param.eps = max(layer.batch_norm_param.eps, FORK_MIN_EPS)
         yield StockLayer(message, [blobs[0], blobs[1], one])
     else:
-        factor = blobs[2].reshape(-1)[0]
-        inverse = np.float32(0 if factor == 0 else 1 / factor)  # as stock Caffe does
-        yield StockLayer(message, [blobs[0] * inverse, blobs[1] * inverse, one])
+        yield StockLayer(message, [*averages(blobs[0], blobs[1], blobs[2].reshape(-1)[0]), one])
     if len(blobs) == 5:
         scale = type(message)(name=scale_name(layer.name), type="Scale")
         scale.bottom.extend(message.top)
         scale.top.extend(message.top)
         scale.scale_param.bias_term = True
         yield StockLayer(scale, blobs[3:])
+
+
+def _has_plain_averages(layer: Any) -> bool:
+    """Whether a BatchNorm is the fork's, which passes over the factor."""
+    return dialect_of(layer) is Dialect.CAFFE_JACINTO
