@@ -119,8 +119,8 @@ class _Contents:
                 if name.endswith(".tar") and not _is_hidden(file.path):
                     what = f"{path}, {name}"
                     if file.offset < 0:
-                        reason = "a sparse file" if file.kind == "sparse file" else f"a broken {file.kind}"
-                        raise UserError(f"archive {what} cannot be read: it is {reason}; extract it with tar")
+                        reason = "it is a sparse file" if file.size else "it is a broken link, or not a file"
+                        raise UserError(f"archive {what} cannot be read: {reason}; extract it with tar")
                     inner = TarFiles(self.archive, what, file.offset, file.size, reached)
                     folder = posixpath.basename(name).removesuffix(".tar")
                     self._inner.setdefault(folder, []).append(inner)
