@@ -255,7 +255,7 @@ def _installed() -> Iterator[tuple[Path, str]]:
         yield Path(on_path), "PATH"
     in_prefix = prefix() / "bin/caffe"
     if _runs(in_prefix):
-        yield in_prefix, "its prefix"
+        yield in_prefix, "install_caffe.sh"
 
 
 def _in(path: Path, where: str) -> Path:

@@ -177,18 +177,27 @@ def compute_capabilities() -> tuple[tuple[int, int], ...]:
 
 
 def _chosen(gpus: Sequence[Gpu], given: str) -> tuple[Gpu, ...]:
-    """Those that a list of numbers and (beginnings of) UUIDs names, up to the first entry that names none."""
+    """Those that a list of numbers and (beginnings of) UUIDs names, up to the first entry that names none.
+
+    Of a list that repeats itself, none, as in CUDA and PyTorch.
+    """
+    entries: list[str] = []
+    for entry in (part.strip() for part in given.split(",")):
+        if not re.fullmatch(r"\d+|(?:GPU|MIG)-.*", entry):
+            break
+        if entry in entries:
+            return ()
+        entries.append(entry)
     found: list[Gpu] = []
-    for entry in given.split(","):
-        entry = entry.strip()
-        if re.fullmatch(r"\d+", entry):
+    for entry in entries:
+        if entry.isdigit():
             named = [gpus[int(entry)]] if int(entry) < len(gpus) else []
         else:
-            named = [gpu for gpu in gpus if entry and gpu.uuid.lower().startswith(entry.lower())]
+            named = [gpu for gpu in gpus if gpu.uuid.lower().startswith(entry.lower())]
         if len(named) != 1:
             break
         if named[0] in found:
-            return ()  # a repeated entry hides all
+            return ()
         found += named
     return tuple(found)
 

@@ -33,6 +33,9 @@ from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 PROGRAM = "caffe_jacinto.engines.pytorch"
 
+GPU_SECONDS = 120
+"""Longest time to wait for PyTorch's first result on GPUs, the start of their driver included."""
+
 
 @dataclass
 class Options:
@@ -172,7 +175,17 @@ def refused_gpus(gpus: tuple[int, ...]) -> str | None:
     Asked in a process of its own, since this one does not import PyTorch.
     """
     command = [sys.executable, "-m", PROGRAM, "device_query", *gpu_arguments(gpus)]
-    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        ran = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=GPU_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it has not computed anything on them in {GPU_SECONDS} s"
     if ran.returncode == 0:
         return None
     lines = ran.stderr.strip().splitlines()
