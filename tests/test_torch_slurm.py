@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,9 +70,14 @@ def submit(trainer: Trainer, *arguments: str) -> tuple[int, str]:
     return int(found[1]), said
 
 
-def rank(trainer: Trainer, run: str, number: int) -> int:
-    """The process of a rank of the sparse stage, as soon as some iterations are done."""
-    wait_for(lambda: "Iteration 4 (" in trainer.log(run, "sparse"), "iteration in the sparse stage", 150)
+def rank(trainer: Trainer, run: str, number: int, start: int = 1) -> int:
+    """The process of a rank, as soon as start number ``start`` of the stage has done some iterations."""
+
+    def iterations() -> int:
+        _, *parts = trainer.log(run, "sparse").split("# caffe_jacinto.train:")
+        return parts[start - 1].count(", lr = ") if len(parts) >= start else 0
+
+    wait_for(lambda: iterations() > 3, "iteration in the sparse stage", 150)
     (found,) = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
@@ -163,36 +170,53 @@ def test_preempted_and_then_bereft_of_a_rank_the_run_goes_on(
     slurm: Cluster, trainer: Trainer, arguments: list[str], undisturbed: bytes
 ) -> None:
     job, _ = submit(trainer, *arguments, "--nodes", "2", "--output", "preempted")
-    rank(trainer, "preempted", 1)
-    urgent = int(slurm.run("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "true"))
+    os.kill(rank(trainer, "preempted", 1), signal.SIGSTOP)  # Slurm sends SIGCONT before SIGTERM
+    urgent = int(slurm.run("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "true").strip())
     slurm.wait(urgent, "COMPLETED")
-    slurm.wait(job, "RUNNING")
     output = trainer.folder / "preempted/slurm" / f"{job}_0_log.out"
-    wait_for(lambda: "resumes at iteration" in output.read_text(), "resumed run")
-    os.kill(rank(trainer, "preempted", 1), signal.SIGKILL)
+    os.kill(rank(trainer, "preempted", 1, start=2), signal.SIGKILL)
     wait_for(lambda: "requeued: stage sparse failed" in output.read_text(), "requeue")
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "2"
     assert weights(trainer, "preempted") == undisturbed
 
 
 @pytest.mark.caffe
-def test_a_cancelled_run_is_submitted_again(
+def test_out_of_space_and_then_cancelled_a_run_is_submitted_again(
     slurm: Cluster, trainer: Trainer, arguments: list[str], undisturbed: bytes
 ) -> None:
-    job, _ = submit(trainer, *arguments, "--nodes", "2", "--output", "cancelled")
-    rank(trainer, "cancelled", 1)
-    slurm.run("scancel", str(job))
-    slurm.wait(job, "CANCELLED")
-    wait_for(lambda: trainer.states("cancelled")["sparse"] == "stopped", "stop")
-    status = trainer.run("--status", "cancelled")[1]
-    assert f"Slurm job {job}: CANCELLED" in status
-    assert "to resume: python -m caffe_jacinto.train --resume cancelled --slurm" in status
-    code, said = trainer.run("--resume", "cancelled")
+    with file_size_limit(1 << 20):  # which Slurm passes on to the job
+        job, _ = submit(trainer, *arguments, "--nodes", "2", "--output", "again")
+    slurm.wait(job, "FAILED")
+    output = (trainer.folder / "again/slurm" / f"{job}_0_log.out").read_text()
+    errors = [line for line in output.splitlines() if "error" in line]
+    assert len(errors) == 1, output
+    assert re.search(r"train: error: stage sparse failed: on n1: .*File too large", errors[0])
+    assert "Traceback" not in output + trainer.log("again", "sparse")
+    code, said = trainer.run("--resume", "again")
     assert code == 2
     assert "training.nodes is 2: several nodes train as a Slurm job: add --slurm" in said
-    again, _ = submit(trainer, "--resume", "cancelled")
-    slurm.wait(again, "COMPLETED")
-    assert weights(trainer, "cancelled") == undisturbed
+    job, _ = submit(trainer, "--resume", "again")
+    os.kill(rank(trainer, "again", 1, start=2), signal.SIGSTOP)
+    slurm.run("scancel", str(job))
+    slurm.wait(job, "CANCELLED")
+    wait_for(lambda: trainer.states("again")["sparse"] == "stopped", "stop")
+    status = trainer.run("--status", "again")[1]
+    assert f"Slurm job {job}: CANCELLED" in status
+    assert "to resume: python -m caffe_jacinto.train --resume again --slurm" in status
+    job, _ = submit(trainer, "--resume", "again")
+    slurm.wait(job, "COMPLETED")
+    assert weights(trainer, "again") == undisturbed
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """What this process starts cannot write more than ``size`` bytes into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.caffe

@@ -29,7 +29,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 
 def script() -> int:
     """The console script."""
-    return slurm.exit_code_of_rank(lambda: run_command("caffe-torch", main))
+    return run_command("caffe-torch", main)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -224,7 +224,8 @@ def open_log(ranks: Ranks, gpus: Sequence[int], options: Options) -> Iterator[Ca
     except RuntimeError as error:
         if ranks.size == 1 or not _is_lost_connection(error):
             raise
-        log.fatal(f"{_here()}rank {ranks.rank} lost another rank: {_first_line(error)[:200]}")
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", _first_line(error))  # without the place in gloo's source
+        log.fatal(f"{_here()}rank {ranks.rank} lost another rank: {reason[:200]}")
         raise SystemExit(LOST) from None
 
 

@@ -9,11 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
-from caffe_jacinto.common.errors import FAILED, USER_ERROR, UserError, WorkLost
+from caffe_jacinto.common.errors import LOST, UserError, WorkLost
 from caffe_jacinto.common.processes import WARNINGS
 from caffe_jacinto.engines.pytorch.engine import PROGRAM
 
@@ -21,24 +20,8 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 """Where the ranks of a job meet: below the ports that Linux gives to outgoing connections (from 32,768)."""
 
 
-_REPORTED = 200
-"""Added to the exit code of a rank that has reported why it failed. srun returns the highest code of all, and
-those of the other ranks, which Slurm then kills, are 128 and the signal's number."""
-
-
-def exit_code_of_rank(run: Callable[[], int]) -> int:
-    """The exit code of this process, which ``run`` gives; of a rank of srun's, as `launch_ranks` reads it."""
-    if "SLURM_STEP_NUM_TASKS" not in os.environ:
-        return run()
-    try:
-        code: object = run()
-    except SystemExit as end:
-        code = end.code
-    except Exception:
-        traceback.print_exc()
-        code = FAILED
-    number = code if isinstance(code, int) else 0
-    return number + _REPORTED if number in (FAILED, USER_ERROR) else number
+_ENDED = re.compile(rb"srun: error: (\S+: tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+?))\s*")
+"""srun's line on tasks that have failed: ``srun: error: n2: task 1: Killed``."""
 
 
 def become_rank() -> None:
@@ -88,7 +71,8 @@ def launch_ranks(argv: Sequence[str], nodes: int, ranks: int, *, on_cpu: bool) -
             *("srun", "--mpi=none", "--input=none", "--kill-on-bad-exit=1", "--distribution=block"),
             *(f"--nodes={nodes}", f"--ntasks={nodes * ranks}", f"--ntasks-per-node={ranks}"),
             *(f"--cpus-per-task={cores}", sys.executable, "-m", PROGRAM, *argv),
-        ]
+        ],
+        stderr=subprocess.PIPE,
     )
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -98,14 +82,20 @@ def launch_ranks(argv: Sequence[str], nodes: int, ranks: int, *, on_cpu: bool) -
     for number in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
         signal.signal(number, pass_on)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert process.stderr is not None
+    failures = []
+    for line in process.stderr:
+        os.write(2, line)
+        failures += _ENDED.findall(line)
     code = process.wait()
-    if code >= _REPORTED:
-        return code - _REPORTED
-    if 0 <= code <= 128:
-        return code
-    raise WorkLost(
-        f"a rank or its machine was lost: srun ended with exit code {code}; its lines above say which"
-    )
+    if not code:
+        return 0
+    # srun's own exit code may be that of a rank that Slurm has ended because another had failed.
+    reported = [int(exit_code) for _, exit_code in failures if exit_code and int(exit_code) != LOST]
+    if reported:
+        return reported[0]
+    first = failures[0][0].decode(errors="replace") if failures else f"srun ended with exit code {code}"
+    raise WorkLost(f"a rank or its machine was lost: {first}")
 
 
 def _first_node(nodes: str) -> str:
