@@ -555,7 +555,10 @@ def stages_of(*overrides: str, dialect: Dialect = Dialect.BVLC, **changes: str) 
     return found
 
 
-RMSPROP = ('stages.finetune.solver.type="RMSProp"', "stages.finetune.solver.momentum=0.0")
+RMSPROP = tuple(
+    f"stages.finetune.solver.{setting}"
+    for setting in ('type="RMSProp"', "momentum=0.0", "rms_decay=0.9", "delta=1e-5")
+)
 LMDBS = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
 
 

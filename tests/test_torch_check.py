@@ -14,12 +14,15 @@ pytestmark = pytest.mark.caffe
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_pytorch_says_before_a_run_what_it_would_refuse(dialect: Dialect) -> None:
     torch = find_engine(None, "torch", dialect)
-    assert torch.check(stages_of(*RMSPROP, dialect=dialect), LMDBS) == []
-    stages = stages_of(dialect=dialect)
+    stages = stages_of(*RMSPROP, dialect=dialect)
+    assert torch.check(stages, LMDBS) == []
     solver = stages["finetune"]["solver.prototxt"]
-    stages["finetune"]["solver.prototxt"] = solver.replace("momentum: 0.9", "momentum: 9")
-    (problem,) = torch.check(stages, {})
-    assert problem == ("run/finetune/solver.prototxt: momentum is 9; it has to be at least 0 and less than 1")
+    assert "\nrms_decay: 0.9\ndelta: 1e-05\n" in solver
+    stages["finetune"]["solver.prototxt"] = solver.replace("rms_decay: 0.9", "rms_decay: 9")
+    (problem,) = torch.check({"finetune": stages["finetune"]}, {})
+    assert problem == (
+        "run/finetune/solver.prototxt: rms_decay is 9; it has to be at least 0 and less than 1"
+    )
     problems = torch.check(stages_of(dialect=dialect, ReLU="Wavelet"), LMDBS)
     assert [problem.split(": ")[0] for problem in problems] == [
         f"run/{stage}/{phase}.prototxt"

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_stage import BATCH, SmallStage, write_digits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
@@ -263,13 +264,17 @@ SETTINGS = {
 
 
 def optimizer(
-    kind: str, more: str = "", *, dialect: Dialect = Dialect.BVLC, capturable: bool = False
+    kind: str,
+    more: str = "",
+    *,
+    dialect: Dialect = Dialect.BVLC,
+    capturable: bool = False,
+    device: str = "cpu",
 ) -> CaffeSolver:
     """One for a layer of two blobs that learn and one that does not, the same each time."""
     text = f'type: "{kind}" {SETTINGS[kind]} base_lr: 0.1 weight_decay: 0.01 {more}'
-    draws = torch.Generator().manual_seed(5)
     blobs = [
-        Learnable(f"fc[{i}]", "fc", torch.randn(7, generator=draws), lr_mult, 1)
+        Learnable(f"fc[{i}]", "fc", torch.linspace(-1 - i, 2, 7, device=device), lr_mult, 1)
         for i, lr_mult in enumerate((1, 2, 0))
     ]
     for blob in blobs:
@@ -339,6 +344,37 @@ def test_a_closure_computes_the_gradients() -> None:
     first = made.step(loss)
     made.zero_grad()
     assert made.step(loss) < first
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_step_for_a_graph_never_waits_for_the_device(kind: str) -> None:
+    """PyTorch's own stand-in for a GPU computes no values: whoever asks for one fails."""
+    with FakeTensorMode():
+        made = optimizer(kind, "clip_gradients: 1 iter_size: 2", capturable=True, device="cuda")
+        rate = made.param_groups[1]["lr"]
+        for iteration in range(2):
+            for blob in blobs_of(made):
+                blob.grad = torch.ones_like(blob) if blob.requires_grad else None
+            made.prepare(iteration, 0.1)
+            made.step()
+            made.zero_grad()
+        assert made.param_groups[1]["lr"] is rate
+        assert rate.device.type == made.history[0].device.type == "cuda"
+        with pytest.raises(RuntimeError):
+            float(rate)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_what_is_frozen_has_a_history_of_weight_decay_in_stock_caffe(kind: str, dialect: Dialect) -> None:
+    """The fork updates neither layers without gradients nor the statistics of batch norms."""
+    made = optimizer(kind, dialect=dialect)
+    frozen = blobs_of(made)[2]
+    began = frozen.clone()
+    advance(made, range(3))
+    assert torch.equal(frozen, began)
+    changes = any(moment.any() for moment in made.state[frozen]["history"])
+    assert changes == (dialect is Dialect.BVLC and kind not in ("SGD", "Nesterov"))
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,26 @@ def test_statistics_are_the_same_in_both_dialects(initial: SmallStage, digits: P
         np.testing.assert_allclose(np.ravel(ours[f"{name}/bn"][1]), variance / factor, rtol=1e-4)
 
 
+def test_adadelta_trains_the_same_in_both_dialects(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
+    """With the least delta that the fork computes with, which a smaller one becomes there."""
+    stock = SmallStage(tmp_path / "stock", digits)
+    fork = in_the_forks_dialect(SmallStage(tmp_path / "fork", digits))
+    start_weights = initial.folder / "small_iter_20.caffemodel"
+    convert(start_weights, tmp_path / "fork.caffemodel", Dialect.CAFFE_JACINTO)
+    logs = []
+    for stage, delta, arguments in (
+        (stock, 1e-3, ["-weights", str(start_weights)]),
+        (fork, 1e-6, ["-weights", "../fork.caffemodel", "-dialect", "caffe_jacinto"]),
+    ):
+        fields = {"type": '"AdaDelta"', "base_lr": 1, "delta": delta, "display": 1, "snapshot": 5}
+        stage.solver(**fields, max_iter=10, test_interval=1000)
+        logs.append(losses(stage.run([[*PROGRAM, *arguments]])))
+    assert len(logs[0]) == 10
+    np.testing.assert_allclose(logs[1], logs[0], rtol=0, atol=1e-3)
+    again = fork.run([[*PROGRAM, "-snapshot", "small_iter_5.solverstate", "-dialect", "caffe_jacinto"]])
+    assert losses(again) == logs[1][5:]
+
+
 def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
     """The batch is divided, rounded up; the solver's own fields sparsify; a resume gives the same bits."""
     stage = in_the_forks_dialect(SmallStage(tmp_path, digits))

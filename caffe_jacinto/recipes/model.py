@@ -53,6 +53,7 @@ Optional = BeforeValidator(_none_if_empty)
 OptionalText = Annotated[Text | None, Optional]
 OptionalInt = Annotated[PositiveInt | None, Optional]
 OptionalFloat = Annotated[PositiveFloat | None, Optional]
+OptionalFraction = Annotated[Fraction | None, Optional]
 IntWithDefault = Annotated[PositiveInt, BeforeValidator(_default_if_empty)]
 Ints = Field(strict=False)  # a TOML array is a list; its numbers are still strict
 
@@ -154,6 +155,9 @@ class SolverSettings(_Settings):
     stepsize: OptionalInt = None
     stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
     momentum: Fraction = 0.9
+    momentum2: OptionalFraction = None
+    rms_decay: OptionalFraction = None
+    delta: OptionalFloat = None
     weight_decay: NaturalFloat
     regularization: Literal["L1", "L2"] = "L2"
     test_interval: IntWithDefault = Field(default_factory=lambda settings: _tenth(settings["max_iter"]))

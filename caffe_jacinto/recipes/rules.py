@@ -240,6 +240,23 @@ def _momentum_fits_type(stage: Values) -> Iterator[Mistake]:
         )
 
 
+_FIELDS_OF_TYPES = {
+    "momentum2": ("Adam",),
+    "rms_decay": ("RMSProp",),
+    "delta": ("AdaGrad", "RMSProp", "AdaDelta", "Adam"),
+}
+"""The solvers that read a setting (ComputeUpdateValue in Caffe's solvers/*.cpp)."""
+
+
+def _settings_fit_type(stage: Values) -> Iterator[Mistake]:
+    kind = stage["solver.type"]
+    for name, kinds in _FIELDS_OF_TYPES.items():
+        if stage[f"solver.{name}"] is not None and kind not in kinds:
+            yield stage.mistake(
+                f"solver.{name}", f'no effect with type "{kind}", only with {", ".join(kinds)}; remove it'
+            )
+
+
 def _steps_grow(stage: Values) -> Iterator[Mistake]:
     steps = list(stage["solver.stepvalue"])
     if any(later <= earlier for earlier, later in pairwise(steps)):
@@ -254,5 +271,6 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _pruning_begins,
     _policy_has_its_settings,
     _momentum_fits_type,
+    _settings_fit_type,
     _steps_grow,
 )
