@@ -255,8 +255,8 @@ def test_the_table_counts_and_is_ready_to_paste(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(small_disk.why_not() is not None, reason=f"no small disk here: {small_disk.why_not()}")
 def test_the_small_disk_is_small_and_fills(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from faults.small_disk import _fill; import shutil\n"
-    script += "disk = Path(sys.argv[1]); assert disk.is_mount(); _fill(disk / 'filler', 100_000)\n"
+    script = "import sys; from pathlib import Path; from faults.small_disk import fill; import shutil\n"
+    script += "disk = Path(sys.argv[1]); assert disk.is_mount(); fill(disk / 'filler', 100_000)\n"
     script += "print(shutil.disk_usage(disk).free)"
     command = small_disk.on_small_disk([sys.executable, "-c", script, str(tmp_path)], tmp_path)
     environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}

@@ -29,6 +29,7 @@ ROTATION = (
     ("kills", "torch"),
     ("kills", "bvlc"),
     ("files", NO_ENGINE),
+    ("lmdb disk", NO_ENGINE),
 )
 """Kinds of cases and their engines, in turn: a session of a few minutes has something of everything."""
 

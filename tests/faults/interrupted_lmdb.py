@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -16,6 +17,7 @@ import lmdb
 from faults.cases import Broken
 from faults.disturbed import PATIENCE, TRACEBACK
 from faults.knocks import descendants
+from faults.small_disk import FILLER, LEFT, check_words, fill
 
 MOST_TRIES = 6
 
@@ -46,35 +48,76 @@ def finish(process: subprocess.Popen[str], said: Path, *allowed: int) -> int:
 
 
 def interrupted(images: Path, folder: Path, dice: random.Random) -> Counter[str]:
-    """A case, with the class folders ``images``: what was done.
+    """A case, with the class folders ``images``: killed, or stopped by a signal.
 
     Raises:
         Broken: a promise was not kept.
     """
+
+    def knock(process: subprocess.Popen[str]) -> tuple[str, tuple[int, ...]]:
+        how = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+        for pid in [process.pid, *(descendants(process.pid) if how == signal.SIGKILL else [])]:
+            os.kill(pid, how)
+        what = "killed" if how == signal.SIGKILL else "stopped by a signal"
+        return f"create_lmdb {what}", (0, -how, 128 + how)
+
+    return _through(images, folder, folder / "lmdb", dice, knock)
+
+
+def on_full_disk(images: Path, folder: Path, disk: Path, dice: random.Random) -> Counter[str]:
+    """A case: the LMDB is on a small ``disk``, which fills, and is cleared again.
+
+    Raises:
+        Broken: a promise was not kept.
+    """
+    filler = disk / FILLER
+
+    def knock(process: subprocess.Popen[str]) -> tuple[str, tuple[int, ...]]:
+        fill(filler, dice.choice(LEFT))
+        return "create_lmdb on a full disk", (0, 1, 2)
+
+    def clear(code: int, said: str) -> None:
+        if code != 0:
+            check_words(said)
+        filler.unlink(missing_ok=True)
+
+    return _through(images, folder, disk / "lmdb", dice, knock, clear)
+
+
+def _through(
+    images: Path,
+    folder: Path,
+    output: Path,
+    dice: random.Random,
+    knock: Callable[[subprocess.Popen[str]], tuple[str, tuple[int, ...]]],
+    clear: Callable[[int, str], None] = lambda code, said: None,
+) -> Counter[str]:
+    """Start ``create_lmdb`` again and again, and ``knock`` each time; at last let it end, and compare.
+
+    ``knock`` returns what is counted and the right exit codes; ``clear`` is called when it has ended.
+    """
     done: Counter[str] = Counter()
     form = dice.choice((("--raw", "--size", "96"), ("--size", "96"), ("--raw", "--shorter-side", "64")))
-    options = (*form, "--shuffle", str(dice.randrange(100)))
+    options = (*form, "--shuffle", str(dice.randrange(100)), "--keep")
     begun = time.monotonic()
     finish(
         create(images, folder / "whole", folder / "said_whole.txt", *options), folder / "said_whole.txt", 0
     )
     seconds = time.monotonic() - begun
-    output = folder / "lmdb"
     for number in range(dice.randint(1, MOST_TRIES)):
         said = folder / f"said_{number}.txt"
-        process = create(images, output, said, *(options if not output.exists() else (*options, "--keep")))
-        how = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+        process = create(images, output, said, *options)
+        codes: tuple[int, ...] = (0,)
         time.sleep(dice.uniform(0.3, 1) * seconds)
         if process.poll() is None:
-            for pid in [process.pid, *(descendants(process.pid) if how == signal.SIGKILL else [])]:
-                os.kill(pid, how)
-            done["create_lmdb killed" if how == signal.SIGKILL else "create_lmdb interrupted"] += 1
-        finish(process, said, 0, -how, 128 + how)
+            name, codes = knock(process)
+            done[name] += 1
+        clear(finish(process, said, *codes), said.read_text(errors="replace"))
     said = folder / "said_last.txt"
-    finish(create(images, output, said, *options, "--keep"), said, 0)
+    finish(create(images, output, said, *options), said, 0)
     if contents(output) != contents(folder / "whole"):
         raise Broken("the LMDB differs from one that was made without an interruption")
-    left = sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "lmdb.")))
+    left = sorted(path.name for path in output.parent.iterdir() if path.name.startswith((".", "lmdb.")))
     if left:
         raise Broken(f"left over beside the LMDB: {', '.join(left)}")
     done["LMDBs at their end, as the undisturbed one"] += 1

@@ -16,8 +16,9 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.discovery import find_engine
 from faults import hostile
 from faults.cases import ENGINES, Broken, Case, Result
-from faults.interrupted_lmdb import interrupted
-from faults.small_disk import DISK, full_disk, on_small_disk, why_not
+from faults.disturbed import DisturbedRun
+from faults.interrupted_lmdb import interrupted, on_full_disk
+from faults.small_disk import DISK, on_small_disk, small_disk, why_not
 from faults.training import disturbed_training, undisturbed
 
 RESULT = "result.json"
@@ -60,16 +61,21 @@ def carry_out(case: Case, shared: Path, folder: Path) -> Counter[str]:
     """
     dice = case.dice()
     reference = shared / case.engine / "run" if case.engine else finished_run(shared)
-    if case.engine:
+    if case.engine or "lmdb" in case.kind:
         write_lmdbs(folder)
     match case.kind:
         case "kills" | "signals" | "damage":
-            return disturbed_training(case.kind, folder, executable(case.engine), reference, dice)
+            run = DisturbedRun(folder, executable(case.engine))
+            return disturbed_training(case.kind, run, reference, dice)
         case "disk":
-            return full_disk(folder, executable(case.engine), reference, dice)
+            with small_disk(folder) as disk:
+                run = DisturbedRun(folder, executable(case.engine), f"{disk.name}/run")
+                return disturbed_training(case.kind, run, reference, dice)
         case "lmdb":
-            write_lmdbs(folder)
             return interrupted(folder / "digits" / "train", folder, dice)
+        case "lmdb disk":
+            with small_disk(folder) as disk:
+                return on_full_disk(folder / "digits" / "train", folder, disk, dice)
         case "logs":
             return hostile.logs(folder, reference, dice)
         case "archives":
@@ -95,14 +101,14 @@ def command(case: Case, shared: Path, folder: Path) -> list[str]:
         str(shared),
         str(folder),
     ]
-    if case.kind != "disk":
+    if "disk" not in case.kind:
         return words
     (folder / DISK).mkdir()
     return on_small_disk(words, folder / DISK)
 
 
 def cannot_run(case: Case) -> str | None:
-    return why_not() if case.kind == "disk" else None
+    return why_not() if "disk" in case.kind else None
 
 
 def main() -> None:

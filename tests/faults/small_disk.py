@@ -1,18 +1,17 @@
-"""A small disk that fills while a training writes to it: a tmpfs in a namespace of this process alone."""
+"""A small disk that can be filled: a tmpfs, in a namespace that only a case and what it starts are in."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import subprocess
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from faults.cases import Broken
-from faults.disturbed import FAILED, FINISHED, REFUSED, DisturbedRun
-from faults.training import break_in, train_through
+
+FILLER = "filler"
 
 DISK = "disk"
 """The folder of a case at which the disk is mounted."""
@@ -47,51 +46,30 @@ def on_small_disk(command: Sequence[str], folder: Path) -> list[str]:
     return ["unshare", "-rm", "sh", "-c", MOUNT, "sh", str(MEGABYTES), str(folder), *command]
 
 
-def full_disk(folder: Path, caffe: Path | None, reference: Path, dice: random.Random) -> Counter[str]:
-    """A case: the run folder is on the small disk, which fills at any moment, and is cleared again.
-
-    Raises:
-        Broken: a promise was not kept.
-    """
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """The disk in the case's ``folder``; if the case is broken, what is on it is copied beside it."""
     disk = folder / DISK
     if not disk.is_mount():
         raise RuntimeError(f"{disk} is no disk of its own")
-    run = DisturbedRun(folder, caffe, f"{DISK}/run")
-
-    filler = disk / "filler"
-
-    def disturb(run: DisturbedRun, part: str) -> None:
-        left = dice.choice(LEFT)
-        code, said = break_in(run, part, dice, lambda driver: _fill(filler, left), "disk filled: {}", ())
-        if code != FINISHED:
-            _check_words(said)
-            if dice.random() < 0.3:
-                _try_again(run)
-        filler.unlink(missing_ok=True)
-
     try:
-        train_through(run, reference, dice, disturb)
+        yield disk
     except BaseException:
-        shutil.copytree(disk, folder / "disk_as_it_was", ignore=shutil.ignore_patterns("filler"))
+        shutil.copytree(disk, folder / "disk_as_it_was", ignore=shutil.ignore_patterns(FILLER))
         raise
-    return run.done
 
 
-def _try_again(run: DisturbedRun) -> None:
-    """Go on while the disk is still full."""
-    masks = run.before()
-    code, said = run.go_on().finish(FINISHED, FAILED, REFUSED)
-    run.remember_frozen(masks, said)
-    if code != FINISHED:
-        run.done["resume tried while the disk was full"] += 1
+def check_words(said: str) -> None:
+    """A command that failed says that it was the disk.
 
-
-def _check_words(said: str) -> None:
+    Raises:
+        Broken: it does not.
+    """
     if not any(word in said for word in ("disk", "No space left")):
         raise Broken("the disk was full, and the message does not say so")
 
 
-def _fill(filler: Path, left: int) -> bool:
+def fill(filler: Path, left: int) -> bool:
     """Leave ``left`` bytes free, or what is free if that is less."""
     while (size := shutil.disk_usage(filler.parent).free - left) > 0:
         with filler.open("ab") as file:

@@ -9,7 +9,7 @@ from faults.cases import ENGINES, NO_ENGINE, Case, Result
 
 COLUMNS = {**ENGINES, NO_ENGINE: "other commands"}
 
-ORDER = ("killed:", "storm", "signals", "disk", "resume", "refused", "nothing", "")
+ORDER = ("killed:", "storm", "disk", "second", "resume", "refused", "nothing", "create", "hostile", "")
 """Rows begin with what was done to processes; damage to files follows."""
 
 LAST = ("LMDBs at their end", "runs at their end", "frozen zeros followed")

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from caffe_jacinto.runs.lock import is_held
 from faults import knocks, moments
 from faults.cases import Broken
 from faults.compare import compare
 from faults.damage import KINDS, Damage
 from faults.disturbed import FAILED, FINISHED, KILLED, PARTS, REFUSED, STOPPED, DisturbedRun
+from faults.small_disk import FILLER, LEFT, check_words, fill
 
 MOST_KNOCKS = 4
 
@@ -52,19 +54,32 @@ def kills(dice: random.Random) -> Callable[[DisturbedRun, str], None]:
     """Kill the driver, the engine or both, at any moment of a part."""
 
     def disturb(run: DisturbedRun, part: str) -> None:
+        if dice.random() < 0.15:
+            break_in(run, part, dice, partial(_start_a_second, run), "second train started: {}", ())
+            return
         who = dice.choice(knocks.WHO)
         break_in(run, part, dice, partial(knocks.kill, who=who), KILLS.format(who))
 
     return disturb
 
 
+def _start_a_second(run: DisturbedRun, driver: int) -> bool:
+    """``--resume`` while another trains, which it must not disturb; False if nothing can be resumed yet."""
+    if not run.is_under_way() or not is_held(run.folder):
+        return False
+    command = run.go_on()
+    code, said = command.finish(FINISHED, REFUSED)  # 0: the first one has come to its end meanwhile
+    if code == REFUSED and f"already running there (process {driver})" not in said:
+        raise Broken(f"a second train is not told of the first, see {command.said.name}")
+    return True
+
+
 def signals(dice: random.Random) -> Callable[[DisturbedRun, str], None]:
     """A storm of signals at any moment of a part."""
 
     def disturb(run: DisturbedRun, part: str) -> None:
-        blows = knocks.draw_storm(dice)
-        break_in(run, part, dice, partial(knocks.storm, blows=blows), "storm of signals: {}", STOPPED)
-        run.done["signals sent"] += len(blows)
+        blows, codes = knocks.draw_storm(dice), (FAILED, REFUSED, *STOPPED)
+        break_in(run, part, dice, partial(knocks.storm, blows=blows), "storm of signals: {}", codes)
 
     return disturb
 
@@ -117,12 +132,13 @@ def break_in(
     dice: random.Random,
     knock: Callable[[int], bool],
     name: str,
-    codes: Sequence[int] = KILLED,
+    codes: Sequence[int] = (FAILED, REFUSED, *KILLED),
 ) -> tuple[int, str]:
     """Start or resume, and at a moment of ``part`` call ``knock`` with the driver's process number.
 
     ``knock`` returns whether it has hit anything; then the exit code may be one of ``codes``, and ``name`` is
-    counted, with the moment in its braces. Returns the exit code and what the command said.
+    counted, with the moment in its braces. (A recipe whose check is killed is refused.) Returns the exit code
+    and what the command said.
     """
     moment = moments.choose(dice, part)
     watch, masks = moments.Watch(moment, run.folder, PARTS[PARTS.index(part) + 1 :]), run.before()
@@ -133,29 +149,52 @@ def break_in(
     except BaseException:
         command.end()
         raise
-    # What checks the recipe before anything is trained may be hit, too: it is refused then.
-    code, said = command.finish(FINISHED, *((FAILED, REFUSED, *codes) if hit else ()))
+    code, said = command.finish(FINISHED, *(codes if hit else ()))
     run.remember_frozen(masks, said)
     run.done[name.format(came) if hit else "nothing was hit: it had ended"] += 1
     return code, said
+
+
+def full_disk(dice: random.Random) -> Callable[[DisturbedRun, str], None]:
+    """The disk of the run folder fills at any moment of a part, and is cleared when the command has ended."""
+
+    def disturb(run: DisturbedRun, part: str) -> None:
+        filler, left = run.folder.parent / FILLER, dice.choice(LEFT)
+        code, said = break_in(
+            run, part, dice, lambda driver: fill(filler, left), "disk filled: {}", (FAILED, REFUSED)
+        )
+        if code != FINISHED:
+            check_words(said)
+            if dice.random() < 0.3:
+                _try_again(run)
+        filler.unlink(missing_ok=True)
+
+    return disturb
+
+
+def _try_again(run: DisturbedRun) -> None:
+    """Go on while the disk is still full."""
+    masks = run.before()
+    code, said = run.go_on().finish(FINISHED, FAILED, REFUSED)
+    run.remember_frozen(masks, said)
+    if code != FINISHED:
+        run.done["resume tried while the disk was full"] += 1
 
 
 DISTURBANCES: dict[str, Callable[[random.Random], Callable[[DisturbedRun, str], None]]] = {
     "kills": kills,
     "signals": signals,
     "damage": damage,
+    "disk": full_disk,
 }
 
 
-def disturbed_training(
-    kind: str, folder: Path, caffe: Path | None, reference: Path, dice: random.Random
-) -> Counter[str]:
-    """A case: a run in ``folder``, which has the LMDBs; what was done.
+def disturbed_training(kind: str, run: DisturbedRun, reference: Path, dice: random.Random) -> Counter[str]:
+    """A case: ``run``, which is not begun, disturbed in one way, to its end; what was done.
 
     Raises:
         Broken: a promise was not kept.
     """
-    run = DisturbedRun(folder, caffe)
     try:
         train_through(run, reference, dice, DISTURBANCES[kind](dice))
     except Broken as broken:
