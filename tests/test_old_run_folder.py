@@ -171,6 +171,35 @@ def test_resume_goes_on_to_the_end(trainable: OldRun, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.caffe
+def test_another_type_of_solver_is_refused_before_anything_is_trained(trainable: OldRun) -> None:
+    record = trainable.folder / "run.json"
+    solver = trainable.folder / "sparse/solver.prototxt"
+    original = record.read_text()
+    content = json.loads(original)
+
+    def refused(kind: str) -> str:
+        content["recipe"]["stages"]["sparse"]["solver"]["type"] = kind
+        record.write_text(json.dumps(content))
+        ran = subprocess.run(
+            [sys.executable, "-c", TRAIN, "--resume", str(trainable.folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
+        return ran.stderr
+
+    said = refused("Nesterov")
+    assert (
+        "stage sparse: training/old/sparse/solver.prototxt, with which its snapshots were written, " in said
+    )
+    assert "has solver type SGD, and the run's recipe has Nesterov" in said
+    solver.unlink()
+    said = refused("Adam")
+    assert "has 1 blob of history for each of its weights, and a solver of type Adam needs 2" in said
+
+
+@pytest.mark.caffe
 def test_run_sh_starts_the_module_by_its_old_name(trainable: OldRun) -> None:
     scripts = {name: (trainable.folder / name / "run.sh").read_text() for name in ("initial", "sparse")}
     modules = {"torch": ("torch train", "torch train"), "caffe": ("reestimate", "stepper")}[trainable.engine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.pruning.pruner import save_masks
 
 SHAPES = ((4, 3, 3, 3), (4,))
+WEIGHTS = {"conv": np.full(SHAPES[0], 0.5, np.float32)}
 
 
 def write_pair(
@@ -139,7 +141,7 @@ def test_the_forks_weights_are_held_against_the_network_beside_them(tmp_path: Pa
 def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 40):
         write_pair(tmp_path / "a", iteration)
-        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", {}, 0.5)
+        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", {}, 0.5, WEIGHTS)
     (tmp_path / "a_iter_30.masks.npz").unlink()
     damaged = tmp_path / "a_iter_40.masks.npz"
     damaged.write_bytes(damaged.read_bytes()[:-30])
@@ -149,11 +151,56 @@ def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None
     assert "a_iter_30.masks.npz is missing" in found.skipped[1].reason
 
 
+def test_where_masks_are_needed_none_without_them_is_usable(tmp_path: Path) -> None:
+    for iteration in (10, 20):
+        write_pair(tmp_path / "a", iteration)
+    assert start_point(tmp_path / "a", Dialect.BVLC, 20).iteration == 20
+    found = start_point(tmp_path / "a", Dialect.BVLC, 20, masks=True)
+    assert found.snapshot is None
+    assert [reason.rpartition("/")[2] for _, reason in found.skipped] == [
+        f"a_iter_{iteration}.masks.npz is missing, which says which zeros are frozen"
+        for iteration in (20, 10)
+    ]
+
+
+def test_masks_of_another_snapshot_are_passed_over(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        write_pair(tmp_path / "a", iteration)
+        save_masks(tmp_path / f"a_iter_{iteration}.solverstate", {}, 0.5, WEIGHTS)
+    model = tmp_path / "a_iter_20.caffemodel"
+    half, other = struct.pack("<f", 0.5), struct.pack("<f", 0.25)
+    model.write_bytes(model.read_bytes().replace(half, other, 1))
+    (tmp_path / "a_iter_10.masks.npz").rename(tmp_path / "a_iter_30.masks.npz")
+    write_pair(tmp_path / "a", 30)
+    file = tmp_path / "a_iter_30.caffemodel"
+    file.write_bytes(file.read_bytes().replace(half, other, 1))
+    save_masks(tmp_path / "a_iter_10.solverstate", {}, 0.5, WEIGHTS)
+    found = start_point(tmp_path / "a", Dialect.BVLC, 30, masks=True)
+    assert found.iteration == 10
+    reasons = dict(found.skipped)
+    assert "a_iter_30.masks.npz is of a_iter_10, and does not belong to" in reasons[30]
+    assert "a_iter_20.masks.npz is of other weights, and does not belong to" in reasons[20]
+
+
+def test_masks_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have neither the snapshot's name nor its weights' digests."""
+    frozen = np.ones(SHAPES[0], np.float32)
+    for iteration, bits in ((10, frozen), (20, 0 * frozen), (30, frozen[:3])):
+        write_pair(tmp_path / "a", iteration)
+        np.savez(
+            tmp_path / f"a_iter_{iteration}.masks.npz", factor=0.5, **{"frozen/conv": np.packbits(bits != 0)}
+        )
+    found = survey(tmp_path / "a", Dialect.BVLC, masks=True)
+    assert [snapshot.iteration for snapshot in found.complete] == [10]
+    assert "is of other weights" in found.skipped[0].reason
+    assert "108 frozen weights are not zero" in found.skipped[1].reason
+
+
 def test_a_prefix_of_any_characters_has_its_masks(tmp_path: Path) -> None:
     prefix = tmp_path / "a[1]*"
     write_pair(prefix, 2)
     write_pair(prefix, 20)
-    save_masks(Path(f"{prefix}_iter_2.solverstate"), {}, 0.5)
+    save_masks(Path(f"{prefix}_iter_2.solverstate"), {}, 0.5, WEIGHTS)
     found = survey(prefix, Dialect.BVLC)
     assert [snapshot.iteration for snapshot in found.complete] == [2]
     assert "a[1]*_iter_20.masks.npz is missing" in found.skipped[0].reason

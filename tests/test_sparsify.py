@@ -249,10 +249,15 @@ def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     weights = {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}
     with pytest.raises(UserError, match="is missing"):
         load_masks(snapshot, weights)
-    save_masks(snapshot, {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}, 0.5)
+    save_masks(snapshot, {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}, 0.5, weights)
+    with pytest.raises(
+        UserError, match=r"npz is of other weights, and does not belong to .*a_iter_7\.solver"
+    ):
+        load_masks(snapshot, {"conv": np.ones((1, 1, 1, 2), np.float32)})
+    save_masks(snapshot, {"conv": np.array([[[[0.0, 1.0]]]], np.float32)}, 0.5, {})
     with pytest.raises(UserError, match="1 frozen weights are not zero"):
         load_masks(snapshot, {"conv": np.ones((1, 1, 1, 2), np.float32)})
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="is of another network"):
         load_masks(snapshot, {"other": weights["conv"]})
     whole = masks_file(snapshot).read_bytes()
     for size in (0, 1, len(whole) // 2, len(whole) - 1):

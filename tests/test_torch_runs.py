@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,48 @@ def test_bf16_is_used_by_every_command_and_kept_on_resume(trainer: Trainer) -> N
     code, said = trainer.run("--resume", "bf16", "--precision", "fp32")
     assert code == 2
     assert "--resume continues with the run's own recipe" in said
+
+
+def test_masks_that_are_missing_or_of_another_iteration_are_passed_over(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial", "sparse")
+    arguments = tiny(recipe, ("initial", "sparse"), initial=2, sparse=5_000)
+    arguments += ["--set", 'stages.sparse.start="initial"', "--keep", "3", "--output", "masks"]
+    stage = trainer.folder / "masks/sparse"
+    with trainer.running(*arguments) as process:
+        wait_for(lambda: "iter_4.solverstate" in trainer.log("masks", "sparse"), "snapshot")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+
+    def resumed() -> tuple[int, str]:
+        """The iteration that a resume begins at, and what it says."""
+        with trainer.running("--resume", "masks") as process:
+            size = len(trainer.log("masks", "sparse"))
+            wait_for(lambda: "] Iteration" in trainer.log("masks", "sparse")[size:], "iteration")
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[0]
+        found = re.search(r"sparse: 5,000 iterations, resumes at iteration (\d+)", said)
+        return int(found[1]) if found else 0, said
+
+    def with_masks() -> list[int]:
+        return sorted(int(path.name.split("_")[-1].split(".")[0]) for path in stage.glob("*.masks.npz"))
+
+    oldest, *_, newest = with_masks()
+    masks = {at: stage / f"{PREFIX}_iter_{at}.masks.npz" for at in (oldest, newest)}
+    masks[newest].write_bytes(masks[oldest].read_bytes())
+    at, said = resumed()
+    assert oldest <= at < newest
+    assert f"snapshot of iteration {newest} is passed over: " in said
+    assert f"iter_{newest}.masks.npz is of {PREFIX}_iter_{oldest}, and does not belong to" in said
+    shutil.rmtree(trainer.folder / "masks/initial")
+    at, said = resumed()
+    assert at > 0, said  # the weights of a finished stage are not needed any more
+    assert "initial: already finished" in said
+    for path in stage.glob("*.masks.npz"):
+        path.unlink()
+    at, said = resumed()
+    assert at == 0, said
+    assert "initial had finished, but its weights" in said
+    assert "masks.npz is missing, which says which zeros are frozen" in said
 
 
 def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None:

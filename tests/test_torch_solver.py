@@ -23,7 +23,7 @@ from caffe_jacinto.engines.pytorch.solver_fields import check_solver
 from caffe_jacinto.engines.pytorch.solvers import SOLVERS, CaffeSolver, solver_class
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_solver
-from caffe_jacinto.prototxt.solver import SolverFile, learning_rate, read_solver
+from caffe_jacinto.prototxt.solver import SOLVER_TYPES, SolverFile, histories, learning_rate, read_solver
 
 pytestmark = pytest.mark.caffe
 
@@ -237,7 +237,8 @@ def test_states_of_another_solver_or_dialect_are_refused(tmp_path: Path) -> None
     stage.solver(max_iter=2)
     stage.run([TORCH])
     for changes, arguments, says in (
-        ({"type": '"Adam"'}, [], "small_iter_2.solverstate: holds"),
+        ({"type": '"Adam"'}, [], "its history is that of solver type SGD, and solver.prototxt names Adam"),
+        ({"type": '"Nesterov"'}, [], "that of solver type SGD, and solver.prototxt names Nesterov"),
         ({}, ["-dialect", "caffe_jacinto"], "small_iter_2.solverstate: it was trained with -dialect bvlc"),
     ):
         stage.solver(max_iter=4, **changes)
@@ -251,6 +252,31 @@ def test_states_of_another_solver_or_dialect_are_refused(tmp_path: Path) -> None
         assert ran.returncode == 2
         assert says in ran.stderr
         assert "Traceback" not in ran.stderr
+
+
+def test_states_that_do_not_name_their_solver_are_read(tmp_path: Path) -> None:
+    """Those of earlier versions; the number of histories is compared as before."""
+    stage = SmallStage(tmp_path, write_digits(tmp_path / "lmdb", BATCH))
+    stage.solver(max_iter=2)
+    stage.run([TORCH])
+    state = tmp_path / "small_iter_2.solverstate"
+    content = state.read_bytes()
+    place, named = content.rfind(b'{"seed"'), b', "solver": "SGD"}'
+    assert content.endswith(named)
+    shorter = content[place : -len(named)] + b"}"
+    state.write_bytes(content[: place - 1] + bytes([len(shorter)]) + shorter)
+    resume = [*TORCH, "-snapshot", state.name]
+    for kind, says in (("Adam", f"{state.name}: holds"), ("Nesterov", "Optimization Done")):
+        stage.solver(max_iter=4, type=f'"{kind}"')
+        ran = subprocess.run(resume, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert says in ran.stderr, ran.stderr
+
+
+def test_histories_of_each_type() -> None:
+    assert tuple(SOLVERS) == SOLVER_TYPES
+    assert {name: solver.moments for name, solver in SOLVERS.items()} == {
+        name: histories(name) for name in SOLVER_TYPES
+    }
 
 
 SETTINGS = {

@@ -18,6 +18,7 @@ from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.storage import (
     StoredLayer,
     StoredState,
+    blob_values,
     mapped,
     read_weights,
     stored_layers,
@@ -27,7 +28,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import parse_json, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
-from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, check_masks_file
+from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, load_masks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,9 +99,12 @@ class StartPoint:
         return 0 if self.snapshot is None else self.snapshot.iteration
 
 
-def start_point(prefix: Path, dialect: Dialect, last: int) -> StartPoint:
-    """The newest complete snapshot ``<prefix>_iter_N``, N up to ``last``, whose weights are all finite."""
-    found = survey(prefix, dialect)
+def start_point(prefix: Path, dialect: Dialect, last: int, *, masks: bool = False) -> StartPoint:
+    """The newest complete snapshot ``<prefix>_iter_N``, N up to ``last``, whose weights are all finite.
+
+    ``masks``: as for `survey`.
+    """
+    found = survey(prefix, dialect, masks=masks)
     skipped = list(found.skipped)
     for snapshot in found.complete:
         if snapshot.iteration > last:
@@ -143,25 +147,29 @@ def spoiled_snapshots(prefix: Path, dialect: Dialect) -> list[int]:
     )
 
 
-def complete_snapshots(prefix: Path, dialect: Dialect) -> list[Snapshot]:
-    """The snapshots ``<prefix>_iter_N`` whose two files are complete and belong together, newest first."""
-    return list(survey(prefix, dialect).complete)
+def complete_snapshots(prefix: Path, dialect: Dialect, *, masks: bool = False) -> list[Snapshot]:
+    """The snapshots ``<prefix>_iter_N`` whose files are complete and belong together, newest first."""
+    return list(survey(prefix, dialect, masks=masks).complete)
 
 
-def survey(prefix: Path, dialect: Dialect) -> Survey:
-    """All snapshots ``<prefix>_iter_N``: those that training can resume from, and those that it cannot."""
+def survey(prefix: Path, dialect: Dialect, *, masks: bool = False) -> Survey:
+    """All snapshots ``<prefix>_iter_N``: those that training can resume from, and those that it cannot.
+
+    ``masks``: the stage holds zeros, and a snapshot is usable only with its pruning masks. If any of the
+    snapshots has masks, all need theirs.
+    """
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
     # A stage that holds zeros writes the masks of each snapshot before its other files.
-    masked = any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
+    masks = masks or any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
     complete, skipped = [], []
     for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
         caffemodel = folder / f"{prefix.name}_iter_{iteration}.caffemodel"
         try:
             snapshot = _checked(iteration, caffemodel, dialect)
-            if masked:
-                check_masks_file(caffemodel)
+            if masks:
+                _check_masks(caffemodel)
             complete.append(snapshot)
         except UserError as error:
             skipped.append(Skipped(iteration, str(error)))
@@ -207,6 +215,15 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
     else:
         _check_against_network(caffemodel, dialect)
     return Snapshot(iteration, caffemodel, solverstate)
+
+
+def _check_masks(caffemodel: Path) -> None:
+    """Refuse a snapshot whose masks are missing, damaged or of other weights."""
+    with mapped(caffemodel) as view:
+        first = {layer.name: layer.blobs[0] for layer in stored_layers(view, caffemodel)}
+        # A convolution's weights have at least three axes: outputs, inputs, positions.
+        weights = {name: blob_values(view, blob) for name, blob in first.items() if len(blob.shape) > 2}
+        load_masks(caffemodel, weights)
 
 
 def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:

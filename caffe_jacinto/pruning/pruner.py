@@ -4,12 +4,16 @@ Both training loops prune with this class. They differ only in how weights are r
 
 Snapshot file ``<prefix>_iter_N.masks.npz``: a NumPy archive of plain arrays. ``factor`` is the
 schedule's current factor; ``frozen/<layer>`` has one bit for each weight of the flattened blob (1: free).
+``snapshot`` is the name ``<prefix>_iter_N``; ``weights/<layer>`` is the SHA-256 of a convolution's weights
+there. Files of earlier versions lack these two.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[np.float32]]
 
 MASKS_SUFFIX = ".masks.npz"
-_LAYER = "frozen/"
+_MASK, _WEIGHTS = "frozen/", "weights/"
 
 
 class Pruner(ABC):
@@ -118,9 +122,12 @@ class Pruner(ABC):
                 self.write(layer, weights)
         self.freeze_zeros()
 
+    def _counted_weights(self) -> dict[str, NDArray[np.float32]]:
+        return {layer: self.read(layer) for layer in self.groups}
+
     def save(self, snapshot: Path) -> None:
         """Write the masks and the schedule's factor to a file beside ``snapshot``, atomically."""
-        save_masks(snapshot, self.masks, self.factor)
+        save_masks(snapshot, self.masks, self.factor, self._counted_weights())
 
     def load(self, snapshot: Path) -> None:
         """Load the masks and the factor beside ``snapshot``, whose weights the network already has.
@@ -128,25 +135,38 @@ class Pruner(ABC):
         Raises:
             UserError: as `load_masks`.
         """
-        self.masks, self.factor = load_masks(snapshot, {layer: self.read(layer) for layer in self.groups})
+        self.masks, self.factor = load_masks(snapshot, self._counted_weights())
         if self.masks:
             self.hold(self.masks)
         if self.sparse:
             self._report(f"The sparsity schedule continues from {self.factor:g}")
 
 
-def save_masks(snapshot: Path, masks: Arrays, factor: float) -> None:
-    """Write ``masks`` and the schedule's ``factor`` to a file beside ``snapshot``, atomically."""
+def save_masks(snapshot: Path, masks: Arrays, factor: float, weights: Arrays) -> None:
+    """Write ``masks`` and the schedule's ``factor`` to a file beside ``snapshot``, atomically.
+
+    ``weights`` are those of every convolution in the snapshot; the file says which they were.
+    """
     import numpy as np
 
-    arrays = {_LAYER + layer: np.packbits(mask != 0) for layer, mask in masks.items()}
+    arrays: dict[str, NDArray[Any]] = {_MASK + layer: np.packbits(mask != 0) for layer, mask in masks.items()}
+    arrays |= {_WEIGHTS + layer: _digest(values) for layer, values in weights.items()}
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, factor=np.float64(factor), **arrays)
+    np.savez(
+        content,
+        allow_pickle=False,
+        factor=np.float64(factor),
+        snapshot=np.frombuffer(snapshot.stem.encode(), np.uint8),
+        **arrays,
+    )
     write_whole(masks_file(snapshot), content.getvalue())
 
 
 def load_masks(snapshot: Path, weights: Arrays) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """The masks beside ``snapshot``, which has these ``weights``, and the schedule's factor.
+    """The masks beside ``snapshot``, whose convolutions have these ``weights``, and the schedule's factor.
+
+    Files of earlier versions do not say which weights they belong to. Of these only the frozen weights are
+    compared, which must be zero.
 
     Raises:
         UserError: they are missing, cut off, or belong to other weights.
@@ -154,47 +174,45 @@ def load_masks(snapshot: Path, weights: Arrays) -> tuple[dict[str, NDArray[np.fl
     import numpy as np
 
     path = masks_file(snapshot)
-    masks = {}
+    masks, moved = {}, 0
     try:
         with np.load(path, allow_pickle=False) as archive:
             factor = float(archive["factor"])
-            for key in (key for key in archive.files if key.startswith(_LAYER)):
-                layer = key.removeprefix(_LAYER)
-                values = weights[layer]
+            for key in (key for key in archive.files if key.startswith(_WEIGHTS)):
+                if (archive[key] != _digest(weights[key.removeprefix(_WEIGHTS)])).any():
+                    raise UserError(_of_another(path, snapshot, archive))
+            for key in (key for key in archive.files if key.startswith(_MASK)):
+                values = weights[key.removeprefix(_MASK)]
+                if archive[key].size != -(-values.size // 8):
+                    raise UserError(_of_another(path, snapshot, archive))
                 bits = np.unpackbits(archive[key], count=values.size)
-                masks[layer] = bits.reshape(values.shape).astype(np.float32)
+                masks[key.removeprefix(_MASK)] = mask = bits.reshape(values.shape).astype(np.float32)
+                moved += int(np.count_nonzero(values[mask == 0]))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing: {snapshot} does not say which zeros were frozen; use an earlier snapshot"
-        ) from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be used ({error}); use an earlier snapshot") from error
-    moved = sum(int(np.count_nonzero(weights[layer][mask == 0])) for layer, mask in masks.items())
+        raise UserError(f"{path} is missing, which says which zeros are frozen") from error
+    except KeyError as error:
+        raise UserError(f"{path} is of another network: {error}") from error
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be used ({error})") from error
     if moved:
-        raise UserError(
-            f"{path} does not belong to {snapshot}: {moved} frozen weights are not zero; use an earlier one"
-        )
+        raise UserError(f"{path} does not belong to {snapshot}: {moved} frozen weights are not zero")
     return masks, factor
+
+
+def _digest(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The SHA-256 of the weights' bytes."""
+    import numpy as np
+
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(weights, np.float32).data).digest(), np.uint8)
+
+
+def _of_another(path: Path, snapshot: Path, archive: Mapping[str, NDArray[Any]]) -> str:
+    """That the masks belong to other weights, and to which, if they say so."""
+    name = archive["snapshot"].tobytes().decode(errors="replace") if "snapshot" in archive else snapshot.stem
+    whose = f"is of {name}" if name != snapshot.stem else "is of other weights"
+    return f"{path} {whose}, and does not belong to {snapshot}"
 
 
 def masks_file(snapshot: Path) -> Path:
     """The masks beside a ``.solverstate`` or ``.caffemodel``."""
     return snapshot.with_suffix(MASKS_SUFFIX)
-
-
-def check_masks_file(snapshot: Path) -> None:
-    """Refuse a snapshot whose masks are not complete.
-
-    Raises:
-        UserError: they are missing, or cut off or changed (by their checksums).
-    """
-    path = masks_file(snapshot)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be used ({error})") from error
-    if damaged:
-        raise UserError(f"{path} cannot be used: {damaged} in it is damaged")

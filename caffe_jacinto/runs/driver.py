@@ -14,7 +14,6 @@ from caffe_jacinto.engines.snapshots import (
     StartPoint,
     final_is_complete,
     spoiled_snapshots,
-    start_point,
     weights_are_finite,
 )
 from caffe_jacinto.logs.discover import STAGE_LOG
@@ -135,7 +134,7 @@ class Driver:
         """Train a stage to its end; False when it was stopped on request."""
         dialect = self.run.engine.info.dialect
         self._remove_spoiled(plan)
-        point = start_point(plan.prefix, dialect, plan.max_iter)
+        point = self.run.start_point(plan)
         job = train_job(self.run, plan, point.snapshot.solverstate if point.snapshot else None)
         commands = self.run.engine.train_commands(job)
         factor = self._start_factor(plan, point)
@@ -148,7 +147,9 @@ class Driver:
         log = view.log
         view.begin_part(point.iteration)
         self.doubted |= view.doubts().keys()  # an earlier train has said it
-        keeper = Keeper(plan.prefix, dialect, self.keep, plan.max_iter, point.iteration)
+        keeper = Keeper(
+            plan.prefix, dialect, self.keep, plan.max_iter, point.iteration, masks=plan.needs_masks
+        )
         self._note(state, "running")
         begun = time.monotonic()
         watched = Watched(view, plan, place, keeper, max(log.tests, default=-1), log.displays)

@@ -10,6 +10,7 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
+from caffe_jacinto.engines.snapshots import StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.networks.registry import stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import (
@@ -37,6 +38,8 @@ class StagePlan:
 
     start_weights: Path | None
     devices: DevicePlan
+    needs_masks: bool = False
+    """Its snapshots are usable only with their pruning masks, since the engine holds zeros by them."""
 
     @property
     def loaded_weights(self) -> Path | None:
@@ -100,6 +103,11 @@ class RunPlan:
             ranks=plan.devices.ranks,
         )
 
+    def start_point(self, plan: StagePlan, last: int | None = None) -> StartPoint:
+        """The snapshot that the stage resumes from, of those up to iteration ``last`` (None: all)."""
+        most = plan.max_iter if last is None else last
+        return start_point(plan.prefix, self.engine.info.dialect, most, masks=plan.needs_masks)
+
     def left_out(self, plan: StagePlan) -> frozenset[str]:
         """The layers of the start weights that the stage's `reinit` leaves out."""
         network = network_of(self.recipe)
@@ -127,6 +135,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
                 nodes=recipe.training.nodes,
                 cpu_ranks=recipe.training.cpu_ranks,
             ),
+            needs_masks=engine.info.own_rule and bool(stage.sparse or stage.freeze_zeros),
         )
     return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
 

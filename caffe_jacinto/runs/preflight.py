@@ -12,12 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import read_text
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.contract import data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
+from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import network_of
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.solver import histories, solver_type
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
 from caffe_jacinto.runs.retention import snapshot_files
 from caffe_jacinto.runs.sparsity_check import shortfalls
@@ -85,7 +91,8 @@ def preflight(
     texts: dict[str, dict[str, str]] = {}
     for plan in stages:
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
-        if plan.name in texts and _starts_from_a_file(plan, stages):
+        findings.attempt(partial(_check_solver_type, run, plan))
+        if plan.name in texts and _starts_from_a_file(run, plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
     findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, resuming=resuming))
     findings.problems += run.engine.check(texts, findings.image_shapes)
@@ -100,11 +107,51 @@ def preflight(
     return findings
 
 
-def _starts_from_a_file(plan: StagePlan, stages: tuple[StagePlan, ...]) -> bool:
-    """Whether the weights that the stage starts from must already exist."""
-    return plan.start_weights is not None and all(
-        plan.start_weights != other.final_weights for other in stages
+def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
+    """Refuse to continue snapshots with another type of solver than the one that wrote their history.
+
+    Stock Caffe's solver state does not hold its type. The stage's solver.prototxt does, which is written when
+    the stage starts; and the number of blobs of history tells some types apart.
+    """
+    snapshot, now = run.start_point(plan).snapshot, plan.stage.solver.type
+    if snapshot is None:
+        return
+    path = plan.folder / "solver.prototxt"
+    remedy = (
+        f"; set the type back in {run.folder / RUN_RECORD}, or move the snapshots in {plan.folder} away to "
+        "begin the stage again"
     )
+    before = _type_in(path, run.engine.info.dialect)
+    if before not in (None, now):
+        raise UserError(
+            f"stage {plan.name}: {path}, with which its snapshots were written, has solver type {before}, "
+            f"and the run's recipe has {now}{remedy}"
+        )
+    if run.engine.info.dialect is not Dialect.BVLC:
+        return  # the layout of the fork's history is not known
+    with mapped(snapshot.caffemodel) as view:
+        blobs = sum(len(layer.blobs) for layer in stored_layers(view, snapshot.caffemodel))
+    kept = len(stored_state(snapshot.solverstate).history) // blobs
+    if kept != histories(now):
+        raise UserError(
+            f"stage {plan.name}: {snapshot.solverstate} has {count_of(kept, 'blob')} of history for each of "
+            f"its weights, and a solver of type {now} needs {histories(now)}{remedy}"
+        )
+
+
+def _type_in(solver: Path, dialect: Dialect) -> str | None:
+    """The type in a solver.prototxt; None if there is no such file, or it has been damaged."""
+    try:
+        return solver_type(parse_solver(read_text(solver), dialect, str(solver)))
+    except UserError:
+        return None
+
+
+def _starts_from_a_file(run: RunPlan, plan: StagePlan, stages: tuple[StagePlan, ...]) -> bool:
+    """Whether the weights that the stage starts from must already exist."""
+    if plan.start_weights is None or any(plan.start_weights == other.final_weights for other in stages):
+        return False
+    return run.start_point(plan).snapshot is None
 
 
 def _check_ranks(run: RunPlan, here: bool) -> None:
@@ -326,8 +373,7 @@ def _snapshots_at_once(plan: StagePlan, keep: int) -> int:
 
 def _snapshot_bytes(plan: StagePlan, weights: int) -> int:
     """Weights and solver state: one value per weight, and its history's."""
-    histories = 2 if plan.stage.solver.type in ("Adam", "AdaDelta") else 1
-    return BYTES_PER_WEIGHT * weights * (1 + histories)
+    return BYTES_PER_WEIGHT * weights * (1 + histories(plan.stage.solver.type))
 
 
 def _bytes_there(prefix: Path) -> int:

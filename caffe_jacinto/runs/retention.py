@@ -19,12 +19,15 @@ SECONDS_BETWEEN = 5.0
 class Keeper:
     """Deletes the other snapshots while a stage runs."""
 
-    def __init__(self, prefix: Path, dialect: Dialect, keep: int, max_iter: int, start: int) -> None:
-        """``start`` is the iteration that the stage resumes at; 0: its beginning."""
+    def __init__(
+        self, prefix: Path, dialect: Dialect, keep: int, max_iter: int, start: int, *, masks: bool = False
+    ) -> None:
+        """``start`` is the iteration that the stage resumes at; 0: its beginning. ``masks``: as `survey`."""
         self._prefix = prefix
         self._dialect = dialect
         self._keep = keep
         self._max_iter = max_iter
+        self._masks = masks
         self._start = start
         self.spoiled: int | None = None
         """The first iteration whose snapshot was deleted since its weights were not numbers."""
@@ -49,7 +52,7 @@ class Keeper:
         """
         complete = {
             snapshot.iteration: snapshot.caffemodel
-            for snapshot in complete_snapshots(self._prefix, self._dialect)
+            for snapshot in complete_snapshots(self._prefix, self._dialect, masks=self._masks)
             if snapshot.iteration <= self._start or snapshot.iteration in log.snapshots
         }
         spoiled = {iteration for iteration, file in complete.items() if not weights_are_finite(file)}

@@ -291,7 +291,8 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
                 style="yellow",
             )
             state.state = "stopped"
-        if state.state != "finished" and plan.start_weights is not None:
+        # A stage that resumes from a snapshot does not load its start weights again.
+        if state.state != "finished" and plan.start_weights and run.start_point(plan).snapshot is None:
             wanted.add(plan.start_weights)
 
 

@@ -6,7 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
-from caffe_jacinto.engines.snapshots import Skipped, start_point
+from caffe_jacinto.engines.snapshots import Skipped
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.loss import USELESS, Kind
@@ -120,7 +120,7 @@ def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
     if (log.iteration or 0) < plan.max_iter:
         where = f"at iteration {log.iteration or 0:,}"
         return f"training ended early, {where}, as it does when it is interrupted; {resume}"
-    skipped = start_point(plan.prefix, run.engine.info.dialect, plan.max_iter).skipped
+    skipped = run.start_point(plan).skipped
     if skipped:
         return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {resume}"
     return f"it ended before the stage was marked complete, as it does when it is interrupted; {resume}"
@@ -131,7 +131,7 @@ def _to_resume(run: RunPlan) -> str:
 
 
 def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
-    good = start_point(plan.prefix, run.engine.info.dialect, sound).snapshot
+    good = run.start_point(plan, sound).snapshot
     rate = plan.stage.solver.base_lr
     named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
     return (

@@ -128,6 +128,9 @@ class Place:
     dialect: str | None = None
     """The dialect of its prototxts, if known: the same blobs mean something else in the other."""
 
+    solver: str | None = None
+    """The type of its solver, if known: the same history means something else to another."""
+
 
 def write_state(
     path: Path,

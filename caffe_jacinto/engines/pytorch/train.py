@@ -159,9 +159,18 @@ class Trainer:
                     f"{self.options.snapshot}: it was trained with -dialect {place.dialect}, not"
                     f" {self.solver.dialect.value}: the same blobs mean something else; give that dialect"
                 )
+            if place.solver not in (None, self._solver_type()):
+                raise UserError(
+                    f"{self.options.snapshot}: its history is that of solver type {place.solver}, and"
+                    f" {self.solver.path} names {self._solver_type()}, to which it means something else;"
+                    " name that type, or start from the weights alone with -weights"
+                )
             return place.seed
         given = self.parameters.random_seed
         return self.ranks.agree(given if given >= 0 else secrets.randbits(31))
+
+    def _solver_type(self) -> str:
+        return solver_class(self.parameters, str(self.solver.path)).__name__
 
     def _inputs(self, phase: int, definition: Any, file: Path, device: torch.device) -> Inputs:
         options = self.options
@@ -377,7 +386,12 @@ class Trainer:
             current_step=self.solver.current_step(self.iteration),
             learned_net=weights,
             history=self.optimizer.history,
-            place=Place(self.seed, self._block * self.inputs.batch_size, self.solver.dialect.value),
+            place=Place(
+                self.seed,
+                self._block * self.inputs.batch_size,
+                self.solver.dialect.value,
+                self._solver_type(),
+            ),
             dialect=self.solver.dialect,
         )
 
