@@ -100,6 +100,7 @@ def test_any_data_set_gets_a_recipe_that_fits_it(
         solver = stage.solver
         assert 1 <= solver.display <= solver.max_iter
         assert solver.snapshot == solver.test_interval <= solver.max_iter
+        assert solver.max_iter % solver.test_interval == 0 or solver.test_interval == 10_000
     sparse = recipe.stages["sparse"]
     assert sparse.sparse is not None
     # The factor passes the target well before the stage ends, and the network has time to recover.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -67,7 +68,12 @@ def test_a_new_recipe_trains_as_it_is(trainer: Trainer) -> None:
         ["-c", NARROW, "few.toml", "--engine", "torch", "--output", "new"],
     ):
         done = subprocess.run(
-            [sys.executable, *command], cwd=trainer.folder, capture_output=True, text=True, check=False
+            [sys.executable, *command],
+            cwd=trainer.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     assert trainer.states("new") == dict.fromkeys((*STAGES, "test"), "finished")

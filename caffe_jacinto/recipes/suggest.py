@@ -15,6 +15,7 @@ from typing import Any
 from caffe_jacinto.common.files import template_folder
 from caffe_jacinto.common.text import count_of, printable
 from caffe_jacinto.recipes.load import toml_value
+from caffe_jacinto.recipes.model import MOST_TESTS_APART
 
 NETWORK = "jacintonet11"
 
@@ -25,6 +26,9 @@ SMALL_BATCH = 64
 LEAST = (300, 200, 400, 60)
 """The fewest iterations of the four stages, in batches of 64: the demo's and some more. L1 takes that long to
 shrink the weights, however few images there are."""
+
+MIN_INTERVAL = 100
+"""Iterations between tests: before each, batch-norm statistics are recalibrated, in the time of ten."""
 
 SMALLEST_MAP = 3
 """Pixels: the least height and width that the strides leave to the last convolutions."""
@@ -220,10 +224,16 @@ def _stages(images: int, batch: int) -> list[dict[str, Any]]:
         solver, is_l1 = found["solver"], found in (l1reg, sparse)
         solver["weight_decay"] = _l1_decay(solver) if is_l1 else 1e-4
         solver["regularization"] = "L1" if is_l1 else "L2"
-        solver["test_interval"] = solver["snapshot"] = min(-(-solver["max_iter"] // 10), 10_000)
+        solver["test_interval"] = solver["snapshot"] = _test_interval(solver["max_iter"])
         solver["display"] = int(min(_round(max(solver["max_iter"] / 50, 1), 1), 100))
     sparse["sparse"] = _schedule(sparse["solver"]["max_iter"])
     return [initial, l1reg, sparse, finetune]
+
+
+def _test_interval(length: int) -> int:
+    """An interval that divides the stage evenly, into up to ten parts of at least `MIN_INTERVAL`."""
+    parts = next((n for n in (10, 5, 4, 2) if length % n == 0 and length // n >= MIN_INTERVAL), 1)
+    return min(length // parts, MOST_TESTS_APART)
 
 
 def _l1_decay(solver: dict[str, Any]) -> float:
