@@ -454,13 +454,28 @@ def test_what_only_pytorchs_index_has_is_said_before_pip_is_started(checkout: Pa
 
 @pytest.mark.caffe
 def test_a_containers_pytorch_is_kept_without_a_network(checkout: Path, tmp_path: Path) -> None:
-    # Stands for an image whose own `python3`, not the distribution's, has PyTorch.
-    done = run("/usr/bin/python3", "-m", "venv", "--without-pip", tmp_path / "image")
-    assert done.returncode == 0, done.stderr
-    (site,) = (tmp_path / "image").glob("lib/python3*/site-packages")
-    write_torch(site, "2.11.0+cu130", cuda="13.0", sees=2)
+    # Stands for an image whose own `python3`, not the distribution's, has PyTorch, and for what a virtual
+    # environment of that Python sees of it.
+    write_torch(tmp_path / "image", "2.11.0+cu130", cuda="13.0", sees=2)
+    add_program(checkout, "python3", f'PYTHONPATH="{tmp_path}/image" exec /usr/bin/python3 "$@"')
     make_venv(checkout, "--without-pip", "--system-site-packages")
-    done = set_up(checkout, "http://127.0.0.1:9", PATH=f"{tmp_path}/image/bin:{checkout}/bin")
+    (site,) = checkout.glob(".venv/lib/python3*/site-packages")
+    (site / "image.pth").write_text(f"{tmp_path}/image\n")
+    done = set_up(checkout, "http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"PyTorch of {tmp_path}/image/bin/python3 is kept: PyTorch 2.11.0+cu130 sees 2 GPUs" in done.stdout
-    assert not list(checkout.glob(".venv/lib/python3*/site-packages/torch*"))
+    assert f"PyTorch of {checkout}/bin/python3 is kept: PyTorch 2.11.0+cu130 sees 2 GPUs" in done.stdout
+    assert not list(site.glob("torch*"))
+    assert "Caffe: " in done.stdout
+
+
+@pytest.mark.caffe
+def test_the_pytorch_of_another_virtual_environment_is_not_taken(checkout: Path, tmp_path: Path) -> None:
+    done = run("/usr/bin/python3", "-m", "venv", "--without-pip", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    (site,) = (tmp_path / "other").glob("lib/python3*/site-packages")
+    write_torch(site, "2.13.0+cu130", cuda="13.0", sees=2)
+    make_venv(checkout, "--without-pip")
+    done = set_up(checkout, "http://127.0.0.1:9", PATH=f"{tmp_path}/other/bin:{checkout}/bin")
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
+    assert "is kept" not in done.stdout

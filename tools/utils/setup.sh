@@ -142,7 +142,7 @@ look_around() {
   if [ "$with_torch" = auto ]; then with_torch=$gpus; fi
   if [ "$with_torch" = no ] || venv_torch; then return; fi
   for candidate in "$python" "$(command -v python3 || true)"; do
-    if has_torch "$candidate" && seen=$(ask "$candidate" engines.pytorch.builds installed); then
+    if has_torch "$candidate" && ! is_venv "$candidate" && seen=$(ask "$candidate" engines.pytorch.builds installed); then
       python=$candidate keep_torch=yes kept=$seen
       return
     fi
@@ -150,6 +150,7 @@ look_around() {
 }
 # ask PYTHON MODULE [ARGUMENT...]: what a module of this project that needs no other package answers
 ask() { (cd "$root" && "$1" -m "caffe_jacinto.$2" "${@:3}"); }
+is_venv() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; } # its packages are not passed on
 has_torch() { [ -x "$1" ] && "$1" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; }
 # pip writes a package's RECORD last, and installs PyTorch after its dependencies.
 venv_torch() { compgen -G "$venv/lib/python3*/site-packages/torch-*.dist-info/RECORD" >/dev/null; }
@@ -160,7 +161,7 @@ venv_shares_enough() {
 
 install_torch() {
   local started=$EPOCHSECONDS choice arguments
-  if [ "$keep_torch" = yes ]; then
+  if [ "$keep_torch" = yes ] && has_torch "$venv/bin/python"; then
     say "PyTorch of $python is kept: $kept"
     return
   fi
