@@ -39,7 +39,7 @@ def script() -> int:
     if name not in COMMANDS:
         return run_command(PROGRAM, main)
     sys.argv[:2] = [f"{PROGRAM} {name}"]  # what usage and errors call the program
-    return run_command(sys.argv[0], import_module(f"caffe_jacinto.{name}").main)
+    return run_command(sys.argv[0], lambda argv: import_module(f"caffe_jacinto.{name}").main(argv))
 
 
 def _module(name: str) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from caffe_jacinto.common.dependencies import PACKAGES
 from caffe_jacinto.common.errors import FAILED, INTERRUPTED, USER_ERROR, RunFailed, UserError, run_command
 
+ROOT = Path(__file__).parents[1]
 BUILD_NET = [sys.executable, "-m", "caffe_jacinto.build_net", "--output"]
 
 
@@ -67,3 +72,68 @@ def test_every_command_says_how_it_is_used(command: str, capsys: pytest.CaptureF
         import_module(f"caffe_jacinto.{command}").main(["--help"])
     assert ended.value.code == 0
     assert f"python -m caffe_jacinto.{command}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def python_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A Python with the packages of this one but some: those whose folders or files begin with a name."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("python")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        packages = next(folder.glob("lib/python*/site-packages"))
+        for item in Path(sysconfig.get_path("purelib")).iterdir():
+            if not item.name.lower().startswith((name, "__editable__", "caffe_jacinto")):
+                (packages / item.name).symlink_to(item)
+        return folder / "bin" / "python"
+
+    return make
+
+
+COMMANDS = (
+    "train",
+    "build_net",
+    "create_lmdb",
+    "engines.pytorch",
+    "engines.torch",
+    "engines.pycaffe.stepper",
+)
+
+
+def test_a_python_without_a_package_is_told_how_to_get_it(python_without: Callable[[str], Path]) -> None:
+    def said(python: Path, *arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [python, *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode in (FAILED, USER_ERROR)
+        return done.stderr
+
+    no_protobuf = python_without("google")
+    for command in COMMANDS:
+        line = said(no_protobuf, "-m", f"caffe_jacinto.{command}", "nothing")
+        start = f"caffe_jacinto.{command}: error: {no_protobuf} has no package protobuf; "
+        assert line.startswith(start) and line.count("\n") == 1
+        assert "tools/utils/setup.sh" in line
+    # Where a module is imported only when it is needed, and under the common name.
+    assert "has no package protobuf; " in said(no_protobuf, "-m", "caffe_jacinto", "weights", "show", "w")
+    no_pydantic = python_without("pydantic")
+    assert "has no package pydantic; " in said(
+        no_pydantic, "-m", "caffe_jacinto.train", "imagenet_jacintonet11"
+    )
+    # caffe-torch is the console script's module.
+    no_torch = python_without("torch")
+    line = said(no_torch, "-m", "caffe_jacinto.engines.pytorch", "test", "-model", "m", "-weights", "w")
+    assert line.startswith(f"caffe-torch: error: {no_torch} has no PyTorch; install it: ")
+    assert " -m pip install " in line and line.count("\n") == 1
+
+
+def test_the_packages_are_those_of_pyproject() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = text[text.index("dependencies = [") : text.index("dynamic =")]
+    assert set(re.findall(r'^    "([a-z0-9-]+)', needed, re.MULTILINE)) <= set(PACKAGES.values())
+
+
+def test_other_import_errors_keep_their_traceback() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        run_command("x", lambda _: bool(import_module("caffe_jacinto.no_such_module")))

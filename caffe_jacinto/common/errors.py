@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from caffe_jacinto.common.dependencies import why_missing
+
 USER_ERROR = 2
 """Exit code for bad input, the one that argparse uses."""
 
@@ -68,8 +70,9 @@ def invoked_as(program: str) -> str:
 def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     """Call ``main(sys.argv[1:])`` and turn errors that the user can mend into one line on stderr.
 
-    Returns the exit code: main's own, 2 for a `UserError`, 1 for a `RunFailed` and for what the system
-    refuses (a full disk behind stdout, no permission), 75 for `WorkLost`, 130 after Ctrl-C.
+    Returns the exit code: main's own, 2 for a `UserError` and for a package that this Python lacks, 1 for a
+    `RunFailed` and for what the system refuses (a full disk behind stdout, no permission), 75 for `WorkLost`,
+    130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path that the terminal's encoding cannot show must not end the command.
@@ -83,6 +86,12 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         for line in error.lines():
             print(f"{program}: error: {line}", file=sys.stderr)
         return exit_code(error)
+    except ImportError as error:
+        missing = why_missing(error)
+        if missing is None:
+            raise
+        print(f"{program}: error: {missing}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

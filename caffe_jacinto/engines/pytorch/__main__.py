@@ -23,7 +23,8 @@ from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import end_with_parent
 from caffe_jacinto.engines.contract import Precision, add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pytorch import slurm
-from caffe_jacinto.engines.pytorch.engine import Options
+from caffe_jacinto.engines.pytorch.builds import pip_command
+from caffe_jacinto.engines.pytorch.engine import Options, has_torch
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     for name in vars(arguments).keys() & vars(options).keys():
         setattr(options, name, getattr(arguments, name))
     options.sparse = pruning_settings(arguments)
+    if not has_torch():
+        raise UserError(f"{sys.executable} has no PyTorch; install it: {pip_command()}")
     slurm.become_rank()
     # Before PyTorch is imported: what fails between ranks is reported here, without C++ stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
