@@ -171,7 +171,8 @@ def test_preempted_and_then_bereft_of_a_rank_the_run_goes_on(
 ) -> None:
     job, _ = submit(trainer, *arguments, "--nodes", "2", "--output", "preempted")
     os.kill(rank(trainer, "preempted", 1), signal.SIGSTOP)  # Slurm sends SIGCONT before SIGTERM
-    urgent = int(slurm.run("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "true").strip())
+    options = ("--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null")
+    urgent = int(slurm.run("sbatch", *options, "--wrap=true").strip())
     slurm.wait(urgent, "COMPLETED")
     output = trainer.folder / "preempted/slurm" / f"{job}_0_log.out"
     os.kill(rank(trainer, "preempted", 1, start=2), signal.SIGKILL)
