@@ -47,8 +47,8 @@ L1_SHRINKAGE = 0.08
 """How far L1 alone moves a weight in one stage of the published training: learning rate (on average half the
 first) x decay x iterations, and ten times that by a momentum of 0.9."""
 
-MOST_L1 = 1e-3
-"""The demo's L1 decay, which leaves its accuracy intact."""
+MOST_L1 = 2e-3
+"""Twice the demo's L1 decay. With less, stages of the fewest iterations end below the target."""
 
 CLASSES_SHOWN = 8
 
