@@ -55,7 +55,7 @@ def _does_not_divide(effective_batch: int, iter_size: int, devices: int) -> str:
     below = effective_batch // shares * shares
     nearest = [str(batch) for batch in (below, below + shares) if batch > 0]
     what = f"{iter_size} pass{'es' if iter_size > 1 else ''} (iter_size)"
-    where = f" over {devices} GPUs" if devices > 1 else ""
+    where = f" over {devices} GPUs or ranks" if devices > 1 else ""
     return (
         f"an effective batch of {effective_batch} does not divide into {what}{where}, {shares} equal shares; "
         f"use {' or '.join(nearest)}"

@@ -52,7 +52,7 @@ def _train(folder: Path, signals: StopSignals) -> int:
         if lost + 1 >= MOST_LOSSES:
             raise
         return _requeue(folder, str(error))
-    if not signals.requested or signals.number not in WARNINGS:
+    if code == 0 or signals.number not in WARNINGS:
         return code
     if not _progress(folder) - before:
         raise RunFailed(

@@ -63,7 +63,7 @@ def launch_ranks(argv: Sequence[str], nodes: int, ranks: int, *, on_cpu: bool) -
     there = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if there < nodes:
         raise UserError(f"-nodes {nodes}: Slurm job {job} has {there}; ask for more with --nodes")
-    cores = max(_least_cores(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")) // ranks, 1)
+    cores = _cores_of_rank(ranks)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     process = subprocess.Popen(
@@ -117,6 +117,10 @@ def _address(node: str) -> str:
     return found[1] if found else node
 
 
-def _least_cores(per_node: str) -> int:
-    """The least of Slurm's CPUs per node: ``16(x2),8`` -> 8."""
-    return min((int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)), default=1)
+def _cores_of_rank(ranks: int) -> int:
+    """What sbatch's ``--cpus-per-task`` says, or else a rank's share on the node with the fewest."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit():
+        return int(given)
+    per_node = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")  # as 16(x2),8
+    return max(min(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", per_node))) // ranks, 1)
