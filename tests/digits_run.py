@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -85,13 +85,16 @@ def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: 
 class Trainer:
     """`python -m caffe_jacinto.train`, as a user starts it, in ``folder``."""
 
-    def __init__(self, caffe: Path | None, folder: Path) -> None:
-        """``caffe`` None: on PyTorch."""
-        self.folder = folder
+    def __init__(self, caffe: Path | None, folder: Path, prefix: Sequence[str] = ()) -> None:
+        """``caffe`` None: on PyTorch. ``prefix``: a program that starts the command."""
+        self.folder, self._prefix = folder, prefix
         self._engine = ["--engine", "torch"] if caffe is None else ["--caffe", str(caffe)]
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "caffe_jacinto.train", *arguments]
+    def start(
+        self, *arguments: str, program: Sequence[str] = ("-m", "caffe_jacinto.train"), **options: Any
+    ) -> subprocess.Popen[str]:
+        """``program``: what Python runs."""
+        command = [*self._prefix, sys.executable, *program, *arguments]
         if "--status" not in arguments:
             command += self._engine
         # One thread each: the tests of one machine do not wait for each other's.

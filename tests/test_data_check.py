@@ -65,7 +65,14 @@ def test_facts_of_a_good_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "o", numbered([n * 7 % 10 for n in range(200)]))
     facts = check(folder, min_images=200, training=True)
     assert facts == LmdbFacts(
-        images=200, channels=3, height=32, width=36, highest_label=9, sampled=64, notes=()
+        images=200,
+        channels=3,
+        height=32,
+        width=36,
+        largest=(32, 36),
+        highest_label=9,
+        sampled=64,
+        notes=(),
     )
     assert [item.name for item in folder.iterdir()] == ["data.mdb"], "a check leaves no lock behind"
 
@@ -153,7 +160,58 @@ def test_images_class_by_class_are_worth_a_note(tmp_path: Path) -> None:
     assert "class by class" in check(by_class, training=True).notes[0]
     assert check(by_class).notes == ()
     one_class = write(tmp_path / "p", numbered([0] * 1000))
-    assert check(one_class, training=True).notes == ()
+    (note,) = check(one_class, training=True).notes
+    assert "class by class" not in note
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "says"),
+    [
+        (
+            [n % 3 for n in range(90)],
+            10,
+            "of 3 classes (labels 0, 1, 2), and the network has 10: if there are no",
+        ),
+        (
+            [0, 2] * 20,
+            3,
+            "of 2 classes (labels 0, 2), and the network has 3: if there are no other",
+        ),
+        (
+            [(1456, 1516, 1580)[n % 3] for n in range(90)],
+            1581,
+            "(labels 1456, 1516, 1580), and the network has",
+        ),
+        (
+            [(1456, 1516, 1580)[n % 7 % 3] for n in range(2000)],
+            1581,
+            "of 3 classes among the 64 records looked",
+        ),
+        ([1456, 1516] * 20, None, "again with labels from 0 to 1 without"),
+        (
+            [0] * 40,
+            10,
+            "of 1 class (label 0), and the network has 10: make it again with images of every class",
+        ),
+        (list(range(40)), 1000, "labels 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"),
+    ],
+)
+def test_classes_without_images_are_worth_a_note(
+    tmp_path: Path, labels: list[int], num_classes: int | None, says: str
+) -> None:
+    folder = write(tmp_path / "o", numbered(labels))
+    notes = check(folder, num_classes=num_classes, training=True).notes
+    assert says in " ".join(notes)
+    assert check(folder, num_classes=num_classes).notes == ()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_sample_of_many_classes_is_worth_none(tmp_path: Path, classes: int, in_order: bool) -> None:
+    labels = np.random.default_rng(classes).integers(0, classes, 3000).tolist()
+    folder = write(tmp_path / "o", numbered(sorted(labels) if in_order else labels))
+    notes = check(folder, num_classes=classes, training=True).notes
+    assert not [note for note in notes if "holds images of" in note]
 
 
 def test_a_lock_file_that_caffe_cannot_write_is_worth_a_note(

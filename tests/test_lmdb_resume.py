@@ -220,7 +220,7 @@ def test_a_full_disk_is_said_and_gone_on_from(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with (
-        pytest.raises(RunFailed, match=r"is full \(0 MB left\).*start the same command again to continue"),
+        pytest.raises(RunFailed, match=r"is full \(1 kB left\).*start the same command again to continue"),
         new_lmdb(tmp_path / "p"),
     ):
         raise OSError("mdb_txn_commit: Input/output error")

@@ -670,6 +670,17 @@ def test_a_terminal_that_cannot_go_up_a_line_gets_plain_lines(
     assert ("stage 1/4 initial, loss 1\n" in out.getvalue()) == (not live)
 
 
+def test_an_unusual_silence_is_news_each_time_it_has_doubled() -> None:
+    from caffe_jacinto.runs.driver import Watched
+
+    watched = Watched(StageView())
+    news = [second for second in range(1000) if watched.silence_is_news(second)]
+    assert news == [60, 120, 240, 480, 960]
+    watched.hear()
+    watched.longest = 300  # this training logs a line each five minutes
+    assert [second for second in range(1000) if watched.silence_is_news(second)] == [450, 900]
+
+
 def test_a_closed_reader_does_not_end_the_program() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -9,6 +9,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +343,29 @@ def test_caffes_fatal_line_is_the_message(trainer: Trainer) -> None:
     assert "Check failed" in trainer.run("--status", "fatal")[1]
 
 
+def test_silence_is_reported_without_a_terminal(trainer: Trainer) -> None:
+    sooner = (
+        "import sys; from caffe_jacinto.common.errors import run_command\n"
+        "import caffe_jacinto.runs.driver as d, caffe_jacinto.runs.progress as p\n"
+        "from caffe_jacinto.train import main\n"
+        "d.SILENCE_SECONDS = p.SILENT_SECONDS = 1.0; p.PLAIN_SECONDS = 0.1; sys.exit(run_command('t', main))"
+    )
+    process = trainer.start(*tiny(initial=200), "--output", "silent", program=("-c", sooner))
+    try:
+        wait_for(lambda: "Iteration 3 (" in trainer.log("silent", "initial"), "iteration 3")
+        stopped = trainer.pid("silent", "initial")
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(12)
+        os.kill(stopped, signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    silences = [float(found) for found in re.findall(r"last line ([\d.]+) s ago", said)]
+    assert 1 <= len(silences) <= 4, said
+    assert all(later >= 1.9 * earlier for earlier, later in pairwise(silences)), silences
+
+
 def test_a_lost_terminal_does_not_end_the_run(trainer: Trainer) -> None:
     master, slave = pty.openpty()
     process = trainer.start(
@@ -475,6 +500,37 @@ def test_start_weights_of_images_with_other_channels(trainer: Trainer, whole: tu
     )
     assert code == 2
     assert "conv1a: blob 0 is 32 x 1 x 5 x 5 in the weight file, 32 x 3 x 5 x 5 in the network" in said
+
+
+def test_a_data_set_that_does_not_match_the_network_is_noted(trainer: Trainer) -> None:
+    digits = trainer.folder / "digits"
+    lines = [line for line in (digits / "train.txt").read_text().splitlines() if int(line.split()[1]) < 3]
+    (trainer.folder / "three.txt").write_text("\n".join(lines[::6]) + "\n")
+    (trainer.folder / "three_labels.txt").write_text("zero\none\ntwo\n")
+    create_lmdb(
+        [
+            *(
+                "--images",
+                str(digits / "train"),
+                "--list",
+                str(trainer.folder / "three.txt"),
+                "--shuffle",
+                "1",
+            ),
+            *("--labels", str(trainer.folder / "three_labels.txt"), "--size", "256"),
+            *("--output", str(trainer.folder / "three_lmdb")),
+        ]
+    )
+    code, said = trainer.run(*tiny(), "--set", "data.train_lmdb=three_lmdb", "--output", "three", "--dry-run")
+    assert code == 0, said
+    notes = re.findall(r"note: (.*)", said)
+    assert {note for note in notes if "three_lmdb" in note} == {
+        "LMDB three_lmdb holds images of 3 classes (labels 0, 1, 2), and the network has 10: if there are no "
+        "other classes, set data.num_classes to 3",
+        "the network sees 32x32 pixels (network.crop_size) of the 256x256 of an image in three_lmdb, 1.6% of "
+        "it: make the LMDB with smaller images (create_lmdb --size 37), or enlarge the crop",
+        "three_lmdb/labels.txt names 3 classes, and data.num_classes is 10",
+    }
 
 
 def test_a_target_out_of_reach_is_noted_and_trained_for(trainer: Trainer) -> None:

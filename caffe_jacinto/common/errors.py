@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from caffe_jacinto.common.dependencies import why_missing
 
@@ -100,9 +101,18 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         _drop_stdout()
         return FAILED
     except OSError as error:
-        print(f"{program}: error: {UserError(error)}", file=sys.stderr)
+        print(f"{program}: error: {UserError(_of_the_system(error))}", file=sys.stderr)
         _drop_stdout()
         return FAILED
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system refused; where a disk is full, which one, and what to do."""
+    from caffe_jacinto.common.disk import is_full, why_not_written
+
+    if not is_full(error) or error.filename is None:
+        return str(error)
+    return f"{why_not_written(error, Path(str(error.filename)))}; free some space"
 
 
 def _drop_stdout() -> None:

@@ -23,8 +23,19 @@ def write_whole(
     A reader sees the old file or all of the new one.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; ``path`` is untouched.
+        OSError: the folder is missing or not writable, or the disk is full; ``path`` is untouched. The error
+            names ``path``.
     """
+    try:
+        _write_whole(path, content, executable=executable)
+    except OSError as error:
+        error.filename = str(path)  # an error in writing names no file
+        raise
+
+
+def _write_whole(
+    path: Path, content: str | bytes | Iterable[bytes | memoryview], *, executable: bool
+) -> None:
     parts = [content.encode()] if isinstance(content, str) else content
     if isinstance(parts, bytes):
         parts = [parts]

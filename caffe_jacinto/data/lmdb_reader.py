@@ -28,6 +28,9 @@ Record = tuple[bytes, bytes]
 FIRST_LABELS = 500
 """Labels that `check_lmdb` reads from the beginning, to see whether the images come class by class."""
 
+SHOWN_LABELS = 10
+"""Labels that a note lists."""
+
 ENOUGH_FOR_ORDER = 20
 """With fewer records, any order of labels may be chance."""
 
@@ -284,7 +287,8 @@ def check_lmdb(
         num_classes: labels must be below it; None where it is not known.
         min_images: the fewest records allowed: one batch.
         min_size: the smallest side allowed, in pixels: the crop.
-        training: whether the order matters: images sorted by class then get a note.
+        training: whether order and classes matter: images sorted by class and classes without images then
+            get a note.
         channels: of the network's input.
 
     Raises:
@@ -292,7 +296,8 @@ def check_lmdb(
     """
     folder = Path(path)
     sizes: list[tuple[int, int]] = []
-    labels: list[int] = []
+    first_labels: list[int] = []
+    spread_labels: list[int] = []
     with LmdbReader(folder) as reader:
         if len(reader) < min_images:
             setting = "batch_size" if training else "val_batch_size"
@@ -302,17 +307,23 @@ def check_lmdb(
             )
         for key, record in islice(reader.records(), FIRST_LABELS):
             try:
-                labels.append(parse_datum(record).label)
+                first_labels.append(parse_datum(record).label)
             except BadImageError as error:
                 raise UserError(f"{reader.place(key)}: {error}: make the LMDB again") from None
-            _check_label(reader.place(key), labels[-1], num_classes)
-        first_labels = list(labels)
+            _check_label(reader.place(key), first_labels[-1], num_classes)
         for key, record in reader.spread(sample):
             datum, pixels = read_record(reader.place(key), record)
             _check_label(reader.place(key), datum.label, num_classes)
             _check_shape(reader.place(key), pixels.shape, channels, min_size)
-            labels.append(datum.label)
+            spread_labels.append(datum.label)
             sizes.append(pixels.shape[1:])
+    labels = first_labels + spread_labels
+    notes = _lock_notes(folder)
+    if training:
+        all_read = len(reader) <= FIRST_LABELS
+        classes = max(labels) + 1 if num_classes is None else num_classes
+        notes = _class_notes(folder, first_labels if all_read else spread_labels, classes, all_read) + notes
+        notes = _order_notes(folder, first_labels, labels) + notes
     return LmdbFacts(
         images=len(reader),
         channels=channels,
@@ -321,7 +332,7 @@ def check_lmdb(
         largest=(max(height for height, _ in sizes), max(width for _, width in sizes)),
         highest_label=max(labels),
         sampled=len(sizes),
-        notes=(_order_notes(folder, first_labels, labels) if training else ()) + _lock_notes(folder),
+        notes=notes,
     )
 
 
@@ -373,6 +384,31 @@ def _order_notes(folder: Path, first_labels: list[int], labels: list[int]) -> tu
     return (
         f"LMDB {folder} holds its images class by class, and Caffe reads them in that order: training on"
         " batches of one class fails; make the LMDB again, shuffled",
+    )
+
+
+def _class_notes(folder: Path, labels: list[int], classes: int, all_read: bool) -> tuple[str, ...]:
+    """A note where most of the ``classes`` have no image, as far as the ``labels`` read show it.
+
+    Labels of a large LMDB are a sample of its records: few different ones are no chance, many may be.
+    """
+    seen = sorted(set(labels))
+    few = len(seen) < classes if all_read else len(seen) * 4 < len(labels) and len(seen) * 2 < classes
+    if not few:
+        return ()
+    shown = ", ".join(map(str, seen[:SHOWN_LABELS])) + (", ..." if len(seen) > SHOWN_LABELS else "")
+    read = "" if all_read else f" among the {count_of(len(labels), 'record')} looked at"
+    if len(seen) == 1:
+        mend = "make it again with images of every class"
+    elif seen[-1] + 1 > len(seen):
+        mend = (
+            f"if there are no other classes, make it again with labels from 0 to {len(seen) - 1} without gaps"
+        )
+    else:
+        mend = f"if there are no other classes, set data.num_classes to {len(seen)}"
+    return (
+        f"LMDB {folder} holds images of {count_of(len(seen), 'class')}{read} (label{'s' * (len(seen) > 1)} "
+        f"{shown}), and the network has {classes:,}: {mend}",
     )
 
 

@@ -7,7 +7,6 @@ transaction is on the disk before the next one; after any interruption, a later 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.common.disk import free_bytes, place_of, says_full, size
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import check_parent, parse_json, sync_folder, write_whole
 from caffe_jacinto.data.journal import Commit, Journal, Skipped, Stored
@@ -288,11 +288,10 @@ def _empty(folder: Path) -> None:
 
 def _why_not_written(output: Path, error: Exception) -> str:
     # On a full disk LMDB may report an input/output error, so look at the free space.
-    free = shutil.disk_usage(output.parent).free
-    no_room = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-    if no_room or free < BATCH_BYTES:
+    free = free_bytes(output.parent)
+    if says_full(str(error)) or free < BATCH_BYTES:
         return (
-            f"the disk of {output.parent} is full ({free / 1e6:,.0f} MB left): LMDB {output} is not complete;"
+            f"{place_of(output.parent)} is full ({size(free)} left): LMDB {output} is not complete;"
             " free some space and start the same command again to continue"
         )
     return f"LMDB {output} could not be written: {error}"

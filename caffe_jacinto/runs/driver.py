@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,17 +43,26 @@ from caffe_jacinto.runs.progress import (
     stage_summary,
 )
 from caffe_jacinto.runs.retention import Keeper, remove_snapshots
+from caffe_jacinto.runs.space import full_disk
 from caffe_jacinto.runs.watch import (
     NO_NUMBERS,
     StageView,
     Tail,
+    last_words,
     read_log,
     read_test_net,
     skipped_line,
+    to_resume,
     why_failed,
 )
 
 POLL_SECONDS = 0.1
+
+SILENCE_SECONDS = 60.0
+"""So long a silence of the log is news where there is no live line to show it."""
+
+UNUSUAL = 1.5
+"""So much longer than the longest one before a silence has to be."""
 
 NEXT_REQUEST = ("again to end it at once", "once more to kill it", "")
 """What the next request to stop does, after the first, the second, the third."""
@@ -71,6 +81,22 @@ class Watched:
     shown_displays: int = 0
     heard: float = field(default_factory=time.monotonic)
     """When the last line of the log arrived."""
+    longest: float = 0.0
+    """The longest time between two lines."""
+    reported: float = 0.0
+    """How long the present silence was when it was last news."""
+
+    def hear(self) -> None:
+        """A line of the log has arrived."""
+        now = time.monotonic()
+        self.longest, self.heard, self.reported = max(self.longest, now - self.heard), now, 0.0
+
+    def silence_is_news(self, silent: float) -> bool:
+        """Whether a silence of this length is worth a line: an unusual one, and each time it has doubled."""
+        if silent < max(SILENCE_SECONDS, UNUSUAL * self.longest, 2 * self.reported):
+            return False
+        self.reported = silent
+        return True
 
     def has_final_snapshot(self, run: RunPlan) -> bool:
         return self.plan is None or final_is_complete(self.plan.final_weights, run.engine.info.dialect)
@@ -101,10 +127,14 @@ class Driver:
         try:
             return self._drive()
         except OSError as error:
-            raise RunFailed(
-                f"{error.filename or self.run.folder}: {error.strerror or error}; fix that, then resume: "
-                f"{resume_command(self.run.folder)}"
-            ) from None
+            reason = f"{error.filename or self.run.folder}: {error.strerror or error}"
+            mend = f"{reason}; fix that, then resume: {resume_command(self.run.folder)}"
+            raise RunFailed(self._full_disk(reason) or mend) from None
+
+    def _full_disk(self, reason: str, cut_off: bool = False) -> str | None:
+        """What to say if a full disk is why ``reason`` was given; see `space.full_disk`."""
+        waiting = [plan for plan in self.run.stages if self.record.stages[plan.name].state != "finished"]
+        return full_disk(self.run, waiting, self.keep, reason, cut_off=cut_off)
 
     def _drive(self) -> int:
         for plan in self.run.stages:
@@ -239,9 +269,11 @@ class Driver:
         if self.signals.requested:
             self._note(state, "stopped")
             return False
-        reason = log.fatal or describe_exit(code)
-        self._note(state, "failed", reason)
-        raise RunFailed(f"the test failed: {reason}; log: {self.run.test_folder / STAGE_LOG}")
+        path = self.run.test_folder / STAGE_LOG
+        reason = log.fatal or f"{describe_exit(code)}{last_words(path)}"
+        what = self._full_disk(reason) or f"{reason}; {to_resume(self.run)}"
+        self._note_failed(state, what)
+        raise RunFailed(f"the test failed: {what}; log: {path}")
 
     def _run(self, folder: Path, state: StageState, commands: Sequence[list[str]], watched: Watched) -> int:
         """Run the commands in order until one fails or a stop is requested; returns the last exit code."""
@@ -251,8 +283,9 @@ class Driver:
             try:
                 child = Child(command, folder / STAGE_LOG, self.lock.descriptor)
             except OSError as error:
-                self._note(state, "failed", str(error))
-                raise RunFailed(f"{command[0]} cannot be started: {error.strerror}") from None
+                self._note_failed(state, str(error))
+                what = f"{command[0]} cannot be started: {error.strerror}"
+                raise RunFailed(f"{what}; {to_resume(self.run)}") from None
             self.signals.pass_on_to(child)
             try:
                 state.pid = child.pid
@@ -281,7 +314,7 @@ class Driver:
             ended = child.ended()
             while data := tail.read():
                 watched.view.feed(data)
-                watched.heard = time.monotonic()
+                watched.hear()
             if watched.view.trouble is not None:
                 # Kill it, so that it does not write a snapshot of weights that are not numbers.
                 child.kill()
@@ -299,11 +332,11 @@ class Driver:
     def _show(self, watched: Watched) -> None:
         log, place = watched.view.log, watched.place
         silent = time.monotonic() - watched.heard
-        done = log.iteration or 0
+        done, unusual = log.iteration or 0, watched.silence_is_news(silent)
         if place is None:
             batches = log.batches or 0
             shown = Progress(["test", f"batch {done:,}/{batches:,}"], last_heard(silent))
-            self.screen.show(shown, done / max(batches, 1), news=0 < done < batches)
+            self.screen.show(shown, done / max(batches, 1), news=unusual or 0 < done < batches)
             return
         for iteration in [iteration for iteration in log.tests if iteration > watched.shown_test]:
             self.screen.say(
@@ -311,7 +344,7 @@ class Driver:
             )
             watched.shown_test = iteration
         self._say_doubts(watched.view)
-        news = log.displays > watched.shown_displays
+        news = unusual or log.displays > watched.shown_displays
         watched.shown_displays = log.displays
         self.screen.show(progress(log, place, silent=silent), done / place.max_iter, news=news)
 
@@ -334,10 +367,15 @@ class Driver:
         return self.signals.exit_code
 
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:
-        reason = why_failed(self.run, plan, view, code)
-        self._note(state, "failed", reason)
+        reason = why_failed(self.run, plan, view, code, self._full_disk)
+        self._note_failed(state, reason)
         kind = WorkLost if code == LOST and view.trouble is None else RunFailed
         return kind(f"stage {plan.name} failed: {reason}; log: {plan.log}")
+
+    def _note_failed(self, state: StageState, reason: str) -> None:
+        """Record that a stage failed, if the disk takes that: the reason must not be lost for it."""
+        with suppress(OSError):
+            self._note(state, "failed", reason)
 
     def _note(self, state: StageState, now: State, message: str | None = None) -> None:
         """Record a stage's new state."""

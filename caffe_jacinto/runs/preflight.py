@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +14,7 @@ from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.text import count_of
+from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.logs.discover import RUN_RECORD
@@ -25,15 +24,12 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories, solver_type
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
-from caffe_jacinto.runs.retention import snapshot_files
+from caffe_jacinto.runs.space import check_space
 from caffe_jacinto.runs.sparsity_check import shortfalls
 
 if TYPE_CHECKING:
     from caffe_jacinto.caffemodel.fit import Mismatch
-
-BYTES_PER_WEIGHT = 4
-MARGIN = 1.1
-"""For logs, masks and the file system's own needs."""
+    from caffe_jacinto.data.lmdb_reader import LmdbFacts
 
 SHOWN = 3
 """Layers that one message names."""
@@ -97,9 +93,7 @@ def preflight(
     findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, resuming=resuming))
     findings.problems += run.engine.check(texts, findings.image_shapes)
     if texts:
-        findings.attempt(
-            lambda: _check_disk(run, stages, keep, next(iter(texts.values()))["deploy.prototxt"])
-        )
+        findings.attempt(lambda: check_space(run, stages, keep, resuming=resuming))
     findings.files_can_be_made = len(texts) == len(stages)
     for plan in stages:
         if plan.devices.note:
@@ -188,6 +182,7 @@ def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
         training=True,
     )
     findings.train_images = facts.images
+    _note_crop(run, run.recipe.data.train_lmdb, facts, findings)
     findings.image_shapes[run.recipe.data.train_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
 
@@ -203,6 +198,7 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
         min_size=run.recipe.network.crop_size,
     )
     findings.val_images = facts.images
+    _note_crop(run, run.recipe.data.val_lmdb, facts, findings)
     findings.image_shapes[run.recipe.data.val_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
     rest = facts.images % batch
@@ -233,16 +229,34 @@ def _check_mean_file(run: RunPlan, findings: Findings) -> None:
 
 
 def _check_labels(run: RunPlan, findings: Findings) -> None:
-    path = run.recipe.data.labels
-    if path is None:
+    """Note class names, of the recipe or beside the training LMDB, that are not one for each class."""
+    given = run.recipe.data.labels
+    path = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS
+    if given is None and not path.is_file():
         return
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"class names {path} (data.labels) cannot be read: {error}") from None
+        problem = f"class names {path} {'(data.labels) ' if given else ''}cannot be read: {error}"
+        if given:
+            raise UserError(problem) from None
+        findings.notes.append(problem)
+        return
     if len(lines) != run.recipe.data.num_classes:
         findings.notes.append(
             f"{path} names {len(lines)} classes, and data.num_classes is {run.recipe.data.num_classes}"
+        )
+
+
+def _note_crop(run: RunPlan, lmdb: str, facts: LmdbFacts, findings: Findings) -> None:
+    """Note a crop that shows only a small part of the images."""
+    crop, side = run.recipe.network.crop_size, min(facts.height, facts.width)
+    if side > 2 * crop:
+        share = crop * crop / (facts.height * facts.width)
+        findings.notes.append(
+            f"the network sees {crop}x{crop} pixels (network.crop_size) of the {facts.width}x{facts.height} "
+            f"of an image in {lmdb}, {share:.1%} of it: make the LMDB with "
+            f"smaller images (create_lmdb --size {round(crop * 256 / 224)}), or enlarge the crop"
         )
 
 
@@ -336,57 +350,3 @@ def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> s
 def _listed(items: Sequence[object]) -> str:
     more = f"; and {len(items) - SHOWN} more" if items[SHOWN:] else ""
     return "; ".join(map(str, items[:SHOWN])) + more
-
-
-def _check_disk(run: RunPlan, stages: tuple[StagePlan, ...], keep: int, deploy: str) -> None:
-    weights = _weight_count(deploy, run.engine.info.dialect)
-    snapshots = sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(plan, weights) for plan in stages)
-    starts = sum(BYTES_PER_WEIGHT * weights for plan in stages if plan.stage.reinit)
-    needed = int((snapshots + starts) * MARGIN) - sum(_bytes_there(plan.prefix) for plan in stages)
-    there = _existing(run.folder)
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"not enough disk space in {there}: the snapshots need about {_size(needed)} "
-            f"more (training.keep is {keep}), and {_size(free)} are free; free some, or put the run "
-            "elsewhere with --output"
-        )
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{there} is not writable; choose another folder with --output")
-
-
-def _weight_count(deploy: str, dialect: Dialect) -> int:
-    """Numbers in a weight file of the network."""
-    from caffe_jacinto.netspec.graph import TEST
-    from caffe_jacinto.netspec.shapes import blob_shapes
-    from caffe_jacinto.prototxt.schema import parse_net
-
-    blobs = blob_shapes(parse_net(deploy, dialect, "deploy.prototxt"), TEST)
-    return sum(math.prod(dim or 1 for dim in shape) for shapes in blobs.values() for shape in shapes)
-
-
-def _snapshots_at_once(plan: StagePlan, keep: int) -> int:
-    """The newest ones, the best, the last, and the one being written."""
-    solver = plan.stage.solver
-    return min(keep + 3, -(-solver.max_iter // solver.snapshot) + 1)
-
-
-def _snapshot_bytes(plan: StagePlan, weights: int) -> int:
-    """Weights and solver state: one value per weight, and its history's."""
-    return BYTES_PER_WEIGHT * weights * (1 + histories(plan.stage.solver.type))
-
-
-def _bytes_there(prefix: Path) -> int:
-    """Bytes that an earlier attempt's snapshots already take."""
-    files = snapshot_files(prefix).values() if prefix.parent.is_dir() else []
-    return sum(file.stat().st_size for group in files for file in group)
-
-
-def _existing(path: Path) -> Path:
-    """``path``, or the nearest folder above it that exists."""
-    absolute = path.absolute()
-    return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

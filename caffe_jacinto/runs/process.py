@@ -91,6 +91,12 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
+EXPLAINED = {
+    "SIGKILL": " (out of memory, or killed by hand)",
+    "SIGXFSZ": " (a file has grown to the limit that ulimit -f shows)",
+}
+
+
 def describe_exit(code: int) -> str:
     """An exit code in words: ``exit code 1``, ``killed by SIGKILL``."""
     if code >= 0:
@@ -99,8 +105,7 @@ def describe_exit(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    reason = " (out of memory, or killed by hand)" if -code == signal.SIGKILL else ""
-    return f"killed by {name}{reason}"
+    return f"killed by {name}{EXPLAINED.get(name, '')}"
 
 
 class StopSignals:

@@ -12,8 +12,11 @@ from caffe_jacinto.logs.series import SolverTest
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 
-SECONDS_BETWEEN = 5.0
+SECONDS_BETWEEN = 1.0
 """The least time between two looks at a running stage's snapshots."""
+
+BREAK = 20.0
+"""The least time from one look to the next, as a multiple of the time that it took."""
 
 
 class Keeper:
@@ -32,16 +35,18 @@ class Keeper:
         self.spoiled: int | None = None
         """The first iteration whose snapshot was deleted since its weights were not numbers."""
         self._seen: tuple[int, int] | None = None
-        self._looked = float("-inf")
+        self._next_look = float("-inf")
 
     def clean_now_and_then(self, log: StageLog) -> None:
-        """`clean`, if the log has named a snapshot or a test since, and at most every 5 s."""
+        """`clean`, if the log has named a snapshot or a test since; it takes a small part of the time."""
         seen = (len(log.snapshots), len(log.tests))
-        if seen != self._seen and time.monotonic() - self._looked >= SECONDS_BETWEEN:
-            self._looked = time.monotonic()
+        if seen != self._seen and time.monotonic() >= self._next_look:
+            begun = time.monotonic()
             # The log names a snapshot before its files are complete: look again until they are.
             if self.clean(log):
                 self._seen = seen
+            ended = time.monotonic()
+            self._next_look = ended + max(SECONDS_BETWEEN, BREAK * (ended - begun))
 
     def clean(self, log: StageLog) -> bool:
         """Delete what is not kept; False when a snapshot that the log names is not complete yet.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from caffe_jacinto.engines.snapshots import Skipped
+from caffe_jacinto.engines.snapshots import Skipped, final_is_complete
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.loss import USELESS, Kind
@@ -14,9 +14,6 @@ from caffe_jacinto.logs.stage import CHUNK, StageLog
 from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 from caffe_jacinto.runs.process import describe_exit
-
-FULL_DISK = 1 << 20
-"""With fewer bytes free, the disk is the reason."""
 
 NO_NUMBERS = "weights are not numbers"
 
@@ -101,32 +98,44 @@ def skipped_line(skipped: Skipped) -> str:
     return f"snapshot of iteration {skipped.iteration} is passed over: {skipped.reason}"
 
 
-def why_failed(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
-    """Why a stage failed and what to do about it, in one line. ``code`` is its last command's exit code."""
-    reason = _reason(run, plan, view, code)
-    full = shutil.disk_usage(run.folder).free < FULL_DISK
-    return f"{reason}; the disk is full" if full else reason
+def why_failed(
+    run: RunPlan, plan: StagePlan, view: StageView, code: int, full: Callable[[str, bool], str | None]
+) -> str:
+    """Why a stage failed and what to do about it, in one line. ``code`` is its last command's exit code.
 
-
-def _reason(run: RunPlan, plan: StagePlan, view: StageView, code: int) -> str:
-    resume = _to_resume(run)
-    log = view.log
+    ``full`` gives what to say where a full disk is behind a reason; it is told whether a file was cut off.
+    """
     if view.trouble is not None:
         return _trouble(run, plan, view.trouble, view.sound)
+    reason = _reason(run, plan, view.log, code)
+    cut_off = view.log.fatal is not None and _wrote_a_part(run, plan, view.log)
+    return full(reason, cut_off) or f"{reason}; {to_resume(run)}"
+
+
+def _wrote_a_part(run: RunPlan, plan: StagePlan, log: StageLog) -> bool:
+    """Whether Caffe gave up in the middle of a snapshot's file, where it does not say what was wrong."""
+    if "SerializeToOstream" not in (log.fatal or "") or not log.snapshots:
+        return False
+    weights = plan.prefix.with_name(f"{plan.prefix.name}_iter_{max(log.snapshots)}.caffemodel")
+    return weights.is_file() and not final_is_complete(weights, run.engine.info.dialect)
+
+
+def _reason(run: RunPlan, plan: StagePlan, log: StageLog, code: int) -> str:
     if log.fatal is not None:
-        return f"{log.fatal}{_if_out_of_memory(plan, log.fatal)}; {resume}"
+        return f"{log.fatal}{_if_out_of_memory(plan, log.fatal)}"
     if code != 0:
-        return f"{describe_exit(code)}{last_words(plan.log)}; {resume}"
+        return f"{describe_exit(code)}{last_words(plan.log)}"
     if (log.iteration or 0) < plan.max_iter:
         where = f"at iteration {log.iteration or 0:,}"
-        return f"training ended early, {where}, as it does when it is interrupted; {resume}"
+        return f"training ended early, {where}, as it does when it is interrupted"
     skipped = run.start_point(plan).skipped
     if skipped:
-        return f"its last snapshot cannot be used: {skipped_line(skipped[0])}; {resume}"
-    return f"it ended before the stage was marked complete, as it does when it is interrupted; {resume}"
+        return f"its last snapshot cannot be used: {skipped_line(skipped[0])}"
+    return "it ended before the stage was marked complete, as it does when it is interrupted"
 
 
-def _to_resume(run: RunPlan) -> str:
+def to_resume(run: RunPlan) -> str:
+    """How to go on with a run, for the end of a message."""
     return f"to resume: {resume_command(run.folder)}"
 
 
@@ -136,7 +145,7 @@ def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
     named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
     return (
         f"{trouble}, so it was stopped; {named}; a new run with a lower learning rate may train, such as "
-        f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g}); {_to_resume(run)}"
+        f"--set stages.{plan.name}.solver.base_lr={rate / 10:g} (now {rate:g}); {to_resume(run)}"
     )
 
 
