@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -137,3 +139,39 @@ def test_the_packages_are_those_of_pyproject() -> None:
 def test_other_import_errors_keep_their_traceback() -> None:
     with pytest.raises(ModuleNotFoundError):
         run_command("x", lambda _: bool(import_module("caffe_jacinto.no_such_module")))
+
+
+@pytest.mark.parametrize("words", [("-m", "caffe_jacinto.train"), ("-m", "caffe_jacinto", "train")])
+def test_ctrl_c_at_any_moment_of_the_start_gives_no_traceback(words: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, *words, "--resume", str(tmp_path / "none")]
+    begun = time.monotonic()
+    subprocess.run(command, capture_output=True, check=False)
+    seconds = time.monotonic() - begun
+    for tenth in range(1, 10):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds * tenth / 10)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+        # Before the package begins, Python itself starts, and reports a Ctrl-C as it likes.
+        assert "Traceback" not in said or "/caffe_jacinto/" not in said, said
+        codes = (-signal.SIGINT, INTERRUPTED, USER_ERROR)
+        assert process.returncode in codes or "init_import_site" in said, said
+
+
+def test_ctrl_c_is_an_exception_while_a_command_works_and_stays_one_in_programs_that_import_it() -> None:
+    script = "import signal, caffe_jacinto\n"
+    script += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    seen = []
+
+    def main(_arguments: object) -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 0
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert run_command("x", main) == 0
+        seen.append(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert seen == [signal.default_int_handler, signal.SIG_DFL]

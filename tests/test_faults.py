@@ -16,7 +16,7 @@ from faults import hostile, knocks, moments, small_disk, table
 from faults.cases import ROTATION, Broken, Case, Result
 from faults.compare import compare
 from faults.damage import KINDS
-from faults.disturbed import FAILED, FINISHED, REFUSED, STAGES, Command, final_weights
+from faults.disturbed import FAILED, FINISHED, REFUSED, STAGES, Command, final_weights, tracebacks
 from faults.hostile_archives import hostile_archive
 from faults.hostile_logs import hostile_log
 
@@ -112,6 +112,16 @@ def test_what_a_command_may_say(tmp_path: Path, words: str, code: int, broken: s
     else:
         with pytest.raises(Broken, match=broken):
             command.finish(FINISHED, FAILED, REFUSED)
+
+
+def test_a_traceback_counts_unless_python_itself_was_starting() -> None:
+    frames = 'Traceback (most recent call last):\n  File "{}", line 1, in <module>\n    code\n{}\n'
+    ours, pythons = "/usr/lib/caffe_jacinto/train.py", "<frozen site>"
+    assert tracebacks("said\n" + frames.format(pythons, "KeyboardInterrupt")) == []
+    for path, error in ((ours, "KeyboardInterrupt"), (pythons, "ValueError: 1"), (ours, "KeyError: 2")):
+        text = frames.format(pythons, "KeyboardInterrupt") + "more\n" + frames.format(path, error) + "end\n"
+        assert len(tracebacks(text)) == 1, text
+    assert len(tracebacks("Traceback (most recent call last):")) == 1
 
 
 def test_a_seed_repeats_its_cases() -> None:

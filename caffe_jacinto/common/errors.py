@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from caffe_jacinto.common.dependencies import why_missing
@@ -79,7 +81,8 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         # A path that the terminal's encoding cannot show must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main(sys.argv[1:])
+        with _interrupts_raised():
+            code = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -113,6 +116,19 @@ def _of_the_system(error: OSError) -> str:
     if not is_full(error) or error.filename is None:
         return str(error)
     return f"{why_not_written(error, Path(str(error.filename)))}; free some space"
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt inside; before and after, it ends the program (see `caffe_jacinto`)."""
+    ends_program = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if ends_program:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ends_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _drop_stdout() -> None:

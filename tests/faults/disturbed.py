@@ -44,6 +44,16 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SI
 FINISHED, FAILED, REFUSED = 0, 1, 2
 
 
+def tracebacks(text: str) -> list[str]:
+    """The tracebacks in ``text``, except those of a Ctrl-C while Python itself starts."""
+    found = []
+    for part in text.split(TRACEBACK)[1:]:
+        frames, _, error = re.match(r":?((?:\n[ \t].*)*)(\n?)(.*)", part).groups()  # type: ignore[union-attr]
+        if "/caffe_jacinto/" in frames or not error.startswith("KeyboardInterrupt"):
+            found.append(frames + error)
+    return found
+
+
 def final_weights(run: Path, stage: str) -> Path:
     return run / stage / f"{PREFIX}_iter_{STAGES[stage]}.caffemodel"
 
@@ -67,8 +77,10 @@ class Command(NamedTuple):
             kill(self.process.pid, "both")
             raise Broken(f"a command did not end within {PATIENCE} s, {where}") from None
         said = self.said.read_text(errors="replace")
-        if TRACEBACK in said:
+        if tracebacks(said):
             raise Broken(f"a traceback, {where}")
+        if TRACEBACK in said:
+            code = -signal.SIGINT  # that Python reports itself, with any exit code
         if code not in allowed:
             raise Broken(f"exit code {code}, not {' or '.join(map(str, allowed))}, {where}")
         if code == FAILED and HOW_TO_GO_ON not in said:
@@ -203,7 +215,7 @@ class DisturbedRun:
         if states != dict.fromkeys(PARTS, "finished"):
             raise Broken(f"exit code 0, but run.json has {states}")
         for log in self.folder.glob("*/run.log"):
-            if TRACEBACK in log.read_text(errors="replace"):
+            if tracebacks(log.read_text(errors="replace")):
                 raise Broken(f"a traceback in {log.relative_to(self.folder)}")
         left = [str(path.relative_to(self.folder)) for path in self.folder.rglob(".*")]
         if left:

@@ -15,7 +15,7 @@ from pathlib import Path
 import lmdb
 
 from faults.cases import Broken
-from faults.disturbed import PATIENCE, TRACEBACK
+from faults.disturbed import PATIENCE, tracebacks
 from faults.knocks import descendants
 from faults.small_disk import FILLER, LEFT, check_words, fill
 
@@ -40,7 +40,7 @@ def finish(process: subprocess.Popen[str], said: Path, *allowed: int) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         raise Broken(f"create_lmdb did not end within {PATIENCE} s") from None
-    if TRACEBACK in said.read_text(errors="replace"):
+    if tracebacks(said.read_text(errors="replace")):
         raise Broken(f"a traceback, see {said.name}")
     if code not in allowed:
         raise Broken(f"exit code {code}, see {said.name}")
