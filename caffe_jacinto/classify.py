@@ -67,6 +67,12 @@ def _read_arguments(argv: Sequence[str]) -> Namespace:
     parser = _parser()
     cut = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_intermixed_args(list(argv[:cut]))
+    known = {name for action in parser._actions for name in action.option_strings}
+    misplaced = [
+        given for given in argv[cut + 1 :] if given.partition("=")[0] in known and not Path(given).exists()
+    ]
+    if misplaced:
+        raise UserError(f"{misplaced[0]} comes after --, where only images are: put options before --")
     rest = [*options.rest, *map(Path, argv[cut + 1 :])]
     options.weights = None
     wanted = "give a run folder, or a deploy.prototxt and its .caffemodel"

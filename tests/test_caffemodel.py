@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
-from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.caffemodel.storage import read_weights, stored_state
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import read_text
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -157,9 +159,45 @@ def test_foreign_files_and_sizes_that_are_not_there_are_refused_at_once(
     path = tmp_path / "other.caffemodel"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"other\.caffemodel: (cut off or not a weight file|no layer with weights)"
+        UserError,
+        match=r"other\.caffemodel: (cut off or not a weight file|no layer with weights|an HDF5 file|text, such)",
     ):
         read_weights(path)
+
+
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
+    model = write(tmp_path / "net.caffemodel", weights_of({"a": [(2, 3)]}))
+    state = tmp_path / "net.solverstate"
+    state.write_bytes(messages(Dialect.BVLC).SolverState(iter=3, learned_net="net").SerializeToString())
+    text = tmp_path / "train.prototxt"
+    text.write_text(NET)
+    hdf5 = tmp_path / "net.caffemodel.h5"
+    hdf5.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(2000))
+    weights, solver_state = r"weight file \(\.caffemodel\)", r"solver state \(\.solverstate\)"
+    for path, read, said in (
+        (state, read_weights, f"a {solver_state}; give a {weights}"),
+        (text, read_weights, f"text, such as a prototxt; give a {weights}"),
+        (
+            hdf5,
+            read_weights,
+            f"an HDF5 file, and a {weights} in Caffe's binary form .* BINARYPROTO in the solver",
+        ),
+        (model, stored_state, f"a {weights}; give a {solver_state}"),
+        (text, stored_state, f"text, such as a prototxt; give a {solver_state}"),
+        (hdf5, stored_state, f"an HDF5 file, and a {solver_state} in Caffe's binary form .*"),
+        (model, read_text, "a weight file, not text"),
+        (hdf5, read_text, "an HDF5 file, not text"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {said}$"):
+            read(path)
+
+
+def test_one_number_without_axes_is_a_factor(tmp_path: Path) -> None:
+    scalar = weights_of({**SHAPES, "conv/bn": [(4,), (4,), ()]})
+    assert check_fit(write(tmp_path / "w.caffemodel", scalar), net()) == []
+    many = weights_of({**SHAPES, "conv/bn": [(4,), (), (1,)]})
+    (mismatch,) = check_fit(write(tmp_path / "w.caffemodel", many), net())
+    assert mismatch.reason == "blob 1 is one number in the weight file, 4 in the network"
 
 
 @given(st.data())
@@ -183,7 +221,9 @@ def test_cut_off_anywhere_it_is_refused_in_one_line(
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.caffemodel"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"no layer with weights|cut off or no|file is empty"):
+    with pytest.raises(
+        UserError, match=r"no layer with weights|cut off or no|file is empty|: text, such|: a solver state"
+    ):
         read_weights(path)
 
 

@@ -292,6 +292,13 @@ def test_without_caffe_opencv_computes_and_the_line_says_so(
     assert "on onnxruntime 1" in capsys.readouterr().err
 
 
+def test_an_option_among_the_images_is_named(tmp_path: Path) -> None:
+    for option in (["--picture", "x.png"], ["--batch=3"]):
+        said = f"{option[0]} comes after --, where only images are: put options before --"
+        with pytest.raises(UserError, match=said):
+            main([str(tmp_path), "--", "lmdb", *option])
+
+
 def test_a_gpu_that_is_not_there_or_that_no_backend_can_use(
     network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

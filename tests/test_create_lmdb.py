@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -237,6 +238,9 @@ def test_missing_and_unfit_image_folders(tmp_path: Path) -> None:
         ("a.JPEG one\n", ":1: label 'one' is not a whole number from 0"),
         ("a.JPEG -1\n", ":1: label '-1' is not a whole number from 0"),
         ("a.JPEG 1.0\n", ":1: label '1.0' is not a whole number from 0"),
+        ("a.JPEG 2147483647\n", ":1: label 2147483647 is beyond the 2 class names given (labels 0 to 1)"),
+        ("a.JPEG 2147483648\n", ":1: label '2147483648' is above 2,147,483,647, the largest possible"),
+        (f"a.JPEG {'9' * 5000}\n", " is above 2,147,483,647, the largest possible"),
         ("a.JPEG 0\nb.JPEG 2\n", ":2: label 2 is beyond the 2 class names given (labels 0 to 1)"),
         ("\n \n", " names no images: it holds lines of the form 'path label'"),
     ],
@@ -245,7 +249,35 @@ def test_bad_lines_of_a_list(images: Path, tmp_path: Path, content: str, message
     (tmp_path / "l.txt").write_text(content)
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     options = ["--list", tmp_path / "l.txt", "--labels", tmp_path / "labels.txt", "--output", tmp_path / "o"]
-    assert f"{tmp_path}/l.txt{message}" in mistake(["--images", images, *options])
+    said = mistake(["--images", images, *options])
+    assert said.startswith(f"{tmp_path}/l.txt:") or "names no images" in said
+    assert message in said
+
+
+def test_the_largest_label_is_stored(images: Path, tmp_path: Path) -> None:
+    path = next(path.relative_to(images) for path in images.glob("*/*.JPEG"))
+    (tmp_path / "l.txt").write_text(f"{path} 2147483647\n")
+    assert create("--images", images, "--list", tmp_path / "l.txt", "--output", tmp_path / "o") == 0
+    assert labels_of(tmp_path / "o") == {str(path): 2**31 - 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("cat/1.JPEG 3 5", "the line seems to have two labels, and an image has one: write 'path label'"),
+        (r"cat\1.JPEG 3", "the path has back slashes: write / between folders"),
+        ("C:/images/1.JPEG 3", "the path begins with a drive of Windows: write paths relative to --images"),
+    ],
+)
+def test_why_a_path_of_a_list_does_not_exist(images: Path, tmp_path: Path, line: str, why: str) -> None:
+    (tmp_path / "l.txt").write_text(f"{line}\n")
+    message = mistake(["--images", images, "--list", tmp_path / "l.txt", "--output", tmp_path / "o"])
+    assert message.endswith(f"No such file or directory; {why}")
+    archive = tmp_path / "images.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(images, "")
+    message = mistake(["--images", archive, "--list", tmp_path / "l.txt", "--output", tmp_path / "o"])
+    assert f"l.txt:1: archive {archive} holds no image" in message and message.endswith(f"; {why}")
 
 
 def test_bad_labels_files(images: Path, tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ def test_images_stored_as_plain_values(tmp_path: Path) -> None:
 def test_what_is_no_lmdb(tmp_path: Path) -> None:
     assert f"LMDB {tmp_path}/none does not exist: make it with" in mistake(tmp_path / "none")
     assert f"{tmp_path} is not an LMDB: there is no data.mdb in it" in mistake(tmp_path)
+    (tmp_path / "my images" / "cat").mkdir(parents=True)
+    message = mistake(tmp_path / "my images")
+    command = f"create_lmdb --images '{tmp_path}/my images' --output '{tmp_path}/my images_lmdb'"
+    assert message.endswith(f"for each class: python -m caffe_jacinto.{command}")
     (tmp_path / "level").mkdir()
     (tmp_path / "level" / "CURRENT").touch()
     assert "level is a LevelDB, and an LMDB is needed" in mistake(tmp_path / "level")

@@ -635,6 +635,7 @@ def test_status_of_a_run_that_nobody_drives(tmp_path: Path, state: str, first: s
     assert lines[0].endswith(f": {first}")
     assert lines[1].startswith(f"  initial: {stage}, iteration 10/200, loss 1.5")
     assert lines[-1].startswith("to resume: python -m caffe_jacinto.train --resume")
+    assert status_lines(tmp_path / "run.json") == lines
 
 
 # ------------------------------------------------------------------------------------------------- the screen

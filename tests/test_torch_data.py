@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
 
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.data.batches import Order
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.engines.pytorch.feed import Inputs
@@ -144,6 +145,20 @@ def test_bad_records_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             ours.start_at(0)
             ours.batch()
         assert says in str(error.value)
+
+
+def test_an_lmdb_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdb(tmp_path / "lmdb", [datum_of(noise(HEIGHT, WIDTH), 0)] * 300)
+    with inputs(data_net("")) as ours:
+        ours.start_at(0)
+        ours.batch()
+        os.truncate(tmp_path / "lmdb" / "data.mdb", 8192)
+        with pytest.raises(
+            RunFailed, match="lmdb: it was cut off or replaced while it was read: copy or make"
+        ):
+            for _ in range(100):
+                ours.batch()
 
 
 def test_a_label_beyond_the_classes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

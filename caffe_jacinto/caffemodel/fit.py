@@ -102,7 +102,8 @@ def _other_shape(layer: StoredLayer, shapes: list[Shape]) -> str | None:
 
 
 def _fills(blob: Blob, shape: Shape) -> bool:
-    if _equal(blob.shape, shape):
+    # One number, as a batch norm's factor is, may be stored without axes.
+    if _equal(blob.shape, shape) or (not blob.shape and shape == (1,)):
         return True
     if blob.four_axes:
         return _equal(blob.shape, (1,) * (4 - len(shape)) + shape) or _per_channel(blob, shape)
@@ -121,4 +122,4 @@ def _equal(stored: tuple[int, ...], expected: Shape) -> bool:
 
 
 def _written(shape: Shape) -> str:
-    return " x ".join("?" if dim is None else str(dim) for dim in shape)
+    return " x ".join("?" if dim is None else str(dim) for dim in shape) or "one number"

@@ -5,6 +5,7 @@ Files are mapped, and the numbers of a blob read when they are asked for: large 
 
 from __future__ import annotations
 
+import codecs
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,10 +105,15 @@ LAYER_BLOBS, BLOB_DATA = 7, 5
 """Field numbers, the same in both dialects: NetParameter's name, layer and layers (the V1 form),
 LayerParameter's blobs, BlobProto's data."""
 
+WEIGHTS, STATE = "weight file (.caffemodel)", "solver state (.solverstate)"
+"""What messages call the two kinds of files."""
+
+_HDF5_START = b"\x89HDF\r\n\x1a\n"
 _LAYER_NAME = 1
 _V1_NAME, _V1_BLOBS = 4, 6
 _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 7, 8, 10, 12
 _STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
+_FIRST_FIELDS = ((_STATE_ITER, VARINT), (NET_NAME, LENGTH), (NET_LAYER, LENGTH))
 
 _MOST_SHAPE_BYTES = 400
 """More than a shape of Caffe's at most 32 axes takes."""
@@ -181,6 +187,7 @@ def layer_fields(view: memoryview, path: Path) -> Iterator[tuple[Field, StoredLa
         UserError: the file is cut off or not a weight file, or a blob's numbers do not fill its shape.
     """
     has_blobs = False
+    _check_kind(view, path, WEIGHTS)
     try:
         for field in fields(view):
             layer = _layer_in(view, field)
@@ -207,6 +214,7 @@ def stored_state(path: Path) -> StoredState:
     iteration, learned_net, history = None, "", []
     try:
         with mapped(path) as view:
+            _check_kind(view, path, STATE)
             for field in fields(view):
                 if field.number == _STATE_ITER and field.wire_type == VARINT:
                     iteration = field.value
@@ -215,15 +223,42 @@ def stored_state(path: Path) -> StoredState:
                 elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
                     history.append(_blob(view, field))
     except NotWholeError:
-        raise damaged(path, "solver state (.solverstate)") from None
+        raise damaged(path, STATE) from None
     if iteration is None or not history:
         raise UserError(f"{path}: no iteration or no history in it; is it a .solverstate?")
     return StoredState(iteration, learned_net, tuple(history))
 
 
-def damaged(path: Path, kind: str = "weight file (.caffemodel)") -> UserError:
+def damaged(path: Path, kind: str = WEIGHTS) -> UserError:
     """The error to raise for a file whose bytes are not a whole ``kind``."""
     return UserError(f"{path}: cut off or not a {kind} ({path.stat().st_size:,} bytes); use another one")
+
+
+def _check_kind(view: memoryview, path: Path, wanted: str) -> None:
+    """Raise UserError where the file in ``view`` begins as one of another kind than ``wanted`` does."""
+    start = bytes(view[:1024])
+    if start.startswith(_HDF5_START):
+        raise UserError(
+            f"{path}: an HDF5 file, and a {wanted} in Caffe's binary form is needed; let Caffe write that:"
+            " snapshot_format: BINARYPROTO in the solver"
+        )
+    if _is_text(start):
+        raise UserError(f"{path}: text, such as a prototxt; give a {wanted}")
+    with suppress(NotWholeError, StopIteration):
+        first = next(fields(view))
+        # A solver state begins with its iteration, a network with its name.
+        found = STATE if first.wire_type == VARINT else WEIGHTS
+        if found != wanted and (first.number, first.wire_type) in _FIRST_FIELDS:
+            raise UserError(f"{path}: a {found}; give a {wanted}")
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file that begins with ``start`` is text: UTF-8 without control characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut off
+    except UnicodeDecodeError:
+        return False
+    return len(text) > 8 and all(char.isprintable() or char in "\t\n\r\f" for char in text)
 
 
 def _layer_in(view: memoryview, field: Field) -> StoredLayer | None:

@@ -80,6 +80,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_BINARY_KINDS = {".caffemodel": "a weight file", ".solverstate": "a solver state", ".h5": "an HDF5 file"}
+"""By the endings of Caffe's files that are no text."""
+
+
 def read_text(path: Path, hint: str = "") -> str:
     """The text of a file that the user names; ``hint`` says what to do when it cannot be read.
 
@@ -92,7 +96,9 @@ def read_text(path: Path, hint: str = "") -> str:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}{advice}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}){advice}") from None
+        what = _BINARY_KINDS.get(path.suffix)
+        why = f"{what}, not text" if what else f"not UTF-8 text ({error.reason} at byte {error.start})"
+        raise UserError(f"{path}: {why}{advice}") from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import count_of, image_progress
-from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder
+from caffe_jacinto.data.index import Archive, ImageIndex, IndexBuilder, why_not_found
 from caffe_jacinto.data.listing import and_others, class_labels, is_hidden, is_image_name, list_lines
 from caffe_jacinto.data.tar_files import TarFile, TarFiles
 
@@ -87,7 +87,10 @@ def list_from_archive(path: Path, list_file: Path, names: tuple[str, ...] | None
     for line, (name, label) in list_lines(list_file, names):
         file = contents.find(name)
         if file is None:
-            raise UserError(f"{list_file}:{line}: archive {path} holds no image {os.fsdecode(name)!r}")
+            raise UserError(
+                f"{list_file}:{line}: archive {path} holds no image {os.fsdecode(name)!r}"
+                f"{why_not_found(name)}"
+            )
         kinds[file.kind] += 1
         # The name as the list has it, "./" and all: it becomes the key, as with files.
         build.add(name, label, file.offset, file.size)

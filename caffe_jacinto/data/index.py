@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import stat
 from array import array
 from collections.abc import Iterable
@@ -56,6 +57,8 @@ class Folder:
             # Absolute paths are not below the folder. O_NONBLOCK: a pipe must not wait for its writer.
             name = path if path.startswith(b"/") else self._start + path
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise UnreadableImageError(f"{error.strerror}{why_not_found(path)}") from None
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from None
         except ValueError as error:  # A null character in the path.
@@ -70,6 +73,17 @@ class Folder:
             raise UnreadableImageError(error.strerror or str(error)) from None
         finally:
             os.close(descriptor)
+
+
+def why_not_found(path: bytes) -> str:
+    """What a message adds where a list's ``path`` does not exist, if the path itself shows why."""
+    if re.match(rb"[A-Za-z]:[\\/]", path):
+        return "; the path begins with a drive of Windows: write paths relative to --images"
+    if b"\\" in path:
+        return "; the path has back slashes: write / between folders"
+    if re.search(rb"\.\w+[ \t]+[0-9]+$", path):
+        return "; the line seems to have two labels, and an image has one: write 'path label'"
+    return ""
 
 
 class Archive:

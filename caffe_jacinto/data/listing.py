@@ -17,6 +17,9 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 LABELS = "labels.txt"
 """The file of class names beside an LMDB: line N for label N."""
 
+MAX_LABEL = 2**31 - 1
+"""A Datum's label is an int32."""
+
 _LIST_LINE = re.compile(rb"(?P<path>.*\S)[ \t]+(?P<label>\S+)", re.DOTALL)
 
 
@@ -173,8 +176,12 @@ def _list_line(list_file: Path, number: int, line: bytes, names: tuple[str, ...]
     if match is None:
         raise UserError(f"{list_file}:{number}: {_shown(line)} is not of the form 'path label'")
     text = match["label"]
-    if not re.fullmatch(rb"[0-9]{1,9}", text):
+    if not re.fullmatch(rb"[0-9]+", text):
         raise UserError(f"{list_file}:{number}: label {_shown(text)} is not a whole number from 0")
+    if len(text) > 20 or int(text) > MAX_LABEL:
+        raise UserError(
+            f"{list_file}:{number}: label {_shown(text)} is above {MAX_LABEL:,}, the largest possible"
+        )
     label = int(text)
     if names is not None and label >= len(names):
         raise UserError(

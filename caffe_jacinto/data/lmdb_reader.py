@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
+import signal
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,7 +221,11 @@ def check_folder(folder: Path) -> None:
     if (folder / "CURRENT").is_file() and not is_lmdb_folder(folder):
         raise UserError(f"{folder} is a LevelDB, and an LMDB is needed: make one from the images")
     if not is_lmdb_folder(folder):
-        raise UserError(f"{folder} is not an LMDB: there is no data.mdb in it")
+        path, output = shlex.quote(str(folder)), shlex.quote(f"{folder}_lmdb")
+        raise UserError(
+            f"{folder} is not an LMDB: there is no data.mdb in it; if it holds images in a folder for each"
+            f" class: python -m caffe_jacinto.create_lmdb --images {path} --output {output}"
+        )
     if not os.access(folder / "data.mdb", os.R_OK):
         raise UserError(f"LMDB {folder} cannot be read: no permission for {folder / 'data.mdb'}")
 
@@ -235,6 +241,15 @@ def check_not_cut_off(folder: Path, environment: Any) -> None:
         raise UserError(
             f"LMDB {folder} is cut off: data.mdb has {actual:,} bytes of {needed:,}; copy or make it again"
         )
+
+
+def why_reader_ended(exit_code: int | None) -> str:
+    """Why a process that read an LMDB ended by itself, with the negative number of a signal as exit code."""
+    if exit_code == -signal.SIGBUS:  # a page of the file that is no longer there
+        return "it was cut off or replaced while it was read: copy or make it again"
+    if exit_code == -signal.SIGKILL:
+        return "a process that reads it was killed; is there enough memory?"
+    return f"a process that reads it ended with exit code {exit_code}"
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:

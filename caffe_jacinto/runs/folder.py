@@ -128,6 +128,11 @@ def save(folder: Path, record: RunRecord) -> None:
     write_whole(folder / RUN_RECORD, record.model_dump_json(indent=2) + "\n")
 
 
+def run_folder_of(path: Path) -> Path:
+    """The folder of the run that a user names: that folder, or the run.json in it."""
+    return path.parent if path.name == RUN_RECORD and path.is_file() else path
+
+
 def load(folder: Path) -> RunRecord:
     """The record of the run in ``folder``.
 

@@ -147,7 +147,7 @@ def resume(
     """
     if options.slurm:
         check_slurm()
-    folder = folder.absolute()
+    folder = run_folder.run_folder_of(folder).absolute()
     record = run_folder.load(folder)
     _go_to_start_folder(folder, record)
     folder = Path(record.folder)

@@ -21,6 +21,7 @@ def status_lines(folder: Path) -> list[str]:
     Raises:
         UserError: there is no run, or its record is damaged.
     """
+    folder = run_folder.run_folder_of(folder)
     record = run_folder.load(folder)
     job = job_of(folder)
     # Not every file system shows the lock of another machine.

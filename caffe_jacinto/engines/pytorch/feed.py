@@ -20,6 +20,7 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
 from caffe_jacinto.data.batches import DataLayer, Images, data_layer
 from caffe_jacinto.data.index import UnreadableImageError
+from caffe_jacinto.data.lmdb_reader import why_reader_ended
 from caffe_jacinto.engines.contract import ImageShape, image_shape
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
@@ -195,8 +196,7 @@ class Feed:
                 dead = [process for process in self._processes if not process.is_alive()]
                 if dead:
                     raise RunFailed(
-                        f"{self._images.layer.source}: a process that reads it ended with exit code "
-                        f"{dead[0].exitcode}; is there enough memory?"
+                        f"{self._images.layer.source}: {why_reader_ended(dead[0].exitcode)}"
                     ) from None
         if trouble:
             raise UserError(trouble)
