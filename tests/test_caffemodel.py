@@ -160,7 +160,7 @@ def test_foreign_files_and_sizes_that_are_not_there_are_refused_at_once(
     path.write_bytes(content)
     with pytest.raises(
         UserError,
-        match=r"other\.caffemodel: (cut off or not a weight file|no layer with weights|an HDF5 file|text, such)",
+        match=r"other\.caffemodel: (cut off or not a weight file|no layer with weights|an HDF5|text, such)",
     ):
         read_weights(path)
 
