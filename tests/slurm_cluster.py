@@ -126,6 +126,8 @@ def cluster() -> Iterator[Cluster]:
         (folder / "slurm.conf").write_text(
             CONFIGURATION.format(folder=folder, host=host, user=user, ports=_free_ports(3))
         )
+        # Other values fail where no control groups are mounted, as in containers; nothing here uses them.
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
