@@ -20,6 +20,7 @@ from log_text import Log
 from test_snapshots import write_pair
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import is_unfinished
 from caffe_jacinto.engines.snapshots import spoiled_snapshots
 from caffe_jacinto.logs.series import SolverTest
 from caffe_jacinto.logs.stage import StageLog
@@ -434,10 +435,33 @@ def test_a_second_lock_is_refused_and_names_the_first(tmp_path: Path) -> None:
     RunLock(tmp_path).acquire()
 
 
+def test_the_lock_holds_without_its_file(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    child = Child(["sleep", "60"], tmp_path / "log", lock.descriptors)
+    lock.path.unlink()
+    script = tmp_path / "run.sh"
+    script.write_text(shell_script(tmp_path, lock.path, Path("log"), [["echo", "trained"]]))
+    try:
+        for holds in ("the driver and the child", "the child"):
+            assert is_held(tmp_path), holds
+            with pytest.raises(UserError, match=f"process {child.pid} \\(sleep 60\\)"):
+                RunLock(tmp_path).acquire()
+            assert subprocess.run(["sh", str(script)], capture_output=True).returncode == 1
+            lock.path.unlink()
+            lock.release()
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_held(tmp_path)
+    assert subprocess.run(["sh", str(script)], capture_output=True).returncode == 0
+    RunLock(tmp_path).acquire()
+
+
 def test_the_lock_lives_as_long_as_the_child(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
-    child = Child(["sleep", "60"], tmp_path / "log", lock.descriptor)
+    child = Child(["sleep", "60"], tmp_path / "log", lock.descriptors)
     lock.release()
     assert is_held(tmp_path)
     with pytest.raises(
@@ -456,7 +480,7 @@ def test_each_request_to_stop_escalates(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     code = "trap 'echo INT' INT; trap 'echo TERM' TERM; echo ready; while :; do sleep 0.05; done"
-    child = Child(["sh", "-c", code], tmp_path / "log", lock.descriptor)
+    child = Child(["sh", "-c", code], tmp_path / "log", lock.descriptors)
     child.stop(0)
     for request, said in enumerate(("ready", "INT", "TERM"), start=1):
         give_up = time.monotonic() + 20
@@ -477,7 +501,7 @@ def test_the_programs_of_this_package_are_found_from_anywhere(
     lock = RunLock(tmp_path)
     lock.acquire()
     child = Child(
-        [sys.executable, "-Sc", "import caffe_jacinto; print('found')"], tmp_path / "log", lock.descriptor
+        [sys.executable, "-Sc", "import caffe_jacinto; print('found')"], tmp_path / "log", lock.descriptors
     )
     assert (child.exit_code, (tmp_path / "log").read_text()) == (0, "found\n")
 
@@ -581,6 +605,46 @@ def test_run_json_with_other_stages_than_its_recipe(
             train([option, str(tmp_path)])
         assert str(refused.value).startswith(f"{tmp_path / 'run.json'}: {message}")
         assert str(refused.value).endswith("correct it, or start a new run")
+
+
+KILLED_WRITE = """
+import os, sys
+from pathlib import Path
+from caffe_jacinto.common.files import write_whole
+
+def parts():
+    yield b"half"
+    print("writing", flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), 9)
+    sys.stdin.readline()
+write_whole(Path(sys.argv[1]), parts())
+"""
+
+
+def test_what_a_killed_write_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    stage = tmp_path / "initial"
+    stage.mkdir()
+    own = stage / ".notes.backup_1"
+    own.touch()
+    command = [sys.executable, "-c", KILLED_WRITE]
+    for folder in (tmp_path, stage):
+        subprocess.run([*command, str(folder / "file"), "kill"], capture_output=True)
+        (left,) = folder.glob(".file.*")
+        assert is_unfinished(left.name)
+    assert run_folder.is_free(tmp_path) is False  # there is a folder in it
+    with subprocess.Popen(
+        [*command, str(stage / "file"), ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as living:
+        assert living.stdout is not None
+        living.stdout.readline()
+        (current,) = stage.glob(".file.*")  # the same file is written: what was left of it is gone
+        run_folder.tidy(tmp_path)
+        assert sorted(stage.iterdir()) == sorted([own, current])
+        assert [path.name for path in tmp_path.iterdir()] == ["initial"]
+        living.communicate("\n")
+    assert (stage / "file").read_bytes() == b"half"
+    assert sorted(stage.iterdir()) == sorted([own, stage / "file"])
 
 
 def test_a_folder_that_a_killed_train_left_with_its_lock_alone_is_free(tmp_path: Path) -> None:

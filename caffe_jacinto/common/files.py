@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +42,90 @@ def _write_whole(
     parts = [content.encode()] if isinstance(content, str) else content
     if isinstance(parts, bytes):
         parts = [parts]
-    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    with replacing(path, executable=executable) as (to, _), os.fdopen(to, "wb", closefd=False) as file:
+        file.writelines(parts)
+
+
+@contextmanager
+def replacing(path: Path, *, executable: bool = False) -> Iterator[tuple[int, Path]]:
+    """A new file beside ``path`` for the block to write: its descriptor and its path.
+
+    When the block ends without an error, the file is synced and renamed to ``path``; else it is removed. It
+    is locked (flock) while it is written. What a killed process has left is not locked, and is removed when
+    ``path`` is written again, or by `remove_unfinished`.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    remove_unfinished(path.parent, path.name)
+    descriptor, beside = _locked_file(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
+        try:
+            yield descriptor, beside
             umask = os.umask(0)
             os.umask(umask)
-            os.fchmod(file.fileno(), (0o777 if executable else 0o666) & ~umask)
-            os.fsync(file.fileno())
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+            os.fchmod(descriptor, (0o777 if executable else 0o666) & ~umask)
+            os.fsync(descriptor)
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
     sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left of files that they were writing in ``folder``.
+
+    ``name``: only of this file. What a living process is writing stays, on each machine that shares locks.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in entries if is_unfinished(entry.name)]
+    except OSError:
+        return
+    for unfinished in found:
+        if name is None or unfinished.startswith(f".{name[:_NAME_SHOWN]}."):
+            with suppress(OSError):
+                _remove_unlocked(folder / unfinished)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` has made."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+_NAME_SHOWN = 100
+"""Characters of a file's name that the name of the one beside it has."""
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
+
+
+def _locked_file(path: Path) -> tuple[int, Path]:
+    """A new file beside ``path``, open and locked."""
+    while True:
+        name = f".{path.name[:_NAME_SHOWN]}."
+        descriptor, beside = tempfile.mkstemp(prefix=name, suffix=".unfinished", dir=path.parent)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, Path(beside)
+        os.close(descriptor)  # `remove_unfinished` came between the two
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove the file unless a process has it locked.
+
+    Raises:
+        OSError: it is locked, or cannot be removed.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def write_new(path: Path, content: str) -> None:

@@ -281,7 +281,7 @@ class Driver:
         for command in commands:
             start = run_folder.start_log(folder / STAGE_LOG, f"{run_folder.now()} {shlex.join(command)!a}")
             try:
-                child = Child(command, folder / STAGE_LOG, self.lock.descriptor)
+                child = Child(command, folder / STAGE_LOG, self.lock.descriptors)
             except OSError as error:
                 self._note_failed(state, str(error))
                 what = f"{command[0]} cannot be started: {error.strerror}"

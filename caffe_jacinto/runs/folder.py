@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.files import is_unfinished, remove_unfinished, write_whole
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -171,11 +171,18 @@ def load(folder: Path) -> RunRecord:
 def is_free(folder: Path) -> bool:
     """Whether a new run can be made at ``folder``: it does not exist, or is empty.
 
-    A folder with only a lock file is left by a train that was killed as it began.
+    A folder with only a lock file, or an unfinished record, is left by a train that was killed as it began.
     """
     return not folder.exists() or (
-        folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
+        folder.is_dir()
+        and all(path.name == LOCK_NAME or is_unfinished(path.name) for path in folder.iterdir())
     )
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left of files that they were writing in the run."""
+    for inside in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        remove_unfinished(inside)
 
 
 def never_ran(folder: Path) -> bool:

@@ -1,8 +1,10 @@
 """One trainer per run folder.
 
-The lock is an flock on a file in the run folder. The commands that a run starts inherit the locked
-descriptor, so the lock is held as long as anything trains: a Caffe that outlives a killed driver still holds
-it, even if process numbers are reused. `run.sh` takes the same lock when it is started by hand.
+The lock is an flock on the run folder itself and one on a file in it, which says who took it. The first
+holds even if the file is deleted. The second is what a `run.sh` of earlier versions takes, and all there is
+where the file system cannot lock a folder (NFS). The commands that a run starts inherit the locked
+descriptors, so the lock is held as long as anything trains: a Caffe that outlives a killed driver still holds
+it, even if process numbers are reused. `run.sh` takes the same locks when it is started by hand.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import json
 import os
 import shlex
 import socket
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +62,14 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
-        self._descriptor: int | None = None
+        self._descriptors: tuple[int, ...] = ()
 
     @property
-    def descriptor(self) -> int:
-        """The descriptor that a child inherits to hold the lock too."""
-        if self._descriptor is None:
+    def descriptors(self) -> tuple[int, ...]:
+        """The descriptors that a child inherits to hold the lock too."""
+        if not self._descriptors:
             raise RuntimeError("the lock is not held")
-        return self._descriptor
+        return self._descriptors
 
     def acquire(self, seconds: float = RELEASE_SECONDS) -> None:
         """Take the lock; wait up to ``seconds`` for a holder to end.
@@ -73,48 +77,71 @@ class RunLock:
         Raises:
             UserError: another process has it; the message names that process and says what to do.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptors = _opened(self.path, os.O_RDWR | os.O_CREAT)
         try:
-            if not _try_lock(descriptor, seconds):
+            if not all(_try_lock(descriptor, seconds) for descriptor in descriptors):
                 raise UserError(_refusal(self.path))
-            _write_owner(descriptor)
+            _write_owner(descriptors[-1])
         except BaseException:
-            os.close(descriptor)
+            _close(descriptors)
             raise
-        self._descriptor = descriptor
+        self._descriptors = descriptors
 
     def release(self) -> None:
         """Release the lock. A child that still runs keeps it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        _close(self._descriptors)
+        self._descriptors = ()
 
 
 def is_held(folder: Path) -> bool:
     """Whether something trains in ``folder`` now; on any machine, if the file system shares locks."""
+    path = folder / LOCK_NAME
     try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        descriptors = _opened(path, os.O_RDONLY) if path.exists() else (_open_folder(folder),)
     except OSError:
         return False
+    try:
+        return any(map(_is_locked, descriptors))
+    finally:
+        _close(descriptors)
+
+
+def _opened(lock: Path, flags: int) -> tuple[int, ...]:
+    """The descriptors of the run folder and of the file ``lock`` in it."""
+    folder = _open_folder(lock.parent)
+    try:
+        return folder, os.open(lock, flags | os.O_CLOEXEC, 0o666)
+    except BaseException:
+        os.close(folder)
+        raise
+
+
+def _open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EACCES)
-    finally:
-        os.close(descriptor)
     return False
 
 
 def holders(folder: Path) -> list[Holder]:
-    """The processes of this machine that have the lock file open, as far as this user may see them."""
-    try:
-        wanted = (folder / LOCK_NAME).stat()
-    except OSError:
-        return []
+    """The processes of this machine that have the lock open, as far as this user may see them."""
+    wanted = set()
+    for path in (folder, folder / LOCK_NAME):
+        with suppress(OSError):
+            status = path.stat()
+            wanted.add((status.st_dev, status.st_ino))
     found = [
-        Holder(pid, _words(pid))
-        for pid in _processes()
-        if pid != os.getpid() and _has_open(pid, wanted.st_dev, wanted.st_ino)
+        Holder(pid, _words(pid)) for pid in _processes() if pid != os.getpid() and _has_open(pid, wanted)
     ]
     return sorted(found, key=lambda holder: (holder.is_shell, holder.pid))
 
@@ -126,6 +153,8 @@ def _try_lock(descriptor: int, seconds: float) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOTSUP) and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                return True  # this file system locks files, but no folders
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise UserError(
                     f"cannot lock the run folder: {error.strerror}; use a file system with file locks"
@@ -180,7 +209,8 @@ def _processes() -> Iterator[int]:
     yield from (int(name) for name in names if name.isdigit())
 
 
-def _has_open(pid: int, device: int, inode: int) -> bool:
+def _has_open(pid: int, wanted: Collection[tuple[int, int]]) -> bool:
+    """Whether a process has one of these files open, each given by its device and inode."""
     try:
         descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
@@ -190,7 +220,7 @@ def _has_open(pid: int, device: int, inode: int) -> bool:
             status = descriptor.stat()
         except OSError:
             continue
-        if (status.st_dev, status.st_ino) == (device, inode):
+        if (status.st_dev, status.st_ino) in wanted:
             return True
     return False
 

@@ -28,8 +28,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 class Child:
     """A command in a session of its own: Ctrl-C and hang-ups of the terminal reach it only through us."""
 
-    def __init__(self, argv: Sequence[str], log: Path, lock: int) -> None:
-        """Start ``argv``, which inherits the descriptor ``lock``; its output is appended to ``log``.
+    def __init__(self, argv: Sequence[str], log: Path, lock: Sequence[int]) -> None:
+        """Start ``argv``, which inherits the descriptors ``lock``; its output is appended to ``log``.
 
         Raises:
             OSError: it cannot be started.
@@ -41,7 +41,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ENVIRONMENT, "PYTHONPATH": _python_path()},
-                pass_fds=(lock,),
+                pass_fds=lock,
                 start_new_session=True,
             )
         self._requests = 0

@@ -112,6 +112,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     lock.acquire()
     if (folder / RUN_RECORD).exists():
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
+    run_folder.tidy(folder)
     run_folder.save(folder, record)
     _copy_labels(run)
     screen.say(f"run folder: {folder}")
@@ -156,6 +157,7 @@ def resume(
     lock.acquire(lock_seconds)
     # Another train may have changed it before the lock was taken.
     record = run_folder.load(folder)
+    run_folder.tidy(folder)
     screen = Screen()
     if all(state.state == "finished" for state in record.stages.values()):
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")

@@ -9,9 +9,7 @@ Recalibrated statistics are averages over training batches with the weights as t
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from typing import Any
 
 from caffe_jacinto.common.arguments import Parser, whole_number
 from caffe_jacinto.common.errors import RunFailed, run_command
-from caffe_jacinto.common.files import sync_folder
+from caffe_jacinto.common.files import replacing
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, start_caffe, use_device
@@ -110,24 +108,12 @@ def complete_stage(
             return False
         check_numbers(net, final_weights, log)
         log.writes_weights(final_weights)
-        _replace_weights(net, final_weights)
+        with replacing(final_weights) as (_, beside):
+            net.save(str(beside))
     if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):
         return False
     mark_complete(final_weights, batches)
     return True
-
-
-def _replace_weights(net: Any, final_weights: Path) -> None:
-    descriptor, beside = tempfile.mkstemp(prefix=".recalibrated.", dir=final_weights.parent)
-    try:
-        net.save(beside)
-        os.fsync(descriptor)
-        os.fchmod(descriptor, final_weights.stat().st_mode & 0o777)
-        Path(beside).replace(final_weights)
-    finally:
-        os.close(descriptor)
-        Path(beside).unlink(missing_ok=True)
-    sync_folder(final_weights.parent)
 
 
 def main(argv: Sequence[str]) -> int:
