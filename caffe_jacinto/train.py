@@ -52,14 +52,17 @@ def main(arguments: Sequence[str]) -> int:
         output=None if options.output is None else Path(options.output),
         keep=options.keep,
         dry_run=options.dry_run,
+        accept_data=options.accept_data,
         slurm=_slurm(options),
     )
     if options.resume is None:
+        if options.accept_data:
+            parser.error("--accept-data goes with --resume")
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
         raise UserError(
-            "--resume continues with the run's own recipe: only --gpus, --caffe, --engine, --keep and the "
-            "options for Slurm may be given with it; to change more, start a new run"
+            "--resume continues with the run's own recipe: only --gpus, --caffe, --engine, --keep, "
+            "--accept-data and the options for Slurm may be given with it; to change more, start a new run"
         )
     return resume(Path(options.resume), wanted)
 
@@ -126,6 +129,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="write every file and print every command, but run nothing"
+    )
+    parser.add_argument(
+        "--accept-data",
+        action="store_true",
+        help="with --resume: go on although an LMDB is not the one that the run was started with",
     )
     parser.add_argument(
         "--keep", type=count, metavar="N", help="newest snapshots to keep, besides the best by top-1"

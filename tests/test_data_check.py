@@ -14,6 +14,7 @@ import pytest
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.encode import datum_record
+from caffe_jacinto.data.identity import lmdb_identity
 from caffe_jacinto.data.lmdb_reader import LmdbFacts, check_lmdb
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -237,6 +238,24 @@ def test_only_the_first_records_and_a_sample_are_read(tmp_path: Path) -> None:
     for n in sorted(read)[-1], 499:
         key = list(records)[n]
         assert key.decode() in mistake(write(tmp_path / str(n), records | {key: b"not a Datum"}))
+
+
+def test_what_an_lmdb_holds_is_recognized(tmp_path: Path) -> None:
+    labels = [number % 7 for number in range(1_000)]
+    first = lmdb_identity(write(tmp_path / "a", numbered(labels)))
+    again = lmdb_identity(write(tmp_path / "b", numbered(labels)))
+    assert first == again
+    assert first.difference(again) is None
+    assert (first.images, first.first_key[:8], first.last_key[:8]) == (1_000, "00000000", "00000999")
+    fewer = lmdb_identity(write(tmp_path / "c", numbered(labels[:-1])))
+    said = first.difference(fewer) or ""
+    assert said.startswith("it had 1,000 images (")
+    assert "and has 999 images (" in said
+    for at in (0, 499, 999):  # of the records that are looked at
+        changed = [*labels]
+        changed[at] += 1
+        other = lmdb_identity(write(tmp_path / f"at{at}", numbered(changed)))
+        assert first.difference(other) == "its 1,000 images have other names or labels than before"
 
 
 def test_an_lmdb_that_another_process_writes_to_is_read(tmp_path: Path) -> None:

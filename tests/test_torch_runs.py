@@ -165,6 +165,31 @@ def test_masks_that_are_missing_or_of_another_iteration_are_passed_over(trainer:
     assert "masks.npz is missing, which says which zeros are frozen" in said
 
 
+def test_an_lmdb_that_was_replaced_is_noticed(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial", "l1reg")
+    own = trainer.folder / "own_lmdb"
+    shutil.copytree(trainer.folder / "train_lmdb", own)
+    arguments = tiny(recipe, ("initial", "l1reg"), initial=4, l1reg=2)
+    arguments += ["--set", "data.train_lmdb=own_lmdb", "--output", "replaced"]
+    with trainer.running(*arguments) as process:
+        wait_for(lambda: "] Iteration 0" in trainer.log("replaced", "initial"), "iteration")
+        own.rename(trainer.folder / "former")
+        shutil.copytree(trainer.folder / "val_lmdb", own)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, said
+    words = "LMDB own_lmdb (data.train_lmdb) is not the one that the run was started with: it had 320 images"
+    assert words in said
+    assert trainer.states("replaced") == {"initial": "finished", "l1reg": "failed", "test": "waiting"}
+    code, said = trainer.run("--resume", "replaced")
+    assert code == 2
+    assert words in said
+    assert "and has 50 images" in said
+    assert "--resume replaced --accept-data" in said
+    code, said = trainer.run("--resume", "replaced", "--accept-data")
+    assert code == 0, said
+    assert trainer.record("replaced")["data"]["train_lmdb"]["images"] == 50
+
+
 def test_ctrl_c_writes_a_snapshot_that_it_goes_on_from(trainer: Trainer) -> None:
     recipe = recipe_of(trainer.folder, "initial")
     arguments = tiny(recipe, ("initial",), initial=100_000)

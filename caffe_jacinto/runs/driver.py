@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from caffe_jacinto.common.errors import LOST, RunFailed, WorkLost
+from caffe_jacinto.common.errors import LOST, RunFailed, UserError, WorkLost
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.snapshots import (
     StartPoint,
@@ -21,6 +21,7 @@ from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.loss import Kind
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.data_check import check_data
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, State, resume_command
 from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.plan import (
@@ -162,6 +163,7 @@ class Driver:
 
     def _train(self, plan: StagePlan, state: StageState, place: Place) -> bool:
         """Train a stage to its end; False when it was stopped on request."""
+        self._check_data(state)
         dialect = self.run.engine.info.dialect
         self._remove_spoiled(plan)
         point = self.run.start_point(plan)
@@ -198,6 +200,14 @@ class Driver:
             self._note(state, "stopped", f"at iteration {log.iteration or 0:,}")
             return False
         raise self._failure(plan, state, view, code)
+
+    def _check_data(self, state: StageState) -> None:
+        """Fail before a part of the run if an LMDB has been replaced since the run was started."""
+        try:
+            check_data(self.run, self.record.data)
+        except UserError as error:
+            self._note(state, "failed", str(error))
+            raise RunFailed(f"{error}; to resume: {resume_command(self.run.folder)}") from None
 
     def _remove_spoiled(self, plan: StagePlan) -> None:
         """Delete the snapshots of a stage that is not running whose weights are not numbers."""
@@ -253,6 +263,7 @@ class Driver:
             return True
         if self.signals.requested:
             return False
+        self._check_data(state)
         command = self.run.engine.test_command(test_job(self.run, self.val_images))
         write_test(self.run, self.run.files(self.run.stages[-1], val_images=self.val_images), command)
         self.screen.say(

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import is_unfinished, remove_unfinished, write_whole
+from caffe_jacinto.data.identity import LmdbIdentity
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -37,6 +38,10 @@ TEST = "test"
 """The folder of the last step, the test of the final weights."""
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
+
+
+DataName = Literal["train_lmdb", "val_lmdb"]
+"""The recipe's keys of the LMDBs."""
 
 
 class StageState(BaseModel):
@@ -100,6 +105,9 @@ class RunRecord(BaseModel):
     recipe: Recipe
     engine: EngineRecord
     gpus: tuple[int, ...]
+    data: dict[DataName, LmdbIdentity] = {}
+    """What the LMDBs held when the run was last started; empty in records of earlier versions."""
+
     slurm: SlurmRecord | None = None
     """None: it was not submitted to Slurm."""
 

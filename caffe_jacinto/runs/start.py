@@ -26,6 +26,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.data_check import check_data, data_of
 from caffe_jacinto.runs.driver import Driver
 from caffe_jacinto.runs.folder import (
     TEST,
@@ -64,6 +65,9 @@ class Options:
     output: Path | None = None
     keep: int | None = None
     dry_run: bool = False
+    accept_data: bool = False
+    """Resume even if an LMDB has been replaced."""
+
     slurm: SlurmRequest | None = None
     """Submit the run to Slurm instead of training here."""
 
@@ -107,6 +111,8 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         slurm=None if options.slurm is None else options.slurm.record(),
         stages={name: StageState() for name in (*recipe.stages, TEST)},
     )
+    if not findings.problems:
+        record.data = data_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
@@ -171,7 +177,10 @@ def resume(
     findings = preflight(run, waiting, recipe.training.keep, resuming=True, here=here)
     _show_findings(findings, screen)
     _refuse(findings)
+    if not options.accept_data:
+        check_data(run, record.data)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
+    record.data = data_of(run)
     if options.slurm:
         record.slurm = options.slurm.record(record.slurm)
     run_folder.save(folder, record)

@@ -1,0 +1,45 @@
+"""Whether a run's LMDBs are still those that it was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from caffe_jacinto.common.errors import UserError, UserErrors
+from caffe_jacinto.data.identity import LmdbIdentity, lmdb_identity
+from caffe_jacinto.runs.folder import DataName, resume_command
+from caffe_jacinto.runs.plan import RunPlan
+
+ACCEPT = "--accept-data"
+
+
+def data_of(run: RunPlan) -> dict[DataName, LmdbIdentity]:
+    """What the LMDBs of the run hold now.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    data = run.recipe.data
+    return {
+        "train_lmdb": lmdb_identity(Path(data.train_lmdb)),
+        "val_lmdb": lmdb_identity(Path(data.val_lmdb)),
+    }
+
+
+def check_data(run: RunPlan, before: Mapping[DataName, LmdbIdentity]) -> None:
+    """Refuse to go on with LMDBs that hold something else than ``before``; what that lacks is not compared.
+
+    Raises:
+        UserError: an LMDB has been replaced, or cannot be read.
+    """
+    problems = []
+    for name, now in data_of(run).items():
+        difference = before[name].difference(now) if name in before else None
+        if difference is not None:
+            problems.append(
+                f"LMDB {getattr(run.recipe.data, name)} (data.{name}) is not the one that the run was "
+                f"started with: {difference}; put that one back and resume, or go on with this one by "
+                f"{ACCEPT}: {resume_command(run.folder)} {ACCEPT}"
+            )
+    if problems:
+        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
