@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, Net
-from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
+from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, read_place, save_weights
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.weights import main as weights_command
@@ -231,3 +231,15 @@ def test_a_damaged_file_is_one_line(tmp_path_factory: pytest.TempPathFactory, da
         load_weights(small_net(), path)
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_a_snapshot_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.solverstate.h5"
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(2000))
+    with pytest.raises(
+        UserError, match=r"h5: an HDF5 file, and a solver state \(\.solverstate\) in Caffe's binary"
+    ):
+        read_place(path)
+    path.write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"h5: cut off or not a solver state \(\.solverstate\)"):
+        read_place(path)

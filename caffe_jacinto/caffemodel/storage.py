@@ -187,7 +187,7 @@ def layer_fields(view: memoryview, path: Path) -> Iterator[tuple[Field, StoredLa
         UserError: the file is cut off or not a weight file, or a blob's numbers do not fill its shape.
     """
     has_blobs = False
-    _check_kind(view, path, WEIGHTS)
+    check_kind(view, path, WEIGHTS)
     try:
         for field in fields(view):
             layer = _layer_in(view, field)
@@ -214,7 +214,7 @@ def stored_state(path: Path) -> StoredState:
     iteration, learned_net, history = None, "", []
     try:
         with mapped(path) as view:
-            _check_kind(view, path, STATE)
+            check_kind(view, path, STATE)
             for field in fields(view):
                 if field.number == _STATE_ITER and field.wire_type == VARINT:
                     iteration = field.value
@@ -234,7 +234,7 @@ def damaged(path: Path, kind: str = WEIGHTS) -> UserError:
     return UserError(f"{path}: cut off or not a {kind} ({path.stat().st_size:,} bytes); use another one")
 
 
-def _check_kind(view: memoryview, path: Path, wanted: str) -> None:
+def check_kind(view: memoryview, path: Path, wanted: str) -> None:
     """Raise UserError where the file in ``view`` begins as one of another kind than ``wanted`` does."""
     start = bytes(view[:1024])
     if start.startswith(_HDF5_START):

@@ -20,8 +20,11 @@ from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
 from caffe_jacinto.caffemodel.net_file import NewLayer, array_parts, field_parts, net_parts
 from caffe_jacinto.caffemodel.storage import (
     LENGTH,
+    STATE,
     NotWholeError,
     blob_values,
+    check_kind,
+    damaged,
     fields,
     mapped,
     read_weights,
@@ -187,9 +190,12 @@ def read_place(path: Path) -> Place | None:
     """
     try:
         with mapped(path) as view:
+            check_kind(view, path, STATE)
             for field in fields(view):
                 if field.number == _PLACE and field.wire_type == LENGTH:
                     return Place(**parse_json(bytes(view[field.start : field.end])))
-    except (NotWholeError, ValueError, TypeError) as error:
+    except NotWholeError:
+        raise damaged(path, STATE) from None
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
     return None
