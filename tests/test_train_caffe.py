@@ -459,7 +459,7 @@ def test_disk_space_is_checked(trainer: Trainer) -> None:
     many = ("--set", "stages.initial.solver.max_iter=100000", "--set", "stages.initial.solver.snapshot=1")
     code, said = trainer.run(*tiny(), *many, "--keep", "1000000", "--output", "refused")
     assert code == 2
-    assert "not enough disk space" in said
+    assert "not enough space on the disk" in said
 
 
 def test_all_problems_come_at_once(trainer: Trainer) -> None:
