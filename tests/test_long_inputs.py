@@ -26,6 +26,7 @@ from caffe_jacinto.netspec.shapes import gigamacs
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.recipes.load import BUILT_IN_FOLDER, load_recipe
 from caffe_jacinto.report import main as report
 from caffe_jacinto.runs import folder as run_folder
 
@@ -261,6 +262,23 @@ def test_archives_of_many_and_long_names(tmp_path: Path) -> None:
             archive.addfile(tarfile.TarInfo(name))
     (tmp_path / "long.tar").write_bytes(long.getvalue())
     refused(lambda: list_class_archive(tmp_path / "long.tar"))
+
+
+def test_recipes_of_any_depth_and_length(tmp_path: Path) -> None:
+    recipe, deep = (BUILT_IN_FOLDER / "demo_digits.toml").read_text(), ".".join("a" * 5_000)
+    path = tmp_path / "mine.toml"
+    for more in (
+        f"x = {'[' * 50_000}",
+        f"x = {'{a=' * 50_000}",
+        f"[{deep}]\nx = 1",
+        f"{deep} = 1",
+        "x = [\n" + "1,\n" * 5_000 + "]",
+        'x = """\n' + "line\n" * 5_000 + '"""',
+    ):
+        path.write_text(f"{recipe}\n{more}\n")
+        assert str(path) in refused(lambda: load_recipe(str(path)))
+    with little_time(), pytest.raises(UserError):
+        load_recipe(str(path), [f"{deep}=1"])
 
 
 # ---------------------------------------------------------------------------------------------------- records

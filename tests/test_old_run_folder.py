@@ -133,6 +133,16 @@ def test_status(old_run: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"--resume {old_run.folder}" in last
 
 
+def test_status_with_thousands_of_headers_on_a_line(
+    old_run: OldRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "I1126 00:00:00.000000 1 solver.cpp:239] Iteration 70, loss = 1 "
+    with (old_run.folder / "sparse/run.log").open("a") as log:
+        log.write(header * 5_000 + "\n")
+    assert train(["--status", str(old_run.folder)]) == 0
+    assert "sparse: stopped, iteration 70/200, loss 1" in capsys.readouterr().out
+
+
 def test_report(old_run: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(old_run.folder), "--format", "json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 BUILT_IN_FOLDER = Path(__file__).parent
 
+_MOST_PARTS = 20
+"""Of a key: more than any in a recipe has."""
+
+_MOST_LINES = 200
+"""Of a value. The lines of keys after a longer one are not found, and messages then name line 1."""
+
 
 @dataclass(frozen=True)
 class Override:
@@ -136,7 +142,7 @@ def _parse_override(text: str) -> Override:
     wrong = UserError(
         f"override {text}: not of the form KEY.KEY=VALUE; write it like stages.initial.solver.max_iter=1000"
     )
-    if not equals or "\n" in key_text:
+    if not equals or "\n" in key_text or key_text.count(".") > _MOST_PARTS:
         raise wrong
     try:
         keys = _only_path(tomllib.loads(f"{key_text} = 0"))
@@ -228,6 +234,8 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         try:
             tomllib.loads(collected)
         except tomllib.TOMLDecodeError:
+            if number - first > _MOST_LINES:
+                return
             continue  # a text or an array that continues on the next line
         yield first, collected
         collected = ""
@@ -236,6 +244,8 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 def _paths(table: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     for key, value in table.items():
         yield (*above, key), value
+        if len(above) >= _MOST_PARTS:
+            continue
         if isinstance(value, dict):
             yield from _paths(value, (*above, key))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
