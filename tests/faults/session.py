@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from faults import one_case
 from faults.cases import ENGINES, Case, Result
 
 CASE_SECONDS = 900
+
+SHOWN_LINES = 25
+"""Of what a command said, where that is broken."""
 
 
 class Session:
@@ -105,6 +109,7 @@ class Session:
             self.results.append((case, result))
             if result.broken:
                 say(f"{case.title()}: BROKEN: {result.broken}; kept: {place}; again: {case.command()}")
+                _show_end(place, result.broken)
             else:
                 count = sum(result.done.values())
                 say(
@@ -133,6 +138,14 @@ class Session:
     @property
     def broken(self) -> list[Case]:
         return [case for case, result in self.results if result.broken]
+
+
+def _show_end(place: Path, broken: str) -> None:
+    """Print the end of the file that a message tells to see: of a machine's log, nobody can open it later."""
+    match = re.search(r"see (\S+)$", broken)
+    if match and (place / match[1]).is_file():
+        lines = (place / match[1]).read_text(errors="replace").splitlines()
+        print("\n".join(f"    {line}" for line in lines[-SHOWN_LINES:]), flush=True)
 
 
 def say(line: str) -> None:

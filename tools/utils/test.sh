@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Sets the project up (tools/utils/setup.sh) and runs every check: formatting, lint, types, and all tests, including those
-# with real Caffe. Every check runs even if another fails; the exit code is nonzero if any fails.
+# with real Caffe, and a few minutes of tools/utils/faults.sh. Every check runs even if another fails; the exit code is
+# nonzero if any fails.
 #
-#   tools/utils/test.sh [--fast]     --fast: skip the tests marked `caffe`
+#   tools/utils/test.sh [--fast]     --fast: skip faults.sh and the tests marked `caffe`
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 
-tests=() needed=(--tests) estimate="about 10 min on two cores"
+tests=() needed=(--tests) estimate="about 25 min on two cores"
 case ${1:-} in
   '') ;;
   --fast) tests=(-m 'not caffe') needed=() estimate="about 1 min" ;;
@@ -31,6 +32,8 @@ check formatting ruff format --check .
 check lint ruff check .
 check types mypy
 check tests python -m pytest --durations=5 "${tests[@]}"
+[ "${1:-}" = --fast ] || check faults env PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" \
+  python -m faults --seed 1 --minutes 2 # what has begun by then is brought to its end
 
 [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
 say "All checks passed"
