@@ -22,7 +22,7 @@ from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, load_masks
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import is_held
 from faults.cases import Broken
-from faults.knocks import descendants, kill
+from faults.knocks import kill_all
 
 STAGES = {**dict.fromkeys(digits_run.STAGES, ITERATIONS), "sparse": 8}
 """The stages of the demo's recipe, and their iterations here; a snapshot every 2, a test every 3."""
@@ -74,7 +74,7 @@ class Command(NamedTuple):
         try:
             code = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            kill(self.process.pid, "both")
+            kill_all(self.process.pid)
             raise Broken(f"a command did not end within {PATIENCE} s, {where}") from None
         said = self.said.read_text(errors="replace")
         if tracebacks(said):
@@ -88,12 +88,6 @@ class Command(NamedTuple):
         if code == REFUSED and ": error: " not in said:
             raise Broken(f"exit code {code} without an error line, {where}")
         return code, said
-
-    def end(self) -> None:
-        """Kill what is left of it."""
-        for pid in [self.process.pid, *descendants(self.process.pid)]:
-            if pid != self.process.pid or self.process.poll() is None:
-                os.kill(pid, signal.SIGKILL)
 
 
 class DisturbedRun:

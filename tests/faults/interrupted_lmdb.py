@@ -16,7 +16,7 @@ import lmdb
 
 from faults.cases import Broken
 from faults.disturbed import PATIENCE, tracebacks
-from faults.knocks import descendants
+from faults.knocks import descendants, kill_all
 from faults.small_disk import FILLER, LEFT, check_words, fill
 
 MOST_TRIES = 6
@@ -38,7 +38,7 @@ def finish(process: subprocess.Popen[str], said: Path, *allowed: int) -> int:
     try:
         code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill_all(process.pid)
         raise Broken(f"create_lmdb did not end within {PATIENCE} s") from None
     if tracebacks(said.read_text(errors="replace")):
         raise Broken(f"a traceback, see {said.name}")

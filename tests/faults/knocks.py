@@ -69,6 +69,12 @@ def kill(driver: int, who: str) -> bool:
     return bool(killed)
 
 
+def kill_all(pid: int) -> None:
+    """Kill a process and all that it has started, of a case that is broken."""
+    for each in [pid, *descendants(pid)]:
+        _send(each, signal.SIGKILL)
+
+
 def draw_storm(dice: random.Random) -> list[Blow]:
     """From a few signals to dozens, within two seconds."""
     count, seconds = dice.choice((2, 5, 10, 40)), dice.choice((0.0, 0.3, 2.0))

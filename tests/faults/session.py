@@ -17,6 +17,7 @@ from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.common.text import duration
 from faults import one_case
 from faults.cases import ENGINES, Case, Result
+from faults.knocks import kill_all
 
 CASE_SECONDS = 900
 
@@ -120,16 +121,16 @@ class Session:
     def _process(self, command: Sequence[str], place: Path) -> Result:
         """Run a case's process; what it found."""
         with (place / "case.txt").open("w") as said:
-            try:
-                done = subprocess.run(command, stdout=said, stderr=said, timeout=CASE_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                return Result(broken=f"it did not end within {CASE_SECONDS} s, see case.txt")
+            process = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            code = process.wait(CASE_SECONDS)
+        except subprocess.TimeoutExpired:
+            kill_all(process.pid)
+            return Result(broken=f"it did not end within {CASE_SECONDS} s, see case.txt")
         path = place / one_case.RESULT
-        if done.returncode != 0 or not path.exists():
+        if code != 0 or not path.exists():
             lines = (place / "case.txt").read_text(errors="replace").strip().splitlines()
-            return Result(
-                broken=f"the case itself failed: {lines[-1] if lines else done.returncode}, see case.txt"
-            )
+            return Result(broken=f"the case itself failed: {lines[-1] if lines else code}, see case.txt")
         return Result.read(path)
 
     def notes(self) -> list[str]:

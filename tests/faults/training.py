@@ -147,7 +147,7 @@ def break_in(
         came = watch.wait(command.process)
         hit = came is not None and knock(command.process.pid)
     except BaseException:
-        command.end()
+        knocks.kill_all(command.process.pid)
         raise
     code, said = command.finish(FINISHED, *(codes if hit else ()))
     run.remember_frozen(masks, said)
