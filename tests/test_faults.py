@@ -224,8 +224,9 @@ def test_each_damage_changes_what_it_says(tmp_path: Path) -> None:
         run = tmp_path / kind.name / "run"
         write_run(run)
         (run / "l1reg/run.log").write_text("old\nlog\n")
-        (run.parent / "train_lmdb").mkdir()
-        (run.parent / "train_lmdb/data.mdb").write_bytes(bytes(100))
+        for number, name in enumerate(("train_lmdb", "val_lmdb")):
+            (run.parent / name).mkdir()
+            (run.parent / name / "data.mdb").write_bytes(bytes([number]) * 100)
         for name in ("lock", "run.json", "sparse/run.log", "sparse/solver.prototxt", "sparse/train.prototxt"):
             (run / name).write_text("one: 1\ntwo: 2\n")
         final = final_weights(run, "sparse")

@@ -101,6 +101,12 @@ def _lose_stage(run: Path, dice: random.Random) -> list[Path]:
     return [earlier]
 
 
+def _other_lmdb(run: Path, dice: random.Random) -> list[Path]:
+    """The validation images in the place of the training images."""
+    lmdb = run.parent / "train_lmdb/data.mdb"
+    return [_write(lmdb, (run.parent / "val_lmdb/data.mdb").read_bytes())]
+
+
 def _file(name: str, how: Callable[[bytes, random.Random], bytes | None]) -> Callable[..., list[Path]]:
     """Change, or lose, one file of the run folder, or of the stage that was running."""
 
@@ -152,6 +158,7 @@ KINDS = (
     Damage("run.json cut off", _file("run.json", _cut_off), may_be_refused=True),
     Damage("run.json deleted", _file("run.json", _lost), may_be_refused=True),
     Damage("training LMDB cut off", _file("../train_lmdb/data.mdb", _cut_off), may_be_refused=True),
+    Damage("training LMDB exchanged for another", _other_lmdb, may_be_refused=True),
     Damage("training LMDB deleted", _file("../train_lmdb/data.mdb", _lost), may_be_refused=True),
 )
 

@@ -55,7 +55,8 @@ def kills(dice: random.Random) -> Callable[[DisturbedRun, str], None]:
 
     def disturb(run: DisturbedRun, part: str) -> None:
         if dice.random() < 0.15:
-            break_in(run, part, dice, partial(_start_a_second, run), "second train started: {}", ())
+            second = partial(_start_a_second, run, lose_lock=dice.random() < 0.5)
+            break_in(run, part, dice, second, "second train started: {}", ())
             return
         who = dice.choice(knocks.WHO)
         break_in(run, part, dice, partial(knocks.kill, who=who), KILLS.format(who))
@@ -63,10 +64,16 @@ def kills(dice: random.Random) -> Callable[[DisturbedRun, str], None]:
     return disturb
 
 
-def _start_a_second(run: DisturbedRun, driver: int) -> bool:
-    """``--resume`` while another trains, which it must not disturb; False if nothing can be resumed yet."""
+def _start_a_second(run: DisturbedRun, driver: int, *, lose_lock: bool) -> bool:
+    """``--resume`` while another trains, which it must not disturb; False if nothing can be resumed yet.
+
+    ``lose_lock``: the lock's file is deleted before.
+    """
     if not run.is_under_way() or not is_held(run.folder):
         return False
+    if lose_lock:
+        (run.folder / "lock").unlink(missing_ok=True)
+        run.done["lock deleted while training"] += 1
     command = run.go_on()
     code, said = command.finish(FINISHED, REFUSED)  # 0: the first one has come to its end meanwhile
     if code == REFUSED and f"already running there (process {driver})" not in said:
