@@ -126,8 +126,7 @@ def archives(folder: Path, dice: random.Random) -> Counter[str]:
     done: Counter[str] = Counter()
     for place in _rounds(folder):
         archive, options = hostile_archive(place, dice)
-        _make_lmdb(place, "--images", str(archive), *options)
-        done["hostile archives"] += 1
+        done[f"hostile archive {_make_lmdb(place, '--images', str(archive), *options)}"] += 1
     return done
 
 
@@ -145,13 +144,12 @@ def images(folder: Path, dice: random.Random) -> Counter[str]:
         if dice.random() < 0.5:
             (place / "list.txt").write_bytes(hostile_list(source, dice))
             options += ["--list", str(place / "list.txt")]
-        _make_lmdb(place, "--images", str(source), *options)
-        done["folders and lists of hostile images"] += 1
+        done[f"hostile images {_make_lmdb(place, '--images', str(source), *options)}"] += 1
     return done
 
 
-def _make_lmdb(place: Path, *arguments: str) -> None:
-    """An LMDB is made, whole, or it is refused and there is none."""
+def _make_lmdb(place: Path, *arguments: str) -> str:
+    """An LMDB is made, whole, or it is refused and there is none; which of the two."""
     output = place / "lmdb"
     size = () if {"--size", "--shorter-side"} & set(arguments) else ("--size", "24")
     code, _ = call("create_lmdb", create_lmdb.main, "--output", str(output), *size, *arguments)
@@ -160,6 +158,7 @@ def _make_lmdb(place: Path, *arguments: str) -> None:
     if code == 0:
         # Images of several sizes are a problem that it names, with exit code 1.
         call("create_lmdb", create_lmdb.main, "--verify", str(output))
+    return "refused" if code else "stored"
 
 
 def files(folder: Path, dice: random.Random) -> Counter[str]:

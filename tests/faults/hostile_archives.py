@@ -58,9 +58,9 @@ def hostile_archive(folder: Path, dice: random.Random) -> tuple[Path, tuple[str,
         if dice.random() < 0.4:
             kit.write_bytes(_damaged(kit.read_bytes(), dice))
         options += ("--devkit", str(kit))
-    if dice.random() < 0.5:
+    if dice.random() < 0.3:
         content = damaged(content, [content], dice)
-    if dice.random() < 0.2:
+    if dice.random() < 0.1:
         content = gzip.compress(content, 1, mtime=0)
         content = _damaged(content, dice) if dice.random() < 0.5 else content
     path = folder / dice.choice(("images.tar", "images.tar.gz", "images"))
@@ -77,12 +77,13 @@ def _tar(dice: random.Random, classes: list[str]) -> bytes:
     form = dice.choice(FORMATS)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
-        for name in classes:
-            member = tarfile.TarInfo(dice.choice(NAMES).format(name))
-            if dice.random() < 0.4:
+        for number, name in enumerate(classes):
+            usual = dice.random() < 0.7
+            member = tarfile.TarInfo(f"{name}/{number}.JPEG" if usual else dice.choice(NAMES).format(name))
+            if dice.random() < 0.2:
                 member.type = dice.choice(KINDS)
                 member.linkname = dice.choice(TARGETS).format(name)
-            if form == tarfile.PAX_FORMAT and dice.random() < 0.3:
+            if form == tarfile.PAX_FORMAT and dice.random() < 0.1:
                 member.pax_headers = dice.choice(
                     (
                         {"path": "x\ny"},
