@@ -110,7 +110,8 @@ def test_two_nodes_train_as_two_ranks_of_one_machine(
     job, said = submit(trainer, *arguments, "--nodes", "2", "--output", "two nodes")
     assert f"scancel {job}" in said
     assert re.search(r"how far it is: python -m caffe_jacinto.train --status \S*'?.*two nodes", said)
-    rank(trainer, "two nodes", 1)
+    frozen = rank(trainer, "two nodes", 1)
+    os.kill(frozen, signal.SIGSTOP)  # so that what follows meets it in the stage
     code, status = trainer.run("--status", "two nodes")
     assert code == 0
     assert f"Slurm job {job}: RUNNING on n[1-2] for 00:" in status
@@ -119,6 +120,7 @@ def test_two_nodes_train_as_two_ranks_of_one_machine(
     code, refused = trainer.run("--resume", "two nodes")
     assert code == 2
     assert f"Slurm job {job}: RUNNING" in refused
+    os.kill(frozen, signal.SIGCONT)
     slurm.wait(job, "COMPLETED")
     assert trainer.states("two nodes") == {"sparse": "finished", "test": "finished"}
     assert weights(trainer, "two nodes") == undisturbed
