@@ -374,7 +374,9 @@ class Driver:
         self.screen.say(f"  stopping: {what}{f' ({following})' if following else ''}", style="yellow")
 
     def _stopped(self, name: str) -> int:
-        self.screen.say(f"stopped in {name}; to resume: {resume_command(self.run.folder)}", style="yellow")
+        self.screen.say(
+            f"stopped in {name}; to resume: {resume_command(self.run.folder, self.record)}", style="yellow"
+        )
         return self.signals.exit_code
 
     def _failure(self, plan: StagePlan, state: StageState, view: StageView, code: int) -> RunFailed:

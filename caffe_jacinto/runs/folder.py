@@ -217,8 +217,10 @@ def start_log(path: Path, header: str) -> int:
         return log.seek(0, 2)
 
 
-def resume_command(folder: Path) -> str:
-    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
+def resume_command(folder: Path, record: RunRecord | None = None) -> str:
+    """How to resume the run; with its ``record``: as a Slurm job, if it was one."""
+    slurm = ["--slurm"] if record is not None and record.slurm is not None else []
+    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder), *slurm])
 
 
 def status_command(folder: Path) -> str:

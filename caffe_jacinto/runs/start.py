@@ -49,7 +49,7 @@ from caffe_jacinto.runs.plan import (
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen
-from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit, submit_command
+from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if options.dry_run:
         _write_all(run, findings, screen)
         _refuse(findings)
-        how = resume_command(folder) if record.slurm is None else submit_command(folder)
-        screen.say(f"nothing was run; to run it: {how}")
+        screen.say(f"nothing was run; to run it: {resume_command(folder, record)}")
         return 0
     if options.slurm:
         try:

@@ -11,7 +11,7 @@ from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
 from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, sparsity_field
-from caffe_jacinto.runs.slurm import cancel_command, job_of, submit_command
+from caffe_jacinto.runs.slurm import cancel_command, job_of
 from caffe_jacinto.runs.watch import read_log
 
 
@@ -39,8 +39,7 @@ def status_lines(folder: Path) -> list[str]:
     if _finished(record):
         lines.append(f"tables: {report_command(folder)}")
     elif not held and (job is None or not job.alive):
-        how = resume_command(folder) if record.slurm is None else submit_command(folder)
-        lines.append(f"to resume: {how}")
+        lines.append(f"to resume: {resume_command(folder, record)}")
     return lines
 
 
