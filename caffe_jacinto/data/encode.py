@@ -75,7 +75,8 @@ def checked_size(content: bytes) -> tuple[int, int] | None:
 def image_size(content: bytes) -> tuple[int, int] | None:
     """Width and height in pixels by the header of an image file; None without a known header."""
     if content.startswith(JPEG_START):
-        return _jpeg_size(content)
+        shape = jpeg_shape(content)
+        return shape and (shape[2], shape[1])
     if content.startswith(PNG_START):
         return _numbers(content, 16, 4, "big") if content[12:16] == b"IHDR" else None
     if content.startswith(GIF_STARTS):
@@ -83,7 +84,10 @@ def image_size(content: bytes) -> tuple[int, int] | None:
     return _size_by_pillow(content)
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+def jpeg_shape(content: bytes) -> tuple[int, int, int] | None:
+    """Channels, height and width by the header of a JPEG file; None where there is none."""
+    if not content.startswith(JPEG_START):
+        return None
     at, end = len(JPEG_START), len(content)
     while at + 9 < end:
         if content[at] != 0xFF:  # Some writers leave bytes between two segments: decoders look further.
@@ -94,7 +98,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
         marker = content[at + 1]
         if marker in _FRAMES:
             height, width = content[at + 5] << 8 | content[at + 6], content[at + 7] << 8 | content[at + 8]
-            return width, height
+            return content[at + 9], height, width
         if marker == 0xFF:  # A fill byte.
             at += 1
         elif marker in _BARE or not marker:

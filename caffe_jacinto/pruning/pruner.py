@@ -101,15 +101,17 @@ class Pruner(ABC):
         self.hold(self.masks)
         self._report("All zero weights of convolution layers are frozen")
 
-    def after_update(self, iteration: int) -> None:
-        """Apply the schedule's threshold if one is due after the update of ``iteration``."""
+    def after_update(self, iteration: int) -> bool:
+        """Apply the schedule's threshold if one is due after the update of ``iteration``; whether it was."""
         if self.sparse is None or not is_step(self.sparse, iteration):
-            return
+            return False
         factor = next_factor(self.sparse, self.factor, self.sparsity())
-        if factor is not None:
-            self.factor = factor
-            self._report(f"Finding and applying sparsity: {factor:g}")
-            self.apply_threshold(self.sparse, factor)
+        if factor is None:
+            return False
+        self.factor = factor
+        self._report(f"Finding and applying sparsity: {factor:g}")
+        self.apply_threshold(self.sparse, factor)
+        return True
 
     def apply_threshold(self, sparse: SparseSettings, factor: float) -> None:
         """Prune every layer that learns, by the published rule, and freeze the zeros."""

@@ -24,7 +24,7 @@ from caffe_jacinto.common.processes import end_with_parent
 from caffe_jacinto.engines.contract import Precision, add_stage_arguments, pruning_settings
 from caffe_jacinto.engines.pytorch import slurm
 from caffe_jacinto.engines.pytorch.builds import pip_command
-from caffe_jacinto.engines.pytorch.engine import Options, has_torch
+from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options, has_torch
 from caffe_jacinto.prototxt.dialects import Dialect
 
 
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="without -gpu: processes that train together on each machine's CPU",
     )
+    _add_gpu_arguments(train)
     add_stage_arguments(train, batches=0)
     test = _action(actions, "test", "evaluate weights by a model's outputs")
     test.add_argument("-weights", "--weights", type=_paths, required=True, metavar="FILE")
@@ -144,6 +145,32 @@ def _parser() -> argparse.ArgumentParser:
     check = actions.add_parser("check", description="Check stages, read as JSON from standard input.")
     check.add_argument("-dialect", type=_dialect, required=True)
     return parser
+
+
+def _add_gpu_arguments(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        *("-decode", "--decode"),
+        choices=get_args(DecodeChoice),
+        default="auto",
+        help="where JPEG images are decoded; both: every other batch on the GPU; auto: what measures fastest"
+        " (default: %(default)s)",
+    )
+    train.add_argument(
+        *("-graph", "--graph"),
+        type=_flag,
+        default=True,
+        metavar="true|false",
+        help="on one GPU: record an iteration as a CUDA graph and replay it (default: true)",
+    )
+    train.add_argument(
+        *("-deterministic", "--deterministic"), action="store_true", help="the same bits on a GPU each time"
+    )
+    train.add_argument(
+        *("-bn_stats", "--bn_stats"),
+        choices=("mean", "first"),
+        default="mean",
+        help="batch-norm statistics of several GPUs that are tested and saved (default: %(default)s)",
+    )
 
 
 def _action(actions: argparse._SubParsersAction[Parser], name: str, what: str) -> argparse.ArgumentParser:

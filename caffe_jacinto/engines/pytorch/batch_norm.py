@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup
+from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
 from caffe_jacinto.prototxt.dialects import FORK_MIN_EPS, Dialect
 from caffe_jacinto.prototxt.solver import TEST
 
@@ -23,24 +23,18 @@ if TYPE_CHECKING:
     from caffe_jacinto.engines.pytorch.distributed import Ranks
     from caffe_jacinto.engines.pytorch.net import Net
 
-Affine = tuple[Tensor, Tensor | None]
-"""Scale and shift of each channel."""
-
 
 def batch_norm(layer: LayerSetup) -> Forward:
-    """The layer alone; see `fused_batch_norm` for one with the Scale layer behind it."""
-    normalize = fused_batch_norm(layer)
-    return lambda images: normalize(images, None)
+    """The layer alone; see `Normalization` for one with the layers behind it."""
+    normalize = Normalization(layer)
+    return lambda blobs, images: normalize(blobs, images)
 
 
-class fused_batch_norm:  # noqa: N801 - called like the builders
-    """A batch norm that scales and shifts in the same pass over the images.
-
-    Called with the images (batch x channels, or batch x channels x height x width) and the scale and shift of
-    a Scale layer, or None.
-    """
+class Normalization:
+    """A batch norm's settings, and what it computes with the layers directly behind it."""
 
     def __init__(self, layer: LayerSetup) -> None:
+        """Read the settings and make the blobs of the BatchNorm ``layer``."""
         layer.takes(1)
         fork = layer.dialect is Dialect.CAFFE_JACINTO
         known = ["use_global_stats", "moving_average_fraction", "eps"]
@@ -50,46 +44,63 @@ class fused_batch_norm:  # noqa: N801 - called like the builders
         self.fixed = fields.use_global_stats if fields.HasField("use_global_stats") else layer.phase == TEST
         self.fraction = fields.moving_average_fraction
         self.eps = max(fields.eps, FORK_MIN_EPS) if fork else fields.eps
-        self.mean, self.variance = layer.statistic(), layer.statistic()
-        self.factor = layer.statistic(1.0 if fork else 0.0)
-        self.own: Affine | None = None
-        if fork and fields.scale_bias:
-            given = fields.scale_filler if fields.HasField("scale_filler") else None
-            self.own = (layer.blob(given, constant=1.0), layer.blob(fields.bias_filler))
-        # The statistics of one batch, as PyTorch leaves them in its "running" ones with a momentum of 1.
-        self._batch = (torch.zeros_like(self.mean), torch.zeros_like(self.mean))
+        self.scales = bool(fork and fields.scale_bias)
+        """Whether it scales and shifts by blobs of its own."""
 
-    def __call__(self, images: Tensor, affine: Affine | None) -> Tensor:
-        scale, shift = affine or self.own or (None, None)
+        layer.statistic()
+        layer.statistic()
+        layer.statistic(1.0 if fork else 0.0)
+        if self.scales:
+            given = fields.scale_filler if fields.HasField("scale_filler") else None
+            layer.blob(given, constant=1.0)
+            layer.blob(fields.bias_filler)
+
+    def affine(self, blobs: Blobs, behind: Blobs = ()) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of each channel, or None: its own, or those of the Scale layer ``behind`` it."""
+        if self.scales:
+            return blobs[3], blobs[4]
+        return (behind[0] if behind else None), (behind[1] if len(behind) > 1 else None)
+
+    def __call__(self, blobs: Blobs, images: Tensor, behind: Blobs = ()) -> Tensor:
+        """``images`` (batch x channels, or batch x channels x height x width), normalized.
+
+        ``blobs`` are the layer's own, ``behind`` those of a Scale layer that runs in the same pass.
+        """
+        scale, shift = self.affine(blobs, behind)
         if self.fixed:
-            mean, variance = self.averages()
+            mean, variance = self.averages(blobs)
             return F.batch_norm(images, mean, variance, scale, shift, False, 0.0, self.eps)
         if images.numel() == images.shape[1]:
-            return self._one_value_a_channel(images, scale, shift)
-        result = F.batch_norm(images, *self._batch, scale, shift, True, 1.0, self.eps)
-        self._remember(*self._batch)
+            return self._one_value_a_channel(blobs, images, scale, shift)
+        # With a momentum of 1, PyTorch's "running" statistics are those of this batch.
+        mean, variance = torch.zeros_like(blobs[0]), torch.zeros_like(blobs[1])
+        result = F.batch_norm(images, mean, variance, scale, shift, True, 1.0, self.eps)
+        self.remember(blobs, mean, variance)
         return result
 
-    def averages(self) -> tuple[Tensor, Tensor]:
+    def averages(self, blobs: Blobs) -> tuple[Tensor, Tensor]:
         """Mean and variance to normalize with when testing."""
+        mean, variance, factor = blobs[:3]
         if self.fork:
-            return self.mean, self.variance
-        divided = torch.where(self.factor == 0, 0.0, 1 / self.factor)
-        return self.mean * divided, self.variance * divided
+            return mean, variance
+        divided = torch.where(factor == 0, 0.0, 1 / factor)
+        return mean * divided, variance * divided
 
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def remember(self, blobs: Blobs, mean: Tensor, variance: Tensor) -> None:
         """Take a batch's mean and (unbiased) variance into the moving averages."""
         with torch.no_grad():
             share = 1 - self.fraction if self.fork else 1.0
-            self.mean.mul_(self.fraction).add_(mean, alpha=share)
-            self.variance.mul_(self.fraction).add_(variance, alpha=share)
+            blobs[0].mul_(self.fraction).add_(mean, alpha=share)
+            blobs[1].mul_(self.fraction).add_(variance, alpha=share)
             if not self.fork:
-                self.factor.mul_(self.fraction).add_(1)
+                blobs[2].mul_(self.fraction).add_(1)
 
-    def _one_value_a_channel(self, images: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    def _one_value_a_channel(
+        self, blobs: Blobs, images: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
         """A batch whose channels are one pixel each: they are their own means, which PyTorch refuses."""
         flat = images.detach().float().reshape(-1)
-        self._remember(flat, torch.zeros_like(flat))
+        self.remember(blobs, flat, torch.zeros_like(flat))
         spread = (1, -1) + (1,) * (images.dim() - 2)
         result = images * 0
         if scale is not None:
@@ -100,8 +111,9 @@ class fused_batch_norm:  # noqa: N801 - called like the builders
 class Statistics:
     """The batch-norm statistics of a net in training; each rank has those of its own batches."""
 
-    def __init__(self, net: Net, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, net: Net, ranks: Ranks, kept: str = "mean") -> None:
+        """``kept`` says which ones tests and snapshots use: the ranks' "mean", or those of the "first"."""
+        self._ranks, self._kept = ranks, kept
         self._fork = net.dialect is Dialect.CAFFE_JACINTO
         norms = [layer for layer in net.layers if layer.type == "BatchNorm"]
         self._all = [blob.tensor for layer in norms for blob in net.layer_blobs[layer.name][:3]]
@@ -117,8 +129,15 @@ class Statistics:
         ]
 
     def share(self) -> None:
-        """Give all ranks those of the first."""
-        self._ranks.copy_from_first(self._all)
+        """Give all ranks the same ones: those that tests and snapshots use.
+
+        Stock Caffe's are sums with their weight beside them; the mean of both over the ranks is that of all
+        batches.
+        """
+        if self._kept == "mean":
+            self._ranks.average([tensor for tensor, _ in self._averages])
+        else:
+            self._ranks.copy_from_first(self._all)
 
     def recalibrate(self, batches: int, one_pass: Callable[[], object], stop: Callable[[], bool]) -> bool:
         """Set the statistics to averages over ``batches`` passes, which the ranks share out.

@@ -8,9 +8,10 @@ import re
 import signal
 import socket
 import sys
+import traceback
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import (
@@ -33,6 +35,7 @@ from caffe_jacinto.common.errors import (
 from caffe_jacinto.common.processes import WARNINGS, keep_freed_memory
 from caffe_jacinto.engines.caffe_log import CaffeLog, write_line
 from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
+from caffe_jacinto.engines.pytorch.net import Net
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""
@@ -41,13 +44,17 @@ MEETING_SECONDS = "CAFFE_JACINTO_RENDEZVOUS_SECONDS"
 """The environment variable with the time in which all ranks have to start; default: 10 minutes."""
 
 
-def device_of_rank(gpus: Sequence[int]) -> torch.device:
+def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
     """The device of this rank, made ready: that of ``gpus`` at its number on this machine; or the CPU.
+
+    ``options`` say how exactly it has to compute.
 
     Raises:
         UserError: the GPU does not exist, or PyTorch cannot use it.
     """
     if not gpus:
+        if options.precision == "tf32":
+            raise UserError("-precision tf32 needs a GPU: give -gpu, or leave it out for fp32")
         keep_freed_memory()
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,8 +71,12 @@ def device_of_rank(gpus: Sequence[int]) -> torch.device:
         )
     device = torch.device("cuda", gpus[local])
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # all batches have one size
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says; -precision bf16 is the fast one
+    torch.backends.cudnn.benchmark = not options.deterministic  # all batches have one size
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    tf32 = options.precision == "tf32"  # fp32 is what it says
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device
 
 
@@ -90,6 +101,39 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank logs and writes the files."""
         return self.rank == 0
+
+    def parallel(self, net: Net) -> Net | DistributedDataParallel:
+        """``net``, whose gradients are averaged over the ranks while they are computed."""
+        if self.size == 1:
+            return net
+        return DistributedDataParallel(
+            net,
+            broadcast_buffers=False,  # batch-norm statistics stay those of each rank
+            gradient_as_bucket_view=True,
+            find_unused_parameters=net.has_unused_weights(),
+        )
+
+    def no_exchange(self, net: Net | DistributedDataParallel) -> AbstractContextManager[None]:
+        """A context in which backward passes add to the gradients of this rank only."""
+        return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+
+    def check_equal(self, number: int, what: str) -> None:
+        """Compare a number of all ranks.
+
+        Raises:
+            RunFailed: they differ; the message says in ``what``.
+        """
+        lowest = -self.largest(-number)
+        if lowest != self.largest(number):
+            raise RunFailed(f"the ranks have different {what}: resume from the last snapshot")
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._control)
+        return int(shared[0])
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Set each tensor to its mean over the ranks, in one exchange."""
@@ -194,10 +238,16 @@ SOURCE = "caffe.cpp:0"
 
 
 @contextmanager
-def open_log(ranks: Ranks, gpus: Sequence[int], options: Options) -> Iterator[CaffeLog]:
+def open_log(
+    ranks: Ranks,
+    gpus: Sequence[int],
+    options: Options,
+    batch_that_fits: Callable[[], int | None] = lambda: None,
+) -> Iterator[CaffeLog]:
     """The log, written by the first rank alone. It begins with what this program is and where it runs.
 
     A `UserError` inside becomes a fatal line, as readers of the log expect it, and the exit code.
+    ``batch_that_fits`` is asked where the GPU's memory is too small.
     """
     log = CaffeLog(_write_info if ranks.first else lambda message: None, SOURCE)
     log.info(
@@ -214,7 +264,11 @@ def open_log(ranks: Ranks, gpus: Sequence[int], options: Options) -> Iterator[Ca
         log.fatal(_here() + str(error))
         raise SystemExit(exit_code(error)) from None
     except torch.OutOfMemoryError as error:
-        log.fatal(f"{_here()}the GPU's memory is too small: use a smaller batch_size ({UserError(error)})")
+        why = _first_line(error)
+        traceback.clear_frames(error.__traceback__)  # they hold what is in the memory
+        fits = batch_that_fits()
+        hint = f"a batch_size of {fits:,} should fit" if fits else "use a smaller batch_size"
+        log.fatal(f"{_here()}the GPU's memory is too small: {hint}; the rest by iter_size ({why})")
         raise SystemExit(FAILED) from None
     except OSError as error:
         if not _several_machines():

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import Literal
 
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.engines.contract import (
@@ -32,6 +33,8 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 PROGRAM = "caffe_jacinto.engines.pytorch"
+
+DecodeChoice = Literal["cpu", "gpu", "both", "auto"]
 
 GPU_SECONDS = 120
 """Longest time to wait for PyTorch's first result on GPUs, the start of their driver included."""
@@ -69,6 +72,18 @@ class Options:
     """Prune, where the dialect's solver file has no fields for it."""
 
     freeze_zeros: bool = False
+    graph: bool = True
+    """On one GPU, record an iteration and replay it."""
+
+    deterministic: bool = False
+    """On a GPU, use algorithms that give the same bits each time."""
+
+    decode: DecodeChoice = "auto"
+    """Where images of the training are decoded; auto: where it measures faster."""
+
+    bn_stats: Literal["mean", "first"] = "mean"
+    """Which batch-norm statistics of several ranks are tested and saved."""
+
     reestimate_batches: int = 0
     recalibrate_tests: bool = False
     iterations: int = 50

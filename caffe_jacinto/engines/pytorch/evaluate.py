@@ -20,6 +20,7 @@ from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.feed import Inputs
+from caffe_jacinto.engines.pytorch.iteration import autocast
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
@@ -27,11 +28,6 @@ from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, parse_net_in
 
 WARM_UP = 2
 """Passes before the clock runs: the first ones choose how to compute."""
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which convolutions and inner products compute in bfloat16, if ``precision`` is bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 OnBatch = Callable[[int, dict[str, Tensor]], None]
@@ -151,7 +147,7 @@ def test(options: Options) -> int:
     definition = parse_net_in(read_text(options.model), options.dialect, where, TEST)
     definition.state.level = options.level
     definition.state.stage.extend(options.stage)
-    device = device_of_rank(gpus)
+    device = device_of_rank(gpus, options)
     ranks = Ranks(device)
     with ExitStack() as stack:
         stack.callback(ranks.close)
@@ -201,7 +197,7 @@ def time_net(options: Options) -> int:
         UserError: a file that is missing, damaged or not supported.
     """
     where, gpus, iterations = str(options.model), options.gpus[:1] if options.gpus else (), options.iterations
-    device = device_of_rank(gpus)
+    device = device_of_rank(gpus, options)
     definition = parse_net_in(read_text(options.model), options.dialect, where, TRAIN)
     with (
         open_log(Ranks(device), gpus, options) as log,
@@ -245,9 +241,8 @@ class _Timer:
             given = [self._cut(values[name]) for name in step.bottoms]
             started = self._now()
             with autocast(self._device, self._precision):
-                made = step.forward(*given)
+                tops = step(*given)
             self._forward[step.name] += self._now() - started
-            tops = made if isinstance(made, tuple) else (made,)
             values.update(zip(step.tops, tops, strict=True))
             done.append((step.name, tops))
         for name, tops in reversed(done):

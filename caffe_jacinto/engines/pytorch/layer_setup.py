@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.layer_types import blob_shapes_of, is_known, output_shapes
@@ -108,9 +109,12 @@ FILLERS: dict[str, Callable[[Tensor, Any, torch.Generator], None]] = {
 """By FillerParameter.type."""
 
 
+Blobs = Sequence[Tensor]
+"""A layer's blobs, in Caffe's order."""
+
 Forward = Callable[..., Tensor | tuple[Tensor, ...]]
-"""From a layer's bottoms to its top or tops. Images are batch x channels x height x width, channels last in
-memory."""
+"""From a layer's blobs and then its bottoms to its top or tops. Images are batch x channels x height x width,
+channels last in memory."""
 
 PHASE_NAMES = ("TRAIN", "TEST")
 
@@ -133,7 +137,7 @@ class Blob:
     """A layer's blob: weights that learn, or a statistic."""
 
     tensor: Tensor
-    """float32, on the net's device."""
+    """float32, on the net's device: a parameter, or for a statistic a plain tensor."""
 
     lr_mult: float = 1.0
     decay_mult: float = 1.0
@@ -162,6 +166,9 @@ class LayerSetup:
     """False: blobs keep what is in their memory; only whether their fillers fit is checked."""
 
     blobs: list[Blob] = field(default_factory=list)
+
+    draws: bool = False
+    """Whether each pass draws random numbers."""
 
     @cached_property
     def tree(self) -> Message:
@@ -231,8 +238,8 @@ class LayerSetup:
             self.refuse(f"axis {value} is not one of the {axes} axes of {self.message.bottom[bottom]}")
         return value % axes
 
-    def blob(self, filler: Any = None, *, constant: float = 0.0) -> Tensor:
-        """The layer's next blob, filled; its learning rate and decay are those of its ``param``."""
+    def blob(self, filler: Any = None, *, constant: float = 0.0) -> None:
+        """Make the layer's next blob, filled; its learning rate and decay are those of its ``param``."""
         index = len(self.blobs)
         shape, specs = self._blob_shapes[index], self.message.param
         if filler is None or min(shape, default=1) < 1:
@@ -244,16 +251,15 @@ class LayerSetup:
             values = torch.empty(shape)
         if values.dim() == 4 and self.filled:
             values = values.contiguous(memory_format=torch.channels_last)
-        blob = Blob(values.to(self.device))
+        lr_mult, decay_mult, shared_as = 1.0, 1.0, ""
         if index < len(specs):
-            blob.lr_mult, blob.decay_mult = specs[index].lr_mult, specs[index].decay_mult
-            blob.shared_as = specs[index].name
-        blob.tensor.requires_grad_(self.phase == TRAIN and blob.lr_mult != 0)
-        self.blobs.append(blob)
-        return blob.tensor
+            lr_mult, decay_mult, shared_as = specs[index].lr_mult, specs[index].decay_mult, specs[index].name
+        learns = self.phase == TRAIN and lr_mult != 0
+        weights = Parameter(values.to(self.device), requires_grad=learns)
+        self.blobs.append(Blob(weights, lr_mult, decay_mult, shared_as))
 
-    def statistic(self, constant: float = 0.0) -> Tensor:
-        """The layer's next blob, which no gradient moves."""
+    def statistic(self, constant: float = 0.0) -> None:
+        """Make the layer's next blob, which no gradient moves."""
         index = len(self.blobs)
         shape, specs = self._blob_shapes[index], self.message.param
         if index < len(specs) and specs[index].lr_mult != 0 and specs[index].HasField("lr_mult"):
@@ -262,4 +268,3 @@ class LayerSetup:
         # Weight decay does not move it either, but stock Caffe's solver states have its squares.
         decay_mult = specs[index].decay_mult if index < len(specs) else 1.0
         self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=decay_mult))
-        return tensor

@@ -1,8 +1,8 @@
 """Caffe's layers on PyTorch: one table, from a layer's type to the function that builds it.
 
-A builder reads the layer's message, makes its blobs and returns the function that computes its tops. The
-shapes of blobs and tops come from netspec/layer_types.py. Definitions: Caffe's schema (caffe.proto) and its
-layers; the tests compare each with pycaffe.
+A builder reads the layer's message, makes its blobs and returns the function that computes its tops from the
+blobs and the bottoms. The shapes of blobs and tops come from netspec/layer_types.py. Definitions: Caffe's
+schema (caffe.proto) and its layers; the tests compare each with pycaffe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
-from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup, Shape, fill
+from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry
+from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup, Shape, fill
 from caffe_jacinto.engines.pytorch.loss import accuracy, softmax_with_loss
 from caffe_jacinto.netspec.layer_types import geometry, is_known, output_shapes
 from caffe_jacinto.prototxt.solver import TRAIN
@@ -38,8 +39,8 @@ def pooling(layer: LayerSetup) -> Forward:
     if fields.global_pooling:
         size = shape[2:]
         if largest:
-            return lambda images: F.max_pool2d(images, size)
-        return lambda images: images.mean((2, 3), keepdim=True)
+            return lambda blobs, images: F.max_pool2d(images, size)
+        return lambda blobs, images: images.mean((2, 3), keepdim=True)
     kernel, stride, pad, _ = geometry(layer.tree)
     if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
         layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
@@ -50,19 +51,21 @@ def pooling(layer: LayerSetup) -> Forward:
             f"a window of {kernel[0]}x{kernel[1]} lies outside of the {shape[2]}x{shape[3]} pixels; "
             "use a smaller stride or kernel"
         )
-    if up and 2 * pad[0] <= kernel[0] and 2 * pad[1] <= kernel[1]:
+    # On a GPU, PyTorch divides a window over the edge by another number.
+    by_pytorch = largest or layer.device.type == "cpu"
+    if up and 2 * pad[0] <= kernel[0] and 2 * pad[1] <= kernel[1] and by_pytorch:
         if largest:
-            return lambda images: F.max_pool2d(images, kernel, stride, pad, ceil_mode=True)
-        return lambda images: F.avg_pool2d(images, kernel, stride, pad, ceil_mode=True)
+            return lambda blobs, images: F.max_pool2d(images, kernel, stride, pad, ceil_mode=True)
+        return lambda blobs, images: F.avg_pool2d(images, kernel, stride, pad, ceil_mode=True)
     edges = tuple(
         _edges(shape[i + 2], kernel[i], stride[i], pad[i], sizes[i]) for i in (1, 0)
     )  # width first, as F.pad has it
     margins = [*edges[0], *edges[1]]
     if largest:
-        return lambda images: F.max_pool2d(F.pad(images, margins, value=float("-inf")), kernel, stride)
+        return lambda blobs, images: F.max_pool2d(F.pad(images, margins, value=float("-inf")), kernel, stride)
     areas = _areas(shape[2:], kernel, stride, pad, sizes).to(layer.device)
 
-    def average(images: Tensor) -> Tensor:
+    def average(blobs: Blobs, images: Tensor) -> Tensor:
         sums = F.avg_pool2d(F.pad(images, margins), kernel, stride, divisor_override=1)
         return sums / areas.to(sums.dtype)
 
@@ -90,6 +93,12 @@ def _areas(
 
 
 def convolution(layer: LayerSetup) -> Forward:
+    convolve = convolution_of(layer)
+    return lambda blobs, images: convolve(images, *with_bias(blobs))
+
+
+def convolution_of(layer: LayerSetup) -> Convolution:
+    """The convolution of a layer, whose blobs are made."""
     layer.takes(1)
     fields = layer.parameters(
         "convolution_param",
@@ -108,9 +117,15 @@ def convolution(layer: LayerSetup) -> Forward:
         )
     if min(layer.tops[0]) < 1:
         layer.refuse(f"its kernel is larger than the {shape[2]}x{shape[3]} pixels that it is given")
-    weights = layer.blob(fields.weight_filler)
-    bias = layer.blob(fields.bias_filler) if fields.bias_term else None
-    return lambda images: F.conv2d(images, weights, bias, stride, pad, dilation, group)
+    layer.blob(fields.weight_filler)
+    if fields.bias_term:
+        layer.blob(fields.bias_filler)
+    return Convolution(Geometry(stride, pad, dilation, group))
+
+
+def with_bias(blobs: Blobs) -> tuple[Tensor, Tensor | None]:
+    """Weights, and the bias if there is one."""
+    return blobs[0], blobs[1] if len(blobs) > 1 else None
 
 
 def inner_product(layer: LayerSetup) -> Forward:
@@ -124,11 +139,13 @@ def inner_product(layer: LayerSetup) -> Forward:
     inputs, transposed = prod(shape[axis:]), fields.transpose
     if fields.num_output < 1:
         layer.refuse("inner_product_param.num_output has to be at least 1")
-    weights = layer.blob(fields.weight_filler)
-    bias = layer.blob(fields.bias_filler) if fields.bias_term else None
+    layer.blob(fields.weight_filler)
+    if fields.bias_term:
+        layer.blob(fields.bias_filler)
 
-    def forward(values: Tensor) -> Tensor:
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
         flat = values.reshape(*values.shape[:axis], inputs)
+        weights, bias = with_bias(blobs)
         return F.linear(flat, weights.T if transposed else weights, bias)
 
     return forward
@@ -138,8 +155,8 @@ def relu(layer: LayerSetup) -> Forward:
     layer.takes(1)
     slope = layer.parameters("relu_param", "negative_slope").negative_slope
     if slope:
-        return lambda values: F.leaky_relu(values, slope)
-    return torch.relu
+        return lambda blobs, values: F.leaky_relu(values, slope)
+    return lambda blobs, values: torch.relu(values)
 
 
 def prelu(layer: LayerSetup) -> Forward:
@@ -148,8 +165,8 @@ def prelu(layer: LayerSetup) -> Forward:
     (shape,) = layer.bottoms
     if len(shape) < 2:
         layer.refuse("needs a bottom with channels")
-    slopes = layer.blob(fields.filler if fields.HasField("filler") else None, constant=0.25)
-    return lambda values: F.prelu(values, slopes.to(values.dtype).reshape(-1))
+    layer.blob(fields.filler if fields.HasField("filler") else None, constant=0.25)
+    return lambda blobs, values: F.prelu(values, blobs[0].to(values.dtype).reshape(-1))
 
 
 def power(layer: LayerSetup) -> Forward:
@@ -157,7 +174,7 @@ def power(layer: LayerSetup) -> Forward:
     fields = layer.parameters("power_param", "power", "scale", "shift")
     exponent, scale, shift = fields.power, fields.scale, fields.shift
 
-    def forward(values: Tensor) -> Tensor:
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
         if scale != 1:
             values = values * scale
         if shift:
@@ -172,23 +189,25 @@ def bias(layer: LayerSetup) -> Forward:
     fields = layer.parameters("bias_param", "axis", "num_axes", "filler")
     spread = _spread(layer, fields.axis, fields.num_axes)
     if len(layer.bottoms) == 2:
-        return lambda values, added: values + added.reshape(spread)
-    added = layer.blob(fields.filler)
-    return lambda values: values + added.reshape(spread)
+        return lambda blobs, values, added: values + added.reshape(spread)
+    layer.blob(fields.filler)
+    return lambda blobs, values: values + blobs[0].reshape(spread)
 
 
 def scale(layer: LayerSetup) -> Forward:
     layer.takes(1, 2)
     fields = layer.parameters("scale_param", "axis", "num_axes", "filler", "bias_term", "bias_filler")
     spread = _spread(layer, fields.axis, fields.num_axes)
-    factors = None
     if len(layer.bottoms) == 1:
-        factors = layer.blob(fields.filler if fields.HasField("filler") else None, constant=1.0)
-    added = layer.blob(fields.bias_filler) if fields.bias_term else None
+        layer.blob(fields.filler if fields.HasField("filler") else None, constant=1.0)
+    if fields.bias_term:
+        layer.blob(fields.bias_filler)
+    shifts = fields.bias_term
 
-    def forward(values: Tensor, *given: Tensor) -> Tensor:
-        values = values * (given[0] if factors is None else factors).reshape(spread)
-        return values if added is None else values + added.reshape(spread)
+    def forward(blobs: Blobs, values: Tensor, *given: Tensor) -> Tensor:
+        factors = given[0] if given else blobs[0]
+        values = values * factors.reshape(spread)
+        return values + blobs[-1].reshape(spread) if shifts else values
 
     return forward
 
@@ -224,14 +243,14 @@ def lrn(layer: LayerSetup) -> Forward:
         layer.refuse("normalizes batch x channels x height x width only")
     if fields.norm_region == type(fields).WITHIN_CHANNEL:
         # Caffe builds this of its pooling and power layers, and so passes over k: it is 1.
-        def within(values: Tensor) -> Tensor:
+        def within(blobs: Blobs, values: Tensor) -> Tensor:
             squares = F.avg_pool2d(values.float().square(), size, 1, half)
             return values * torch.pow(1 + alpha * squares, -beta)
 
         return within
     channels = shape[1]
 
-    def across(values: Tensor) -> Tensor:
+    def across(blobs: Blobs, values: Tensor) -> Tensor:
         squares = F.pad(values.float().square(), (0, 0, 0, 0, half, half))
         total = squares[:, :channels]
         for offset in range(1, size):
@@ -247,8 +266,9 @@ def dropout(layer: LayerSetup) -> Forward:
     if not 0 <= ratio < 1:
         layer.refuse(f"dropout_param.dropout_ratio {ratio:g} has to be from 0 to below 1")
     if layer.phase != TRAIN or ratio == 0:
-        return lambda values: values
-    return lambda values: F.dropout(values, ratio)
+        return lambda blobs, values: values
+    layer.draws = True
+    return lambda blobs, values: F.dropout(values, ratio)
 
 
 def eltwise(layer: LayerSetup) -> Forward:
@@ -263,11 +283,11 @@ def eltwise(layer: LayerSetup) -> Forward:
     if fields.operation == kinds.SUM:
         return _weighted_sum(factors)
     combine = torch.mul if fields.operation == kinds.PROD else torch.maximum
-    return lambda first, *others: _folded(combine, first, others)
+    return lambda blobs, first, *others: _folded(combine, first, others)
 
 
 def _weighted_sum(factors: list[float]) -> Forward:
-    def forward(*values: Tensor) -> Tensor:
+    def forward(blobs: Blobs, *values: Tensor) -> Tensor:
         if not factors or all(factor == 1 for factor in factors):
             return _folded(torch.add, values[0], values[1:])
         terms = [value * factor for value, factor in zip(values, factors, strict=True)]
@@ -289,7 +309,7 @@ def concat(layer: LayerSetup) -> Forward:
     rests = {(*shape[:axis], *shape[axis + 1 :]) for shape in layer.bottoms}
     if len(rests) > 1 or axis >= len(layer.bottoms[0]):
         layer.refuse(f"its bottoms differ in more than axis {axis}: {', '.join(map(str, layer.bottoms))}")
-    return lambda *values: torch.cat(values, axis)
+    return lambda blobs, *values: torch.cat(values, axis)
 
 
 def flatten(layer: LayerSetup) -> Forward:
@@ -298,7 +318,7 @@ def flatten(layer: LayerSetup) -> Forward:
     start, end = layer.axis(fields.axis), layer.axis(fields.end_axis)
     if end < start:
         layer.refuse("flatten_param.end_axis lies before axis")
-    return lambda values: values.flatten(start, end)
+    return lambda blobs, values: values.flatten(start, end)
 
 
 def reshape(layer: LayerSetup) -> Forward:
@@ -316,13 +336,13 @@ def reshape(layer: LayerSetup) -> Forward:
     result = layer.tops[0]
     # The batch may be smaller than in the file when the last one of a pass is.
     kept = start > 0
-    return lambda values: values.reshape((values.shape[0], *result[1:]) if kept else result)
+    return lambda blobs, values: values.reshape((values.shape[0], *result[1:]) if kept else result)
 
 
 def softmax(layer: LayerSetup) -> Forward:
     layer.takes(1)
     axis = layer.axis(layer.parameters("softmax_param", "axis").axis)
-    return lambda values: F.softmax(values.float(), axis)
+    return lambda blobs, values: F.softmax(values.float(), axis)
 
 
 def dummy_data(layer: LayerSetup) -> Forward:
@@ -343,7 +363,8 @@ def dummy_data(layer: LayerSetup) -> Forward:
         return fill(shapes[index], fillers[index], generator, where).to(device)
 
     constants = {i: drawn(i) for i, filler in enumerate(fillers) if filler.type == "constant"}
-    return lambda: tuple(constants[i] if i in constants else drawn(i) for i in range(count))
+    layer.draws = len(constants) < count
+    return lambda blobs: tuple(constants[i] if i in constants else drawn(i) for i in range(count))
 
 
 LAYERS: dict[str, Callable[[LayerSetup], Forward]] = {

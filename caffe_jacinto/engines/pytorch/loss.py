@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch.layer_setup import Forward, LayerSetup
+from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
 
 LARGEST_LOSS = -log(1.17549435e-38)
 """Of one image: Caffe takes the logarithm of no less than FLT_MIN, which gives 87.3365."""
@@ -25,7 +25,7 @@ def softmax_with_loss(layer: LayerSetup) -> Forward:
     _check_labels(layer, axis)
     both = len(layer.message.top) == 2
 
-    def forward(scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(blobs: Blobs, scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
         rows = _rows(scores.float(), axis)
         loss: Tensor = _SoftmaxLoss.apply(
             rows, labels.reshape(-1).long(), ignore, normalizer, prod(scores.shape[:axis])
@@ -48,7 +48,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             counted = labels != ignore
             labels = torch.where(counted, labels, 0)
         losses = -logs.gather(1, labels[:, None])[:, 0]
-        losses = torch.where(losses > LARGEST_LOSS, losses.new_tensor(LARGEST_LOSS), losses)
+        losses = losses.clamp(max=LARGEST_LOSS)
         if counted is not None:
             losses = torch.where(counted, losses, 0)
         divisor: Tensor | float = _divisor(normalizer, len(labels), batch, counted)
@@ -60,7 +60,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logs, labels = ctx.saved_tensors
         rows = logs.exp()
-        rows.scatter_add_(1, labels[:, None], rows.new_tensor(-1.0).expand(len(labels), 1))
+        rows.scatter_add_(1, labels[:, None], rows.new_full((len(labels), 1), -1.0))
         if ctx.counted is not None:
             rows *= ctx.counted[:, None]
         return rows * (gradient / ctx.divisor), None, None, None, None
@@ -89,7 +89,7 @@ def accuracy(layer: LayerSetup) -> Forward:
         layer.refuse(f"accuracy_param.top_k {top_k} of {classes} classes; it has to be from 1 to {classes}")
     _check_labels(layer, axis)
 
-    def forward(scores: Tensor, labels: Tensor) -> Tensor:
+    def forward(blobs: Blobs, scores: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             rows = _rows(scores.detach().float(), axis)
             labels = labels.reshape(-1).long()

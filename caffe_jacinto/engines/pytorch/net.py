@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.caffe_log import CaffeLog
-from caffe_jacinto.engines.pytorch.batch_norm import fused_batch_norm
+from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS
 from caffe_jacinto.netspec.graph import messages_in
@@ -57,14 +57,51 @@ class NetResult:
     """The net's outputs by name, detached."""
 
 
+class LayerModule(nn.Module):
+    """A layer of a net: its blobs as parameters and buffers, named by their index, and what it computes."""
+
+    def __init__(self, setup: LayerSetup, function: Forward) -> None:
+        super().__init__()
+        self.function = function
+        self._paces = [(blob.lr_mult, blob.decay_mult) for blob in setup.blobs]
+        for index, blob in enumerate(setup.blobs):
+            if isinstance(blob.tensor, nn.Parameter):
+                self.register_parameter(str(index), blob.tensor)
+            else:
+                self.register_buffer(str(index), blob.tensor)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The blobs, in Caffe's order."""
+        return [getattr(self, str(index)) for index in range(len(self._paces))]
+
+    @property
+    def blobs(self) -> list[Blob]:
+        """The blobs with how fast they learn."""
+        return [Blob(tensor, *pace) for tensor, pace in zip(self.tensors, self._paces, strict=True)]
+
+    def share(self, other: LayerModule) -> None:
+        """Take the blobs of ``other``, which have the same shapes, for its own."""
+        for index, tensor in enumerate(other.tensors):
+            own: dict[str, Any] = self._parameters if str(index) in self._parameters else self._buffers
+            own[str(index)] = tensor
+
+    def forward(self, *bottoms: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The layer's top or tops."""
+        return self.function(self.tensors, *bottoms)
+
+
 @dataclass
-class _Step:
-    """A layer in the order of computation."""
+class Step:
+    """A layer, or several that run as one, in the order of computation."""
 
     name: str
+    modules: tuple[LayerModule, ...]
     bottoms: tuple[str, ...]
     tops: tuple[str, ...]
-    forward: Forward
+    fused: FusedForward | None
+    """What several layers compute together."""
+
     detached: tuple[bool, ...]
     """Which bottoms get no gradient (``propagate_down: false``)."""
 
@@ -72,9 +109,21 @@ class _Step:
     last_uses: tuple[str, ...] = ()
     """Blobs that no later step reads."""
 
+    def __call__(self, *bottoms: Tensor) -> tuple[Tensor, ...]:
+        """The tops."""
+        if self.fused is not None:
+            made: Any = self.fused([module.tensors for module in self.modules], *bottoms)
+        else:
+            made = self.modules[0](*bottoms)
+        return made if isinstance(made, tuple) else (made,)
 
-class Net:
-    """A network of the train or the test phase."""
+
+class Net(nn.Module):
+    """A network of the train or the test phase.
+
+    Its modules are its layers, by name (with ``_`` for a dot); their parameters and buffers are the blobs, by
+    index: ``conv1a.0`` are the weights of the layer conv1a.
+    """
 
     def __init__(
         self,
@@ -97,15 +146,14 @@ class Net:
         Raises:
             UserError: a layer or field that is not supported, or layers that do not fit each other.
         """
+        super().__init__()
         self.definition, self.name = definition, str(definition.name)
         self.phase, self.dialect, self.where = phase, dialect, where
         self.device = device or torch.device("cpu")
         self.layers: list[Any] = []
         """The LayerParameter messages of this phase, in order."""
 
-        self.layer_blobs: dict[str, list[Blob]] = {}
-        """Each layer's blobs by its name, for layers that have any."""
-
+        self._by_name: dict[str, LayerModule] = {}
         self.inputs: list[str] = []
         self.loss_weights: dict[str, float] = {}
         self.shapes: dict[str, Shape] = {}
@@ -116,13 +164,21 @@ class Net:
             self._generator.manual_seed(seed)
         self._filled = filled
         self._shared: dict[str, Blob] = {}
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
+        self.draws = False
+        """Whether a pass draws random numbers."""
+
         _check_fields(definition, where)
         self._declare_inputs(definition)
         self.layers = messages_in(definition, PHASE_NAMES[phase])
         self._build(data_shapes or {})
         self.output_names = self._outputs()
         self._find_last_uses()
+
+    @property
+    def layer_blobs(self) -> dict[str, list[Blob]]:
+        """Each layer's blobs by its name, for layers that have any."""
+        return {name: module.blobs for name, module in self._by_name.items() if module.tensors}
 
     @property
     def blobs(self) -> list[tuple[str, int, Blob]]:
@@ -158,22 +214,32 @@ class Net:
         torch.manual_seed(seed)
         self._generator.manual_seed(seed)
 
+    def has_unused_weights(self) -> bool:
+        """Whether some weights learn, but no loss depends on them."""
+        needed: set[str] = {name for name, weight in self.loss_weights.items() if weight}
+        for step in reversed(self.steps):
+            if needed.isdisjoint(step.tops):
+                if any(tensor.requires_grad for module in step.modules for tensor in module.tensors):
+                    return True
+                continue
+            needed |= {name for name, cut in zip(step.bottoms, step.detached, strict=True) if not cut}
+        return False
+
     def share_with(self, other: Net) -> None:
         """Take the blobs of ``other``, by the layers' names, for this net's own: a test net in training.
 
         Raises:
             UserError: a layer of the same name has blobs of other shapes.
         """
-        for name, blobs in self.layer_blobs.items():
-            theirs = other.layer_blobs.get(name)
-            if theirs is None:
+        for name, module in self._by_name.items():
+            theirs = other._by_name.get(name)
+            if theirs is None or not module.tensors:
                 continue
-            if [blob.tensor.shape for blob in blobs] != [blob.tensor.shape for blob in theirs]:
+            if [tensor.shape for tensor in module.tensors] != [tensor.shape for tensor in theirs.tensors]:
                 raise UserError(f"{self.where}: layer {name} has blobs of other shapes than in {other.where}")
-            for mine, their in zip(blobs, theirs, strict=True):
-                mine.tensor.data = their.tensor.data
+            module.share(theirs)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> NetResult:
+    def forward(self, inputs: Mapping[str, Tensor]) -> NetResult:
         """One pass over ``inputs``, the blobs of `inputs` by name. Nothing here waits for the device."""
         values = dict(inputs)
         loss: Tensor | None = None
@@ -183,9 +249,7 @@ class Net:
                 values[name].detach() if cut else values[name]
                 for name, cut in zip(step.bottoms, step.detached, strict=True)
             ]
-            made = step.forward(*given)
-            tops = made if isinstance(made, tuple) else (made,)
-            for name, top, weight in zip(step.tops, tops, step.loss_weights, strict=True):
+            for name, top, weight in zip(step.tops, step(*given), step.loss_weights, strict=True):
                 values[name] = top
                 if weight:
                     part = top.sum() * weight if weight != 1 or top.dim() else top
@@ -214,27 +278,30 @@ class Net:
             self.shapes[name] = shape
 
     def _build(self, data_shapes: Mapping[str, Shape]) -> None:
-        skip = False
-        for index, layer in enumerate(self.layers):
-            where = f"{self.where}: layer {layer.name} ({layer.type})"
-            if layer.name in (other.name for other in self.layers[:index]):
+        names: set[str] = set()
+        for layer in self.layers:
+            where = self._where(layer)
+            if layer.name in names:
                 raise UserError(f"{where}: another layer has this name; rename one")
-            if skip:  # built with the batch norm before it
-                skip = False
-                continue
-            if layer.type in FED:
-                self._feed(layer, data_shapes, where)
-                continue
-            if layer.type not in LAYERS:
+            names.add(layer.name)
+            if layer.type not in FED and layer.type not in LAYERS:
                 known = ", ".join(sorted([*LAYERS, *FED]))
                 raise UserError(f"{where}: this type of layer is not supported; supported: {known}")
-            setup = self._setup(layer, where)
-            following = self.layers[index + 1] if index + 1 < len(self.layers) else None
-            if layer.type == "BatchNorm" and following is not None and self._goes_in_one(layer, following):
-                self._add_batch_norm_and_scale(setup, following)
-                skip = True
+        at = 0
+        while at < len(self.layers):
+            layer = self.layers[at]
+            chain = chain_from(self.layers, at, self.device, self.dialect)
+            if layer.type in FED:
+                self._feed(layer, data_shapes, self._where(layer))
+            elif chain:
+                self._add_chain(chain)
             else:
-                self._add(setup, LAYERS[layer.type](setup), layer)
+                setup = self._setup(layer, self._where(layer))
+                self._add(setup, LAYERS[layer.type](setup))
+            at += max(len(chain), 1)
+
+    def _where(self, layer: Any) -> str:
+        return f"{self.where}: layer {layer.name} ({layer.type})"
 
     def _feed(self, layer: Any, data_shapes: Mapping[str, Shape], where: str) -> None:
         setup = self._setup(layer, where)
@@ -269,27 +336,46 @@ class Net:
             self._filled,
         )
 
-    def _add(self, setup: LayerSetup, forward: Forward, last: Any) -> None:
-        """Take in a layer that is built; ``last`` is the message whose tops it gives."""
+    def _add(self, setup: LayerSetup, function: Forward) -> None:
+        """Take in a layer that runs alone."""
         layer = setup.message
-        self.shapes.update(zip(last.top, setup.tops, strict=False))
-        self._keep_blobs(setup)
-        weights = _loss_weights(last)
-        self.loss_weights.update({name: w for name, w in zip(last.top, weights, strict=True) if w})
+        module = self._take(setup, function)
+        weights = _loss_weights(layer)
+        self.loss_weights.update({name: w for name, w in zip(layer.top, weights, strict=True) if w})
         cuts = [not down for down in layer.propagate_down] or [False] * len(layer.bottom)
         if len(cuts) != len(layer.bottom):
             setup.refuse(f"{len(cuts)} of propagate_down for {len(layer.bottom)} bottoms; give one for each")
+        bottoms, tops = tuple(layer.bottom), tuple(layer.top)
+        self.steps.append(Step(layer.name, (module,), bottoms, tops, None, tuple(cuts), weights))
+
+    def _add_chain(self, chain: Sequence[Any]) -> None:
+        """Take in layers that run as one; each still has a module, for its blobs."""
+        fusion = Fusion(self.device)
+        modules = []
+        for layer in chain:
+            setup = self._setup(layer, self._where(layer))
+            modules.append(self._take(setup, fusion.add(setup)))
+        first, last = chain[0], chain[-1]
+        bottoms, tops = tuple(first.bottom), tuple(last.top)
         self.steps.append(
-            _Step(layer.name, tuple(layer.bottom), tuple(last.top), forward, tuple(cuts), weights)
+            Step(first.name, tuple(modules), bottoms, tops, fusion.function(), (False,), (0.0,))
         )
 
-    def _keep_blobs(self, setup: LayerSetup) -> None:
-        if not setup.blobs:
-            return
+    def _take(self, setup: LayerSetup, function: Forward) -> LayerModule:
+        """The module of a layer that is built; its tops are known from here on."""
+        name = setup.message.name
+        self.shapes.update(zip(setup.message.top, setup.tops, strict=False))
         for blob in setup.blobs:
             if blob.shared_as:
                 self._share(setup, blob)
-        self.layer_blobs[setup.message.name] = setup.blobs
+        module = LayerModule(setup, function)
+        self.draws |= setup.draws
+        self._by_name[name] = module
+        key = name.replace(".", "_")
+        while key in self._modules:
+            key += "_"
+        self._modules[key] = module  # not add_module: a layer may have the name of an attribute
+        return module
 
     def _share(self, setup: LayerSetup, blob: Blob) -> None:
         owner = self._shared.setdefault(blob.shared_as, blob)
@@ -298,33 +384,6 @@ class Net:
                 f"param {blob.shared_as!r} shares the blob of another layer, which is not supported; "
                 "give each param a name of its own, or none"
             )
-
-    def _goes_in_one(self, norm: Any, following: Any) -> bool:
-        """Whether the layer ``following`` scales what the batch norm gives, and nothing else reads that."""
-        if following.type != "Scale" or list(following.bottom) != list(norm.top):
-            return False
-        fields = following.scale_param
-        if fields.axis not in (1, 1 - len(self.shapes[norm.bottom[0]])) or fields.num_axes != 1:
-            return False
-        in_place = list(following.top) == list(following.bottom)
-        readers = sum(list(layer.bottom).count(norm.top[0]) for layer in self.layers)
-        return (in_place or readers == 1) and not following.propagate_down and not norm.loss_weight
-
-    def _add_batch_norm_and_scale(self, setup: LayerSetup, scale: Any) -> None:
-        """Both as one step, in one pass over the images."""
-        normalize = fused_batch_norm(setup)
-        if normalize.own is not None:
-            self._add(setup, lambda images: normalize(images, None), setup.message)
-            behind = self._setup(scale, f"{self.where}: layer {scale.name} ({scale.type})")
-            self._add(behind, LAYERS["Scale"](behind), scale)
-            return
-        self.shapes[setup.message.top[0]] = tuple(setup.bottoms[0])
-        behind = self._setup(scale, f"{self.where}: layer {scale.name} ({scale.type})")
-        LAYERS["Scale"](behind)
-        blobs = [blob.tensor for blob in behind.blobs]
-        factors, added = blobs[0], blobs[1] if len(blobs) > 1 else None
-        self._add(setup, lambda images: normalize(images, (factors, added)), scale)
-        self._keep_blobs(behind)
 
     def _outputs(self) -> list[str]:
         """The blobs that nothing reads, in Caffe's order: by name."""

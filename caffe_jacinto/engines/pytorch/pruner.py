@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from caffe_jacinto.pruning.pruner import Pruner
 from caffe_jacinto.recipes.model import SparseSettings
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from caffe_jacinto.pruning.pruner import Arrays
@@ -36,7 +37,9 @@ class TorchPruner(Pruner):
         super().__init__(net.layers, sparse, unchanged, report)
         self._weights = {layer: net.layer_blobs[layer][0].tensor for layer in self.groups}
         self._history = {layer: (history or {}).get(id(self._weights[layer]), ()) for layer in self.groups}
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: dict[str, Tensor] = {}
+        self.holds = 0
+        """Counts the changes of which tensors `hold_gradients` reads."""
 
     def read(self, layer: str) -> NDArray[np.float32]:
         return array(self._weights[layer])
@@ -46,22 +49,31 @@ class TorchPruner(Pruner):
 
     def hold(self, masks: Arrays) -> None:
         """Set the frozen weights and their momentum to zero; `hold_gradients` keeps them there."""
-        self._held = []
+        if masks.keys() != self._held.keys():
+            self.holds += 1
+            self._held = {}
         for layer, mask in masks.items():
-            weights = self._weights[layer]
-            layout = torch.channels_last if weights.dim() == 4 else torch.contiguous_format
-            held = torch.from_numpy(mask).to(weights).contiguous(memory_format=layout)
-            self._held.append((weights, held))
+            weights, new = self._weights[layer], torch.from_numpy(mask)
+            if layer in self._held:
+                self._held[layer].copy_(new)  # in its place: a recorded graph reads it there
+            else:
+                layout = torch.channels_last if weights.dim() == 4 else torch.contiguous_format
+                self._held[layer] = new.to(weights).contiguous(memory_format=layout)
             with torch.no_grad():
                 for values in (weights, *self._history[layer]):
-                    values.mul_(held)
+                    values.mul_(self._held[layer])
 
     def hold_gradients(self) -> None:
         """Let no gradient move a frozen weight; zeros have no momentum and no decay, so nothing else does."""
-        pairs = [(weights.grad, mask) for weights, mask in self._held if weights.grad is not None]
-        if pairs:
+        pairs = [(self._weights[layer].grad, mask) for layer, mask in self._held.items()]
+        moved = [(gradient, mask) for gradient, mask in pairs if gradient is not None]
+        if moved:
             with torch.no_grad():
-                torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
+                torch._foreach_mul_([gradient for gradient, _ in moved], [mask for _, mask in moved])
+
+    def checksum(self) -> int:
+        """A number that differs, with near certainty, between other masks."""
+        return zlib.crc32(b"".join(np.packbits(mask != 0).tobytes() for mask in self.masks.values()))
 
     def count_zeros(self, layer: str) -> tuple[int, int]:
         weights = self._weights[layer]

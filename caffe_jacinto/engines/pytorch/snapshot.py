@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -133,6 +133,9 @@ class Place:
 
     solver: str | None = None
     """The type of its solver, if known: the same history means something else to another."""
+
+    decode: Literal["cpu", "gpu", "both"] | None = None
+    """Where its images are decoded, if known: the pixels differ a little."""
 
 
 def write_state(

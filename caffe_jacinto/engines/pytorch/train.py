@@ -22,14 +22,14 @@ from torch import Tensor
 
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import StopRequests
-from caffe_jacinto.data.batches import random_numbers
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import Options
-from caffe_jacinto.engines.pytorch.evaluate import TestNets, autocast, named
+from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
 from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
+from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import (
@@ -66,12 +66,22 @@ def train(options: Options) -> int:
     check_solver(solver)
     check_snapshot_folder(solver)
     gpus = options.gpus or ()
-    device = device_of_rank(gpus)
+    device = device_of_rank(gpus, options)
     with ExitStack() as stack:
         ranks = Ranks(device)
         stack.callback(ranks.close)
-        log = stack.enter_context(open_log(ranks, gpus, options))
+        fits = partial(_batch_that_fits, solver, device, options.precision)
+        log = stack.enter_context(open_log(ranks, gpus, options, fits))
         return Trainer(options, solver, device, ranks, requests, stack, log).train()
+
+
+def _batch_that_fits(solver: SolverFile, device: torch.device, precision: str) -> int | None:
+    from caffe_jacinto.engines.pytorch.memory import largest_batch
+
+    with Inputs(
+        solver.train_net, TRAIN, str(solver.train_file), device=torch.device("cpu"), seed=0, workers=1
+    ) as inputs:
+        return largest_batch(solver, inputs.shapes, device, precision)
 
 
 class Trainer:
@@ -97,18 +107,21 @@ class Trainer:
         self.iteration = 0
         """Updates done so far."""
 
-        self._block = 0
-        """The batches that all ranks together have seen."""
-
         self._requests, self._stopped = requests, False
         self._share_batches()
         log.solver(self.parameters)
-        self.seed = self._choose_seed()
+        place = read_place(options.snapshot) if options.snapshot else None
+        self.seed = self._choose_seed(place)
+        self._decode = options.decode
+        if options.decode == "auto":
+            self._decode = "cpu" if options.deterministic else (place and place.decode) or "auto"
         self.inputs = stack.enter_context(self._inputs(TRAIN, solver.train_net, solver.train_file, device))
         test_inputs = [
             stack.enter_context(self._inputs(TEST, test.definition, test.file, device))
             for test in solver.tests
         ]
+        for note in self.inputs.notes:
+            log.info(note)
         log.info(f"Creating training net from train_net file: {solver.train_file}")
         self.net = Net(
             solver.train_net,
@@ -122,9 +135,12 @@ class Trainer:
         self.inputs.fit(self.net)
         self.net.write_to(log)
         self.optimizer = solver_class(self.parameters, str(solver.path))(
-            self.net.learnables, self.parameters, dialect=solver.dialect
+            self.net.learnables,
+            self.parameters,
+            dialect=solver.dialect,
+            capturable=device.type == "cuda",
         )
-        self.statistics = Statistics(self.net, ranks)
+        self.statistics = Statistics(self.net, ranks, options.bn_stats)
         self.sparse = solver.pruning() or options.sparse
         self.holds_zeros = bool(self.sparse or solver.holds_zeros or options.freeze_zeros)
         self.pruner = TorchPruner(
@@ -133,6 +149,17 @@ class Trainer:
             sparse=self.sparse,
             unchanged=solver.frozen_layers(),
             history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
+        )
+        self.iterate = Iteration(
+            self.net,
+            self.inputs,
+            self.optimizer,
+            self.pruner,
+            ranks,
+            seed=self.seed,
+            passes=self.parameters.iter_size,
+            precision=options.precision,
+            graph=options.graph,
         )
         self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, options.precision, log)
         log.info("Solver scaffolding done.")
@@ -150,9 +177,8 @@ class Trainer:
             if self.ranks.first:
                 self.log.warning(note)
 
-    def _choose_seed(self) -> int:
+    def _choose_seed(self, place: Place | None) -> int:
         """The seed of everything random: the snapshot's, the solver's, or another each time."""
-        place = read_place(self.options.snapshot) if self.options.snapshot else None
         if place is not None:
             if place.dialect not in (None, self.solver.dialect.value):
                 raise UserError(
@@ -182,6 +208,7 @@ class Trainer:
             seed=self.seed,
             workers=options.workers,
             shuffle=options.shuffle and phase == TRAIN,
+            decode=self._decode if phase == TRAIN else "cpu",
         )
 
     def _begin(self) -> None:
@@ -217,9 +244,9 @@ class Trainer:
         if missing:
             raise UserError(f"{weights}: lacks layer {missing[0]} of {self.net.where}; use another snapshot")
         if place is None:
-            self._block = self.iteration * self.parameters.iter_size * self.ranks.size
+            self.iterate.block = self.iteration * self.parameters.iter_size * self.ranks.size
         else:
-            self._block = place.images // self.inputs.batch_size
+            self.iterate.block = place.images // self.inputs.batch_size
         if not self.holds_zeros:
             return
         if self.solver.holds_zeros and not masks_file(snapshot).exists():
@@ -240,7 +267,7 @@ class Trainer:
         self.log.optimization_starts(self.net.name, self.parameters.lr_policy)
         if self.holds_zeros:
             self._display_sparsity()
-        self._move_to_block(self._block)
+        self.iterate.move_to(self.iterate.block)
         while self.iteration < most and not self._stopped:
             self._display_and_test()
             if not self._stopped:
@@ -249,11 +276,6 @@ class Trainer:
             self._snapshot()
         self.log.optimization_ends(early=self._stopped or not self._finish())
         return 0
-
-    def _move_to_block(self, block: int) -> None:
-        """Make batch number ``block`` the next one; it also determines that pass's random numbers."""
-        self._block = block
-        self.inputs.start_at(block + self.ranks.rank, self.ranks.size)
 
     def _display_and_test(self) -> None:
         iteration, every = self.iteration, self._sparsity_interval()
@@ -276,11 +298,11 @@ class Trainer:
         if not batches or not self.statistics.layers or not self.tests:
             self._stopped |= not self.tests.test(self.iteration, self._stop)
             return
-        place = self._block
+        place = self.iterate.block
         with self.statistics.kept():
-            done = self.statistics.recalibrate(batches, self._pass, self._stop)
+            done = self.statistics.recalibrate(batches, self.iterate.forward, self._stop)
             done = done and self.tests.test(self.iteration, self._stop, batches)
-        self._move_to_block(place)
+        self.iterate.move_to(place)
         self._stopped |= not done
 
     def _stop(self) -> bool:
@@ -290,39 +312,18 @@ class Trainer:
         self.log.sparsity(*self.pruner.counts())
 
     def _iterate(self) -> None:
-        iteration, passes = self.iteration, self.parameters.iter_size
-        loss, result = None, None
-        for _ in range(passes):
-            result = self._pass()
-            if result.loss.requires_grad:
-                result.loss.backward()
-            part = result.loss.detach()
-            loss = part if loss is None else loss + part
-        assert loss is not None and result is not None
-        self._remember_loss(loss / passes)
+        iteration = self.iteration
+        result = self.iterate(iteration, self.solver.rate(iteration))
+        self._remember_loss(result.loss)
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration, result)
-        self.ranks.average(self.optimizer.gradients())
-        self.pruner.hold_gradients()
-        self.optimizer.prepare(iteration, self.solver.rate(iteration))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.pruner.after_update(iteration)
+        if self.pruner.after_update(iteration):
+            self.ranks.check_equal(self.pruner.checksum(), "zeros")
         self.iteration += 1
         self._stopped, asked = self.ranks.any(self._requests.stop, self._requests.take_snapshot())
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if asked or due:
             self._snapshot()
-
-    def _pass(self) -> NetResult:
-        """One pass forward over this rank's next batch."""
-        # Dropout and random data of a pass follow from its place alone.
-        draws = random_numbers(self.seed, self._block + self.ranks.rank, "dropout")
-        self.net.reseed(int(draws.integers(1 << 62)))
-        with autocast(self.net.device, self.options.precision):
-            result = self.net(self.inputs.batch())
-        self._block += self.ranks.size
-        return result
 
     # The log
 
@@ -371,6 +372,7 @@ class Trainer:
         """Masks first and the solver state last: where that is complete, so is the rest."""
         self._check_losses()
         self._last_snapshot = self.iteration
+        self.statistics.share()
         if not self.ranks.first:
             return
         weights, state = (self._file(ending) for ending in (".caffemodel", ".solverstate"))
@@ -388,9 +390,10 @@ class Trainer:
             history=self.optimizer.history,
             place=Place(
                 self.seed,
-                self._block * self.inputs.batch_size,
+                self.iterate.block * self.inputs.batch_size,
                 self.solver.dialect.value,
                 self._solver_type(),
+                self.inputs.decode,
             ),
             dialect=self.solver.dialect,
         )
@@ -403,15 +406,15 @@ class Trainer:
         if self.holds_zeros:
             self._display_sparsity()
         display, interval = self.parameters.display, self.parameters.test_interval
-        batches, place = self.options.reestimate_batches, self._block
+        batches, place = self.options.reestimate_batches, self.iterate.block
         if display and self.iteration % display == 0:
             with torch.no_grad():
-                loss = self._pass().loss
+                loss = self.iterate.forward().loss
             (value,) = self.ranks.total([float(loss)])
             self.log.last_loss(self.iteration, value / self.ranks.size)
         if batches:
             # The place at which a training resumed from its last snapshot would be.
-            self._move_to_block(place)
+            self.iterate.move_to(place)
             return self._complete(batches)
         if interval and self.iteration % interval == 0:
             self._test()
@@ -424,7 +427,7 @@ class Trainer:
         """
         layers = self.statistics.layers
         self.log.recalibrates(layers, batches)
-        if layers and not self.statistics.recalibrate(batches, self._pass, self._stop):
+        if layers and not self.statistics.recalibrate(batches, self.iterate.forward, self._stop):
             return False
         final = self._file(".caffemodel")
         if self.ranks.first:

@@ -1,0 +1,83 @@
+"""JPEG decoding on an NVIDIA GPU, by torchvision's nvJPEG, and whether it is faster than the processor's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import util
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.batches import Images
+
+Decode = Literal["cpu", "gpu", "both"]
+"""Where batches are decoded; both: every other one on the GPU."""
+
+_TRIED = 128
+"""Images that each way decodes to be timed."""
+
+
+def can_decode(device: torch.device) -> str | None:
+    """Why ``device`` does not decode JPEG files; None where it does."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs an NVIDIA GPU"
+    if util.find_spec("torchvision") is None:
+        return "it needs torchvision, which is not installed"
+    return None if util.find_spec("triton") else "it needs Triton, which is not installed"
+
+
+def decode_jpegs(files: Tensor, ends: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Decode JPEG files: each 3 (red, green, blue) x height x width, 8-bit, on ``device``.
+
+    ``files`` are the bytes of all of them, in memory of the host, and ``ends`` where each ends.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    begins = [0, *ends[:-1]]
+    each = [files[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    decoded: list[Tensor] = decode_jpeg(each, mode=ImageReadMode.RGB, device=device)
+    return decoded
+
+
+def cut(images: Sequence[Tensor], windows: Tensor, into: Tensor) -> None:
+    """Cut ``images`` (each 3 (red, green, blue) x height x width) to their ``windows``.
+
+    ``windows`` are batch x (top, left, mirrored), ``into`` is batch x height x width x 3 (blue, green, red),
+    all on one GPU.
+    """
+    from caffe_jacinto.engines.pytorch.kernels import cut_windows
+
+    cut_windows(torch.stack(list(images)), windows, into)
+
+
+def faster_decode(images: Images, device: torch.device, workers: int) -> tuple[Decode, str]:
+    """Where to decode, by timing both ways on the first images; and a line for the log that says so."""
+    why = can_decode(device)
+    files = None if why else images.first_files(_TRIED)
+    if why or files is None:
+        return "cpu", f"Images are decoded by {workers} processes" + ("" if why else ": not all are JPEG")
+    joined = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8).pin_memory()
+    ends = torch.tensor([*map(len, files)]).cumsum(0).tolist()
+    try:
+        decode_jpegs(joined, ends, device)
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        decode_jpegs(joined, ends, device)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return "cpu", f"Images are decoded by {workers} processes: the GPU refuses ({UserError(error)})"
+    on_gpu = len(files) / (time.perf_counter() - started)
+    started = time.perf_counter()
+    images.decode_first(len(files))
+    on_cpu = workers * len(files) / (time.perf_counter() - started)
+    # Every other batch each: the slower one sets the pace.
+    speeds: dict[Decode, float] = {"gpu": on_gpu, "cpu": on_cpu, "both": 2 * min(on_gpu, on_cpu)}
+    where = max(speeds, key=lambda way: speeds[way])
+    names = {"gpu": "on the GPU", "cpu": "by the CPU", "both": "on the GPU and by the CPU in turn"}
+    return where, (
+        f"Images are decoded {names[where]}: the GPU decodes {on_gpu:,.0f} images/s, {workers} processes"
+        f" {on_cpu:,.0f}"
+    )
