@@ -232,13 +232,13 @@ def test_a_dry_run_is_not_written_over(trainer: Trainer) -> None:
 def test_what_a_later_stage_would_be_refused_for_is_reported_before_anything_runs(trainer: Trainer) -> None:
     settings = {
         "stages.finetune.solver.type": '"RMSProp"',
-        "stages.finetune.solver.momentum": "0",
+        "stages.finetune.solver.momentum": "0.9",
     }
     wrong = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     for option in ([], ["--dry-run"]):
         code, said = trainer.run(*tiny(), *wrong, "--output", "refused", *option)
         assert code == 2, said
-        assert "RMSProp" in said
+        assert "RMSProp takes no momentum" in said
         assert "finetune" in said
         assert not list((trainer.folder / "refused").glob("*/run.log"))
 
