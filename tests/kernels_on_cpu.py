@@ -1,4 +1,4 @@
-"""Compare the Triton kernels with PyTorch's functions, on the CPU in Triton's interpreter; print errors as JSON.
+"""Compare the Triton kernels with PyTorch's functions, on the CPU in Triton's interpreter; errors as JSON.
 
 Run by tests/test_torch_kernels.py: the interpreter is chosen before Triton is imported.
 """
