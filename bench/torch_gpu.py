@@ -46,8 +46,9 @@ from caffe_jacinto.data.encode import datum_record
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.feed import Inputs, RawBatch, default_workers
 from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
-from caffe_jacinto.engines.pytorch.iteration import Iteration, autocast
+from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.engines.pytorch.precision import allow_tf32, autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -154,7 +155,7 @@ def _card() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
     }
     for precision in ("bf16", "tf32", "fp32"):
-        _allow_tf32(precision == "tf32")
+        allow_tf32(precision)
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
         one, other = (torch.randn(8192, 8192, device=GPU, dtype=kind) for _ in range(2))
         times = 3 if precision == "fp32" else 10
@@ -165,10 +166,6 @@ def _card() -> dict[str, Any]:
     for name, value in facts.items():
         print(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
     return facts
-
-
-def _allow_tf32(allowed: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _row(part: str, precision: str, batch: int, speed: float, **more: Any) -> list[dict[str, Any]]:
@@ -219,7 +216,7 @@ def _compute(clock: Clock, precision: str, batch: int) -> list[dict[str, Any]]:
     what = f"compute {precision} {batch}"
     if not clock.allows(what, 40 if precision == "fp32" else 25):
         return []
-    _allow_tf32(precision == "tf32")
+    allow_tf32(precision)
     solver = _stage(batch, 1)
     with _inputs(solver, 1, "cpu") as inputs:
         ready = _Ready(inputs)

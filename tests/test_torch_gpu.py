@@ -24,10 +24,11 @@ from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
-from caffe_jacinto.engines.pytorch.iteration import Iteration, autocast
+from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.layers import LAYERS
 from caffe_jacinto.engines.pytorch.memory import largest_batch
 from caffe_jacinto.engines.pytorch.net import TRAIN, Net
+from caffe_jacinto.engines.pytorch.precision import allow_tf32, autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -50,7 +51,7 @@ CLASSES = 10
 @pytest.fixture(autouse=True)
 def exact() -> None:
     """Sums in fp32, with cuDNN's and our own choice of algorithms."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    allow_tf32("fp32")
     torch.backends.cudnn.benchmark = True
 
 

@@ -18,6 +18,7 @@ from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.engines.pytorch.snapshot import read_place
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -268,6 +269,49 @@ def test_two_ranks_are_one_with_twice_the_passes(
             different = (ours[name][0] == 0) != (theirs[name][0] == 0)
             assert different.mean() < 0.01  # at the threshold, a rounding may choose another weight
         assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
+
+
+def test_the_fastest_precision_is_taken_and_remembered(digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(max_iter=4, snapshot=2, test_interval=10)
+    log = stage.run([[*PROGRAM, "-precision", "auto"]])
+    found = re.search(
+        r"Computing in (fp32|bf16): a pass forward and backward takes fp32 ([\d.]+) ms, bf16 ([\d.]+) ms", log
+    )
+    assert found
+    assert (found[1] == "bf16") == (float(found[3]) < float(found[2]))
+    resumed = stage.run([[*PROGRAM, "-precision", "auto", "-snapshot", "small_iter_2.solverstate"]])
+    assert "Computing in" not in resumed
+    one, other = (read_place(stage.folder / f"small_iter_{at}.solverstate") for at in (2, 4))
+    assert one is not None and other is not None
+    assert one.precision == other.precision == found[1]
+
+
+def test_two_ranks_exchange_gradients_once_for_several_passes(digits: Path, tmp_path: Path) -> None:
+    two, one = SmallStage(tmp_path / "two", digits), SmallStage(tmp_path / "one", digits)
+    for stage, passes in ((two, 2), (one, 4)):
+        stage.solver(display=1, max_iter=4, snapshot=4, test_interval=10, base_lr=0.01, iter_size=passes)
+    together, alone = torchrun(two), one.run([PROGRAM])
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-3)
+    ours, theirs = weights_of(two, 4), weights_of(one, 4)
+    for name in (*LAYERS, "fc"):
+        np.testing.assert_allclose(ours[name][0], theirs[name][0], atol=1e-3 * np.abs(theirs[name][0]).max())
+
+
+@pytest.mark.parametrize("saved", ["mean", "first"])
+def test_whose_batch_norm_statistics_are_saved(saved: str, digits: Path, tmp_path: Path) -> None:
+    """After one iteration, a mean is that of a batch: of both ranks' batches at once, or of the first's."""
+    two, one = SmallStage(tmp_path / "two", digits), SmallStage(tmp_path / "one", digits)
+    for stage in (two, one):
+        stage.solver(max_iter=1, snapshot=1, test_interval=10)
+    torchrun(two, "-bn_stats", saved)
+    if saved == "mean":
+        text = (one.folder / "train.prototxt").read_text()
+        (one.folder / "train.prototxt").write_text(text.replace("batch_size: 32", "batch_size: 64"))
+    one.run([PROGRAM])
+    found, expected = weights_of(two, 1)["conv1/bn"], weights_of(one, 1)["conv1/bn"]
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    assert found[2] == expected[2] == 1
 
 
 def in_the_forks_dialect(stage: SmallStage) -> SmallStage:

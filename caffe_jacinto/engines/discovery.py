@@ -172,10 +172,10 @@ class _Required:
                 f"--dialect {self.dialect.value}: {info.executable} is {_KIND_NAMES[info.kind]}, which reads "
                 f"{info.dialect.value} files; leave it out, or use --engine torch, which reads both"
             )
-        if self.precision == "bf16":
+        if self.precision not in (None, "fp32"):
             raise UserError(
-                f"--precision bf16: {info.executable} is {_KIND_NAMES[info.kind]}, which computes in fp32; "
-                "leave it out, or use --engine torch"
+                f"--precision {self.precision}: {info.executable} is {_KIND_NAMES[info.kind]}, which computes"
+                " in fp32; leave it out, or use --engine torch"
             )
         info = replace(info, reason=reason)
         return BvlcEngine(info) if info.kind == "bvlc" else CaffeJacintoEngine(info)

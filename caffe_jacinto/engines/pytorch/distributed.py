@@ -36,6 +36,7 @@ from caffe_jacinto.common.processes import WARNINGS, keep_freed_memory
 from caffe_jacinto.engines.caffe_log import CaffeLog, write_line
 from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
 from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.engines.pytorch.precision import allow_tf32
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""
@@ -75,8 +76,7 @@ def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    tf32 = options.precision == "tf32"  # fp32 is what it says
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    allow_tf32(options.precision)
     return device
 
 

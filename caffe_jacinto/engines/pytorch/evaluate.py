@@ -20,8 +20,8 @@ from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.feed import Inputs
-from caffe_jacinto.engines.pytorch.iteration import autocast
 from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, parse_net_in

@@ -17,6 +17,7 @@ from caffe_jacinto.data.batches import random_numbers
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.feed import Inputs, RawBatch
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
+from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.solvers import CaffeSolver
 
@@ -25,11 +26,6 @@ _EAGER_FIRST = 3
 
 _MOST_RECORDINGS = 20
 """Where batches keep changing their form, recording costs more than it saves."""
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which convolutions and inner products compute in bfloat16, if ``precision`` is bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Iteration:

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 import torch
 
-from caffe_jacinto.engines.pytorch.iteration import autocast
 from caffe_jacinto.engines.pytorch.layer_setup import Shape
 from caffe_jacinto.engines.pytorch.net import Net
+from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.prototxt.solver import TRAIN, SolverFile
 
 _COPIES = 4

@@ -137,6 +137,9 @@ class Place:
     decode: Literal["cpu", "gpu", "both"] | None = None
     """Where its images are decoded, if known: the pixels differ a little."""
 
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """In which it computes, if known."""
+
 
 def write_state(
     path: Path,

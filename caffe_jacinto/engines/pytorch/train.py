@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
 from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
 from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
+from caffe_jacinto.engines.pytorch.precision import Precise, allow_tf32, fastest
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import (
     Place,
@@ -122,6 +123,7 @@ class Trainer:
         ]
         for note in self.inputs.notes:
             log.info(note)
+        self.precision = self._choose_precision(place, device)
         log.info(f"Creating training net from train_net file: {solver.train_file}")
         self.net = Net(
             solver.train_net,
@@ -158,10 +160,10 @@ class Trainer:
             ranks,
             seed=self.seed,
             passes=self.parameters.iter_size,
-            precision=options.precision,
+            precision=self.precision,
             graph=options.graph,
         )
-        self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, options.precision, log)
+        self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, self.precision, log)
         log.info("Solver scaffolding done.")
         self._begin()
         self._losses: deque[Tensor] = deque(maxlen=max(self.parameters.average_loss, 1))
@@ -194,6 +196,19 @@ class Trainer:
             return place.seed
         given = self.parameters.random_seed
         return self.ranks.agree(given if given >= 0 else secrets.randbits(31))
+
+    def _choose_precision(self, place: Place | None, device: torch.device) -> Precise:
+        """The requested precision; where that is "auto", the snapshot's, or the one that measures fastest."""
+        if self.options.precision != "auto":
+            return self.options.precision
+        chosen = place.precision if place is not None else None
+        if chosen is None:
+            found, line = fastest(self.solver, self.inputs.shapes, device)
+            names = get_args(Precise)
+            chosen = names[self.ranks.agree(names.index(found))]
+            self.log.info(line)
+        allow_tf32(chosen)
+        return chosen
 
     def _solver_type(self) -> str:
         return solver_class(self.parameters, str(self.solver.path)).__name__
@@ -394,6 +409,7 @@ class Trainer:
                 self.solver.dialect.value,
                 self._solver_type(),
                 self.inputs.decode,
+                self.precision,
             ),
             dialect=self.solver.dialect,
         )
