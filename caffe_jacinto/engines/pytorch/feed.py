@@ -629,13 +629,3 @@ def share_batches(definition: Any, phase: int, ranks: int) -> list[str]:
             )
         layer.data_param.batch_size = share
     return notes
-
-
-def check_has_data(inputs: Inputs, where: str) -> None:
-    """Refuse a net that nothing feeds.
-
-    Raises:
-        UserError: it has no Data layer.
-    """
-    if not inputs.shapes:
-        raise UserError(f"{where}: has no Data layer to read images from; give the train or val prototxt")

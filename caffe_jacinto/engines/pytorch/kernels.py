@@ -1,6 +1,6 @@
 """Triton kernels: batch norm in training with what is behind it, and windows of decoded images.
 
-Batch norm, ReLU and 2x2 max pooling take four passes over the images where PyTorch's own layers take twelve:
+Batch norm, ReLU and 2x2 max pooling take four passes over the images where PyTorch's own layers take nine:
 statistics; normalize, rectify and pool; in the backward pass two sums for each channel, and the gradient. The
 ReLU's output is not kept: the backward pass computes it again. Images are channels last; the kernels see them
 as rows (pixels) of channels.
