@@ -300,7 +300,7 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert printed[1] == "c/bn2 (BatchNorm) stays: it reads c, the output of c/relu (ReLU)"
     parse_net((tmp_path / "new/out/deploy_merged.prototxt").read_text(), STOCK, "merged")
     assert list(read_weights(tmp_path / "new/out/w_merged.caffemodel")) == ["c", "c/bn2"]
-    with pytest.raises(UserError, match=r"not UTF-8 text .*; give the deploy"):
+    with pytest.raises(UserError, match=r"a weight file, not text; give the deploy"):
         main(["merge-bn", str(weights), str(weights), "--output", str(tmp_path)])
 
 

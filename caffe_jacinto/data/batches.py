@@ -184,7 +184,7 @@ class Images:
         for i, chance in enumerate(self._chances(block)):
             number = self._order.record(block * self.batch_size + i)
             datum = self._stored(number)
-            if not datum.encoded or jpeg_shape(datum.data) != self.stored_shape:
+            if not self._is_colour_jpeg(datum):
                 return None
             _, height, width = self.stored_shape
             files.append(datum.data)
@@ -207,8 +207,12 @@ class Images:
         """The first images as they are stored; None unless all are colour JPEG files of one size."""
         datums = [self._stored(number) for number in range(min(count, len(self.records)))]
         self.records.close()
-        like = all(datum.encoded and jpeg_shape(datum.data) == self.stored_shape for datum in datums)
-        return [datum.data for datum in datums] if like and self.stored_shape[0] == 3 else None
+        return [datum.data for datum in datums] if all(map(self._is_colour_jpeg, datums)) else None
+
+    def _is_colour_jpeg(self, datum: Any) -> bool:
+        """Whether it is a colour JPEG file of the first image's size."""
+        shape = self.stored_shape
+        return shape[0] == 3 and bool(datum.encoded) and jpeg_shape(datum.data) == shape
 
     def decode_first(self, count: int) -> None:
         """Read and decode the first images, to see how long that takes."""

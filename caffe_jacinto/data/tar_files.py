@@ -42,6 +42,10 @@ class TarFile(NamedTuple):
     """``hard link``, ``symbolic link``, ``sparse file``, or empty."""
 
 
+_LONGEST_PATH = 4096
+"""Linux's PATH_MAX: tar makes no longer ones."""
+
+
 class TarFiles:
     """The files and folders that extracting the ``size`` bytes from ``start`` of ``archive`` would leave.
 
@@ -323,6 +327,11 @@ def _safe_name(what: str, name: str) -> str:
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
         raise UserError(f"archive {what} holds the name {name!r}, which leads out of it: refused")
+    if len(name) > _LONGEST_PATH:
+        raise UserError(
+            f"archive {what} holds a name of {len(name):,} characters, {name[:40]!r}…:"
+            " no file system has such paths"
+        )
     return "/".join(part for part in parts if part not in ("", "."))
 
 

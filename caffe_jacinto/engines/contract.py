@@ -25,7 +25,7 @@ from caffe_jacinto.recipes.model import SparseSettings, Stage, sparse_fields, sp
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
 Precision = Literal["fp32", "tf32", "bf16", "auto"]
-"""What convolutions and inner products compute in; weights, statistics and losses are fp32 in both."""
+"""What convolutions and inner products compute in; weights, statistics and losses are fp32 in all."""
 
 StageFiles = Mapping[str, str]
 """The texts of a stage's prototxts by file name, as `networks.stage_files` makes them."""

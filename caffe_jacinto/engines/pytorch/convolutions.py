@@ -23,7 +23,7 @@ _VECTOR = 8
 """Channels that matrix units take at a time."""
 
 _TIMED = 3
-"""Runs of each way that are timed; the first one more is not."""
+"""Timed runs of each way, after one that is not timed."""
 
 
 @dataclass(frozen=True)

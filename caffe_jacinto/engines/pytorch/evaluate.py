@@ -155,6 +155,8 @@ def test(options: Options) -> int:
         inputs = stack.enter_context(
             Inputs(definition, TEST, where, device=device, seed=0, workers=options.workers)
         )
+        for note in inputs.notes:
+            log.info(note)
         shapes = inputs.shapes
         net = Net(definition, TEST, options.dialect, where=where, seed=0, device=device, data_shapes=shapes)
         net.write_to(log)

@@ -1,8 +1,8 @@
 """What a net is fed: batches of its Data layers, in order; zeros where it has Input layers, as in Caffe.
 
 Worker processes of PyTorch's DataLoader read and decode. On a GPU, a thread copies batches to the device
-ahead of the training, and decodes JPEG there if that is requested. What the workers did not do of crop,
-mirror, mean and scale happens on the device.
+ahead of the training, and decodes JPEG there if that is requested. Workers crop and mirror what they decode;
+the rest happens on the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -31,7 +31,14 @@ from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.data.lmdb_reader import why_reader_ended
 from caffe_jacinto.engines.contract import ImageShape, image_shape
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice
-from caffe_jacinto.engines.pytorch.gpu_decode import Decode, can_decode, cut, decode_jpegs, faster_decode
+from caffe_jacinto.engines.pytorch.gpu_decode import (
+    DECODERS,
+    Decode,
+    can_decode,
+    cut,
+    decode_jpegs,
+    faster_decode,
+)
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.netspec.graph import messages_in
@@ -44,7 +51,7 @@ _SLOTS = 3
 """Batches on a GPU at once: one in use, one ready, one being copied."""
 
 _CHECK_SECONDS = 0.2
-"""How often a thread that waits looks whether it is to end."""
+"""How often a waiting thread checks whether to stop."""
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -76,7 +83,7 @@ class _Task(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What a worker says of a batch that it has read."""
+    """A worker's report on a batch."""
 
     slot: int
     ends: tuple[int, ...] = ()
@@ -128,6 +135,11 @@ def _pixels(buffers: _Buffers, slot: int, images: Images) -> Tensor:
     return buffers.images[slot].view(_kind(images)).view(images.shape)
 
 
+def _slots(workers: int) -> int:
+    """Batches in the buffers: those in work, the one in use, and one that may still be copied to a GPU."""
+    return _AHEAD * workers + 2
+
+
 def _kind(images: Images) -> torch.dtype:
     return torch.uint8 if images.dtype == np.uint8 else torch.float32
 
@@ -157,8 +169,7 @@ class Feed:
     def __init__(self, images: Images, device: torch.device, workers: int, decode: Decode = "cpu") -> None:
         self._images, self._device = images, device
         self._mean = self._mean_on(device)
-        # The batches in work, the one that is being used, and the one that may still be copied to a GPU.
-        slots = _AHEAD * workers + 2
+        slots = _slots(workers)
         self._buffers = _Buffers(
             torch.empty((slots, images.batch_bytes), dtype=torch.uint8).share_memory_(),
             torch.empty((slots, images.batch_size), dtype=torch.int64).share_memory_(),
@@ -186,13 +197,17 @@ class Feed:
         before = signal.getsignal(signal.SIGCHLD)
         self._iterator: Iterator[_Done] = iter(self._loader)
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: _CopyAhead | None = None
 
     def close(self) -> None:
         """End the workers."""
         self._stop_copying()
+        workers = getattr(self._iterator, "_workers", ())
         self._iterator = iter(())
         del self._loader
+        for worker in workers:  # none is left, unless an error still holds the iterator
+            worker.kill()
         for part in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(part.data_ptr())
         self._pinned = []
@@ -212,9 +227,9 @@ class Feed:
         self._next, self._stride = block, stride
         self._tasks.begin(block, stride, count)
         self._iterator = iter(self._loader)
-        if self._device.type == "cuda":
+        if self._stream is not None:
             self._ahead = _CopyAhead(
-                self._host_batches(), self._device, self._images.shape, _kind(self._images)
+                self._host_batches(), self._stream, self._images.shape, _kind(self._images)
             )
 
     def raw(self) -> RawBatch:
@@ -318,10 +333,15 @@ class _CopyAhead:
     """
 
     def __init__(
-        self, batches: Iterator[HostBatch], device: torch.device, shape: tuple[int, ...], kind: torch.dtype
+        self,
+        batches: Iterator[HostBatch],
+        stream: torch.cuda.Stream,
+        shape: tuple[int, ...],
+        kind: torch.dtype,
     ) -> None:
         """``shape`` and ``kind`` are those of a batch of images."""
-        self._batches, self._device, self._shape, self._kind = batches, device, shape, kind
+        self._batches, self._stream, self._device = batches, stream, stream.device
+        self._shape, self._kind = shape, kind
         self._ready: queue.Queue[_Slot | BaseException | None] = queue.Queue()
         self._slots: list[_Slot | None] = [None] * _SLOTS
         self._given: _Slot | None = None
@@ -346,6 +366,9 @@ class _CopyAhead:
         self._ended.set()
         self._give_back()
         self._thread.join()
+        # Nothing reads the host's memory or the slots any more.
+        self._stream.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
 
     def _give_back(self) -> None:
         if self._given is not None:
@@ -356,8 +379,7 @@ class _CopyAhead:
     def _run(self) -> None:
         try:
             torch.cuda.set_device(self._device)
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._stream):
                 before: _Slot | None = None
                 decoded: list[Tensor] = []
                 for number, host in enumerate(self._batches):
@@ -369,7 +391,7 @@ class _CopyAhead:
                         slot.used.synchronize()
                     self._slots[number % _SLOTS] = slot = slot or self._new_slot(host)
                     before_that, decoded = decoded, self._fill(slot.batch, host)
-                    slot.ready.record(stream)
+                    slot.ready.record(self._stream)
                     self._ready.put(slot)
                     # The next request lets a worker write into the host's memory of the batch before, and its
                     # decoded images may be overwritten.
@@ -456,13 +478,15 @@ class Inputs:
         workers: int | None,
         shuffle: bool = False,
         decode: DecodeChoice = "cpu",
+        agree: Callable[[int], int] = lambda number: number,
     ) -> None:
-        """``definition`` is the net's message, whose batch sizes are those of this rank.
+        """``definition`` is the net's message, whose batch sizes are those of this rank. ``agree`` gives all
+        ranks the first one's number.
 
         Raises:
             UserError: an LMDB or mean file that is missing or damaged, or images that do not fit.
         """
-        self._device = device
+        self._device, self._agree = device, agree
         layers = messages_in(definition, PHASE_NAMES[phase])
         self.shapes: dict[str, Shape] = {}
         """Of the tops of Data layers."""
@@ -495,7 +519,8 @@ class Inputs:
         self.shapes.update(zip(layer.tops, shapes, strict=False))
         self.batch_size = self.batch_size or batch
         if self._choice == "auto":
-            self._choice, note = faster_decode(images, self._device, workers)
+            found, note = faster_decode(images, self._device, workers)
+            self._choice = DECODERS[self._agree(DECODERS.index(found))]
             self.notes.append(note)
         workers = self._most_workers(images, workers)
         if self.decode == "both" and workers % 2 == 0:
@@ -515,9 +540,9 @@ class Inputs:
         """As many of ``workers`` as the shared memory holds the batches of."""
         size = images.batch_bytes
         room = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
-        if room is None or room >= (workers * _AHEAD + 2) * size:
+        if room is None or room >= _slots(workers) * size:
             return workers
-        most = (room // size - 2) // _AHEAD
+        most = max((n for n in range(workers) if _slots(n) * size <= room), default=0)
         hint = f"{_SHARED_MEMORY} has {room >> 20} MiB free (a container's: --shm-size or --ipc=host)"
         if most < 1:
             raise UserError(f"{images.layer.where}: a batch is {size >> 20} MiB, and {hint}")

@@ -32,6 +32,9 @@ _NEXT = {
 
 _ONLY_ON_GPU = ("Convolution", "Pooling")
 
+_OLDEST = (7, 0)
+"""Compute capability of NVIDIA's GPUs from which on Triton supports them."""
+
 
 def chain_from(layers: Sequence[Any], at: int, device: torch.device, dialect: Dialect) -> Sequence[Any]:
     """The layers from number ``at`` on that run as one on ``device``; none where that layer runs alone."""
@@ -52,7 +55,9 @@ def chain_from(layers: Sequence[Any], at: int, device: torch.device, dialect: Di
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels of kernels.py run on ``device``."""
-    return device.type == "cuda" and util.find_spec("triton") is not None
+    if device.type != "cuda" or util.find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 def _continues(layers: Sequence[Any], number: int) -> bool:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import Images
+from caffe_jacinto.engines.pytorch.fusion import has_kernels
 
 Decode = Literal["cpu", "gpu", "both"]
 """Where batches are decoded; both: every other one on the GPU."""
+
+DECODERS: tuple[Decode, ...] = ("cpu", "gpu", "both")
 
 _TRIED = 128
 """Images that each way decodes to be timed."""
@@ -26,19 +29,30 @@ def can_decode(device: torch.device) -> str | None:
         return "it needs an NVIDIA GPU"
     if util.find_spec("torchvision") is None:
         return "it needs torchvision, which is not installed"
-    return None if util.find_spec("triton") else "it needs Triton, which is not installed"
+    return None if has_kernels(device) else "it needs Triton and a GPU that Triton supports"
 
 
 def decode_jpegs(files: Tensor, ends: Sequence[int], device: torch.device) -> list[Tensor]:
     """Decode JPEG files: each 3 (red, green, blue) x height x width, 8-bit, on ``device``.
 
     ``files`` are the bytes of all of them, in memory of the host, and ``ends`` where each ends.
+
+    Raises:
+        UserError: one of them cannot be decoded there.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     begins = [0, *ends[:-1]]
     each = [files[begin:end] for begin, end in zip(begins, ends, strict=True)]
-    decoded: list[Tensor] = decode_jpeg(each, mode=ImageReadMode.RGB, device=device)
+    try:
+        decoded: list[Tensor] = decode_jpeg(each, mode=ImageReadMode.RGB, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"the GPU cannot decode one of the JPEG files ({UserError(error)}):"
+            " -decode cpu decodes it, or says which"
+        ) from None
     return decoded
 
 
@@ -58,7 +72,9 @@ def faster_decode(images: Images, device: torch.device, workers: int) -> tuple[D
     why = can_decode(device)
     files = None if why else images.first_files(_TRIED)
     if why or files is None:
-        return "cpu", f"Images are decoded by {workers} processes" + ("" if why else ": not all are JPEG")
+        return "cpu", f"Images are decoded by {workers} processes" + (
+            "" if why else ": not all are colour JPEG files of one size"
+        )
     joined = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8).pin_memory()
     ends = torch.tensor([*map(len, files)]).cumsum(0).tolist()
     try:
@@ -67,8 +83,8 @@ def faster_decode(images: Images, device: torch.device, workers: int) -> tuple[D
         started = time.perf_counter()
         decode_jpegs(joined, ends, device)
         torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        return "cpu", f"Images are decoded by {workers} processes: the GPU refuses ({UserError(error)})"
+    except UserError as error:
+        return "cpu", f"Images are decoded by {workers} processes: {error}"
     on_gpu = len(files) / (time.perf_counter() - started)
     started = time.perf_counter()
     images.decode_first(len(files))

@@ -1,14 +1,14 @@
 """One iteration: passes forward and backward, and the update; layer by layer, or as one CUDA graph.
 
-Nothing here waits for the device. A network of this size is some hundred short kernels a pass, and starting
-them one by one takes longer than they do: on a GPU the whole iteration is recorded once and then replayed.
+Nothing here waits for the device. A network of this size runs a few hundred short kernels in each pass, and
+starting them one by one takes longer than they do: on a GPU the whole iteration is recorded once and then
+replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from caffe_jacinto.engines.pytorch.solvers import CaffeSolver
 
 _EAGER_FIRST = 3
 """Iterations before one is recorded: the first ones choose algorithms and allocate memory."""
-
-_MOST_RECORDINGS = 20
-"""Where batches keep changing their form, recording costs more than it saves."""
 
 
 class Iteration:
@@ -52,8 +49,8 @@ class Iteration:
         self._net, self._inputs, self._optimizer, self._pruner = net, inputs, optimizer, pruner
         self._ranks, self._seed, self._passes, self._precision = ranks, seed, passes, precision
         self._model = ranks.parallel(net)
-        possible = net.device.type == "cuda" and ranks.size == 1 and not (net.draws and passes > 1)
-        self._recordings_left = _MOST_RECORDINGS if graph and possible else 0
+        alone = net.device.type == "cuda" and ranks.size == 1
+        self._records = graph and alone and not (net.draws and passes > 1) and not net.draws_on_host
         self._eager_left = _EAGER_FIRST
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded_holds = 0
@@ -85,7 +82,7 @@ class Iteration:
         Returns the loss, averaged over the passes, and the outputs of the last pass.
         """
         self._optimizer.prepare(iteration, rate)
-        if self._eager_left or not self._recordings_left:
+        if self._eager_left or not self._records:
             self._eager_left = max(self._eager_left - 1, 0)
             result = self._compute(self._inputs.raw, self._reseed)
         else:
@@ -126,19 +123,17 @@ class Iteration:
         return NetResult(self._result.loss.clone(), self._result.outputs)
 
     def _take_batches(self) -> None:
-        """Put the next batches where the graph reads them; forget the graph where they have another form."""
+        """Put the next batches where the graph reads them."""
         for number in range(self._passes):
             batches = self._inputs.raw()
-            if number < len(self._read) and _forms(self._read[number]) == _forms(batches):
+            if number < len(self._read):
                 for place, batch in zip(self._read[number], batches, strict=True):
                     torch._foreach_copy_(list(place), list(batch))
             else:
-                self._graph = None
-                self._read[number:] = [[RawBatch(*(part.clone() for part in batch)) for batch in batches]]
+                self._read.append([RawBatch(*(part.clone() for part in batch)) for batch in batches])
 
     def _record(self) -> None:
         """Record one iteration, which changes nothing yet."""
-        self._recordings_left -= 1
         self._graph = self._result = None  # their memory first
         graph = torch.cuda.CUDAGraph()
         batches = iter(self._read)
@@ -152,7 +147,3 @@ class Iteration:
         if self._net.draws:
             place = self.block + number * self._ranks.size + self._ranks.rank
             self._net.reseed(int(random_numbers(self._seed, place, "dropout").integers(1 << 62)))
-
-
-def _forms(batches: Sequence[RawBatch]) -> list[Any]:
-    return [(part.shape, part.dtype) for batch in batches for part in batch]

@@ -31,6 +31,7 @@ def largest_batch(
 
     ``shapes`` are those of the Data layers' tops. Nothing else may be in the GPU's memory.
     """
+    _free()
     with suppress(Exception):
         return _largest(lambda batch: _peak(solver, shapes, device, precision, batch), _available(device))
     return None

@@ -168,6 +168,9 @@ class Net(nn.Module):
         self.draws = False
         """Whether a pass draws random numbers."""
 
+        self.draws_on_host = False
+        """Whether it draws some on the CPU, for the device."""
+
         _check_fields(definition, where)
         self._declare_inputs(definition)
         self.layers = messages_in(definition, PHASE_NAMES[phase])
@@ -370,6 +373,7 @@ class Net(nn.Module):
                 self._share(setup, blob)
         module = LayerModule(setup, function)
         self.draws |= setup.draws
+        self.draws_on_host |= setup.draws and setup.message.type == "DummyData"
         self._by_name[name] = module
         key = name.replace(".", "_")
         while key in self._modules:

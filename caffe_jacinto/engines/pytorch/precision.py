@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.layer_setup import Shape
 from caffe_jacinto.engines.pytorch.net import Net
@@ -39,19 +41,29 @@ def fastest(solver: SolverFile, shapes: Mapping[str, Shape], device: torch.devic
     times: dict[Precise, float] = {}
     for precision in tried:
         allow_tf32(precision)
-        for number in range(_TIMED + 1):
-            if number == 1:
-                _wait(device)
-                started = time.perf_counter()
-            with autocast(device, precision):
-                loss = net(values).loss
-            if loss.requires_grad:
-                loss.backward()
-        _wait(device)
-        times[precision] = (time.perf_counter() - started) / _TIMED
+        with suppress(torch.OutOfMemoryError):
+            times[precision] = _seconds(net, values, device, precision)
+        net.zero_grad()
+    if not times:
+        raise torch.OutOfMemoryError("a pass fits into the memory in no precision")
     shown = ", ".join(f"{name} {1000 * spent:.1f} ms" for name, spent in times.items())
     best = min(times, key=lambda name: times[name])
     return best, f"Computing in {best}: a pass forward and backward takes {shown}"
+
+
+def _seconds(net: Net, values: Mapping[str, Tensor], device: torch.device, precision: str) -> float:
+    """The time of one pass forward and backward."""
+    started = 0.0
+    for number in range(_TIMED + 1):
+        if number == 1:
+            _wait(device)
+            started = time.perf_counter()
+        with autocast(device, precision):
+            loss = net(values).loss
+        if loss.requires_grad:
+            loss.backward()
+    _wait(device)
+    return (time.perf_counter() - started) / _TIMED
 
 
 def _wait(device: torch.device) -> None:

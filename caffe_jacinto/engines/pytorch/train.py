@@ -26,9 +26,10 @@ from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
-from caffe_jacinto.engines.pytorch.engine import Options
+from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
 from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
 from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
+from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
 from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.precision import Precise, allow_tf32, fastest
@@ -113,16 +114,15 @@ class Trainer:
         log.solver(self.parameters)
         place = read_place(options.snapshot) if options.snapshot else None
         self.seed = self._choose_seed(place)
-        self._decode = options.decode
-        if options.decode == "auto":
-            self._decode = "cpu" if options.deterministic else (place and place.decode) or "auto"
+        self._decode = self._choose_decode(place, device)
         self.inputs = stack.enter_context(self._inputs(TRAIN, solver.train_net, solver.train_file, device))
         test_inputs = [
             stack.enter_context(self._inputs(TEST, test.definition, test.file, device))
             for test in solver.tests
         ]
-        for note in self.inputs.notes:
-            log.info(note)
+        for fed in (self.inputs, *test_inputs):
+            for note in fed.notes:
+                log.info(note)
         self.precision = self._choose_precision(place, device)
         log.info(f"Creating training net from train_net file: {solver.train_file}")
         self.net = Net(
@@ -197,12 +197,26 @@ class Trainer:
         given = self.parameters.random_seed
         return self.ranks.agree(given if given >= 0 else secrets.randbits(31))
 
+    def _choose_decode(self, place: Place | None, device: torch.device) -> DecodeChoice:
+        """Where images are decoded: as requested; with "auto" as the snapshot says, if that is possible."""
+        if self.options.decode != "auto":
+            return self.options.decode
+        if self.options.deterministic:
+            return "cpu"
+        before = place.decode if place is not None else None
+        if before in ("gpu", "both") and (why := can_decode(device)):
+            self.log.info(f"Images are decoded on the CPU from here on, and before on the GPU: {why}")
+            return "cpu"
+        return before or "auto"
+
     def _choose_precision(self, place: Place | None, device: torch.device) -> Precise:
         """The requested precision; where that is "auto", the snapshot's, or the one that measures fastest."""
         if self.options.precision != "auto":
             return self.options.precision
         chosen = place.precision if place is not None else None
-        if chosen is None:
+        if chosen is None and self.options.deterministic:
+            chosen = "fp32"
+        elif chosen is None:
             found, line = fastest(self.solver, self.inputs.shapes, device)
             names = get_args(Precise)
             chosen = names[self.ranks.agree(names.index(found))]
@@ -224,6 +238,7 @@ class Trainer:
             workers=options.workers,
             shuffle=options.shuffle and phase == TRAIN,
             decode=self._decode if phase == TRAIN else "cpu",
+            agree=self.ranks.agree,
         )
 
     def _begin(self) -> None:
