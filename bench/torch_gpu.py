@@ -43,8 +43,9 @@ from torch import nn
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.common.errors import RunFailed, UserError, run_command
 from caffe_jacinto.data.encode import datum_record
+from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
 from caffe_jacinto.engines.pytorch.distributed import Ranks
-from caffe_jacinto.engines.pytorch.feed import Inputs, RawBatch, default_workers
+from caffe_jacinto.engines.pytorch.feed import Inputs, default_workers
 from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
 from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.data.batches import random_numbers
+from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
 from caffe_jacinto.engines.pytorch.distributed import Ranks
-from caffe_jacinto.engines.pytorch.feed import Inputs, RawBatch
+from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner

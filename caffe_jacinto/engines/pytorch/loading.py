@@ -1,0 +1,292 @@
+"""Batches of a Data layer by PyTorch's DataLoader: worker processes read and decode into shared memory.
+
+On a GPU, a thread copies them to the device ahead of the training, and decodes JPEG there if requested. Workers
+crop and mirror what they decode; the rest happens on the device.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
+from caffe_jacinto.data.batches import DataLayer, Images
+from caffe_jacinto.data.index import UnreadableImageError
+from caffe_jacinto.data.lmdb_reader import why_reader_ended
+from caffe_jacinto.engines.pytorch.copy_ahead import CopyAhead, HostBatch, RawBatch
+from caffe_jacinto.engines.pytorch.gpu_decode import Decode
+
+_AHEAD = 2
+"""Batches that are decoded ahead, for each worker."""
+
+
+class _Buffers(NamedTuple):
+    """Memory of several batches that all processes see; a GPU reads it directly."""
+
+    images: Tensor
+    """slots x bytes."""
+
+    labels: Tensor
+    """slots x batch."""
+
+    windows: Tensor
+    """slots x batch x (top, left, mirrored)."""
+
+
+class _Task(NamedTuple):
+    """A batch that a worker is to read."""
+
+    block: int
+    """Its number in the training."""
+
+    slot: int
+    """Where in the buffers it goes."""
+
+    decoded: bool
+    """False: its JPEG files go there as they are, for the GPU."""
+
+
+class _Done(NamedTuple):
+    """A worker's report on a batch."""
+
+    slot: int
+    ends: tuple[int, ...] = ()
+    """The end of each JPEG file; none where pixels were decoded, cut to their windows."""
+
+    trouble: str = ""
+    """Why there is no such batch."""
+
+
+class _Batches(Dataset[_Done]):
+    """The batches of a Data layer; read in the workers."""
+
+    def __init__(self, images: Images, buffers: _Buffers) -> None:
+        self._images, self._buffers = images, buffers
+
+    def __getitem__(self, task: _Task) -> _Done:
+        images, slot = self._images, task.slot
+        space, labels, windows = (part[slot].numpy() for part in self._buffers)
+        try:
+            if not task.decoded:
+                files = images.read_files(task.block, labels, windows)
+                if files is not None and sum(map(len, files)) <= len(space):
+                    joined = np.frombuffer(b"".join(files), np.uint8)
+                    space[: len(joined)] = joined
+                    return _Done(slot, tuple(accumulate(map(len, files))))
+            images.read(task.block, _pixels(self._buffers, slot, images).numpy(), labels, windows)
+        except UserError as error:
+            return _Done(slot, trouble=str(error))
+        return _Done(slot)
+
+
+def _pixels(buffers: _Buffers, slot: int, images: Images) -> Tensor:
+    """The decoded images in ``slot``: batch x height x width x channels."""
+    return buffers.images[slot].view(_kind(images)).view(images.shape)
+
+
+def slots_of(workers: int) -> int:
+    """Batches in the buffers: those in work, the one in use, and one that may still be copied to a GPU."""
+    return _AHEAD * workers + 2
+
+
+def _kind(images: Images) -> torch.dtype:
+    return torch.uint8 if images.dtype == np.uint8 else torch.float32
+
+
+class _Tasks(Sampler[_Task]):
+    """What is read: batches from any place on, in steps of a stride, each into the next slot."""
+
+    def __init__(self, slots: int, decode: Decode) -> None:
+        self._slots, self._decode = slots, decode
+        self._blocks = range(0)
+
+    def begin(self, first: int, stride: int, count: int | None) -> None:
+        """Continue with batch ``first``; without a ``count`` there is no end."""
+        self._blocks = range(first, 1 << 62 if count is None else first + stride * count, stride)
+
+    def __iter__(self) -> Iterator[_Task]:
+        for number, block in enumerate(self._blocks):
+            # Which batches the GPU decodes follows from their place alone.
+            odd = block // self._blocks.step % 2
+            decoded = self._decode == "cpu" or (self._decode == "both" and bool(odd))
+            yield _Task(block, number % self._slots, decoded)
+
+
+class Feed:
+    """Batches of one Data layer on the device, in order; `close` ends its workers."""
+
+    def __init__(self, images: Images, device: torch.device, workers: int, decode: Decode = "cpu") -> None:
+        self._images, self._device = images, device
+        self._mean = self._mean_on(device)
+        slots = slots_of(workers)
+        self._buffers = _Buffers(
+            torch.empty((slots, images.batch_bytes), dtype=torch.uint8).share_memory_(),
+            torch.empty((slots, images.batch_size), dtype=torch.int64).share_memory_(),
+            torch.empty((slots, images.batch_size, 3), dtype=torch.int64).share_memory_(),
+        )
+        self._pinned = [part for part in self._buffers if device.type == "cuda" and _pin(part, device)]
+        self.pinned = device.type != "cuda" or len(self._pinned) == len(self._buffers)
+        self._tasks = _Tasks(slots, decode)
+        self._loader: DataLoader[_Done] = DataLoader(
+            _Batches(images, self._buffers),
+            batch_size=None,  # an item is a batch
+            sampler=self._tasks,
+            num_workers=workers,
+            prefetch_factor=_AHEAD,
+            persistent_workers=True,
+            # Forked: a worker inherits the keys and buffers, and starts in milliseconds. It never touches the
+            # device.
+            multiprocessing_context="fork",
+            worker_init_fn=_begin_worker,
+        )
+        self._next, self._stride = 0, 1
+        self._classes: tuple[int, int | None] | None = None
+        # This starts the workers. That one ended is noticed when its batch does not come; PyTorch's handler
+        # of the signal would interrupt the training anywhere.
+        before = signal.getsignal(signal.SIGCHLD)
+        self._iterator: Iterator[_Done] = iter(self._loader)
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: CopyAhead | None = None
+
+    def close(self) -> None:
+        """End the workers."""
+        self._stop_copying()
+        workers = getattr(self._iterator, "_workers", ())
+        self._iterator = iter(())
+        del self._loader
+        for worker in workers:  # none is left, unless an error still holds the iterator
+            worker.kill()
+        for part in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(part.data_ptr())
+        self._pinned = []
+
+    @property
+    def layer(self) -> DataLayer:
+        """What is read."""
+        return self._images.layer
+
+    def limit_labels(self, classes: int, ignored: int | None) -> None:
+        """From now on refuse labels not in [0, ``classes``), except for the label ``ignored``."""
+        self._classes = (classes, ignored)
+
+    def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
+        """Continue with batch ``block``, and then every ``stride``-th; decode ``count`` of them ahead."""
+        self._stop_copying()
+        self._next, self._stride = block, stride
+        self._tasks.begin(block, stride, count)
+        self._iterator = iter(self._loader)
+        if self._stream is not None:
+            self._ahead = CopyAhead(
+                self._host_batches(), self._stream, self._images.shape, _kind(self._images)
+            )
+
+    def raw(self) -> RawBatch:
+        """The next batch. It may be overwritten once the one after it is requested.
+
+        Raises:
+            UserError: a record that is not an image, or one that does not fit.
+            RunFailed: a worker died.
+        """
+        if self._ahead is not None:
+            return self._ahead.take()
+        return next(self._host_batches())[0]
+
+    def transformed(self, raw: RawBatch) -> Tensor:
+        """The net's input: batch x channels x height x width, float32, channels last in memory."""
+        transform = self._images.layer.transform
+        pixels = raw.images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+        if transform.mean_image is not None and self._mean is not None:
+            pixels -= self._mean_windows(self._mean, raw.windows.to(pixels.device))
+        elif self._mean is not None:
+            pixels -= self._mean
+        return pixels.mul_(transform.scale) if transform.scale != 1 else pixels
+
+    def _mean_windows(self, mean: Tensor, windows: Tensor) -> Tensor:
+        """Each image's window of the mean image: batch x channels x height x width."""
+        _, height, width, _ = self._images.shape
+        top, left, mirrored = windows[:, :, None].unbind(1)
+        across = torch.arange(width, device=mean.device)
+        rows = top + torch.arange(height, device=mean.device)
+        columns = left + torch.where(mirrored.bool(), width - 1 - across, across)
+        return mean[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+    def _mean_on(self, device: torch.device) -> Tensor | None:
+        layer = self._images.layer
+        try:
+            mean = layer.transform.mean_for(self._images.stored_shape)
+        except UnreadableImageError as error:
+            raise UserError(f"{layer.where}: {error}") from None
+        return None if mean is None else torch.from_numpy(mean.copy()).to(device)
+
+    def _host_batches(self) -> Iterator[HostBatch]:
+        """The batches that the workers read, one by one, with labels that the net has."""
+        while True:
+            try:
+                done = next(self._iterator)
+            except StopIteration:
+                return
+            except RuntimeError:
+                workers = getattr(self._iterator, "_workers", ())
+                codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+                if not codes:
+                    raise
+                raise RunFailed(f"{self._images.layer.source}: {why_reader_ended(codes[0])}") from None
+            if done.trouble:
+                raise UserError(done.trouble)
+            labels, windows = self._buffers.labels[done.slot], self._buffers.windows[done.slot]
+            self._check_labels(labels.numpy())
+            self._next += self._stride
+            if done.ends:
+                images = self._buffers.images[done.slot][: done.ends[-1]]
+            else:
+                images = _pixels(self._buffers, done.slot, self._images)
+            yield RawBatch(images, labels, windows), done.ends
+
+    def _check_labels(self, labels: Any) -> None:
+        if self._classes is None:
+            return
+        classes, ignored = self._classes
+        wrong = ((labels < 0) | (labels >= classes)) & (labels != ignored)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise UserError(
+                f"{self._images.place(self._next, at)}: its label is {labels[at]}, and the network has "
+                f"{classes} classes, 0 to {classes - 1}"
+            )
+
+    def _stop_copying(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+
+
+def _pin(tensor: Tensor, device: torch.device) -> bool:
+    """Let the GPU read the tensor's memory directly; False where the system refuses."""
+    size = tensor.numel() * tensor.element_size()
+    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # CUDA reports the refusal again at the next kernel
+        torch.zeros(1, device=device)
+    return False
+
+
+def _begin_worker(number: int) -> None:
+    """A worker's own settings; it lives no longer than the training."""
+    import cv2
+
+    # Ctrl-C goes to all processes of a terminal; the trainer ends its workers itself.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    keep_freed_memory()
+    end_with_parent()
