@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,40 @@ def test_an_lmdb_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: p
         ):
             for _ in range(100):
                 ours.batch()
+
+
+def test_a_program_ends_although_a_worker_was_killed(tmp_path: Path) -> None:
+    """Also where an error still holds the iterator, as one from another thread does."""
+    write_lmdb(tmp_path / "lmdb", [datum_of(noise(HEIGHT, WIDTH), 0)] * 9)
+    program = """
+import os, signal, threading
+from test_torch_data import data_net, inputs
+kept = []
+def read(feed):
+    try:
+        for _ in range(100):
+            feed.raw()
+    except Exception as error:
+        kept.append(error)
+with inputs(data_net("")) as ours:
+    ours.start_at(0)
+    feed = ours._feeds[0]
+    os.kill(feed._iterator._workers[0].pid, signal.SIGKILL)
+    thread = threading.Thread(target=read, args=(feed,))
+    thread.start()
+    thread.join()
+print(kept[0])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "a process that reads it was killed; is there enough memory?" in ran.stdout
 
 
 def test_a_label_beyond_the_classes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Batches of a Data layer by PyTorch's DataLoader: worker processes read and decode into shared memory.
 
-On a GPU, a thread copies them to the device ahead of the training, and decodes JPEG there if requested. Workers
-crop and mirror what they decode; the rest happens on the device.
+On a GPU, a thread copies them to the device ahead of the training, and decodes JPEG there if requested.
+Workers crop and mirror what they decode; the rest happens on the device.
 """
 
 from __future__ import annotations
