@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _act(options)
     except (UserError, OSError) as error:
-        return distributed.report_of_rank(error)
+        distributed.report_of_rank(error)
 
 
 def _act(options: Options) -> int:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,6 @@ from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import (
     FAILED,
     LOST,
-    USER_ERROR,
     RunFailed,
     UserError,
     WorkLost,
@@ -308,14 +308,19 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def report_of_rank(error: Exception) -> int:
-    """Report what ended this process before its log was open: returns the exit code, or raises the error.
+_FIRST_REPORTS_SECONDS = 10
+"""For the first rank of a machine to report a mistake that all of its ranks find."""
 
-    What is wrong for one rank before the ranks have met is wrong for all on its machine: one of them says so.
+
+def report_of_rank(error: Exception) -> NoReturn:
+    """Raise what ended this process before its log was open, for one line of the program's.
+
+    What is wrong for one rank before the ranks have met is wrong for all on its machine, as a rule: the first
+    one says so, and its end ends the others.
     """
     if isinstance(error, UserError) and not isinstance(error, RunFailed):
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return USER_ERROR
+            time.sleep(_FIRST_REPORTS_SECONDS)
         raise UserError(_here() + str(error)) from None
     raise error
 
