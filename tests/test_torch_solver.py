@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_every_update_is_caffes(
                 learnable.tensor.detach().numpy(),
                 blob.data,
                 rtol=0,
-                atol=1e-6 * max(most, 1e-3),
+                atol=1e-5 * max(most, 1e-2),  # small gradients, divided by their own size, are rounded so
                 err_msg=f"{learnable.name} after iteration {iteration}",
             )
     for start, (_, learnable) in zip(began, both.blobs, strict=True):
@@ -261,9 +262,11 @@ def test_states_that_do_not_name_their_solver_are_read(tmp_path: Path) -> None:
     stage.run([TORCH])
     state = tmp_path / "small_iter_2.solverstate"
     content = state.read_bytes()
-    place, named = content.rfind(b'{"seed"'), b', "solver": "SGD"}'
-    assert content.endswith(named)
-    shorter = content[place : -len(named)] + b"}"
+    place = content.rfind(b'{"seed"')
+    said = json.loads(content[place:])
+    assert said.pop("solver") == "SGD"
+    earlier = {name: said[name] for name in ("seed", "images", "dialect")}
+    shorter = json.dumps(earlier).encode()
     state.write_bytes(content[: place - 1] + bytes([len(shorter)]) + shorter)
     resume = [*TORCH, "-snapshot", state.name]
     for kind, says in (("Adam", f"{state.name}: holds"), ("Nesterov", "Optimization Done")):
