@@ -320,6 +320,7 @@ def report_of_rank(error: Exception) -> NoReturn:
     """
     if isinstance(error, UserError) and not isinstance(error, RunFailed):
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
             time.sleep(_FIRST_REPORTS_SECONDS)
         raise UserError(_here() + str(error)) from None
     raise error
