@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_exif, write_lmdb
 
-from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import Order
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.engines.pytorch.feed import Inputs
@@ -156,9 +156,8 @@ def test_an_lmdb_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: p
         ours.start_at(0)
         ours.batch()
         os.truncate(tmp_path / "lmdb" / "data.mdb", 8192)
-        with pytest.raises(
-            RunFailed, match="lmdb: it was cut off or replaced while it was read: copy or make"
-        ):
+        # Whether a worker has opened it by then, and meets a page that is gone, is chance.
+        with pytest.raises(UserError, match=r"lmdb.* (it was|is) cut off.*: copy or make it again"):
             for _ in range(100):
                 ours.batch()
 

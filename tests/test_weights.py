@@ -339,7 +339,7 @@ def test_the_old_form_of_layers_is_read(tmp_path: Path) -> None:
     [
         (["show", "nowhere"], "nowhere: No such file"),
         (["show", "empty"], "empty: the file is empty"),
-        (["show", "text"], "text: cut off or not a weight file"),
+        (["show", "text"], "text: text, such as a prototxt; give a weight file"),
         (["show", "cut"], "cut: cut off or not a weight file"),
         (["show", "huge"], "huge: cut off or not a weight file"),
         (["convert", "stock", "--from", "bvlc", "--to", "bvlc", "--output", "x"], "nothing to convert"),
