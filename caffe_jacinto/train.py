@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
         print("\n".join(status_lines(Path(options.status))))
         return 0
-    from caffe_jacinto.runs.start import Options, resume, start
+    from caffe_jacinto.runs.start import Options, full_disks_named, resume, start
 
     overrides = _overrides(options)
     wanted = Options(
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str]) -> int:
             "--resume continues with the run's own recipe: only --gpus, --caffe, --engine, --keep, "
             "--accept-data and the options for Slurm may be given with it; to change more, start a new run"
         )
-    return resume(Path(options.resume), wanted)
+    with full_disks_named(Path(options.resume)):
+        return resume(Path(options.resume), wanted)
 
 
 def _new_recipe(parser: Parser, options: argparse.Namespace) -> int:

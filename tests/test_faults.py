@@ -78,12 +78,12 @@ def test_a_zero_that_moved_is_found(tmp_path: Path) -> None:
 
 def test_a_final_snapshot_that_is_cut_off_or_less_sparse_is_found(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
-    state = final_weights(one, "sparse").with_suffix(".solverstate")
-    sound = state.read_bytes()
-    state.write_bytes(sound[:-20])
-    with pytest.raises(Broken, match="the final snapshot of sparse is not complete"):
+    weights = final_weights(one, "sparse")
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-20])
+    with pytest.raises(Broken, match="the final weights of sparse are not complete"):
         compare(one, other, to_the_bit=False)
-    state.write_bytes(sound)
+    weights.write_bytes(sound)
     final_weights(one, "sparse").write_bytes(final_weights(one, "initial").read_bytes())
     with pytest.raises(Broken, match="the sparsity of sparse is"):
         compare(one, other, to_the_bit=False)

@@ -6,14 +6,15 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import GpuRequest
-from caffe_jacinto.common.errors import UserError, UserErrors
+from caffe_jacinto.common.disk import is_full, why_not_written
+from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
@@ -134,6 +135,18 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
             shutil.rmtree(folder)  # it did not exist before, and nothing was trained in it
             raise
     return _drive(run, record, lock, screen, StopSignals(), findings)
+
+
+@contextmanager
+def full_disks_named(folder: Path) -> Iterator[None]:
+    """A full disk while the run ``folder`` is resumed becomes a RunFailed that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        why = why_not_written(error, Path(str(error.filename or folder)))
+        raise RunFailed(f"{why}; free some space; to resume: {resume_command(folder)}") from None
 
 
 def resume(
