@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
@@ -14,8 +15,10 @@ from digits_run import ITERATIONS, PREFIX, Trainer, recipe_of, tiny, wait_for, w
 from small_disk import SmallDisk, small_disk
 
 from caffe_jacinto.common.disk import place_of, size
+from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.runs.start import full_disks_named
 
 MEGABYTE = 1 << 20
 
@@ -126,6 +129,16 @@ def test_an_error_in_writing_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing:
         write_whole(tmp_path / "no folder/file", "x")
     assert missing.value.filename == str(tmp_path / "no folder/file")
+
+
+def test_a_disk_that_is_still_full_at_a_resume_says_how_to_go_on(tmp_path: Path) -> None:
+    refused = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run.json"))
+    says = r"run.json could not be written: .* are free on .*; free some space; to resume: python -m "
+    with pytest.raises(RunFailed, match=says), full_disks_named(tmp_path):
+        raise refused
+    other = OSError(errno.EACCES, "Permission denied", "run.json")
+    with pytest.raises(PermissionError), full_disks_named(tmp_path):
+        raise other
 
 
 def test_words_for_disks_and_sizes(tmp_path: Path) -> None:
