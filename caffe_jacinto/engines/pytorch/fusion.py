@@ -16,7 +16,8 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.batch_norm import Normalization
 from caffe_jacinto.engines.pytorch.convolutions import Convolution
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
-from caffe_jacinto.engines.pytorch.layers import LAYERS, convolution_of, with_bias
+from caffe_jacinto.engines.pytorch.layers import LAYERS
+from caffe_jacinto.engines.pytorch.layers.convolution import convolution_of, with_bias
 from caffe_jacinto.prototxt.dialects import Dialect
 
 FusedForward = Callable[..., Tensor]

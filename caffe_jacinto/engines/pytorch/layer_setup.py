@@ -268,3 +268,9 @@ class LayerSetup:
         # Weight decay does not move it either, but stock Caffe's solver states have its squares.
         decay_mult = specs[index].decay_mult if index < len(specs) else 1.0
         self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=decay_mult))
+
+
+Builder = Callable[[LayerSetup], Forward]
+"""Builds a layer: makes its blobs and returns what it computes.
+
+Raises UserError for settings that are not supported."""

@@ -1,4 +1,4 @@
-"""Caffe's loss and accuracy of class scores."""
+"""Losses, and the accuracy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
+from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
 
 LARGEST_LOSS = -log(1.17549435e-38)
 """Of one image: Caffe takes the logarithm of no less than FLT_MIN, which gives 87.3365."""
@@ -114,3 +114,9 @@ def _check_labels(layer: LayerSetup, axis: int) -> None:
         layer.refuse(
             f"{prod(labels)} labels for scores of shape {scores}: give one for each place but axis {axis}"
         )
+
+
+LAYERS: dict[str, Builder] = {
+    "Accuracy": accuracy,
+    "SoftmaxWithLoss": softmax_with_loss,
+}

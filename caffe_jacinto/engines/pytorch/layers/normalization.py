@@ -1,0 +1,46 @@
+"""Layers that normalize their input: BatchNorm, LRN."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from caffe_jacinto.engines.pytorch.batch_norm import batch_norm
+from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
+
+
+def lrn(layer: LayerSetup) -> Forward:
+    """Across channels, or within each: y = x / (k + alpha/n x the sum of n squares) ^ beta."""
+    layer.takes(1)
+    fields = layer.parameters("lrn_param", "local_size", "alpha", "beta", "k", "norm_region")
+    size, alpha, beta = fields.local_size, fields.alpha, fields.beta
+    if size % 2 == 0:
+        layer.refuse(f"lrn_param.local_size {size} has to be odd")
+    half = (size - 1) // 2
+    (shape,) = layer.bottoms
+    if len(shape) != 4:
+        layer.refuse("normalizes batch x channels x height x width only")
+    if fields.norm_region == type(fields).WITHIN_CHANNEL:
+        # Caffe builds this of its pooling and power layers, and so passes over k: it is 1.
+        def within(blobs: Blobs, values: Tensor) -> Tensor:
+            squares = F.avg_pool2d(values.float().square(), size, 1, half)
+            return values * torch.pow(1 + alpha * squares, -beta)
+
+        return within
+    channels = shape[1]
+
+    def across(blobs: Blobs, values: Tensor) -> Tensor:
+        squares = F.pad(values.float().square(), (0, 0, 0, 0, half, half))
+        total = squares[:, :channels]
+        for offset in range(1, size):
+            total = total + squares[:, offset : offset + channels]
+        return values * torch.pow(total * (alpha / size) + fields.k, -beta)
+
+    return across
+
+
+LAYERS: dict[str, Builder] = {
+    "BatchNorm": batch_norm,
+    "LRN": lrn,
+}

@@ -1,0 +1,36 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from caffe_jacinto.export.onnx.graph import Graph, Operator, input_shape
+from caffe_jacinto.export.stock_net import StockLayer
+from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.netspec.shapes import LayerShapes
+
+
+def _convolution(
+    graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str
+) -> None:
+    parameters = layer.message.convolution_param
+    if parameters.axis != 1 or len(input_shape(shaped)) != 4:
+        graph.refuse(layer, "convolution_param.axis", "only images, of four axes")
+    kernel, strides, pads, dilations = geometry(shaped.layer)
+    names = ("weights", "bias")
+    blobs = [
+        graph.constant(f"{layer.name}:{name}", blob) for name, blob in zip(names, layer.blobs, strict=False)
+    ]
+    graph.node(
+        "Conv",
+        [*bottoms, *blobs],
+        output,
+        kernel_shape=list(kernel),
+        strides=list(strides),
+        pads=[*pads, *pads],
+        dilations=list(dilations),
+        group=parameters.group,
+    )
+
+
+OPERATORS: dict[str, Operator] = {
+    "Convolution": _convolution,
+}

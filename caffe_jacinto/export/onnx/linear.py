@@ -1,0 +1,48 @@
+"""Layers that multiply by weights or add them: inner products, Scale, Bias."""
+
+from __future__ import annotations
+
+from caffe_jacinto.export.onnx.graph import Graph, Operator, by_channel, channelwise, input_shape
+from caffe_jacinto.export.stock_net import StockLayer
+from caffe_jacinto.netspec.shapes import LayerShapes
+
+
+def _inner_product(
+    graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str
+) -> None:
+    parameters = layer.message.inner_product_param
+    if parameters.axis != 1:
+        graph.refuse(layer, "inner_product_param.axis", "only 1")
+    flat = bottoms[0]
+    if len(input_shape(shaped)) != 2:
+        flat = graph.inner(output, "flat")
+        graph.node("Flatten", bottoms, flat, axis=1)
+    names = ("weights", "bias")
+    blobs = [
+        graph.constant(f"{layer.name}:{name}", blob) for name, blob in zip(names, layer.blobs, strict=False)
+    ]
+    graph.node("Gemm", [flat, *blobs], output, transB=0 if parameters.transpose else 1)
+
+
+def _scale(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
+    if not channelwise(layer.message.scale_param):
+        graph.refuse(layer, "scale_param.axis and num_axes", "only one number per channel")
+    gain, *shifts = (by_channel(blob, len(input_shape(shaped))) for blob in layer.blobs)
+    scaled = graph.inner(output, "scaled") if shifts else output
+    graph.node("Mul", [*bottoms, graph.constant(f"{layer.name}:scale", gain)], scaled)
+    if shifts:
+        graph.node("Add", [scaled, graph.constant(f"{layer.name}:bias", shifts[0])], output)
+
+
+def _bias(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
+    if not channelwise(layer.message.bias_param):
+        graph.refuse(layer, "bias_param.axis and num_axes", "only one number per channel")
+    values = by_channel(layer.blobs[0], len(input_shape(shaped)))
+    graph.node("Add", [*bottoms, graph.constant(f"{layer.name}:bias", values)], output)
+
+
+OPERATORS: dict[str, Operator] = {
+    "Bias": _bias,
+    "InnerProduct": _inner_product,
+    "Scale": _scale,
+}

@@ -1,0 +1,22 @@
+"""Layers that normalize their input."""
+
+from __future__ import annotations
+
+from caffe_jacinto.netspec.layer_types.base import LayerType, Shape, Shapes, channels_of, same
+from caffe_jacinto.prototxt.tree import Message
+
+
+def _batch_norm_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
+    channels: Shape = (channels_of(bottoms),)
+    statistics: list[Shape] = [channels, channels, (1,)]
+    fork = layer.message("batch_norm_param").flag("scale_bias")
+    return [*statistics, channels, channels] if fork else statistics
+
+
+TYPES: dict[str, LayerType] = {
+    "BatchNorm": LayerType(
+        same, _batch_norm_blobs, ("mean", "variance", "factor", "scale", "bias"), "follower"
+    ),
+    "LRN": LayerType(same, role="follower"),
+    **{kind: LayerType(same) for kind in ("BN", "CuDNNBatchNorm", "MVN")},
+}

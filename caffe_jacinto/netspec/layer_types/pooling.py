@@ -1,0 +1,33 @@
+"""Pooling over windows of the image."""
+
+from __future__ import annotations
+
+from caffe_jacinto.netspec.layer_types.base import Dim, LayerType, Shapes, image
+from caffe_jacinto.netspec.layer_types.geometry import geometry
+from caffe_jacinto.prototxt.tree import Message
+
+
+def _pooling(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """Caffe rounds the size up, and with padding drops a last window that begins outside the image."""
+    first = image(bottoms)
+    parameter = layer.message("pooling_param")
+    if parameter.flag("global_pooling"):
+        return [(*first[:2], *[1] * (len(first) - 2))] * tops
+    kernel, stride, pad, _ = geometry(layer, len(first) - 2)
+    down = parameter.string("round_mode") == "FLOOR"
+    sizes: list[Dim] = []
+    for axis, size in enumerate(first[2:]):
+        if size is None:
+            sizes.append(None)
+            continue
+        room = size + 2 * pad[axis] - kernel[axis]
+        pooled = (room // stride[axis] if down else -(-room // stride[axis])) + 1
+        if any(pad) and (pooled - 1) * stride[axis] >= size + pad[axis]:
+            pooled -= 1
+        sizes.append(pooled)
+    return [(*first[:2], *sizes)] * tops
+
+
+TYPES: dict[str, LayerType] = {
+    "Pooling": LayerType(_pooling, role="pooling"),
+}
