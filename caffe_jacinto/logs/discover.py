@@ -12,6 +12,8 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.logs.events import moment
+from caffe_jacinto.logs.history import StageHistory
+from caffe_jacinto.logs.printed_net import PrintedNet
 from caffe_jacinto.logs.series import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
 
@@ -32,6 +34,9 @@ class Stage:
     log: Path
     figures: StageFigures
     curves: StageCurves | None
+    history: StageHistory | None = None
+    """What a page shows, where it was asked for; then also `net`."""
+    net: PrintedNet | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class _LogFile:
     """None: the log decides."""
 
 
-def find_runs(paths: Sequence[Path], *, curves: bool = False) -> tuple[list[Run], list[UserError]]:
+def find_runs(
+    paths: Sequence[Path], *, curves: bool = False, history: bool = False
+) -> tuple[list[Run], list[UserError]]:
     """Read every log under ``paths``: log files, stage folders, run folders, folders of runs.
 
     Returns the runs in the order of the paths, and the problems of paths that could not be read.
@@ -73,7 +80,7 @@ def find_runs(paths: Sequence[Path], *, curves: bool = False) -> tuple[list[Run]
             seen.add(real)
             found = _identify(file)
             try:
-                log = read_stage(file, curves=curves)
+                log = read_stage(file, curves=curves, history=history)
             except UserError as problem:
                 # A stage that has just begun has an empty log, which is not a mistake in a folder.
                 if file == path or _size(file) != 0:
@@ -149,8 +156,14 @@ def _identify(path: Path) -> _LogFile:
 
 
 def _stage(file: _LogFile, log: StageLog) -> Stage:
-    figures = log.figures()
-    return Stage(file.stage or _stage_name(figures), file.path, figures, log.curves)
+    name = file.stage or _stage_name(log.figures())
+    return stage_of(name, file.path, log)
+
+
+def stage_of(name: str, path: Path, log: StageLog) -> Stage:
+    """A stage as its ``log``, read from ``path``, describes it now."""
+    history = log.history
+    return Stage(name, path, log.figures(), log.curves, history, log.net if history is not None else None)
 
 
 def _stage_name(figures: StageFigures) -> str:

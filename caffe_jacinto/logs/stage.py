@@ -14,8 +14,9 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
+from caffe_jacinto.logs.history import StageHistory
 from caffe_jacinto.logs.loss import LossCheck
-from caffe_jacinto.logs.printed_net import PrintedNets, conv_sparsity
+from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, StageCurves, Timing, by_name
 
@@ -75,13 +76,22 @@ class StageFigures:
 class StageLog:
     """Folds the events of one stage's log, in order."""
 
-    def __init__(self, *, curves: bool = False, live: bool = False, test_net: str | None = None) -> None:
-        """``curves`` collects the curves; ``live`` the facts that the live line and retention need.
+    def __init__(
+        self,
+        *,
+        curves: bool = False,
+        live: bool = False,
+        history: bool = False,
+        test_net: str | None = None,
+    ) -> None:
+        """``curves`` collects the curves; ``live`` the facts that the live line and retention need;
+        ``history`` what a page shows.
 
-        Without either, lines of training are skimmed, which is several times as fast. ``test_net`` is the
+        Without any, lines of training are skimmed, which is several times as fast. ``test_net`` is the
         text of the stage's test network, used where glog has cut the printed one.
         """
         self.curves = StageCurves() if curves else None
+        self.history = StageHistory() if history else None
         self.iteration: int | None = None
         """The iteration reached; in ``caffe test``, the batch."""
         self.loss: float | None = None
@@ -103,7 +113,7 @@ class StageLog:
         self.snapshots: set[int] = set()
         """Live: iterations whose snapshot was begun since `resume_at`."""
         self._live = live
-        self._reader = LogReader(skim=not (curves or live))
+        self._reader = LogReader(skim=not (curves or live or history))
         self._timing = Timing()
         self._pace: deque[tuple[int, str]] = deque(maxlen=PACE_POINTS)
         self._version: events.Version | None = None
@@ -140,6 +150,8 @@ class StageLog:
         """The log ends here, for now."""
         found = self._fold(self._reader.close())
         self._plot_sparsity()
+        if self.history is not None:
+            self.history.close(self.iteration)
         tests = self._tests.get(0)
         if tests is not None and not tests.ended and self._last_test(0) is tests.current:
             self._take_test(tests)
@@ -148,7 +160,13 @@ class StageLog:
     def _fold(self, found: list[events.Event]) -> list[events.Event]:
         for event in found:
             self._take(event)
+            if self.history is not None:
+                listed = self.sparsity if isinstance(event, events.Sparsity) else None
+                self.history.take(event, listed, self._is_nvcaffe())
         return found
+
+    def _is_nvcaffe(self) -> bool:
+        return self._version is not None and self._version.text.startswith("NVCaffe")
 
     def resume_at(self, iteration: int) -> None:
         """A new process resumes at ``iteration``: what earlier ones did beyond it does not count."""
@@ -306,7 +324,7 @@ class StageLog:
 
     def _plot_test(self, curves: StageCurves, tests: NetTests) -> None:
         accuracies = self._nets.accuracies(0)
-        nvcaffe = self._version is not None and self._version.text.startswith("NVCaffe")
+        nvcaffe = self._is_nvcaffe()
         for output in tests.current.values():
             # NVCaffe's test at iteration 0 is of one batch only.
             if output.net or output.iteration is None or (nvcaffe and output.iteration == 0):
@@ -353,6 +371,11 @@ class StageLog:
     @property
     def max_iter(self) -> int | None:
         return self._solver.max_iter if self._solver else None
+
+    @property
+    def net(self) -> PrintedNet | None:
+        """The network whose cost counts; see `PrintedNets.main`."""
+        return self._nets.main()
 
     @property
     def sparsity(self) -> float | None:
@@ -477,13 +500,13 @@ def _speed_digits(speed: float) -> float:
     return round(speed, 1) if speed >= 10 else float(f"{speed:.3g}")
 
 
-def read_stage(path: Path, *, curves: bool = False) -> StageLog:
+def read_stage(path: Path, *, curves: bool = False, history: bool = False) -> StageLog:
     """Read the log file at ``path`` piece by piece; memory does not grow with its length.
 
     Raises:
         UserError: it cannot be read, is empty, or has no line of Caffe's in it.
     """
-    log = StageLog(curves=curves)
+    log = StageLog(curves=curves, history=history)
     empty = True
     try:
         with path.open("rb") as file:
