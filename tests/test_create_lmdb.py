@@ -266,7 +266,10 @@ def test_the_largest_label_is_stored(images: Path, tmp_path: Path) -> None:
     [
         ("cat/1.JPEG 3 5", "the line seems to have two labels, and an image has one: write 'path label'"),
         (r"cat\1.JPEG 3", "the path has back slashes: write / between folders"),
-        ("C:/images/1.JPEG 3", "the path begins with a drive of Windows: write paths relative to --images"),
+        (
+            "C:/images/1.JPEG 3",
+            "the path begins with a drive of Windows: write paths relative to the images' folder",
+        ),
     ],
 )
 def test_why_a_path_of_a_list_does_not_exist(images: Path, tmp_path: Path, line: str, why: str) -> None:

@@ -8,7 +8,8 @@ from types import TracebackType
 
 PACKAGES = {
     **{
-        name: name for name in ("jinja2", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "scipy", "tomli")
+        name: name
+        for name in ("h5py", "jinja2", "lmdb", "matplotlib", "numpy", "pydantic", "rich", "scipy", "tomli")
     },
     **{name: name for name in ("mlxtend", "onnx", "submitit", "torch")},
     **{"PIL": "pillow", "cv2": "opencv-python-headless", "google": "protobuf"},

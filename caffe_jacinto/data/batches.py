@@ -1,21 +1,24 @@
-"""The batches of a Data layer: its settings, which record comes when, and each image cropped and mirrored.
+"""The batches of a Data or ImageData layer: its settings, the order of the records, each image's window.
 
 Random numbers depend only on the seed and on an image's place in the training, so a resumed training gets
-the images that it would have had.
+the images that it would have had. The settings follow Caffe 1.0 (caffe.proto, src/caffe/layers/data_layer.cpp
+and image_data_layer.cpp).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.datum import Pixels, Transform, Window, datum_pixels, parse_datum
+from caffe_jacinto.data.datum import Pixels, Transform, Window, datum_pixels
 from caffe_jacinto.data.encode import BadImageError, jpeg_shape
+from caffe_jacinto.data.image_list import ListedImages
 from caffe_jacinto.data.lmdb_reader import NumberedRecords
 from caffe_jacinto.data.mean import read_mean
 
@@ -25,11 +28,19 @@ _TRANSFORM = frozenset(
 _TRANSFORM_NO_EFFECT = frozenset({"use_gpu_transform", "display"})
 _DATA = frozenset({"source", "batch_size", "backend", "force_encoded_color", "shuffle"})
 _DATA_NO_EFFECT = frozenset({"prefetch", "threads", "parser_threads", "cache"})
+_IMAGE_DATA = frozenset(
+    {
+        *("source", "batch_size", "rand_skip", "shuffle", "new_height", "new_width", "is_color"),
+        "root_folder",
+    }
+)
+_OF_RECORDS = frozenset({"force_color", "force_gray"})
+"""Fields of transform_param that Caffe applies to encoded records only."""
 
 
 @dataclass(frozen=True)
 class DataLayer:
-    """The settings in a Data layer's message."""
+    """The settings in the message of a layer that reads a data set."""
 
     name: str
     where: str
@@ -42,43 +53,147 @@ class DataLayer:
     batch_size: int
     """As the file gives it."""
 
-    transform: Transform
     shuffle: bool
-    """Another order each time through the LMDB."""
+    """Another order each time through the data."""
 
+
+@dataclass(frozen=True)
+class ImageLayer(DataLayer):
+    """The settings of a Data or ImageData layer."""
+
+    transform: Transform
     training: bool
     """Whether crops are placed at random."""
 
+    root: str | None = None
+    """What a list's paths begin with; None: the source is an LMDB."""
 
-def data_layer(layer: Any, where: str, *, training: bool) -> DataLayer:
-    """The settings of the Data layer ``layer`` (a LayerParameter).
+    resize: tuple[int, int] | None = None
+    """Height and width that images are resized to."""
+
+    skip: int = 0
+    """The training begins at a random place among so many; 0: at the first."""
+
+
+class BatchSource(ABC):
+    """Numbered batches, each of which any process can read."""
+
+    layer: DataLayer
+    batch_size: int
+    """Of this rank."""
+
+    shape: tuple[int, ...]
+    """Of a batch of values as they are stored: its first axis is the batch."""
+
+    dtype: np.dtype[Any]
+
+    @property
+    @abstractmethod
+    def top_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the layer's tops."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """The bytes of a batch of values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @abstractmethod
+    def read(self, block: int, values: Pixels, labels: Pixels, windows: Pixels) -> None:
+        """Fill the arrays with batch number ``block``; labels and windows are those of images.
+
+        Raises:
+            UserError: a record that cannot be read, or does not fit.
+        """
+
+    def read_files(self, block: int, labels: Pixels, windows: Pixels) -> list[bytes] | None:
+        """As `read`, with images as they are stored; None unless all are colour JPEG files of one size."""
+        return None
+
+    @abstractmethod
+    def place(self, block: int, index: int) -> str:
+        """The record that is number ``index`` of batch number ``block``, for messages."""
+
+    @abstractmethod
+    def labels_of(self, top: int, values: Pixels, labels: Pixels) -> Pixels:
+        """What top number ``top`` holds in a batch that `read` gave: batch x numbers."""
+
+
+def data_layer(layer: Any, where: str, *, training: bool) -> ImageLayer:
+    """The settings of the Data or ImageData layer ``layer`` (a LayerParameter).
 
     Raises:
         UserError: a field that is not supported, or that contradicts another; or an unusable mean file.
     """
-    where = f"{where}: layer {layer.name} (Data)"
-    data, transform = layer.data_param, layer.transform_param
-    for fields, name, known in (
-        (data, "data_param", _DATA | _DATA_NO_EFFECT),
-        (transform, "transform_param", _TRANSFORM | _TRANSFORM_NO_EFFECT),
-    ):
-        for descriptor, _ in fields.ListFields():
-            if descriptor.name not in known:
-                raise UserError(f"{where}: {name}.{descriptor.name} is not supported: remove it")
+    where = f"{where}: layer {layer.name} ({layer.type})"
+    if not 1 <= len(layer.top) <= 2:
+        raise UserError(f"{where}: gives one or two tops, images and labels, and has {len(layer.top)}")
+    return (_list_layer if layer.type == "ImageData" else _lmdb_layer)(layer, where, training)
+
+
+def _lmdb_layer(layer: Any, where: str, training: bool) -> ImageLayer:
+    data = layer.data_param
+    only_fields(data, "data_param", _DATA | _DATA_NO_EFFECT, where)
+    only_fields(layer.transform_param, "transform_param", _TRANSFORM | _TRANSFORM_NO_EFFECT, where)
     if data.backend != type(data).LMDB:
         raise UserError(f"{where}: data_param.backend must be LMDB")
-    if data.batch_size < 1 or not 1 <= len(layer.top) <= 2:
-        raise UserError(f"{where}: a batch_size of at least 1 is needed, and one or two tops")
-    return DataLayer(
+    return ImageLayer(
         name=layer.name,
         where=where,
         tops=tuple(layer.top),
         source=Path(data.source),
-        batch_size=data.batch_size,
-        transform=read_transform(transform, where, force_color=data.force_encoded_color),
+        batch_size=checked_batch_size(data.batch_size, where),
+        transform=read_transform(layer.transform_param, where, force_color=data.force_encoded_color),
         shuffle=training and bool(getattr(data, "shuffle", False)),
         training=training,
     )
+
+
+def _list_layer(layer: Any, where: str, training: bool) -> ImageLayer:
+    data, transform = layer.image_data_param, layer.transform_param
+    only_fields(data, "image_data_param", _IMAGE_DATA, where)
+    only_fields(transform, "transform_param", _TRANSFORM | _TRANSFORM_NO_EFFECT, where)
+    for name in _OF_RECORDS:
+        if getattr(transform, name):
+            raise UserError(
+                f"{where}: transform_param.{name} changes nothing here: remove it, or set"
+                " image_data_param.is_color"
+            )
+    height, width = data.new_height, data.new_width
+    if bool(height) != bool(width):
+        raise UserError(f"{where}: image_data_param has one of new_height and new_width: give both or none")
+    if transform.crop_size and height and min(height, width) < transform.crop_size:
+        raise UserError(
+            f"{where}: transform_param.crop_size {transform.crop_size} is larger than new_width x new_height,"
+            f" {width}x{height}"
+        )
+    settings = read_transform(transform, where)
+    return ImageLayer(
+        name=layer.name,
+        where=where,
+        tops=tuple(layer.top),
+        source=Path(data.source),
+        batch_size=checked_batch_size(data.batch_size, where),
+        transform=replace(settings, colour=data.is_color),
+        shuffle=data.shuffle,
+        training=training,
+        root=data.root_folder,
+        resize=(height, width) if height else None,
+        skip=data.rand_skip,
+    )
+
+
+def only_fields(message: Any, name: str, known: frozenset[str], where: str) -> None:
+    """Raise UserError if a field of ``message``, which is ``name`` in the layer, is not ``known``."""
+    for descriptor, _ in message.ListFields():
+        if descriptor.name not in known:
+            raise UserError(f"{where}: {name}.{descriptor.name} is not supported: remove it")
+
+
+def checked_batch_size(batch_size: int, where: str) -> int:
+    """``batch_size``; raises UserError unless it is at least 1."""
+    if batch_size < 1:
+        raise UserError(f"{where}: batch_size is {batch_size}, and has to be at least 1")
+    return batch_size
 
 
 def read_transform(settings: Any, where: str, *, base: Path = Path(), force_color: bool = False) -> Transform:
@@ -111,13 +226,14 @@ def read_transform(settings: Any, where: str, *, base: Path = Path(), force_colo
 class Order:
     """Which record comes at each place of a training."""
 
-    def __init__(self, records: int, seed: int, *, shuffle: bool) -> None:
-        self._records, self._seed, self._shuffle = records, seed, shuffle
+    def __init__(self, records: int, seed: int, *, shuffle: bool, first: int = 0) -> None:
+        """``first`` is where the first epoch begins."""
+        self._records, self._seed, self._shuffle, self._first = records, seed, shuffle, first
         self._epoch = -1
 
     def record(self, place: int) -> int:
         """The number of the record that comes ``place``-th (from 0); every epoch has each once."""
-        epoch, within = divmod(place, self._records)
+        epoch, within = divmod(self._first + place, self._records)
         if not self._shuffle:
             return within
         if epoch != self._epoch:
@@ -128,37 +244,54 @@ class Order:
 
 def random_numbers(seed: int, place: int, purpose: str) -> np.random.Generator:
     """Random numbers that are the same for the same arguments (Philox, counter-based)."""
-    stream = {"order": 0, "images": 1, "dropout": 2, "seed": 3}[purpose]
+    stream = {"order": 0, "images": 1, "dropout": 2, "seed": 3, "skip": 4, "rows": 5}[purpose]
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), stream], counter=[0, 0, 0, place]))
 
 
-class Images:
-    """Batches of a Data layer as arrays: images cut to their windows, their mean and scale still to apply."""
+class Images(BatchSource):
+    """Batches of images: cut to their windows, their mean and scale still to apply."""
 
-    def __init__(self, layer: DataLayer, batch_size: int, seed: int, *, shuffle: bool = False) -> None:
+    layer: ImageLayer
+
+    def __init__(self, layer: ImageLayer, batch_size: int, seed: int, *, shuffle: bool = False) -> None:
         """``batch_size`` is that of this rank; ``seed`` determines order, crops and mirroring.
 
         Raises:
-            UserError: the LMDB cannot be read, or its first image does not fit the layer.
+            UserError: the LMDB or list cannot be read, or its first image does not fit the layer.
         """
         self.layer, self.batch_size, self._seed = layer, batch_size, seed
-        self.records = NumberedRecords(layer.source)
-        self._order = Order(len(self.records), seed, shuffle=layer.shuffle or shuffle)
-        _, first = self._read(0)
+        self.records = (
+            NumberedRecords(layer.source) if layer.root is None else ListedImages(layer.source, layer.root)
+        )
+        count = len(self.records)
+        if layer.skip > count:
+            raise UserError(f"{layer.where}: rand_skip {layer.skip} is above the {count} images of the list")
+        first = int(random_numbers(seed, 0, "skip").integers(layer.skip)) if layer.skip else 0
+        self._order = Order(count, seed, shuffle=layer.shuffle or shuffle, first=first)
+        _, pixels = self._read(0)
         self.records.close()
-        channels, height, width = first.shape
+        channels, height, width = pixels.shape
         self.stored_shape: tuple[int, int, int] = channels, height, width
         """Channels, height and width of the first record's image."""
 
-        self.dtype = first.dtype
+        self.dtype = pixels.dtype
         crop = layer.transform.crop
         self.shape = (batch_size, crop or height, crop or width, channels)
         """Of a batch of images, channels last."""
 
-    def read(self, block: int, images: Pixels, labels: Pixels, windows: Pixels) -> None:
+    @property
+    def top_shapes(self) -> list[tuple[int, ...]]:
+        batch, height, width, channels = self.shape
+        return [(batch, channels, height, width), (batch,)]
+
+    def labels_of(self, top: int, values: Pixels, labels: Pixels) -> Pixels:
+        """The labels, which are the second top."""
+        return labels[:, None]
+
+    def read(self, block: int, values: Pixels, labels: Pixels, windows: Pixels) -> None:
         """Fill the arrays with the images of batch number ``block``, their labels, and each one's window.
 
-        ``images`` is batch x height x width x channels, ``windows`` batch x (top, left, mirrored).
+        ``values`` is batch x height x width x channels, ``windows`` batch x (top, left, mirrored).
 
         Raises:
             UserError: a record without an image, or one that does not fit.
@@ -170,7 +303,7 @@ class Images:
             self._check_like_first(number, pixels)
             _, height, width = pixels.shape
             window = transform.window(height, width, chance, anywhere=anywhere)
-            _put(transform, pixels, window, images[i])
+            _put(transform, pixels, window, values[i])
             labels[i] = datum.label
             windows[i] = window
 
@@ -198,11 +331,6 @@ class Images:
         chances: list[list[float]] = drawn.tolist()
         return chances
 
-    @property
-    def batch_bytes(self) -> int:
-        """The bytes of a batch of decoded images."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def first_files(self, count: int) -> list[bytes] | None:
         """The first images as they are stored; None unless all are colour JPEG files of one size."""
         datums = [self._stored(number) for number in range(min(count, len(self.records)))]
@@ -227,9 +355,12 @@ class Images:
     def _stored(self, number: int) -> Any:
         """The Datum of record ``number``."""
         try:
-            return parse_datum(self.records.get(number))
+            return self.records.datum(number)
         except BadImageError as error:
-            raise UserError(f"{self.records.place(number)}: {error}: make the LMDB again") from None
+            raise self._bad(number, error) from None
+
+    def _bad(self, number: int, error: BadImageError) -> UserError:
+        return UserError(f"{self.records.place(number)}: {error}: {self.records.remedy}")
 
     def _read(self, number: int) -> tuple[Any, Pixels]:
         """The Datum of record ``number``, and its image, which is at least as large as the crop."""
@@ -237,7 +368,9 @@ class Images:
         try:
             pixels = datum_pixels(datum, self.layer.transform.colour)
         except BadImageError as error:
-            raise UserError(f"{self.records.place(number)}: {error}: make the LMDB again") from None
+            raise self._bad(number, error) from None
+        if self.layer.resize is not None and pixels.shape[1:] != self.layer.resize:
+            pixels = _resized(pixels, *self.layer.resize)
         height, width = pixels.shape[1:]
         if min(height, width) < self.layer.transform.crop:
             raise UserError(
@@ -254,14 +387,23 @@ class Images:
             sizes = ["x".join(map(str, shape)) for shape in (pixels.shape, self.stored_shape)]
             raise UserError(
                 f"{self.records.place(number)}: its image is {sizes[0]} (channels x height x width), and the"
-                f" first one {sizes[1]}: make the LMDB with one size"
+                f" first one {sizes[1]}: {self.records.one_size}"
             )
         if pixels.dtype != self.dtype:
             kinds = ["8-bit" if dtype == np.uint8 else f"{dtype}" for dtype in (pixels.dtype, self.dtype)]
             raise UserError(
-                f"{self.records.place(number)}: its image is {kinds[0]}, and the first one {kinds[1]}: make"
-                " the LMDB again"
+                f"{self.records.place(number)}: its image is {kinds[0]}, and the first one {kinds[1]}:"
+                f" {self.records.remedy}"
             )
+
+
+def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    """An image (channels first) in another size, as Caffe's ReadImageToCVMat resizes it: bilinear."""
+    import cv2
+
+    image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    channels_first: Pixels = np.atleast_3d(cv2.resize(image, (width, height))).transpose(2, 0, 1)
+    return channels_first
 
 
 def _put(transform: Transform, pixels: Pixels, window: Window, into: Pixels) -> None:

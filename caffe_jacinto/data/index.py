@@ -78,7 +78,7 @@ class Folder:
 def why_not_found(path: bytes) -> str:
     """What a message adds where a list's ``path`` does not exist, if the path itself shows why."""
     if re.match(rb"[A-Za-z]:[\\/]", path):
-        return "; the path begins with a drive of Windows: write paths relative to --images"
+        return "; the path begins with a drive of Windows: write paths relative to the images' folder"
     if b"\\" in path:
         return "; the path has back slashes: write / between folders"
     if re.search(rb"\.\w+[ \t]+[0-9]+$", path):

@@ -123,8 +123,13 @@ def list_from_file(
     return build.index(names, f"list {list_file}")
 
 
-def list_lines(list_file: Path, names: tuple[str, ...] | None) -> Iterator[tuple[int, tuple[bytes, int]]]:
-    """The number of each line that is not blank, with its path and label; see `list_from_file`."""
+def list_lines(
+    list_file: Path, names: tuple[str, ...] | None, *, least: int = 0
+) -> Iterator[tuple[int, tuple[bytes, int]]]:
+    """The number of each line that is not blank, with its path and label; see `list_from_file`.
+
+    Labels are ``least`` and above.
+    """
     found = False
     try:
         with list_file.open("rb") as lines:
@@ -132,7 +137,7 @@ def list_lines(list_file: Path, names: tuple[str, ...] | None) -> Iterator[tuple
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
                     found = True
-                    yield number, _list_line(list_file, number, text.rstrip(), names)
+                    yield number, _list_line(list_file, number, text.rstrip(), names, least)
     except OSError as error:
         raise UserError(f"cannot read list file {list_file}: {error.strerror}") from None
     if not found:
@@ -171,18 +176,22 @@ def check_folder_exists(folder: Path) -> None:
         raise UserError(_missing_folder(folder))
 
 
-def _list_line(list_file: Path, number: int, line: bytes, names: tuple[str, ...] | None) -> tuple[bytes, int]:
+def _list_line(
+    list_file: Path, number: int, line: bytes, names: tuple[str, ...] | None, least: int
+) -> tuple[bytes, int]:
     match = _LIST_LINE.fullmatch(line)
     if match is None:
         raise UserError(f"{list_file}:{number}: {_shown(line)} is not of the form 'path label'")
     text = match["label"]
-    if not re.fullmatch(rb"[0-9]+", text):
-        raise UserError(f"{list_file}:{number}: label {_shown(text)} is not a whole number from 0")
+    if not re.fullmatch(rb"-?[0-9]+" if least < 0 else rb"[0-9]+", text):
+        raise UserError(f"{list_file}:{number}: label {_shown(text)} is not a whole number from {least}")
     if len(text) > 20 or int(text) > MAX_LABEL:
         raise UserError(
             f"{list_file}:{number}: label {_shown(text)} is above {MAX_LABEL:,}, the largest possible"
         )
     label = int(text)
+    if label < least:
+        raise UserError(f"{list_file}:{number}: label {label} is below {least}, the least possible")
     if names is not None and label >= len(names):
         raise UserError(
             f"{list_file}:{number}: label {label} is beyond the {len(names)} class names given"

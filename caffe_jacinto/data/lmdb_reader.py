@@ -151,6 +151,12 @@ class NumberedRecords:
     must not be used in a child.
     """
 
+    remedy = "make the LMDB again"
+    """What to do about a bad image."""
+
+    one_size = "make the LMDB with one size"
+    """What to do where images differ in size."""
+
     def __init__(self, folder: Path) -> None:
         """Read all keys; they stay in memory, tens of bytes each. Raises UserError as `LmdbReader` does."""
         self._folder = folder
@@ -185,6 +191,15 @@ class NumberedRecords:
         if value is None:
             raise UserError(f"{self.place(number)}: the record is no longer there")
         return value
+
+    def datum(self, number: int) -> Any:
+        """The Datum of record ``number``.
+
+        Raises:
+            UserError: as `get`.
+            BadImageError: the record holds none.
+        """
+        return parse_datum(self.get(number))
 
     def close(self) -> None:
         """Close the LMDB; the next read opens it again."""

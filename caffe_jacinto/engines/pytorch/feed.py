@@ -1,4 +1,4 @@
-"""What a net is fed: batches of its Data layers, in order; zeros where it has Input layers, as in Caffe."""
+"""What a net is fed: batches of its data layers, in order; zeros where it has Input layers, as in Caffe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.batches import Images, data_layer
+from caffe_jacinto.data.batches import BatchSource, Images, data_layer
+from caffe_jacinto.data.sources import parameters_of, reading, source_of
 from caffe_jacinto.engines.contract import ImageShape, image_shape
 from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice
@@ -56,15 +57,15 @@ class Inputs:
         ranks the first one's number.
 
         Raises:
-            UserError: an LMDB or mean file that is missing or damaged, or images that do not fit.
+            UserError: data or a mean file that are missing or damaged, or images that do not fit.
         """
         self._device, self._agree = device, agree
         layers = messages_in(definition, PHASE_NAMES[phase])
         self.shapes: dict[str, Shape] = {}
-        """Of the tops of Data layers."""
+        """Of the tops of data layers."""
 
         self.batch_size = 0
-        """Of the first Data layer."""
+        """Of the first data layer."""
 
         self.notes: list[str] = []
         """What the log should say."""
@@ -77,48 +78,48 @@ class Inputs:
         self._zeros: dict[str, Tensor] = {}
         count = default_workers(device) if workers is None else workers
         try:
-            for layer in layers:
-                if layer.type == "Data":
-                    self._add(data_layer(layer, where, training=phase == TRAIN), seed, count, shuffle)
+            for layer in reading(layers):
+                self._add(source_of(layer, where, training=phase == TRAIN, seed=seed, shuffle=shuffle), count)
         except BaseException:
             self.close()
             raise
 
-    def _add(self, layer: Any, seed: int, workers: int, shuffle: bool) -> None:
-        images = Images(layer, layer.batch_size, seed, shuffle=shuffle)
-        batch, height, width, channels = images.shape
-        shapes: list[Shape] = [(batch, channels, height, width), (batch,)]
-        self.shapes.update(zip(layer.tops, shapes, strict=False))
-        self.batch_size = self.batch_size or batch
+    def _add(self, source: BatchSource, workers: int) -> None:
+        self.shapes.update(zip(source.layer.tops, source.top_shapes, strict=False))
+        self.batch_size = self.batch_size or source.batch_size
+        decode = self._decode_of(source, workers) if isinstance(source, Images) else "cpu"
+        workers = self._most_workers(source, workers)
+        if decode == "both" and workers % 2 == 0:
+            # Workers take batches in turn: with an even number, some would get all that the CPU decodes.
+            workers -= 1
+        feed = Feed(source, self._device, workers, decode)
+        if not feed.pinned:
+            self.notes.append("The system refuses to pin memory: copies to the GPU are slower")
+        self._feeds.append(feed)
+
+    def _decode_of(self, images: Images, workers: int) -> Decode:
         if self._choice == "auto":
             found, note = faster_decode(images, self._device, workers)
             self._choice = DECODERS[self._agree(DECODERS.index(found))]
             self.notes.append(note)
-        workers = self._most_workers(images, workers)
-        if self.decode == "both" and workers % 2 == 0:
-            # Workers take batches in turn: with an even number, some would get all that the CPU decodes.
-            workers -= 1
-        feed = Feed(images, self._device, workers, self.decode)
-        if not feed.pinned:
-            self.notes.append("The system refuses to pin memory: copies to the GPU are slower")
-        self._feeds.append(feed)
+        return self.decode
 
     @property
     def decode(self) -> Decode:
         """Where the images are decoded."""
         return "cpu" if self._choice == "auto" else self._choice
 
-    def _most_workers(self, images: Images, workers: int) -> int:
+    def _most_workers(self, source: BatchSource, workers: int) -> int:
         """As many of ``workers`` as the shared memory holds the batches of."""
-        size = images.batch_bytes
+        size = source.batch_bytes
         room = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
         if room is None or room >= slots_of(workers) * size:
             return workers
         most = max((n for n in range(workers) if slots_of(n) * size <= room), default=0)
         hint = f"{_SHARED_MEMORY} has {room >> 20} MiB free (a container's: --shm-size or --ipc=host)"
         if most < 1:
-            raise UserError(f"{images.layer.where}: a batch is {size >> 20} MiB, and {hint}")
-        self.notes.append(f"{most} processes decode images, not {workers}: {hint}")
+            raise UserError(f"{source.layer.where}: a batch is {size >> 20} MiB, and {hint}")
+        self.notes.append(f"{most} processes read the data, not {workers}: {hint}")
         return most
 
     def fit(self, net: Net) -> None:
@@ -128,9 +129,9 @@ class Inputs:
                 self._zeros[name] = torch.zeros(net.shapes[name], device=self._device)
         limits = _label_limits(net)
         for feed in self._feeds:
-            tops = feed.layer.tops
-            if len(tops) > 1 and tops[1] in limits:
-                feed.limit_labels(*limits[tops[1]])
+            for top, name in enumerate(feed.layer.tops):
+                if name in limits:
+                    feed.limit_labels(top, *limits[name])
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
         """Continue with batch number ``block`` and then every ``stride``-th, ``count`` of them."""
@@ -138,16 +139,14 @@ class Inputs:
             feed.start_at(block, stride, count)
 
     def raw(self) -> list[RawBatch]:
-        """The next batch of each Data layer; see `Feed.raw`."""
+        """The next batch of each data layer; see `Feed.raw`."""
         return [feed.raw() for feed in self._feeds]
 
     def transformed(self, raw: Sequence[RawBatch]) -> Mapping[str, Tensor]:
-        """The blobs of a batch, by the names of the net's inputs: images as `Feed.transformed`, labels."""
+        """The blobs of a batch, by the names of the net's inputs; see `Feed.tops`."""
         values = dict(self._zeros)
         for feed, batch in zip(self._feeds, raw, strict=True):
-            # The labels' own memory is overwritten with the next batch.
-            blobs = (feed.transformed(batch), batch.labels.clone())
-            values.update(zip(feed.layer.tops, blobs, strict=False))
+            values.update(zip(feed.layer.tops, feed.tops(batch), strict=False))
         return values
 
     def batch(self) -> Mapping[str, Tensor]:
@@ -184,45 +183,48 @@ def _label_limits(net: Net) -> dict[str, tuple[int, int | None]]:
 def expected_shapes(
     definition: Any, phase: int, where: str, images: Mapping[str, ImageShape]
 ) -> dict[str, Shape] | None:
-    """The shapes of the tops of Data layers, without their LMDBs; None where that is not enough.
+    """The shapes of the tops of data layers, without LMDBs and mean files; None where that is not enough.
 
-    ``images`` has the channels, height and width of the images in LMDBs that are known.
+    ``images`` has the channels, height and width of the images in LMDBs that are known. Lists of images or
+    HDF5 files are read.
 
     Raises:
-        UserError: a field of a Data layer that is not supported.
+        UserError: a field of a data layer that is not supported, or a list that cannot be used.
     """
     shapes: dict[str, Shape] = {}
-    for layer in messages_in(definition, PHASE_NAMES[phase]):
-        if layer.type != "Data":
-            continue
+    for layer in reading(messages_in(definition, PHASE_NAMES[phase])):
         known = type(layer)()
         known.CopyFrom(layer)
         if not Path(known.transform_param.mean_file).is_file():
             known.transform_param.ClearField("mean_file")
-        settings = data_layer(known, where, training=phase == TRAIN)
-        image = image_shape(layer, images)
-        if image is None:
-            return None
-        tops: list[Shape] = [(settings.batch_size, *image), (settings.batch_size,)]
-        shapes.update(zip(settings.tops, tops, strict=False))
+        if not known.transform_param.ListFields():
+            known.ClearField("transform_param")
+        if layer.type == "Data":
+            settings = data_layer(known, where, training=phase == TRAIN)
+            image = image_shape(layer, images)
+            if image is None:
+                return None
+            names, tops = settings.tops, [(settings.batch_size, *image), (settings.batch_size,)]
+        else:
+            source = source_of(known, where, training=phase == TRAIN)
+            names, tops = source.layer.tops, source.top_shapes
+        shapes.update(zip(names, tops, strict=False))
     return shapes
 
 
 def share_batches(definition: Any, phase: int, ranks: int) -> list[str]:
-    """Divide the batch of each Data layer among ``ranks``, as the fork does, in place.
+    """Divide the batch of each data layer among ``ranks``, as the fork does, in place.
 
     Returns a note for each batch that does not divide.
     """
     notes = []
-    for layer in messages_in(definition, PHASE_NAMES[phase]):
-        if layer.type != "Data":
-            continue
-        whole = layer.data_param.batch_size
+    for layer in reading(messages_in(definition, PHASE_NAMES[phase])):
+        whole = parameters_of(layer).batch_size
         share = -(-whole // ranks)
         if share * ranks != whole:
             notes.append(
                 f"layer {layer.name}: a batch of {whole} does not divide among {ranks} GPUs; it is "
                 f"{share * ranks} now"
             )
-        layer.data_param.batch_size = share
+        parameters_of(layer).batch_size = share
     return notes

@@ -1,4 +1,4 @@
-"""Batches of a Data layer by PyTorch's DataLoader: worker processes read and decode into shared memory.
+"""Batches of a data layer by PyTorch's DataLoader: worker processes read and decode into shared memory.
 
 On a GPU, a thread copies them to the device ahead of the training, and decodes JPEG there if requested.
 Workers crop and mirror what they decode; the rest happens on the device.
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import end_with_parent, keep_freed_memory
-from caffe_jacinto.data.batches import DataLayer, Images
+from caffe_jacinto.data.batches import BatchSource, DataLayer, Images
+from caffe_jacinto.data.hdf5_rows import Rows
 from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.data.lmdb_reader import why_reader_ended
 from caffe_jacinto.engines.pytorch.copy_ahead import CopyAhead, HostBatch, RawBatch
@@ -32,7 +33,7 @@ _AHEAD = 2
 class _Buffers(NamedTuple):
     """Memory of several batches that all processes see; a GPU reads it directly."""
 
-    images: Tensor
+    values: Tensor
     """slots x bytes."""
 
     labels: Tensor
@@ -67,30 +68,30 @@ class _Done(NamedTuple):
 
 
 class _Batches(Dataset[_Done]):
-    """The batches of a Data layer; read in the workers."""
+    """The batches of a data layer; read in the workers."""
 
-    def __init__(self, images: Images, buffers: _Buffers) -> None:
-        self._images, self._buffers = images, buffers
+    def __init__(self, source: BatchSource, buffers: _Buffers) -> None:
+        self._source, self._buffers = source, buffers
 
     def __getitem__(self, task: _Task) -> _Done:
-        images, slot = self._images, task.slot
+        source, slot = self._source, task.slot
         space, labels, windows = (part[slot].numpy() for part in self._buffers)
         try:
             if not task.decoded:
-                files = images.read_files(task.block, labels, windows)
+                files = source.read_files(task.block, labels, windows)
                 if files is not None and sum(map(len, files)) <= len(space):
                     joined = np.frombuffer(b"".join(files), np.uint8)
                     space[: len(joined)] = joined
                     return _Done(slot, tuple(accumulate(map(len, files))))
-            images.read(task.block, _pixels(self._buffers, slot, images).numpy(), labels, windows)
+            source.read(task.block, _values(self._buffers, slot, source).numpy(), labels, windows)
         except UserError as error:
             return _Done(slot, trouble=str(error))
         return _Done(slot)
 
 
-def _pixels(buffers: _Buffers, slot: int, images: Images) -> Tensor:
-    """The decoded images in ``slot``: batch x height x width x channels."""
-    return buffers.images[slot].view(_kind(images)).view(images.shape)
+def _values(buffers: _Buffers, slot: int, source: BatchSource) -> Tensor:
+    """What was read into ``slot``, in the shape of ``source``; images: batch x height x width x channels."""
+    return buffers.values[slot].view(_kind(source)).view(source.shape)
 
 
 def slots_of(workers: int) -> int:
@@ -98,8 +99,8 @@ def slots_of(workers: int) -> int:
     return _AHEAD * workers + 2
 
 
-def _kind(images: Images) -> torch.dtype:
-    return torch.uint8 if images.dtype == np.uint8 else torch.float32
+def _kind(source: BatchSource) -> torch.dtype:
+    return torch.uint8 if source.dtype == np.uint8 else torch.float32
 
 
 class _Tasks(Sampler[_Task]):
@@ -121,23 +122,78 @@ class _Tasks(Sampler[_Task]):
             yield _Task(block, number % self._slots, decoded)
 
 
-class Feed:
-    """Batches of one Data layer on the device, in order; `close` ends its workers."""
+class _RowTops:
+    """The tops of rows: each its columns, in its own shape."""
 
-    def __init__(self, images: Images, device: torch.device, workers: int, decode: Decode = "cpu") -> None:
-        self._images, self._device = images, device
+    def __init__(self, source: BatchSource) -> None:
+        assert isinstance(source, Rows)
+        self._source = source
+
+    def __call__(self, raw: RawBatch) -> list[Tensor]:
+        return [
+            raw.images[:, self._source.columns(top)].reshape(shape).clone()
+            for top, shape in enumerate(self._source.top_shapes)
+        ]
+
+
+class _ImageTops:
+    """Images less their mean, scaled, and their labels.
+
+    Images are batch x channels x height x width, float32, channels last in memory.
+    """
+
+    def __init__(self, source: Images, device: torch.device) -> None:
+        """Raises UserError if the mean does not fit the images."""
+        self._source = source
         self._mean = self._mean_on(device)
+
+    def __call__(self, raw: RawBatch) -> list[Tensor]:
+        transform = self._source.layer.transform
+        pixels = raw.images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
+        if transform.mean_image is not None and self._mean is not None:
+            pixels -= self._mean_windows(self._mean, raw.windows.to(pixels.device))
+        elif self._mean is not None:
+            pixels -= self._mean
+        # The labels' own memory is overwritten with the next batch.
+        return [pixels.mul_(transform.scale) if transform.scale != 1 else pixels, raw.labels.clone()]
+
+    def _mean_windows(self, mean: Tensor, windows: Tensor) -> Tensor:
+        """Each image's window of the mean image: batch x channels x height x width."""
+        _, height, width, _ = self._source.shape
+        top, left, mirrored = windows[:, :, None].unbind(1)
+        across = torch.arange(width, device=mean.device)
+        rows = top + torch.arange(height, device=mean.device)
+        columns = left + torch.where(mirrored.bool(), width - 1 - across, across)
+        return mean[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+    def _mean_on(self, device: torch.device) -> Tensor | None:
+        layer = self._source.layer
+        try:
+            mean = layer.transform.mean_for(self._source.stored_shape)
+        except UnreadableImageError as error:
+            raise UserError(f"{layer.where}: {error}") from None
+        return None if mean is None else torch.from_numpy(mean.copy()).to(device)
+
+
+class Feed:
+    """Batches of one data layer on the device, in order; `close` ends its workers."""
+
+    def __init__(
+        self, source: BatchSource, device: torch.device, workers: int, decode: Decode = "cpu"
+    ) -> None:
+        self._source, self._device = source, device
+        self._finish = _ImageTops(source, device) if isinstance(source, Images) else _RowTops(source)
         slots = slots_of(workers)
         self._buffers = _Buffers(
-            torch.empty((slots, images.batch_bytes), dtype=torch.uint8).share_memory_(),
-            torch.empty((slots, images.batch_size), dtype=torch.int64).share_memory_(),
-            torch.empty((slots, images.batch_size, 3), dtype=torch.int64).share_memory_(),
+            torch.empty((slots, source.batch_bytes), dtype=torch.uint8).share_memory_(),
+            torch.zeros((slots, source.batch_size), dtype=torch.int64).share_memory_(),
+            torch.zeros((slots, source.batch_size, 3), dtype=torch.int64).share_memory_(),
         )
         self._pinned = [part for part in self._buffers if device.type == "cuda" and _pin(part, device)]
         self.pinned = device.type != "cuda" or len(self._pinned) == len(self._buffers)
         self._tasks = _Tasks(slots, decode)
         self._loader: DataLoader[_Done] = DataLoader(
-            _Batches(images, self._buffers),
+            _Batches(source, self._buffers),
             batch_size=None,  # an item is a batch
             sampler=self._tasks,
             num_workers=workers,
@@ -149,7 +205,7 @@ class Feed:
             worker_init_fn=_begin_worker,
         )
         self._next, self._stride = 0, 1
-        self._classes: tuple[int, int | None] | None = None
+        self._classes: dict[int, tuple[int, int | None]] = {}
         # This starts the workers. That one ended is noticed when its batch does not come; PyTorch's handler
         # of the signal would interrupt the training anywhere.
         before = signal.getsignal(signal.SIGCHLD)
@@ -173,11 +229,11 @@ class Feed:
     @property
     def layer(self) -> DataLayer:
         """What is read."""
-        return self._images.layer
+        return self._source.layer
 
-    def limit_labels(self, classes: int, ignored: int | None) -> None:
-        """From now on refuse labels not in [0, ``classes``), except for the label ``ignored``."""
-        self._classes = (classes, ignored)
+    def limit_labels(self, top: int, classes: int, ignored: int | None) -> None:
+        """From now on refuse labels not in [0, ``classes``) in a top, except for the label ``ignored``."""
+        self._classes[top] = (classes, ignored)
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
         """Continue with batch ``block``, and then every ``stride``-th; decode ``count`` of them ahead."""
@@ -187,7 +243,7 @@ class Feed:
         self._iterator = iter(self._loader)
         if self._stream is not None:
             self._ahead = CopyAhead(
-                self._host_batches(), self._stream, self._images.shape, _kind(self._images)
+                self._host_batches(), self._stream, self._source.shape, _kind(self._source)
             )
 
     def raw(self) -> RawBatch:
@@ -201,32 +257,9 @@ class Feed:
             return self._ahead.take()
         return next(self._host_batches())[0]
 
-    def transformed(self, raw: RawBatch) -> Tensor:
-        """The net's input: batch x channels x height x width, float32, channels last in memory."""
-        transform = self._images.layer.transform
-        pixels = raw.images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        if transform.mean_image is not None and self._mean is not None:
-            pixels -= self._mean_windows(self._mean, raw.windows.to(pixels.device))
-        elif self._mean is not None:
-            pixels -= self._mean
-        return pixels.mul_(transform.scale) if transform.scale != 1 else pixels
-
-    def _mean_windows(self, mean: Tensor, windows: Tensor) -> Tensor:
-        """Each image's window of the mean image: batch x channels x height x width."""
-        _, height, width, _ = self._images.shape
-        top, left, mirrored = windows[:, :, None].unbind(1)
-        across = torch.arange(width, device=mean.device)
-        rows = top + torch.arange(height, device=mean.device)
-        columns = left + torch.where(mirrored.bool(), width - 1 - across, across)
-        return mean[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
-
-    def _mean_on(self, device: torch.device) -> Tensor | None:
-        layer = self._images.layer
-        try:
-            mean = layer.transform.mean_for(self._images.stored_shape)
-        except UnreadableImageError as error:
-            raise UserError(f"{layer.where}: {error}") from None
-        return None if mean is None else torch.from_numpy(mean.copy()).to(device)
+    def tops(self, raw: RawBatch) -> list[Tensor]:
+        """The layer's tops, in memory of their own: for images see `_ImageTops`."""
+        return self._finish(raw)
 
     def _host_batches(self) -> Iterator[HostBatch]:
         """The batches that the workers read, one by one, with labels that the net has."""
@@ -240,28 +273,27 @@ class Feed:
                 codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
                 if not codes:
                     raise
-                raise RunFailed(f"{self._images.layer.source}: {why_reader_ended(codes[0])}") from None
+                raise RunFailed(f"{self._source.layer.source}: {why_reader_ended(codes[0])}") from None
             if done.trouble:
                 raise UserError(done.trouble)
             labels, windows = self._buffers.labels[done.slot], self._buffers.windows[done.slot]
-            self._check_labels(labels.numpy())
-            self._next += self._stride
             if done.ends:
-                images = self._buffers.images[done.slot][: done.ends[-1]]
+                values = self._buffers.values[done.slot][: done.ends[-1]]
             else:
-                images = _pixels(self._buffers, done.slot, self._images)
-            yield RawBatch(images, labels, windows), done.ends
+                values = _values(self._buffers, done.slot, self._source)
+            for top, limits in self._classes.items():
+                self._check_labels(self._source.labels_of(top, values.numpy(), labels.numpy()), *limits)
+            self._next += self._stride
+            yield RawBatch(values, labels, windows), done.ends
 
-    def _check_labels(self, labels: Any) -> None:
-        if self._classes is None:
-            return
-        classes, ignored = self._classes
+    def _check_labels(self, labels: Any, classes: int, ignored: int | None) -> None:
+        """``labels``: batch x numbers."""
         wrong = ((labels < 0) | (labels >= classes)) & (labels != ignored)
         if wrong.any():
-            at = int(wrong.argmax())
+            row, column = np.argwhere(wrong)[0]
             raise UserError(
-                f"{self._images.place(self._next, at)}: its label is {labels[at]}, and the network has "
-                f"{classes} classes, 0 to {classes - 1}"
+                f"{self._source.place(self._next, int(row))}: its label is {labels[row, column]:g}, and the"
+                f" network has {classes} classes, 0 to {classes - 1}"
             )
 
     def _stop_copying(self) -> None:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.sources import READ
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS
 from caffe_jacinto.netspec.graph import messages_in
-from caffe_jacinto.netspec.layer_types import is_known, output_shapes
+from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
 
-FED = ("Data", "Input")
+FED = (*READ, "Input")
 """The types of the layers whose tops come from outside."""
 
 _KNOWN_FIELDS = frozenset(
@@ -140,7 +141,7 @@ class Net(nn.Module):
         """Build the layers of ``phase`` and fill their blobs.
 
         ``definition`` is a NetParameter of ``dialect``, ``where`` its file's name, for messages. ``seed``
-        fixes what the fillers draw. ``data_shapes`` are those of the Data layers' tops. Not ``filled`` is
+        fixes what the fillers draw. ``data_shapes`` are those of the data layers' tops. Not ``filled`` is
         for checks only.
 
         Raises:
@@ -209,7 +210,7 @@ class Net(nn.Module):
         shown.CopyFrom(self.definition)
         del shown.layer[:]
         shown.layer.extend(self.layers)
-        images = [self.shapes[layer.top[0]] for layer in self.layers if layer.type == "Data"]
+        images = [self.shapes[layer.top[0]] for layer in self.layers if layer.type in ("Data", "ImageData")]
         log.net(shown, images, self.output_names)
 
     def reseed(self, seed: int) -> None:
@@ -313,7 +314,7 @@ class Net(nn.Module):
         if layer.type == "Input":
             setup.parameters("input_param", "shape")
         else:
-            setup.only("data_param", "transform_param")
+            setup.only(DATA_PARAMETERS[layer.type], "transform_param")
         given = len(layer.input_param.shape)
         if given not in (0, 1, len(layer.top)):
             setup.refuse(f"input_param has {given} shapes for {len(layer.top)} tops")

@@ -45,8 +45,14 @@ def _images(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     return [(batch, channels, height, width), *[(batch,)] * (tops - 1)]
 
 
+def _not_known(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """The datasets of an HDF5 file may have any shape."""
+    return [None] * tops
+
+
 TYPES: dict[str, LayerType] = {
     **{kind: LayerType(_images, role="data") for kind in DATA_PARAMETERS},
+    "HDF5Data": LayerType(_not_known, role="data"),
     "Input": LayerType(_declared, role="data"),
     "DummyData": LayerType(_declared, role="data"),
 }

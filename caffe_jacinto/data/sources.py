@@ -1,0 +1,37 @@
+"""The layers whose batches are read here: a table from a layer's type to the source of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from caffe_jacinto.data.batches import BatchSource, Images, data_layer
+from caffe_jacinto.data.hdf5_rows import Rows, hdf5_layer
+from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
+
+READ = ("Data", "HDF5Data", "ImageData")
+
+
+def source_of(layer: Any, where: str, *, training: bool, seed: int = 0, shuffle: bool = False) -> BatchSource:
+    """The batches of ``layer`` (a LayerParameter of a type in `READ`), of the size that it says.
+
+    ``where`` is its file; ``shuffle`` asks for another order each time, whatever the layer says.
+
+    Raises:
+        UserError: a field that is not supported, or data that cannot be read or do not fit.
+    """
+    if layer.type == "HDF5Data":
+        rows = hdf5_layer(layer, where)
+        return Rows(rows, rows.batch_size, seed, shuffle=shuffle)
+    images = data_layer(layer, where, training=training)
+    return Images(images, images.batch_size, seed, shuffle=shuffle)
+
+
+def parameters_of(layer: Any) -> Any:
+    """The message in which a layer that reads a data set has its source and batch size."""
+    return getattr(layer, DATA_PARAMETERS[layer.type])
+
+
+def reading(layers: Iterable[Any]) -> list[Any]:
+    """Those of ``layers`` whose batches are read here."""
+    return [layer for layer in layers if layer.type in READ]
