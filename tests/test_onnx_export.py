@@ -75,6 +75,26 @@ EVERY_LAYER = declared(4, 9, 8, batch=1) + "".join(
     ]
 )
 
+ACTIVATIONS = declared(4, 5, 6, batch=1) + "".join(
+    [
+        layer("conv", "Convolution", "data", "convolution_param { num_output: 4 kernel_size: 1 }"),
+        layer("small", "Power", "conv", "power_param { scale: 0.02 }"),
+        layer("sigmoid", "Sigmoid", "small"),
+        layer("tanh", "TanH", "sigmoid"),
+        layer("elu", "ELU", "small", "elu_param { alpha: 0.5 }"),
+        layer("swish", "Swish", "elu", "swish_param { beta: 0.5 }"),
+        layer("plain", "Swish", "swish"),
+        layer("bnll", "BNLL", "plain"),
+        layer("log", "Log", "bnll", "log_param { base: 2 scale: 3 shift: 0.5 }"),
+        layer("ln", "Log", "bnll"),
+        layer("abs", "AbsVal", "log"),
+        layer("exp", "Exp", "abs", "exp_param { base: 2 scale: -0.5 shift: 1 }"),
+        layer("e", "Exp", "exp"),
+        layer("clip", "Clip", "small", "clip_param { min: -1 max: 0.5 }"),
+        layer("over", "Threshold", "clip", "threshold_param { threshold: 0.1 }"),
+    ]
+)
+
 
 def exported(text: str, folder: Path, dialect: Dialect = STOCK) -> bytes:
     weights = write_random(folder / "w.caffemodel", text, dialect)
@@ -105,6 +125,11 @@ def test_every_kind_of_layer(caffe_root: Path, tmp_path: Path) -> None:
         for name in ("w", "saved")
     ]
     assert models[0] == models[1]
+
+
+@pytest.mark.caffe
+def test_every_activation(caffe_root: Path, tmp_path: Path) -> None:
+    check_in_caffe(ACTIVATIONS, tmp_path, caffe_root, (1, 4, 5, 6))
 
 
 @pytest.mark.caffe
@@ -216,7 +241,7 @@ def test_the_model_says_what_it_is(tmp_path: Path) -> None:
     [
         (
             CONV + layer("x", "Embed", "c"),
-            "layer x: the type Embed cannot be exported; these can: BatchNorm,",
+            "layer x: the type Embed cannot be exported; these can: AbsVal, ",
         ),
         (CONV + layer("x", "Slice", "c"), "layer x: the type Slice cannot be exported"),
         (

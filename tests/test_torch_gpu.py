@@ -65,20 +65,26 @@ def inputs_text(**shapes: tuple[int, ...]) -> str:
 
 IMAGES = (4, 8, 12, 12)
 ONE_LAYER = {
+    "AbsVal": 'type: "AbsVal" bottom: "images"',
     "Accuracy": 'type: "Accuracy" bottom: "rows" bottom: "label"',
     "BatchNorm": 'type: "BatchNorm" bottom: "images"',
+    "BNLL": 'type: "BNLL" bottom: "images"',
     "Bias": 'type: "Bias" bottom: "images" bias_param { filler { type: "gaussian" } }',
+    "Clip": 'type: "Clip" bottom: "images" clip_param { min: -1 max: 0.5 }',
     "Concat": 'type: "Concat" bottom: "images" bottom: "images"',
     "Convolution": """type: "Convolution" bottom: "images" convolution_param { num_output: 12 kernel_size: 3
         pad: 1 group: 4 weight_filler { type: "msra" } bias_filler { type: "gaussian" } }""",
     "Dropout": 'type: "Dropout" bottom: "images" dropout_param { dropout_ratio: 0 }',
     "DummyData": """type: "DummyData" dummy_data_param { shape { dim: 4 dim: 3 }
         data_filler { type: "constant" value: 2 } }""",
+    "ELU": 'type: "ELU" bottom: "images"',
     "Eltwise": 'type: "Eltwise" bottom: "images" bottom: "images" eltwise_param { operation: MAX }',
+    "Exp": 'type: "Exp" bottom: "images" exp_param { base: 2 scale: 0.5 }',
     "Flatten": 'type: "Flatten" bottom: "images"',
     "InnerProduct": """type: "InnerProduct" bottom: "images" inner_product_param { num_output: 7
         weight_filler { type: "xavier" } bias_filler { type: "gaussian" } }""",
     "LRN": 'type: "LRN" bottom: "images" lrn_param { local_size: 5 alpha: 0.1 beta: 0.75 }',
+    "Log": 'type: "Log" bottom: "images" log_param { base: 2 scale: 0.1 shift: 3 }',
     "Pooling": 'type: "Pooling" bottom: "images" pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 }',
     "Power": 'type: "Power" bottom: "images" power_param { scale: 2 shift: -1 }',
     "PReLU": 'type: "PReLU" bottom: "images"',
@@ -86,8 +92,12 @@ ONE_LAYER = {
     "Reshape": 'type: "Reshape" bottom: "images" reshape_param { shape { dim: 0 dim: -1 } }',
     "Scale": """type: "Scale" bottom: "images" scale_param { bias_term: true filler { type: "gaussian" }
         bias_filler { type: "gaussian" } }""",
+    "Sigmoid": 'type: "Sigmoid" bottom: "images"',
     "Softmax": 'type: "Softmax" bottom: "rows"',
     "SoftmaxWithLoss": 'type: "SoftmaxWithLoss" bottom: "rows" bottom: "label"',
+    "Swish": 'type: "Swish" bottom: "images"',
+    "TanH": 'type: "TanH" bottom: "images"',
+    "Threshold": 'type: "Threshold" bottom: "images"',
 }
 
 CHAIN = """layer { name: "conv" type: "Convolution" bottom: "images" top: "conv" convolution_param {

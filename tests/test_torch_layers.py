@@ -9,8 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_pair import (
+    Case,
+    Pair,
+    Shape,
+    drawn_labels,
+    inputs_text,
+    loss_text,
+    numbers,
+    scores_and_labels,
+    shapes,
+    thorough,
+    weighted,
+)
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
@@ -19,17 +32,6 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 
 pytestmark = pytest.mark.caffe
-
-TOLERANCE = 1e-5
-"""Of the largest number of a blob."""
-
-Shape = tuple[int, ...]
-Case = tuple[str, list[Shape]]
-"""A layer's type and parameters as prototxt, and the shapes of its bottoms."""
-
-
-def shapes(least: int = 4, most: int = 4, size: int = 6) -> st.SearchStrategy[Shape]:
-    return st.lists(st.integers(1, size), min_size=least, max_size=most).map(tuple)
 
 
 @st.composite
@@ -143,15 +145,35 @@ def flattens_and_reshapes(draw: st.DrawFn) -> Case:
 @st.composite
 def activations(draw: st.DrawFn) -> Case:
     shape = draw(shapes(2, 4))
+    powers = f"scale: {draw(st.floats(-2, 2)):g} shift: {draw(st.floats(-1, 1)):g}"
     choices = {
         "ReLU": f"relu_param {{ negative_slope: {draw(st.sampled_from([0, 0.1, -0.5]))} }}",
         "PReLU": f"prelu_param {{ channel_shared: {str(draw(st.booleans())).lower()} }}",
-        "Power": f"power_param {{ scale: {draw(st.floats(0.5, 2)):g} shift: {draw(st.floats(-3, 3)):g} }}",
+        "Power": f"power_param {{ {powers} power: {draw(st.sampled_from([0, 1, 2, 3]))} }}",
         "Softmax": f"softmax_param {{ axis: {draw(st.integers(-1, len(shape) - 1))} }}",
         "Dropout": "dropout_param { dropout_ratio: 0 }",
+        "AbsVal": "",
+        "BNLL": "",
+        "Clip": f"clip_param {{ min: {draw(st.floats(-2, 0)):g} max: {draw(st.floats(0, 2)):g} }}",
+        "ELU": f"elu_param {{ alpha: {draw(st.floats(0, 2)):g} }}",
+        "Exp": f"exp_param {{ {powers} base: {draw(st.sampled_from([-1, 0.5, 1, 2, 10]))} }}",
+        "Sigmoid": "",
+        "Swish": f"swish_param {{ beta: {draw(st.floats(-2, 2)):g} }}",
+        "TanH": "tanh_param { engine: CAFFE }",
     }
     kind = draw(st.sampled_from(sorted(choices)))
     return f'type: "{kind}" {choices[kind]}', [shape]
+
+
+@st.composite
+def of_positive_numbers(draw: st.DrawFn) -> Case:
+    """Functions that not every number has a value of."""
+    fields = f"scale: {draw(st.floats(0.1, 2)):g} shift: {draw(st.floats(0, 2)):g}"
+    if draw(st.booleans()):
+        power = draw(st.floats(-2, 3))
+        return f'type: "Power" power_param {{ {fields} power: {power:g} }}', [draw(shapes(1, 4))]
+    base = draw(st.sampled_from([-1, 0.5, 2, 10]))
+    return f'type: "Log" log_param {{ {fields} base: {base} }}', [draw(shapes(1, 4))]
 
 
 ANY = {
@@ -165,96 +187,12 @@ ANY = {
     "flatten, reshape": flattens_and_reshapes(),
     "activation": activations(),
 }
-
-thorough = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-class Pair:
-    """The same network in Caffe and on PyTorch, with the same weights."""
-
-    def __init__(self, caffe: Any, folder: Path, text: str, phase: int = TRAIN) -> None:
-        definition = parse_net(text, Dialect.BVLC, "layer.prototxt")
-        self.ours = Net(definition, phase, Dialect.BVLC, where="layer.prototxt", seed=1)
-        file = folder / "layer.prototxt"
-        file.write_text(text)
-        self.theirs = caffe.Net(str(file), phase)
-        for name, blobs in self.ours.layer_blobs.items():
-            for blob, other in zip(blobs, self.theirs.params[name], strict=True):
-                other.data[...] = array(blob.tensor)
-
-    def compare(self, inputs: dict[str, Any], *, backward: bool = True, least: float = 1e-2) -> None:
-        """One pass through both: outputs, gradients of inputs and blobs, and the blobs themselves.
-
-        ``least`` is the size of what a blob's numbers come from, 1 for the gradients of weights, which are
-        sums: what is left of them may be far smaller.
-        """
-        given = {}
-        for name, values in inputs.items():
-            self.theirs.blobs[name].data[...] = values
-            tensor = torch.from_numpy(values)
-            if values.ndim == 4:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
-            given[name] = tensor.requires_grad_(backward and name != "label")
-        for blobs in self.theirs.params.values():
-            for blob in blobs:
-                blob.diff[...] = 0
-        expected = self.theirs.forward()
-        result = self.ours(given)
-        assert list(result.outputs) == list(expected) or set(result.outputs) == set(expected)
-        for name, values in expected.items():
-            close(values, result.outputs[name].numpy(), f"output {name}", least)
-        if not backward:
-            return
-        self.theirs.backward()
-        result.loss.backward()
-        for name, tensor in given.items():
-            if name != "label":
-                gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                close(self.theirs.blobs[name].diff, gradient.numpy(), f"gradient of {name}", least)
-        for layer, blobs in self.ours.layer_blobs.items():
-            for index, (blob, other) in enumerate(zip(blobs, self.theirs.params[layer], strict=True)):
-                close(other.data, array(blob.tensor), f"{layer}[{index}]", least)
-                if blob.tensor.grad is not None:
-                    close(other.diff, array(blob.tensor.grad), f"gradient of {layer}[{index}]", 1)
-                    blob.tensor.grad = None
-
-
-def close(expected: Any, found: Any, what: str, least: float) -> None:
-    expected = np.asarray(expected)
-    assert expected.size == found.size, what
-    error = np.abs(expected.reshape(-1) - found.reshape(-1)).max(initial=0)
-    assert error <= TOLERANCE * max(np.abs(expected).max(initial=0), least), f"{what}: {error}"
-
-
-def inputs_text(shapes_by_name: dict[str, Shape]) -> str:
-    return "\n".join(
-        f'layer {{ name: "{name}" type: "Input" top: "{name}" input_param {{ shape {{'
-        f"{''.join(f' dim: {dim}' for dim in shape)} }} }} }}"
-        for name, shape in shapes_by_name.items()
-    )
-
-
-def weighted(layer: str, bottoms: list[Shape]) -> tuple[str, dict[str, Shape]]:
-    """A network of one layer whose loss is the sum of its top, each value by a weight from outside."""
-    names = {f"data{i}": shape for i, shape in enumerate(bottoms)}
-    head = "force_backward: true\n" + inputs_text(names)
-    reads = " ".join(f'bottom: "{name}"' for name in names)
-    tested = f'\nlayer {{ name: "tested" {layer} {reads} top: "top" }}\n'
-    definition = parse_net(head + tested, Dialect.BVLC, "layer.prototxt")
-    top = Net(definition, TRAIN, Dialect.BVLC, where="layer.prototxt").shapes["top"]
-    loss = 'layer { name: "loss" type: "Eltwise" bottom: "top" bottom: "weights" top: "loss" loss_weight: 1'
-    text = head + inputs_text({"weights": top}) + tested + loss + " eltwise_param { operation: PROD } }"
-    return text, {**names, "weights": top}
-
-
-def numbers(names: dict[str, Shape], seed: int) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in names.items()}
+MORE_EXAMPLES = {"activation": 200}
 
 
 @pytest.mark.parametrize("kind", ANY)
 def test_forward_and_backward_are_caffes(kind: str, pycaffe: Any, tmp_path: Path) -> None:
-    @thorough
+    @settings(thorough, max_examples=MORE_EXAMPLES.get(kind, thorough.max_examples))
     @given(ANY[kind], st.integers(0, 2**32 - 1))
     def compare(case: Case, seed: int) -> None:
         text, names = weighted(*case)
@@ -263,27 +201,30 @@ def test_forward_and_backward_are_caffes(kind: str, pycaffe: Any, tmp_path: Path
     compare()
 
 
-def loss_text(names: dict[str, Shape], layer: str, label: str = "label") -> str:
-    reads = " ".join(f'bottom: "{name}"' for name in ("data", label))
-    return (
-        f"force_backward: true\n{inputs_text(names)}\nlayer {{ name: 'tested' {layer} {reads} top: 'top' }}"
-    )
+def test_functions_of_positive_numbers_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    @thorough
+    @given(of_positive_numbers(), st.integers(0, 2**32 - 1))
+    def compare(case: Case, seed: int) -> None:
+        text, names = weighted(*case)
+        values = numbers(names, seed)
+        values["data0"] = np.abs(values["data0"]) + np.float32(0.3)
+        Pair(pycaffe, tmp_path, text).compare(values)
+
+    compare()
 
 
-@st.composite
-def scores_and_labels(draw: st.DrawFn) -> tuple[dict[str, Shape], int, int]:
-    """Shapes of scores and labels, the axis of the classes, and how many classes."""
-    shape = draw(shapes(2, 4))
-    axis = draw(st.integers(1, len(shape) - 1))
-    labels = (*shape[:axis], 1, *shape[axis + 1 :])
-    return {"data": shape, "label": labels}, axis, shape[axis]
+def test_thresholds_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    """Caffe has no gradient of it."""
 
+    @thorough
+    @given(shapes(1, 4), st.integers(-1, 1), st.integers(0, 2**32 - 1))
+    def compare(shape: Shape, limit: int, seed: int) -> None:
+        text, names = weighted(f'type: "Threshold" threshold_param {{ threshold: {limit} }}', [shape])
+        values = numbers(names, seed)
+        values["data0"] = values["data0"].round()
+        Pair(pycaffe, tmp_path, text).compare(values, backward=False)
 
-def drawn_labels(shape: Shape, classes: int, ignored: int | None, random: Any) -> Any:
-    labels = random.integers(0, classes, shape).astype(np.float32)
-    if ignored is not None:
-        labels[random.random(shape) < 0.3] = ignored
-    return labels
+    compare()
 
 
 @pytest.mark.parametrize(
@@ -460,7 +401,7 @@ def test_fillers_draw_from_caffes_distribution(filler: str, norm: str, pycaffe: 
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
-        ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; supported: Accuracy"),
+        ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; supported: AbsVal, Accuracy"),
         ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 }', "only MAX and AVE"),
         ('type: "ReLU" power_param { power: 2 }', "field power_param is not supported"),
         ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 9 }', "than the 5x5 pixels"),

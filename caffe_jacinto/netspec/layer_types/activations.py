@@ -14,10 +14,10 @@ TYPES: dict[str, LayerType] = {
     "PReLU": LayerType(same, _prelu_blobs, ("slope",), "follower"),
     **{
         kind: LayerType(same, role="follower")
-        for kind in ("Dropout", "ELU", "Power", "ReLU", "ReLU6", "Sigmoid", "TanH")
+        for kind in (
+            *("AbsVal", "BNLL", "Clip", "Dropout", "ELU", "Exp", "Log", "Power", "ReLU", "ReLU6"),
+            *("Sigmoid", "Swish", "TanH", "Threshold"),
+        )
     },
-    **{
-        kind: LayerType(same)
-        for kind in ("AbsVal", "BNLL", "Clip", "Exp", "Log", "Quantization", "Softmax", "Swish", "Threshold")
-    },
+    **{kind: LayerType(same) for kind in ("Quantization", "Softmax")},
 }
