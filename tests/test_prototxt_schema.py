@@ -13,7 +13,17 @@ from google.protobuf import descriptor_pb2
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import PACKAGES, SCHEMA_FOLDER, messages, parse_net, parse_solver
+from caffe_jacinto.prototxt.forks import FIELDS
+from caffe_jacinto.prototxt.loadable import not_loadable
+from caffe_jacinto.prototxt.schema import (
+    PACKAGES,
+    SCHEMA_FOLDER,
+    messages,
+    own_field_names,
+    parse_net,
+    parse_solver,
+)
+from caffe_jacinto.prototxt.tree import tree_of
 
 F = descriptor_pb2.FieldDescriptorProto
 LABELS = {F.LABEL_OPTIONAL: "optional", F.LABEL_REQUIRED: "required", F.LABEL_REPEATED: "repeated"}
@@ -36,12 +46,43 @@ def stored(dialect: Dialect) -> bytes:
 
 
 @pytest.mark.skipif(shutil.which("protoc") is None, reason="protoc is not installed")
-def test_the_descriptor_set_is_what_protoc_makes_of_the_text(dialect: Dialect, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*(dialect.value for dialect in Dialect), "forks"])
+def test_the_descriptor_set_is_what_protoc_makes_of_the_text(name: str, tmp_path: Path) -> None:
     made = tmp_path / "made.binpb"
-    subprocess.run(
-        ["protoc", f"--descriptor_set_out={made}", f"{dialect.value}.proto"], cwd=SCHEMA_FOLDER, check=True
+    subprocess.run(["protoc", f"--descriptor_set_out={made}", f"{name}.proto"], cwd=SCHEMA_FOLDER, check=True)
+    content = (SCHEMA_FOLDER / f"{name}.binpb").read_bytes()
+    assert descriptor_file(made.read_bytes()) == descriptor_file(content)
+
+
+def test_numbers_of_forks_fields_are_above_all_others(dialect: Dialect) -> None:
+    """So that no field of a dialect's own binary files is taken for one of them, nor the other way round."""
+    forks = descriptor_file((SCHEMA_FOLDER / "forks.binpb").read_bytes())
+    own = {message.name: message for message in descriptor_file(stored(dialect)).message_type}
+    for message in forks.message_type:
+        highest = max([field.number for field in own[message.name].field]) if message.name in own else 0
+        assert all(field.number > max(highest, 20_000) for field in message.field)
+    assert not own_field_names(Dialect.BVLC) & FIELDS.keys(), "stock Caffe has these itself"
+
+
+def test_both_dialects_read_fields_of_forks(dialect: Dialect) -> None:
+    net = parse_net(
+        'layer { name: "p" type: "Pooling" pooling_param { ceil_mode: false } }\n'
+        'layer { name: "q" type: "Permute" permute_param { order: 0 order: 2 } }\n'
+        'layer { name: "n" type: "Normalize" norm_param { scale_filler { value: 20 } eps: 0.5 } }\n'
+        'layer { name: "b" type: "BN" bn_param { bn_mode: INFERENCE scale_filler { value: 2 } } }\n',
+        dialect,
+        "net",
     )
-    assert descriptor_file(made.read_bytes()) == descriptor_file(stored(dialect))
+    assert not net.layer[0].pooling_param.ceil_mode
+    assert list(net.layer[1].permute_param.order) == [0, 2]
+    assert net.layer[2].norm_param.scale_filler.value == 20
+    assert type(net.layer[3].bn_param).BNMode.Name(net.layer[3].bn_param.bn_mode) == "INFERENCE"
+    assert type(net).FromString(net.SerializeToString()) == net
+    names = [line.partition(", ")[0] for line in not_loadable(tree_of(net), dialect)]
+    stock = ["stock Caffe has no field pooling_param.ceil_mode", "stock Caffe has no type Permute"]
+    fork = ["caffe-jacinto has no field pooling_param.ceil_mode", "caffe-jacinto has no type BN"]
+    both = [*stock, "stock Caffe has no type Normalize", "stock Caffe has no type BN"]
+    assert names == (both if dialect is Dialect.BVLC else fork)
 
 
 def test_the_schema_is_the_published_table_row_for_row(published: Path, dialect: Dialect) -> None:
@@ -122,6 +163,7 @@ def test_numbers_that_collide_are_read_by_their_own_dialect() -> None:
             "valid in the dialect caffe_jacinto",
         ),
         ("name: unquoted\n", 1, "correct this line"),
+        ('layer {\n  type: "PriorBox"\n  roi_pooling_param { }\n}\n', 3, "that field is of Fast R-CNN"),
         ("max_iter: 5\nsparse_target: 1\n", 1, "remove or rename it"),
         ("base_lr: 1\nsparse_mode: SPARSE_UPDATE\n", 1, "it is a solver's prototxt: give a network's"),
         ('name: "a"\n\nlayer { data_param { backend: ROCKS } }\n', 3, "ROCKS"),

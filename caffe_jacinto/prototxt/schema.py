@@ -2,6 +2,7 @@
 
 ``bvlc.proto`` and ``caffe_jacinto.proto`` are the schemas as readable text; the descriptor sets beside them
 are what is loaded. Each has its own pool and package, so that one process can hold both, and pycaffe's too.
+Both get the messages and fields of ``forks.proto`` that they lack.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.forks import FIELDS
 
 SCHEMA_FOLDER = Path(__file__).parent
 PACKAGES = {Dialect.BVLC: "caffe_jacinto.bvlc", Dialect.CAFFE_JACINTO: "caffe_jacinto.fork"}
@@ -34,16 +36,43 @@ class Messages:
     Datum: Any
 
 
+FORKS_PACKAGE = "caffe_jacinto.forks"
+
+
 @cache
 def pool(dialect: Dialect) -> descriptor_pool.DescriptorPool:
-    """All of the dialect's descriptors."""
-    files = descriptor_pb2.FileDescriptorSet.FromString(
-        (SCHEMA_FOLDER / f"{dialect.value}.binpb").read_bytes()
-    )
+    """All of the dialect's descriptors, and those of forks.proto."""
+    file = _stored(dialect.value)
+    _add_forks(file)
     result = descriptor_pool.DescriptorPool()
-    for file in files.file:
-        result.AddSerializedFile(file.SerializeToString())
+    result.AddSerializedFile(file.SerializeToString())
     return result
+
+
+def own_field_names(dialect: Dialect) -> frozenset[str]:
+    """The names of all fields of the dialect's own messages."""
+    return frozenset(field.name for message in _stored(dialect.value).message_type for field in message.field)
+
+
+def _stored(name: str) -> Any:
+    """The FileDescriptorProto in a descriptor set of this folder."""
+    content = (SCHEMA_FOLDER / f"{name}.binpb").read_bytes()
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(content).file
+    return file
+
+
+def _add_forks(file: Any) -> None:
+    """Add what forks.proto has to a dialect's FileDescriptorProto, unless that has the name already."""
+    own = {message.name: message for message in file.message_type}
+    for message in _stored("forks").message_type:
+        for field in message.field:
+            if field.type_name:
+                field.type_name = field.type_name.replace(f".{FORKS_PACKAGE}.", f".{file.package}.")
+        if message.name not in own:
+            file.message_type.append(message)
+            continue
+        known = {field.name for field in own[message.name].field}
+        own[message.name].field.extend(field for field in message.field if field.name not in known)
 
 
 @cache
@@ -146,6 +175,10 @@ def _hint(text: str, kind: str, dialect: Dialect, what: str) -> str:
     unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
     if unknown is None:
         return "correct this line"
+    if unknown[2] in FIELDS:
+        return (
+            f"that field is of {FIELDS[unknown[2]]}, and nothing here knows it: remove it, or what it is in"
+        )
     descriptor = pool(dialect).FindMessageTypeByName(f"{PACKAGES[dialect]}.{unknown[1]}")
     nearest = difflib.get_close_matches(unknown[2], [f.name for f in descriptor.fields], n=1)
     return f"did you mean {nearest[0]}?" if nearest else "remove or rename it"

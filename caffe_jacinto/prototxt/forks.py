@@ -1,0 +1,117 @@
+"""Layers and fields that forks of Caffe added: which fork knows them, and what stock Caffe says instead.
+
+The one table of both. What is not in the schema either (forks.proto adds what this project computes) is an
+error that names the fork.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEPTHWISE = ("ConvolutionDepthwise", "DepthwiseConvolution")
+"""Types of convolutions that have a filter of their own for each channel, whatever their ``group`` says."""
+
+SSD, SEGNET, YOLO = "SSD", "SegNet", "MobileNet-YOLO"
+_CAFFE_JACINTO, _FAST_RCNN, _RFCN = "NVCaffe and caffe-jacinto", "Fast R-CNN", "R-FCN"
+_DEEPLAB, _SHUFFLENET, _INTEL = "DeepLab", "ShuffleNet's forks", "Intel's Caffe"
+_CPM, _FLOWNET = "the forks for pose estimation (CPM)", "FlowNet's Caffe"
+
+FIELDS: dict[str, str] = {
+    "ceil_mode": "forks with pull request 3057 of BVLC/caffe",
+    "bn_param": "SegNet, ENet and PSPNet",
+    "permute_param": SSD,
+    "norm_param": SSD,
+    "shuffle_channel_param": _SHUFFLENET,
+    "interp_param": f"{_DEEPLAB} and PSPNet",
+    "upsample_param": f"{SEGNET} and forks for YOLO",
+    # From here on, fields that nothing here computes.
+    **dict.fromkeys(
+        (
+            *("annotated_data_param", "multibox_loss_param", "prior_box_param", "detection_output_param"),
+            *("detection_evaluate_param", "video_data_param", "resize_param", "noise_param", "distort_param"),
+            *("expand_param", "emit_constraint", "eval_type", "ap_version", "show_per_class_result"),
+        ),
+        SSD,
+    ),
+    **dict.fromkeys(("dense_image_data_param", "sample_weights_test", "weight_by_label_freqs"), SEGNET),
+    "class_weighting": SEGNET,
+    **dict.fromkeys(("roi_pooling_param", "smooth_l1_loss_param"), _FAST_RCNN),
+    **dict.fromkeys(("psroi_pooling_param", "box_annotator_ohem_param"), _RFCN),
+    **dict.fromkeys(
+        ("region_loss_param", "yolov3_param", "yolo_detection_output_param", "eval_detection_param"), YOLO
+    ),
+    **dict.fromkeys(("yolov3_detection_output_param", "reorg_param"), YOLO),
+    **dict.fromkeys(
+        ("scale_bias", "quantization_param", "image_label_data_param", "parser_threads", "quantize"),
+        _CAFFE_JACINTO,
+    ),
+    **dict.fromkeys(
+        (
+            *("sparse_mode", "display_sparsity", "sparsity_target", "sparsity_start_iter"),
+            *("sparsity_step_iter", "sparsity_step_factor", "sparsity_start_factor"),
+            *("sparsity_threshold_maxratio", "sparsity_threshold_value_max"),
+        ),
+        "caffe-jacinto",
+    ),
+    **dict.fromkeys(("mat_read_param", "mat_write_param", "densecrf_param"), _DEEPLAB),
+    **dict.fromkeys(("multinode", "mn_activation_param", "spatial_dropout_param"), _INTEL),
+    **dict.fromkeys(("cpmdata_param", "cpm_transform_param", "imresize_param"), _CPM),
+    **dict.fromkeys(("augmentation_param", "correlation_param", "coeff_schedule_param"), _FLOWNET),
+    **dict.fromkeys(("resample_param", "l1_loss_param", "flow_warp_param", "mean_param"), _FLOWNET),
+    **dict.fromkeys(("center_loss_param", "large_margin_inner_product_param"), "forks for face recognition"),
+    "mish_param": "forks for YOLO",
+    "st_param": "forks with a spatial transformer",
+}
+"""The forks that know a field which stock Caffe lacks, by its name."""
+
+
+@dataclass(frozen=True)
+class ForkType:
+    """A type of layer that stock Caffe lacks."""
+
+    fork: str
+    instead: str = ""
+    """What stock Caffe computes the same with, if it can."""
+
+    field: str = ""
+    """Its own parameters: a dialect whose schema has them has the type."""
+
+
+TYPES: dict[str, ForkType] = {
+    "Axpy": ForkType("SENet"),
+    "BN": ForkType(FIELDS["bn_param"], "BatchNorm and Scale"),
+    "ConvolutionDepthwise": ForkType(_SHUFFLENET, "Convolution with group"),
+    "DepthwiseConvolution": ForkType("forks for MobileNet", "Convolution with group"),
+    "Interp": ForkType(FIELDS["interp_param"]),
+    "Normalize": ForkType(SSD, field="norm_param"),
+    "Permute": ForkType(SSD, field="permute_param"),
+    "ReLU6": ForkType("forks for MobileNet v2", "Clip with min 0 and max 6"),
+    "ShuffleChannel": ForkType(_SHUFFLENET),
+    "Upsample": ForkType(FIELDS["upsample_param"]),
+    # From here on, types that nothing here computes.
+    "AnnotatedData": ForkType(SSD, field="annotated_data_param"),
+    "DetectionEvaluate": ForkType(SSD, field="detection_evaluate_param"),
+    "DetectionOutput": ForkType(SSD, field="detection_output_param"),
+    "MultiBoxLoss": ForkType(SSD, field="multibox_loss_param"),
+    "PriorBox": ForkType(SSD, field="prior_box_param"),
+    "DenseImageData": ForkType(SEGNET),
+    "ROIPooling": ForkType(_FAST_RCNN),
+    "SmoothL1Loss": ForkType(_FAST_RCNN),
+    "PSROIPooling": ForkType(_RFCN),
+    "RegionLoss": ForkType(YOLO),
+    "Yolov3": ForkType(YOLO),
+    "Reorg": ForkType(YOLO),
+    "Mish": ForkType("forks for YOLO"),
+    "CuDNNBatchNorm": ForkType("forks with NVIDIA's batch norm", "BatchNorm and Scale"),
+    "Quantization": ForkType("caffe-jacinto", field="quantization_param"),
+    "ImageLabelData": ForkType("caffe-jacinto", field="image_label_data_param"),
+    "CenterLoss": ForkType("forks for face recognition"),
+    "SpatialTransformer": ForkType("forks with a spatial transformer"),
+}
+"""By LayerParameter.type."""
+
+INSTEAD: dict[tuple[str, bool], str] = {
+    ("ceil_mode", False): "write round_mode: FLOOR instead",
+    ("ceil_mode", True): "leave it out: stock Caffe rounds up",
+}
+"""What to do about a field with this value."""
