@@ -571,6 +571,19 @@ def test_stock_caffe_says_before_a_run_what_it_would_refuse(caffe_engine: Engine
     assert "Unknown layer type: Wavelet" in problem
 
 
+@pytest.mark.caffe
+def test_layers_of_forks_are_named_before_a_caffe_is_asked(caffe_engine: Engine) -> None:
+    problems = caffe_engine.check(stages_of(ReLU="ReLU6"), LMDBS)
+    says = ": stock Caffe has no type ReLU6, which is of forks for MobileNet v2 (layers conv1a/relu,"
+    assert problems and all(says in problem and "--engine torch" in problem for problem in problems)
+    assert [problem.partition(":")[0] for problem in problems[:2]] == [
+        "run/initial/train.prototxt",
+        "run/initial/val.prototxt",
+    ]
+    stages = stages_of(ReLU="ReLU6", dialect=Dialect.CAFFE_JACINTO)
+    assert "caffe-jacinto has no type ReLU6" in engine("caffe-jacinto").check(stages, LMDBS)[0]
+
+
 def test_the_forks_files_are_held_against_its_schema() -> None:
     fork = engine("caffe-jacinto")
     assert fork.check(stages_of(dialect=Dialect.CAFFE_JACINTO), {}) == []

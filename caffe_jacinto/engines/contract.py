@@ -18,8 +18,10 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.gpus import Maker
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.loadable import not_loadable
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
+from caffe_jacinto.prototxt.tree import tree_of
 from caffe_jacinto.recipes.model import SparseSettings, Stage, sparse_fields, sparse_settings
 
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
@@ -193,6 +195,18 @@ def stage_solver(files: StageFiles, dialect: Dialect) -> SolverFile:
     folder = Path(fields.train_net or fields.net).parent
     texts = {str(folder / name): text for name, text in files.items()}
     return read_solver(folder / "solver.prototxt", dialect, texts)
+
+
+def layers_of_forks(solver: SolverFile) -> list[str]:
+    """What a Caffe of the solver's dialect cannot load of its networks, a line for each kind of layer."""
+    nets = {str(test.file): test.definition for test in solver.tests}
+    nets[str(solver.train_file)] = solver.train_net
+    found = dict.fromkeys(
+        f"{file}: {line}; or train on PyTorch, which can: --engine torch"
+        for file, net in sorted(nets.items())
+        for line in not_loadable(tree_of(net), solver.dialect)
+    )
+    return list(found)
 
 
 def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:

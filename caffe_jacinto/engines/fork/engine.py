@@ -18,6 +18,7 @@ from caffe_jacinto.engines.contract import (
     TrainJob,
     caffe_test,
     caffe_train,
+    layers_of_forks,
     stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
@@ -37,12 +38,15 @@ class CaffeJacintoEngine:
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
         """Whether the prototxts parse in its schema; nothing of it runs without its GPUs."""
-        problems = []
+        problems: list[str] = []
         for files in stages.values():
             try:
-                stage_solver(files, self.info.dialect).pruning()
+                solver = stage_solver(files, self.info.dialect)
+                solver.pruning()
             except UserError as error:
                 problems.append(str(error))
+                continue
+            problems += [line for line in layers_of_forks(solver) if line not in problems]
         return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:

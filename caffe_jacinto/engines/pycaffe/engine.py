@@ -25,6 +25,7 @@ from caffe_jacinto.engines.contract import (
     caffe_train,
     gpu_arguments,
     image_shape,
+    layers_of_forks,
     pruning_arguments,
     recalibration_arguments,
     stage_solver,
@@ -67,6 +68,10 @@ class BvlcEngine:
                     solver = stage_solver(files, self.info.dialect)
                 except UserError as error:
                     problems[str(error)] = None
+                    continue
+                of_forks = layers_of_forks(solver)
+                problems.update(dict.fromkeys(of_forks))
+                if of_forks:
                     continue
                 trial = _write_trial(solver, image_shapes, Path(name))
                 if trial is not None and trial not in seen:
