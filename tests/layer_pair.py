@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,28 @@ class Pair:
             for blob, other in zip(blobs, self.theirs.params[name], strict=True):
                 other.data[...] = array(blob.tensor)
 
-    def compare(self, inputs: dict[str, Any], *, backward: bool = True, least: float = 1e-2) -> None:
+    def compare(
+        self,
+        inputs: dict[str, Any],
+        *,
+        backward: bool = True,
+        least: float = 1e-2,
+        only: Collection[str] | None = None,
+    ) -> None:
         """One pass through both: outputs, gradients of inputs and blobs, and the blobs themselves.
 
         ``least`` is the size of what a blob's numbers come from, 1 for the gradients of weights, which are
-        sums: what is left of them may be far smaller.
+        sums: what is left of them may be far smaller. ``only`` names the inputs whose gradients are compared;
+        all but labels otherwise.
         """
         given = {}
+        only = [name for name in inputs if name != "label"] if only is None else only
         for name, values in inputs.items():
             self.theirs.blobs[name].data[...] = values
             tensor = torch.from_numpy(values)
             if values.ndim == 4:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
-            given[name] = tensor.requires_grad_(backward and name != "label")
+            given[name] = tensor.requires_grad_(backward and name in only)
         for blobs in self.theirs.params.values():
             for blob in blobs:
                 blob.diff[...] = 0
@@ -68,7 +78,7 @@ class Pair:
         self.theirs.backward()
         result.loss.backward()
         for name, tensor in given.items():
-            if name != "label":
+            if name in only:
                 gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                 close(self.theirs.blobs[name].diff, gradient.numpy(), f"gradient of {name}", least)
         for layer, blobs in self.ours.layer_blobs.items():
@@ -91,6 +101,17 @@ def inputs_text(shapes_by_name: dict[str, Shape]) -> str:
         f'layer {{ name: "{name}" type: "Input" top: "{name}" input_param {{ shape {{'
         f"{''.join(f' dim: {dim}' for dim in shape)} }} }} }}"
         for name, shape in shapes_by_name.items()
+    )
+
+
+def learned(blob: str) -> str:
+    """A layer that adds a learned number to each of a blob's: their gradient is the blob's.
+
+    For layers with bottoms that Caffe has no gradient of: ``force_backward`` would ask for it.
+    """
+    return (
+        f'layer {{ name: "learned {blob}" type: "Bias" bottom: "{blob}" top: "{blob}" '
+        "bias_param { axis: 0 num_axes: -1 } }\n"
     )
 
 

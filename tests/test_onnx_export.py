@@ -95,6 +95,31 @@ ACTIVATIONS = declared(4, 5, 6, batch=1) + "".join(
     ]
 )
 
+SHAPES = declared(6, 5, 7, batch=1) + "".join(
+    [
+        layer("conv", "Convolution", "data", "convolution_param { num_output: 6 kernel_size: 1 }"),
+        layer("a", "Slice", "conv", 'top: "b" top: "c" slice_param { slice_point: 1 slice_point: 3 }'),
+        layer("halves", "Slice", "c", "slice_param { axis: 3 }"),
+        layer("one", "Split", "halves", 'top: "two"'),
+        layer("tiled", "Tile", "one", "tile_param { axis: 2 tiles: 2 }"),
+        layer("part", "Crop", "conv b", "crop_param { axis: 1 offset: 3 offset: 0 offset: 0 }"),
+        layer("corner", "Crop", "conv one", "crop_param { axis: 1 offset: 0 }"),
+        layer("small", "Pooling", "conv", "pooling_param { kernel_size: 3 stride: 2 }"),
+        layer("middle", "Crop", "conv small", "crop_param { offset: 1 }"),
+        layer("relu", "ReLU", "a"),
+        layer("sum", "Reduction", "middle", "reduction_param { axis: 2 coeff: 2 }"),
+        layer("magnitudes", "Reduction", "middle", "reduction_param { axis: -1 operation: ASUM }"),
+        layer("squares", "Reduction", "middle", "reduction_param { axis: 1 operation: SUMSQ coeff: 0.5 }"),
+        layer("mean", "Reduction", "middle", "reduction_param { axis: 2 operation: MEAN }"),
+        layer("place", "ArgMax", "tiled", "argmax_param { axis: 1 }"),
+        layer("places", "ArgMax", "relu", "argmax_param { axis: 3 top_k: 4 }"),
+        layer("numbers", "ArgMax", "relu", "argmax_param { axis: -2 top_k: 3 out_max_val: true }"),
+        layer("best", "ArgMax", "relu", "argmax_param { top_k: 3 }"),
+        layer("both", "ArgMax", "relu", "argmax_param { top_k: 30 out_max_val: true }"),
+        'layer { name: "quiet" type: "Silence" bottom: "two" }\n',
+    ]
+)
+
 
 def exported(text: str, folder: Path, dialect: Dialect = STOCK) -> bytes:
     weights = write_random(folder / "w.caffemodel", text, dialect)
@@ -130,6 +155,12 @@ def test_every_kind_of_layer(caffe_root: Path, tmp_path: Path) -> None:
 @pytest.mark.caffe
 def test_every_activation(caffe_root: Path, tmp_path: Path) -> None:
     check_in_caffe(ACTIVATIONS, tmp_path, caffe_root, (1, 4, 5, 6))
+
+
+@pytest.mark.caffe
+def test_layers_that_cut_and_compare(caffe_root: Path, tmp_path: Path) -> None:
+    """Also the places of numbers that are equal."""
+    check_in_caffe(SHAPES, tmp_path, caffe_root, (1, 6, 5, 7))
 
 
 @pytest.mark.caffe
@@ -240,10 +271,17 @@ def test_the_model_says_what_it_is(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (
-            CONV + layer("x", "Embed", "c"),
-            "layer x: the type Embed cannot be exported; these can: AbsVal, ",
+            CONV + layer("x", "BatchReindex", "c"),
+            "layer x: the type BatchReindex cannot be exported; these can: AbsVal, ",
         ),
-        (CONV + layer("x", "Slice", "c"), "layer x: the type Slice cannot be exported"),
+        (CONV + layer("x", "Filter", "c c"), "layer x: the type Filter cannot be exported"),
+        (CONV + layer("x", "Slice", "c", "slice_param { axis: 0 }"), "slice_param.axis cannot be exported"),
+        (
+            CONV + layer("x", "Reduction", "c"),
+            "reduction_param.axis cannot be exported: the size of the batch",
+        ),
+        (CONV + layer("x", "Crop", "c c", "crop_param { axis: 0 }"), "crop_param.axis cannot be exported"),
+        (CONV + layer("x", "Tile", "c", "tile_param { axis: 0 tiles: 2 }"), "tile_param.axis cannot"),
         (
             CONV + layer("x", "LRN", "c", "lrn_param { norm_region: WITHIN_CHANNEL }"),
             r"layer x \(LRN\): its lrn_param.norm_region cannot be exported: only ACROSS_CHANNELS",

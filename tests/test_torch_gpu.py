@@ -68,36 +68,46 @@ ONE_LAYER = {
     "AbsVal": 'type: "AbsVal" bottom: "images"',
     "Accuracy": 'type: "Accuracy" bottom: "rows" bottom: "label"',
     "BatchNorm": 'type: "BatchNorm" bottom: "images"',
+    "ArgMax": 'type: "ArgMax" bottom: "rows" argmax_param { top_k: 3 }',
     "BNLL": 'type: "BNLL" bottom: "images"',
+    "BatchReindex": 'type: "BatchReindex" bottom: "images" bottom: "numbers"',
     "Bias": 'type: "Bias" bottom: "images" bias_param { filler { type: "gaussian" } }',
     "Clip": 'type: "Clip" bottom: "images" clip_param { min: -1 max: 0.5 }',
     "Concat": 'type: "Concat" bottom: "images" bottom: "images"',
     "Convolution": """type: "Convolution" bottom: "images" convolution_param { num_output: 12 kernel_size: 3
         pad: 1 group: 4 weight_filler { type: "msra" } bias_filler { type: "gaussian" } }""",
+    "Crop": 'type: "Crop" bottom: "images" bottom: "part" crop_param { offset: 2 }',
     "Dropout": 'type: "Dropout" bottom: "images" dropout_param { dropout_ratio: 0 }',
     "DummyData": """type: "DummyData" dummy_data_param { shape { dim: 4 dim: 3 }
         data_filler { type: "constant" value: 2 } }""",
     "ELU": 'type: "ELU" bottom: "images"',
     "Eltwise": 'type: "Eltwise" bottom: "images" bottom: "images" eltwise_param { operation: MAX }',
     "Exp": 'type: "Exp" bottom: "images" exp_param { base: 2 scale: 0.5 }',
+    "Filter": 'type: "Filter" bottom: "images" bottom: "numbers"',
     "Flatten": 'type: "Flatten" bottom: "images"',
     "InnerProduct": """type: "InnerProduct" bottom: "images" inner_product_param { num_output: 7
         weight_filler { type: "xavier" } bias_filler { type: "gaussian" } }""",
     "LRN": 'type: "LRN" bottom: "images" lrn_param { local_size: 5 alpha: 0.1 beta: 0.75 }',
     "Log": 'type: "Log" bottom: "images" log_param { base: 2 scale: 0.1 shift: 3 }',
+    "Parameter": 'type: "Parameter" parameter_param { shape { dim: 3 dim: 2 } }',
     "Pooling": 'type: "Pooling" bottom: "images" pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 }',
     "Power": 'type: "Power" bottom: "images" power_param { scale: 2 shift: -1 }',
     "PReLU": 'type: "PReLU" bottom: "images"',
     "ReLU": 'type: "ReLU" bottom: "images" relu_param { negative_slope: 0.1 }',
+    "Reduction": 'type: "Reduction" bottom: "images" reduction_param { operation: SUMSQ axis: 1 }',
     "Reshape": 'type: "Reshape" bottom: "images" reshape_param { shape { dim: 0 dim: -1 } }',
     "Scale": """type: "Scale" bottom: "images" scale_param { bias_term: true filler { type: "gaussian" }
         bias_filler { type: "gaussian" } }""",
     "Sigmoid": 'type: "Sigmoid" bottom: "images"',
+    "Silence": 'type: "Silence" bottom: "images"',
+    "Slice": 'type: "Slice" bottom: "images" top: "other" slice_param { slice_point: 3 }',
+    "Split": 'type: "Split" bottom: "images" top: "other"',
     "Softmax": 'type: "Softmax" bottom: "rows"',
     "SoftmaxWithLoss": 'type: "SoftmaxWithLoss" bottom: "rows" bottom: "label"',
     "Swish": 'type: "Swish" bottom: "images"',
     "TanH": 'type: "TanH" bottom: "images"',
     "Threshold": 'type: "Threshold" bottom: "images"',
+    "Tile": 'type: "Tile" bottom: "images" tile_param { tiles: 2 }',
 }
 
 CHAIN = """layer { name: "conv" type: "Convolution" bottom: "images" top: "conv" convolution_param {
@@ -129,7 +139,7 @@ def one_pass(net: Net, values: dict[str, Any], precision: str = "fp32") -> dict[
         tensor = torch.from_numpy(value).to(net.device)
         if tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        given[name] = tensor.requires_grad_(name != "label")
+        given[name] = tensor.requires_grad_(name not in ("label", "numbers"))
     weights = np.random.default_rng(7)
     with autocast(net.device, precision):
         values_of = {}
@@ -168,8 +178,9 @@ def assert_close(
 def drawn(net: Net, seed: int = 0) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     values = {name: random.standard_normal(net.shapes[name]).astype(np.float32) for name in net.inputs}
-    if "label" in values:
-        values["label"] = random.integers(0, CLASSES, net.shapes["label"]).astype(np.float32)
+    for name, count in (("label", CLASSES), ("numbers", 4)):
+        if name in values:
+            values[name] = random.integers(0, count, net.shapes[name]).astype(np.float32)
     return values
 
 
@@ -179,9 +190,13 @@ def test_every_layer_is_tested() -> None:
 
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_each_layer_is_the_cpus(kind: str) -> None:
-    shapes = {"images": IMAGES, "rows": (4, CLASSES), "label": (4,)}
+    shapes = {
+        **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5)},
+        **{"rows": (4, CLASSES), "label": (4,), "numbers": (4,)},
+    }
     read = {name: shape for name, shape in shapes.items() if f'bottom: "{name}"' in ONE_LAYER[kind]}
-    layer = f'layer {{ name: "tested" {ONE_LAYER[kind]} top: "top" }}\n'
+    top = "" if kind == "Silence" else 'top: "top"'
+    layer = f'layer {{ name: "tested" {ONE_LAYER[kind]} {top} }}\n'
     cpu, gpu = pair(f"force_backward: true\n{inputs_text(**read)}{layer}")
     values = drawn(cpu)
     assert_close(one_pass(gpu, values), one_pass(cpu, values), TOLERANCE)

@@ -17,6 +17,7 @@ from layer_pair import (
     Shape,
     drawn_labels,
     inputs_text,
+    learned,
     loss_text,
     numbers,
     scores_and_labels,
@@ -176,7 +177,57 @@ def of_positive_numbers(draw: st.DrawFn) -> Case:
     return f'type: "Log" log_param {{ {fields} base: {base} }}', [draw(shapes(1, 4))]
 
 
-ANY = {
+@st.composite
+def slices(draw: st.DrawFn) -> tuple[str, list[Shape], int]:
+    """With the number of tops."""
+    shape = list(draw(shapes(1, 4)))
+    axis, tops = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 4))
+    field = draw(st.sampled_from([f"axis: {axis}", f"axis: {axis - len(shape)}", f"slice_dim: {axis}"]))
+    if draw(st.booleans()):
+        shape[axis] *= tops
+    else:
+        sizes = draw(st.lists(st.integers(1, 3), min_size=tops, max_size=tops))
+        shape[axis] = sum(sizes)
+        field += "".join(f" slice_point: {sum(sizes[:at])}" for at in range(1, tops))
+    return f'type: "Slice" slice_param {{ {field} }}', [tuple(shape)], tops
+
+
+def splits() -> st.SearchStrategy[tuple[str, list[Shape], int]]:
+    return st.tuples(st.just('type: "Split"'), shapes(1, 4).map(lambda shape: [shape]), st.integers(1, 3))
+
+
+@st.composite
+def tiles(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(1, 4, 4))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    return f'type: "Tile" tile_param {{ axis: {axis} tiles: {draw(st.integers(1, 3))} }}', [shape]
+
+
+@st.composite
+def crops(draw: st.DrawFn) -> Case:
+    part = draw(shapes(2, 4, 4))
+    axis = draw(st.integers(0, len(part) - 1))
+    starts = draw(st.lists(st.integers(0, 3), min_size=len(part) - axis, max_size=len(part) - axis))
+    form = draw(st.sampled_from(["none", "one", "each"]))
+    if form != "each":
+        starts = [starts[0] if form == "one" else 0] * len(starts)
+    rest = [draw(st.integers(0, 2)) for _ in starts]
+    whole = [size + start + more for size, start, more in zip(part[axis:], starts, rest, strict=True)]
+    given = {"none": [], "one": starts[:1], "each": starts}[form]
+    offsets = "".join(f" offset: {start}" for start in given)
+    return f'type: "Crop" crop_param {{ axis: {axis} {offsets} }}', [(*part[:axis], *whole), part]
+
+
+@st.composite
+def reductions(draw: st.DrawFn) -> Case:
+    shape = draw(shapes(1, 4))
+    operation = draw(st.sampled_from(["SUM", "ASUM", "SUMSQ", "MEAN"]))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    fields = f"operation: {operation} axis: {axis} coeff: {draw(st.floats(-2, 2)):g}"
+    return f'type: "Reduction" reduction_param {{ {fields} }}', [shape]
+
+
+ANY: dict[str, st.SearchStrategy[Any]] = {
     "convolution": convolutions(),
     "pooling": poolings(),
     "inner product": inner_products(),
@@ -186,6 +237,17 @@ ANY = {
     "concat": concats(),
     "flatten, reshape": flattens_and_reshapes(),
     "activation": activations(),
+    "slice": slices(),
+    "split": splits(),
+    "tile": tiles(),
+    "crop": crops(),
+    "reduction": reductions(),
+    "parameter": shapes(1, 4).map(
+        lambda dims: (
+            f'type: "Parameter" parameter_param {{ shape {{ {" ".join(f"dim: {dim}" for dim in dims)} }} }}',
+            [],
+        )
+    ),
 }
 MORE_EXAMPLES = {"activation": 200}
 
@@ -194,7 +256,7 @@ MORE_EXAMPLES = {"activation": 200}
 def test_forward_and_backward_are_caffes(kind: str, pycaffe: Any, tmp_path: Path) -> None:
     @settings(thorough, max_examples=MORE_EXAMPLES.get(kind, thorough.max_examples))
     @given(ANY[kind], st.integers(0, 2**32 - 1))
-    def compare(case: Case, seed: int) -> None:
+    def compare(case: Any, seed: int) -> None:
         text, names = weighted(*case)
         Pair(pycaffe, tmp_path, text).compare(numbers(names, seed))
 
@@ -211,6 +273,75 @@ def test_functions_of_positive_numbers_are_caffes(pycaffe: Any, tmp_path: Path) 
         Pair(pycaffe, tmp_path, text).compare(values)
 
     compare()
+
+
+def test_places_of_the_largest_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    """Also where numbers are equal."""
+
+    @thorough
+    @given(shapes(1, 4), st.data(), st.booleans(), st.integers(0, 2**32 - 1))
+    def compare(shape: Shape, data: st.DataObject, numbered: bool, seed: int) -> None:
+        axis = data.draw(st.none() | st.integers(-len(shape), len(shape) - 1))
+        top_k = data.draw(st.integers(1, math.prod(shape[1:]) if axis is None else shape[axis]))
+        fields = f"top_k: {top_k} out_max_val: {str(numbered).lower()}"
+        if axis is not None:
+            fields += f" axis: {axis}"
+        text, names = weighted(f'type: "ArgMax" argmax_param {{ {fields} }}', [shape])
+        values = numbers(names, seed)
+        values["data0"] = values["data0"].round()
+        Pair(pycaffe, tmp_path, text).compare(values, backward=False)
+
+    compare()
+
+
+def test_reordered_items_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    @thorough
+    @given(shapes(1, 4), st.integers(1, 7), st.integers(0, 2**32 - 1))
+    def compare(shape: Shape, items: int, seed: int) -> None:
+        names = {"data": shape, "numbers": (items,), "weights": (items, *shape[1:])}
+        text = inputs_text(names) + learned("data")
+        text += """
+            layer { name: "tested" type: "BatchReindex" bottom: "data" bottom: "numbers" top: "top" }
+            layer { name: "loss" type: "Eltwise" bottom: "top" bottom: "weights" top: "loss" loss_weight: 1
+              eltwise_param { operation: PROD } }"""
+        values = numbers(names, seed)
+        values["numbers"] = np.random.default_rng(seed).integers(0, shape[0], items).astype(np.float32)
+        Pair(pycaffe, tmp_path, text).compare(values, only=())
+
+    compare()
+
+
+def test_selected_items_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    """Two bottoms of which a Filter keeps the same items."""
+
+    @thorough
+    @given(
+        shapes(1, 4), st.lists(st.booleans(), min_size=1, max_size=6).filter(any), st.integers(0, 2**32 - 1)
+    )
+    def compare(shape: Shape, kept: list[bool], seed: int) -> None:
+        names = {"a": (len(kept), *shape[1:]), "b": (len(kept), 2), "kept": (len(kept), 1)}
+        text = inputs_text(names) + learned("a") + learned("b")
+        text += """
+            layer { name: "tested" type: "Filter" bottom: "a" bottom: "b" bottom: "kept" top: "x" top: "y" }
+            layer { name: "sum" type: "Reduction" bottom: "x" top: "sum" loss_weight: 1
+              reduction_param { operation: SUMSQ } }
+            layer { name: "mean" type: "Reduction" bottom: "y" top: "mean" loss_weight: 2
+              reduction_param { operation: MEAN } }"""
+        values = numbers(names, seed)
+        values["kept"] = np.float32(kept).reshape(-1, 1)
+        Pair(pycaffe, tmp_path, text).compare(values, only=())
+
+    compare()
+
+
+def test_a_silenced_blob_is_no_output(pycaffe: Any, tmp_path: Path) -> None:
+    text = (
+        inputs_text({"data": (2, 3)})
+        + """
+        layer { name: "copies" type: "Split" bottom: "data" top: "a" top: "b" top: "c" }
+        layer { name: "quiet" type: "Silence" bottom: "a" bottom: "b" }"""
+    )
+    Pair(pycaffe, tmp_path, text).compare(numbers({"data": (2, 3)}, 0), backward=False)
 
 
 def test_thresholds_are_caffes(pycaffe: Any, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Iteration:
         self._ranks, self._seed, self._passes, self._precision = ranks, seed, passes, precision
         self._model = ranks.parallel(net)
         alone = net.device.type == "cuda" and ranks.size == 1
-        self._records = graph and alone and not (net.draws and passes > 1) and not net.draws_on_host
+        self._records = graph and alone and not (net.draws and passes > 1) and net.recordable
         self._eager_left = _EAGER_FIRST
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded_holds = 0

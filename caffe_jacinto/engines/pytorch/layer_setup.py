@@ -170,6 +170,10 @@ class LayerSetup:
     draws: bool = False
     """Whether each pass draws random numbers."""
 
+    recordable: bool = True
+    """Whether a pass can be recorded as a CUDA graph: not if it draws on the CPU, or if the sizes of its tops
+    depend on values."""
+
     @cached_property
     def tree(self) -> Message:
         """The message in the form that netspec reads."""
@@ -223,12 +227,12 @@ class LayerSetup:
         raise UserError(f"{self.where}: {why}")
 
     def takes(self, least: int, most: int | None = None, *, tops: int = 1) -> None:
-        """Refuse another number of bottoms than ``least`` to ``most``, or more than ``tops`` tops."""
+        """Refuse another number of bottoms than ``least`` to ``most``; more than ``tops`` tops, or none."""
         most = least if most is None else most
         if not least <= len(self.bottoms) <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
             self.refuse(f"takes {wanted} bottom(s), and has {len(self.bottoms)}")
-        if not 1 <= len(self.message.top) <= tops:
+        if not min(tops, 1) <= len(self.message.top) <= tops:
             self.refuse(f"gives {tops} top(s), and has {len(self.message.top)}")
 
     def axis(self, value: int, bottom: int = 0) -> int:

@@ -14,7 +14,7 @@ from caffe_jacinto.data.sources import READ
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
-from caffe_jacinto.engines.pytorch.layers import LAYERS
+from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -169,8 +169,8 @@ class Net(nn.Module):
         self.draws = False
         """Whether a pass draws random numbers."""
 
-        self.draws_on_host = False
-        """Whether it draws some on the CPU, for the device."""
+        self.recordable = True
+        """Whether a pass can be recorded as a CUDA graph."""
 
         _check_fields(definition, where)
         self._declare_inputs(definition)
@@ -288,6 +288,8 @@ class Net(nn.Module):
             if layer.name in names:
                 raise UserError(f"{where}: another layer has this name; rename one")
             names.add(layer.name)
+            if layer.type in REFUSED:
+                raise UserError(f"{where}: this type of layer is not supported: {REFUSED[layer.type]}")
             if layer.type not in FED and layer.type not in LAYERS:
                 known = ", ".join(sorted([*LAYERS, *FED]))
                 raise UserError(f"{where}: this type of layer is not supported; supported: {known}")
@@ -374,7 +376,7 @@ class Net(nn.Module):
                 self._share(setup, blob)
         module = LayerModule(setup, function)
         self.draws |= setup.draws
-        self.draws_on_host |= setup.draws and setup.message.type == "DummyData"
+        self.recordable &= setup.recordable
         self._by_name[name] = module
         key = name.replace(".", "_")
         while key in self._modules:
@@ -413,7 +415,7 @@ def _loss_weights(layer: Any) -> tuple[float, ...]:
     if given:
         return given + (0.0,) * (len(layer.top) - len(given))
     first = 1.0 if layer.type.endswith("Loss") else 0.0
-    return (first,) + (0.0,) * (len(layer.top) - 1)
+    return ((first,) + (0.0,) * (len(layer.top) - 1))[: len(layer.top)]
 
 
 def _check_fields(definition: Any, where: str) -> None:

@@ -27,6 +27,10 @@ OPSET = 13
 IR_VERSION = 7
 """The file format that came with opset 13."""
 
+_SEVERAL_INPUTS = ("Concat", "Crop", "Eltwise", "Silence")
+_SEVERAL_OUTPUTS = ("Silence", "Slice", "Split")
+"""Types whose operators get the names of all the values that they give, in a list."""
+
 _BATCH = "batch"
 _MOST_NUMBERS = 2**31 - 1
 """In one blob, which Caffe counts in an int."""
@@ -141,22 +145,26 @@ class Graph:
                 raise UserError(
                     f"{self.where}: layer {layer.name} ({layer.type}): the shape of {blob} is not known"
                 )
-        several = layer.type in ("Eltwise", "Concat")
-        if len(layer.message.top) != 1 or (len(layer.message.bottom) != 1 and not several):
+        several_inputs, several_outputs = layer.type in _SEVERAL_INPUTS, layer.type in _SEVERAL_OUTPUTS
+        if (len(layer.message.bottom) != 1 and not several_inputs) or (
+            len(layer.message.top) != 1 and not several_outputs
+        ):
             self.refuse(layer, "bottom and top", "only one input and one output")
-        if shaped.tops[0] is None:
-            self.refuse(layer, "input", "its size does not fit")
-        if prod(shaped.tops[0] or ()) > _MOST_NUMBERS:
-            self.refuse(layer, "output", "it is larger than a blob of Caffe's can be")
+        for shape in shaped.tops:
+            if shape is None:
+                self.refuse(layer, "input", "its size does not fit")
+            if prod(shape or ()) > _MOST_NUMBERS:
+                self.refuse(layer, "output", "it is larger than a blob of Caffe's can be")
         bottoms = [self.current[blob] for blob in layer.message.bottom]
         for bottom in bottoms:
             self.unread.pop(bottom, None)
         writer = scale or layer
-        top = writer.message.top[0]
-        output = self._value_name(top, writer)
-        self.operators[layer.type](self, layer, shaped, bottoms, output, *([scale] if scale else []))
-        self.current[top] = output
-        self.unread[output] = shaped.tops[0] or ()
+        outputs = [self._value_name(top, writer) for top in writer.message.top]
+        given = outputs if several_outputs else outputs[0]
+        self.operators[layer.type](self, layer, shaped, bottoms, given, *([scale] if scale else []))
+        for top, output, shape in zip(writer.message.top, outputs, shaped.tops, strict=True):
+            self.current[top] = output
+            self.unread[output] = shape or ()
 
     def _value_name(self, top: str, layer: StockLayer) -> str:
         """The blob's own name for its final value; values before that are named after the layer, too."""
@@ -172,11 +180,12 @@ class Graph:
             f"{self.where}: layer {layer.name} ({layer.type}): its {field} cannot be exported: {can}"
         )
 
-    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
-        """Add a node, named after its output."""
+    def node(self, kind: str, inputs: Sequence[str], output: str | Sequence[str], **attributes: Any) -> None:
+        """Add a node, named after its first output."""
         from onnx import helper
 
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        outputs = [output] if isinstance(output, str) else list(output)
+        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=outputs[0], **attributes))
 
     def constant(self, name: str, values: Any) -> str:
         """Add an initializer; returns its name."""
@@ -195,6 +204,12 @@ class Graph:
         import numpy as np
 
         return self.constant(f"{layer.name}:{name}", np.array(value, np.float32))
+
+    def integers(self, layer: StockLayer, name: str, values: Sequence[int]) -> str:
+        """An initializer of integers along one axis."""
+        import numpy as np
+
+        return self.constant(f"{layer.name}:{name}", np.array(values, np.int64))
 
     def inner(self, output: str, step: str) -> str:
         """A name for a value between two nodes of one layer."""

@@ -52,7 +52,7 @@ def output_shapes(layer: Message, bottoms: Shapes, tops: int) -> list[Shape | No
 def blob_shapes_of(layer: Message, bottoms: Shapes) -> list[Shape]:
     """The shapes of a layer's blobs, as far as the network determines them."""
     kind = LAYER_TYPES.get(layer.string("type"))
-    return kind.blobs(layer, bottoms) if kind is not None and bottoms else []
+    return kind.blobs(layer, bottoms) if kind is not None and (bottoms or kind.bottomless) else []
 
 
 def blob_name(layer_type: str, index: int) -> str:

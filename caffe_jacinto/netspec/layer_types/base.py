@@ -32,6 +32,8 @@ class LayerType:
 
     blob_names: tuple[str, ...] = ()
     role: Role = "other"
+    bottomless: bool = False
+    """Whether it has blobs though it has no bottoms."""
 
 
 def is_known(shape: Shape | None) -> bool:

@@ -1,4 +1,4 @@
-"""Layers that join, cut and reshape blobs and leave the values as they are."""
+"""Layers that join, cut, repeat and reshape blobs and leave the values as they are."""
 
 from __future__ import annotations
 
@@ -76,7 +76,33 @@ def _split(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     return [first_of(bottoms)] * tops
 
 
+def _tile(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    parameter = layer.message("tile_param")
+    shape = required(bottoms)
+    axis = axis_of(parameter, 1, shape)
+    size = shape[axis]
+    tiled = None if size is None else size * parameter.integer("tiles")
+    return [(*shape[:axis], tiled, *shape[axis + 1 :])]
+
+
+def _batch_reindex(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    return [(*required(bottoms[1:])[:1], *required(bottoms)[1:])]
+
+
+def _filter(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """Which items are left is only known in a pass: the most that can be."""
+    return bottoms[:tops]
+
+
+def _silence(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    return []
+
+
 TYPES: dict[str, LayerType] = {
+    "BatchReindex": LayerType(_batch_reindex),
+    "Filter": LayerType(_filter),
+    "Silence": LayerType(_silence),
+    "Tile": LayerType(_tile),
     "Concat": LayerType(_concat),
     "Slice": LayerType(_slice),
     "Flatten": LayerType(_flatten),

@@ -50,7 +50,16 @@ def _not_known(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     return [None] * tops
 
 
+def _parameter(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    return _parameter_blobs(layer, bottoms)
+
+
+def _parameter_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
+    return [tuple(layer.message("parameter_param").message("shape").integers("dim"))]
+
+
 TYPES: dict[str, LayerType] = {
+    "Parameter": LayerType(_parameter, _parameter_blobs, ("values",), bottomless=True),
     **{kind: LayerType(_images, role="data") for kind in DATA_PARAMETERS},
     "HDF5Data": LayerType(_not_known, role="data"),
     "Input": LayerType(_declared, role="data"),

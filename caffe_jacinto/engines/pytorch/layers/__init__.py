@@ -33,3 +33,11 @@ LAYERS: dict[str, Builder] = {
     **sources.LAYERS,
 }
 """By LayerParameter.type. Data and Input layers have no function: their tops are given to the net."""
+
+REFUSED = {
+    "HDF5Output": "it writes blobs to a file in each pass; remove it, and write them with pycaffe",
+    "MemoryData": "a program has to put the images into its memory; use Data, ImageData or HDF5Data",
+    "Python": "its computation is Python code inside of Caffe's process; use stock Caffe",
+    "WindowData": "it crops windows out of images by a list; write the crops to an LMDB, and use Data",
+}
+"""The layers of stock Caffe that are not supported, and why."""

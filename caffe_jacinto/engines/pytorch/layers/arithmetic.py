@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -41,6 +42,59 @@ def _folded(combine: Callable[[Tensor, Tensor], Tensor], first: Tensor, others: 
     return first
 
 
+def reduction(layer: LayerSetup) -> Forward:
+    """The sum, the sum of magnitudes or of squares, or the mean from an axis on, times ``coeff``."""
+    layer.takes(1)
+    fields = layer.parameters("reduction_param", "operation", "axis", "coeff")
+    axes = tuple(range(layer.axis(fields.axis), len(layer.bottoms[0])))
+    kinds, operation, factor = type(fields), fields.operation, fields.coeff
+
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
+        values = values.float()
+        if operation == kinds.MEAN:
+            return values.mean(axes) * factor
+        if operation == kinds.ASUM:
+            values = values.abs()
+        elif operation == kinds.SUMSQ:
+            values = values.square()
+        return values.sum(axes) * factor
+
+    return forward
+
+
+def arg_max(layer: LayerSetup) -> Forward:
+    """Where the ``top_k`` largest numbers are, and with ``out_max_val`` how large; no gradient passes.
+
+    Along an axis this is either the place or the number. Without one it is among all of an item's numbers,
+    and gives batch x 1 x top_k places, or batch x 2 x top_k places and numbers. Of equal numbers the last
+    comes first.
+    """
+    layer.takes(1)
+    fields = layer.parameters("argmax_param", "out_max_val", "top_k", "axis")
+    (shape,) = layer.bottoms
+    axis = layer.axis(fields.axis) if fields.HasField("axis") else None
+    top_k, numbers = fields.top_k, fields.out_max_val
+    candidates = prod(shape[1:]) if axis is None else shape[axis]
+    if not 1 <= top_k <= candidates:
+        layer.refuse(
+            f"argmax_param.top_k {top_k} of {candidates} numbers; it has to be from 1 to {candidates}"
+        )
+    rest = layer.tops[0][1:]
+
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
+        values = values.detach().float()
+        rows = values.reshape(len(values), -1) if axis is None else values.movedim(axis, -1)
+        found = rows.flip(-1).sort(dim=-1, descending=True, stable=True)
+        largest, places = found.values[..., :top_k], (candidates - 1 - found.indices[..., :top_k]).float()
+        if axis is not None:
+            return (largest if numbers else places).movedim(-1, axis)
+        return torch.stack([places, largest] if numbers else [places], 1).reshape(-1, *rest)
+
+    return forward
+
+
 LAYERS: dict[str, Builder] = {
+    "ArgMax": arg_max,
     "Eltwise": eltwise,
+    "Reduction": reduction,
 }

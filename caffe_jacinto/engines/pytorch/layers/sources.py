@@ -26,9 +26,19 @@ def dummy_data(layer: LayerSetup) -> Forward:
 
     constants = {i: drawn(i) for i, filler in enumerate(fillers) if filler.type == "constant"}
     layer.draws = len(constants) < count
+    layer.recordable = not layer.draws  # they are drawn on the CPU
     return lambda blobs: tuple(constants[i] if i in constants else drawn(i) for i in range(count))
+
+
+def parameter(layer: LayerSetup) -> Forward:
+    """Its blob, which learns and begins with zeros, is its top."""
+    layer.takes(0)
+    layer.parameters("parameter_param", "shape")
+    layer.blob()
+    return lambda blobs: blobs[0]
 
 
 LAYERS: dict[str, Builder] = {
     "DummyData": dummy_data,
+    "Parameter": parameter,
 }
