@@ -137,12 +137,13 @@ class Net(nn.Module):
         device: torch.device | None = None,
         data_shapes: Mapping[str, Shape] | None = None,
         filled: bool = True,
+        fused: bool = True,
     ) -> None:
         """Build the layers of ``phase`` and fill their blobs.
 
         ``definition`` is a NetParameter of ``dialect``, ``where`` its file's name, for messages. ``seed``
         fixes what the fillers draw. ``data_shapes`` are those of the data layers' tops. Not ``filled`` is
-        for checks only.
+        for checks only. Not ``fused``: each layer is a step of its own.
 
         Raises:
             UserError: a layer or field that is not supported, or layers that do not fit each other.
@@ -163,7 +164,7 @@ class Net(nn.Module):
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
-        self._filled = filled
+        self._filled, self._fused = filled, fused
         self._shared: dict[str, Blob] = {}
         self.steps: list[Step] = []
         self.draws = False
@@ -296,7 +297,7 @@ class Net(nn.Module):
         at = 0
         while at < len(self.layers):
             layer = self.layers[at]
-            chain = chain_from(self.layers, at, self.device, self.dialect)
+            chain = chain_from(self.layers, at, self.device, self.dialect) if self._fused else ()
             if layer.type in FED:
                 self._feed(layer, data_shapes, self._where(layer))
             elif chain:

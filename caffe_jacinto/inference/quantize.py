@@ -1,0 +1,254 @@
+"""Quantize a trained network: calibrate on images, measure the noise, and test before and after.
+
+Images come one batch at a time, and only ranges and sums of them are kept: memory does not grow with their
+number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import image_progress
+from caffe_jacinto.export.merge_bn import merge_bn
+from caffe_jacinto.export.stock_net import StockNet, stock_net
+from caffe_jacinto.inference.network import Sample, TrainedNetwork
+from caffe_jacinto.inference.scores import Tally
+from caffe_jacinto.quantization.network import Network, network_of, quantization_of
+from caffe_jacinto.quantization.ranges import Histogram, Range
+from caffe_jacinto.quantization.results import Accuracy, Energy, Result
+from caffe_jacinto.quantization.schemes import Scheme
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from caffe_jacinto.engines.pytorch.quantized import QuantizedNet
+
+    Values = NDArray[np.float32]
+
+NOISE_BATCHES = 4
+"""Batches over which the noise of each layer's output, and a bias correction, is measured."""
+
+Batches = Callable[[], Iterator[list[Sample]]]
+"""The batches of a set of images, from its beginning each time."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images for calibration or a test."""
+
+    what: str
+    total: int
+    """Batches that `batches` gives."""
+
+    batches: Batches
+
+
+def loaded(trained: TrainedNetwork, scheme: Scheme) -> StockNet:
+    """The network as ``scheme`` quantizes it: with its batch norms folded, or as it is.
+
+    Raises:
+        UserError: as `merge_bn`.
+    """
+    where = str(trained.where)
+    if scheme.folded:
+        return merge_bn(trained.text, where, trained.dialect, trained.weights).net
+    return stock_net(trained.text, where, trained.dialect, trained.weights)
+
+
+def described(
+    net: StockNet, scheme: Scheme, where: str, bits: dict[str, int], floats: Sequence[str]
+) -> Network:
+    """What of ``net`` is quantized.
+
+    Raises:
+        UserError: as `network_of`.
+    """
+    blobs = {layer.name: layer.blobs for layer in net.layers}
+    return network_of(scheme, [layer.message for layer in net.layers], blobs, where, bits=bits, floats=floats)
+
+
+class Quantizer:
+    """Quantizes one network on one device."""
+
+    def __init__(
+        self, net: StockNet, network: Network, gpus: Sequence[int], where: str, *, sampled: bool
+    ) -> None:
+        """``sampled``: keep histograms even where the scheme chooses ranges without them.
+
+        Raises:
+            UserError: a layer that the engine does not support, or no such GPU.
+        """
+        from caffe_jacinto.engines.pytorch.quantized import QuantizedNet
+
+        whole: Any = type(net.message)()
+        whole.CopyFrom(net.message)
+        whole.layer.extend(layer.message for layer in net.layers)
+        self.where = where
+        self.network = network
+        self.net: QuantizedNet = QuantizedNet(whole, network, gpus, where)
+        self._sampled = sampled or (
+            network.scheme.moving is None and network.scheme.activation_ranges != "minmax"
+        )
+
+    def quantize(self, images: Images, label: str = "calibrate") -> Result:
+        """Calibrate on ``images``.
+
+        Raises:
+            UserError: none of them can be read, or a range is not finite.
+        """
+        ranges = {
+            unit.name: Range(histogram=Histogram() if self._sampled else None)
+            for unit in self.network.units
+            if unit.output == "quantized"
+        }
+        counted = 0
+        follow = self._follow if self.network.scheme.moving else self._collect
+        with image_progress(label, images.total, unit="batches") as advance:
+            for number, batch in enumerate(_stacked(images)):
+                follow(ranges, batch, number)
+                counted += len(batch)
+                advance()
+        if not counted:
+            raise UserError(f"{images.what}: none of the images can be used; see the lines above")
+        result = Result(
+            self.network, quantization_of(self.network, ranges, self.where), ranges, calibrated_on=counted
+        )
+        if self.network.scheme.bias_correction:
+            self._correct(result, images)
+        return result
+
+    def _collect(self, ranges: dict[str, Range], batch: Values, number: int) -> None:
+        for seen in self.net.seen(batch, None, sampled=self._sampled):
+            ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
+
+    def _follow(self, ranges: dict[str, Range], batch: Values, number: int) -> None:
+        """As the fork: the ranges move after each pass, by what the blobs then hold."""
+        moving = self.network.scheme.moving
+        assert moving is not None
+        quantization = None
+        if number >= moving.start:
+            quantization = quantization_of(self.network, ranges, self.where)
+        last = {}
+        for seen in self.net.seen(batch, quantization, sampled=self._sampled):
+            last[seen.unit.blob] = seen
+            histogram = ranges[seen.unit.name].histogram
+            if histogram is not None and seen.sample is not None:
+                histogram.add(seen.sample)
+        for unit in self.network.units:
+            if unit.name in ranges:
+                final = last[unit.blob]
+                ranges[unit.name].moved(final.low, final.high, moving)
+
+    def _correct(self, result: Result, images: Images) -> None:
+        """Take the mean error that quantized weights make in each output channel off its bias."""
+        sums: dict[str, Any] = {}
+        counted = 0
+        for batch in islice(_stacked(images), NOISE_BATCHES):
+            for unit, errors in self.net.mean_errors(batch, result.quantization):
+                sums[unit.name] = sums.get(unit.name, 0) + errors * len(batch)
+            counted += len(batch)
+        corrected = {}
+        for unit in self.network.units:
+            bias = self.network.bias(unit) if unit.name in sums else None
+            if bias is not None:
+                corrected[unit.name] = (bias - sums[unit.name] / counted).astype("float32")
+        result.quantization = replace(result.quantization, corrected=corrected)
+
+    def measure_noise(self, result: Result, images: Images) -> None:
+        """Measure the noise of each output over the first batches."""
+        result.noise = {}
+        for batch in islice(_stacked(images), NOISE_BATCHES):
+            result.noise_images += len(batch)
+            for unit, signal, noise in self.net.signal_and_noise(batch, result.quantization):
+                result.noise.setdefault(unit.name, Energy()).add(signal, noise)
+
+    def test(self, result: Result, images: Images, *, sensitivity: bool) -> None:
+        """Test the network before and after; with ``sensitivity``, with each unit quantized alone.
+
+        Raises:
+            UserError: no image can be used, or a label is not one of the network's.
+        """
+        before, after, same, tested = Tallied(), Tallied(), 0, 0
+        with image_progress("test", images.total, unit="batches") as advance:
+            for batch, labels in _labelled(images):
+                exact = self.net.scores(batch, None)
+                rounded = self.net.scores(batch, result.quantization)
+                before.add(exact, labels)
+                after.add(rounded, labels)
+                same += int((exact.argmax(axis=1) == rounded.argmax(axis=1)).sum())
+                tested += len(labels)
+                advance()
+        result.before, result.after = before.accuracy(images.what), after.accuracy(images.what)
+        result.agreement = same / tested
+        if sensitivity:
+            self._test_alone(result, images)
+
+    def _test_alone(self, result: Result, images: Images) -> None:
+        quantization = result.quantization
+        names = [
+            u.name for u in self.network.units if u.name in {*quantization.weights, *quantization.outputs}
+        ]
+        with image_progress("sensitivity", images.total * len(names), unit="batches") as advance:
+            for name in names:
+                alone, tally = quantization.only(name), Tallied()
+                for batch, labels in _labelled(images):
+                    tally.add(self.net.scores(batch, alone), labels)
+                    advance()
+                result.alone[name] = tally.accuracy(images.what).top1
+
+
+class Tallied:
+    """A `Tally` that begins with the first batch, which says how many classes there are."""
+
+    def __init__(self) -> None:
+        self._tally: Tally | None = None
+
+    def add(self, scores: Values, labels: list[int]) -> None:
+        self._tally = self._tally or Tally(scores.shape[1])
+        self._tally.add(scores, labels)
+
+    def accuracy(self, what: str) -> Accuracy:
+        tally = self._tally
+        if tally is None:
+            raise UserError(f"{what}: none of the images can be used; see the lines above")
+        top5 = tally.top5 / tally.images if tally.has_top5 else None
+        return Accuracy(tally.top1 / tally.images, top5, tally.images)
+
+
+def batched(what: str, total: int, batch: int, samples: Callable[[], Iterator[Sample]]) -> Images:
+    """``total`` images in batches; a line on stderr for each that cannot be read, the first time."""
+    said: set[str] = set()
+
+    def batches() -> Iterator[list[Sample]]:
+        left = iter(samples())
+        while chunk := list(islice(left, batch)):
+            for sample in chunk:
+                if sample.image is None and sample.name not in said:
+                    said.add(sample.name)
+                    print(UserError(f"{sample.name}: {sample.reason}; left out"), file=sys.stderr)
+            yield [sample for sample in chunk if sample.image is not None]
+
+    return Images(what, -(-total // batch), batches)
+
+
+def _stacked(images: Images) -> Iterator[Values]:
+    import numpy as np
+
+    for batch in images.batches():
+        if batch:
+            yield np.stack([sample.image for sample in batch if sample.image is not None])
+
+
+def _labelled(images: Images) -> Iterator[tuple[Values, list[int]]]:
+    import numpy as np
+
+    for batch in images.batches():
+        if batch:
+            pixels = [sample.image for sample in batch if sample.image is not None]
+            yield np.stack(pixels), [sample.label or 0 for sample in batch]

@@ -1,0 +1,257 @@
+"""A network's quantization: the grids of every unit's weights, bias and output.
+
+This is all that a processor needs beside the weights; `engines/pytorch/quantized.py` computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.quantization.grids import (
+    Grid,
+    activation_grid,
+    is_range,
+    magnitude_grid,
+    offset_grid,
+    weight_grid,
+)
+from caffe_jacinto.quantization.ranges import Range
+from caffe_jacinto.quantization.schemes import Bits, Scheme
+from caffe_jacinto.quantization.units import INPUT, WEIGHTED, Unit, unit_named, units_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float32]
+    Blobs = Mapping[str, Sequence[Values]]
+    """The blobs of each layer by its name."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is quantized: a network's units and blobs, by a scheme."""
+
+    scheme: Scheme
+    units: Sequence[Unit]
+    blobs: Blobs
+    bottoms: Mapping[str, Sequence[str]]
+    """The blobs that each layer reads."""
+
+    channel_axes: Mapping[str, int | None]
+    """The axis of the output channels in each weighted layer's weights; None: they have none of their own."""
+
+    bits: Mapping[str, Bits] = field(default_factory=dict)
+    """Of the units that have others than the scheme's."""
+
+    floats: Collection[str] = ()
+    """Units that stay as they are."""
+
+    def bits_of(self, unit: Unit) -> Bits:
+        return self.bits.get(unit.name, self.scheme.bits)
+
+    def weights(self, unit: Unit) -> Values:
+        return self.blobs[unit.name][0]
+
+    def bias(self, unit: Unit) -> Values | None:
+        blobs = self.blobs[unit.name]
+        return blobs[1] if len(blobs) > 1 else None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The grids of a network, by the name of the unit; those that are missing stay as they are."""
+
+    outputs: Mapping[str, Grid]
+    inputs: Mapping[str, Grid]
+    """That of a weighted unit's input, where it is on one."""
+
+    weights: Mapping[str, Grid]
+    biases: Mapping[str, Grid]
+    corrected: Mapping[str, Values] = field(default_factory=dict)
+    """Biases that take the place of the network's, by bias correction."""
+
+    def only(self, unit: str) -> Quantization:
+        """Quantizing one unit alone."""
+
+        def one(grids: Mapping[str, Grid]) -> dict[str, Grid]:
+            return {name: grid for name, grid in grids.items() if name == unit}
+
+        corrected = {name: bias for name, bias in self.corrected.items() if name == unit}
+        return Quantization(one(self.outputs), {}, one(self.weights), {}, corrected)
+
+    def factor(self, unit: str) -> NDArray[np.float64]:
+        """What one unit of a weighted unit's sums of whole numbers stands for: one, or one per channel.
+
+        Only where it reads numbers of a grid.
+        """
+        steps: NDArray[np.float64] = self.weights[unit].steps.astype(np.float64) * self.inputs[unit].step
+        return steps
+
+    def in_whole_numbers(self, unit: str) -> bool:
+        """Whether a weighted unit computes with whole numbers alone."""
+        found = self.weights.get(unit), self.inputs.get(unit)
+        return all(grid is not None and grid.offset == 0 for grid in found)
+
+    def bias_numbers(self, unit: str, bias: Values) -> NDArray[np.float64]:
+        """A bias in the units of the sums."""
+        numbers: NDArray[np.float64] = np.rint(
+            self.biases[unit].rounded(bias).astype(np.float64) / self.factor(unit)
+        )
+        return numbers
+
+
+def network_of(
+    scheme: Scheme,
+    layers: Sequence[Any],
+    blobs: Blobs,
+    where: str,
+    *,
+    bits: Mapping[str, int] | None = None,
+    floats: Sequence[str] = (),
+) -> Network:
+    """The network of ``layers``, LayerParameter messages of a deploy network in stock Caffe's dialect.
+
+    Args:
+        bits: layers with another number of bits for weights and outputs than the scheme's.
+        floats: layers that stay as they are.
+        where: the network's file, for messages.
+
+    Raises:
+        UserError: a layer that the scheme does not know, or one in ``bits`` or ``floats`` that is not
+            there; bits that are out of range.
+    """
+    scheme.bits.checked("--bits: ")
+    fork = scheme.moving is not None
+    inputs = [top for layer in layers if layer.type == INPUT for top in layer.top]
+    read = {name: tuple(layer.bottom) for layer in layers for name in [layer.name]}
+    written = {top for layer in layers for top in layer.top}
+    inputs += [name for bottoms in read.values() for name in bottoms if name not in written]
+    units = units_of(layers, list(dict.fromkeys(inputs)), fork=fork, where=where)
+    given = {}
+    for name, number in (bits or {}).items():
+        unit = unit_named(units, name, "--bits-of")
+        changed = replace(scheme.bits, weights=number, activations=number)
+        given[unit.name] = changed.checked(f"--bits-of {name}={number}: ")
+    kept = {unit_named(units, name, "--keep-float").name for name in floats}
+    axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
+    return Network(scheme, units, blobs, read, axes, given, kept)
+
+
+def _channel_axis(layer: Any) -> int | None:
+    """The axis of a weight blob along which its outputs are, which are also axis 1 of what it computes."""
+    if layer.type == "InnerProduct":
+        if layer.inner_product_param.axis != 1:
+            return None
+        return 1 if layer.inner_product_param.transpose else 0
+    if layer.convolution_param.axis != 1:
+        return None
+    if layer.type == "Deconvolution":
+        return 1 if layer.convolution_param.group == 1 else None
+    return 0
+
+
+def quantization_of(network: Network, ranges: Mapping[str, Range], where: str) -> Quantization:
+    """The grids of ``network``.
+
+    Args:
+        ranges: what the calibration has seen, by unit.
+        where: the network's file, for messages.
+
+    Raises:
+        UserError: a range or a weight is not finite.
+    """
+    outputs = {
+        unit.name: output_grid(network, unit, ranges[unit.name], where)
+        for unit in network.units
+        if unit.output == "quantized" and unit.name not in network.floats
+    }
+    inputs = _inputs(network, outputs)
+    weights = {
+        unit.name: _weight_grid(network, unit, where)
+        for unit in network.units
+        if unit.weighted and unit.name not in network.floats
+    }
+    found = Quantization(outputs, inputs, weights, {})
+    biases = {}
+    for unit in network.units:
+        bias = network.bias(unit) if unit.name in weights else None
+        if unit.name in weights and bias is not None:
+            grid = _bias_grid(network, found, unit, bias)
+            if grid is not None:
+                biases[unit.name] = grid
+    return replace(found, biases=biases)
+
+
+def output_grid(network: Network, unit: Unit, seen: Range, where: str) -> Grid:
+    """The grid of a unit's output."""
+    scheme, bits = network.scheme, network.bits_of(unit).activations
+    if not is_range(seen.low, seen.high):
+        raise UserError(
+            f"{where}: layer {unit.name} ({unit.type}) gives values from {seen.low:g} to {seen.high:g} on "
+            "the calibration images, which is no range; check its weights and the images' preprocessing"
+        )
+    if scheme.moving is not None:
+        return magnitude_grid(seen.low, seen.high, bits)
+    low, high = seen.chosen(
+        scheme.activation_ranges, scheme.percentile, bits, power_of_two=scheme.power_of_two
+    )
+    return activation_grid(low, high, bits, power_of_two=scheme.power_of_two)
+
+
+def _inputs(network: Network, outputs: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grid that each weighted unit's input is on.
+
+    The fork computes with values, not with whole numbers: its weights have offsets.
+    """
+    if network.scheme.moving is not None:
+        return {}
+    current: dict[str, Grid | None] = {}
+    found = {}
+    for unit in network.units:
+        bottoms = network.bottoms[unit.layers[0]] if unit.layers else ()
+        given = current.get(bottoms[0]) if bottoms else None
+        if unit.weighted and given is not None and unit.name not in network.floats:
+            found[unit.name] = given
+        current[unit.blob] = given if unit.output == "kept" else outputs.get(unit.name)
+    return found
+
+
+def _weight_grid(network: Network, unit: Unit, where: str) -> Grid:
+    scheme, weights = network.scheme, network.weights(unit)
+    if not np.isfinite(weights).all():
+        raise UserError(
+            f"{where}: layer {unit.name} has weights that are not finite; use an earlier snapshot"
+        )
+    bits = network.bits_of(unit).weights
+    if scheme.offset_weights:
+        return offset_grid(weights, bits)
+    return weight_grid(
+        weights,
+        bits,
+        axis=network.channel_axes[unit.name] if scheme.by_channel else None,
+        power_of_two=scheme.power_of_two,
+        squared_error=scheme.weight_ranges == "mse",
+        percentile=scheme.percentile if scheme.weight_ranges == "percentile" else 100.0,
+    )
+
+
+def _bias_grid(network: Network, found: Quantization, unit: Unit, bias: Values) -> Grid | None:
+    """The grid of a bias: that of the sums, coarser by a power of two where its bits do not reach far enough.
+
+    None where the input is on no grid, so that the sums are on none.
+    """
+    bits = network.bits_of(unit).bias
+    if network.scheme.moving is not None:
+        return magnitude_grid(float(bias.min()), float(bias.max()), bits, clipped=False)
+    if not found.in_whole_numbers(unit.name):
+        return None
+    most = 2 ** (bits - 1) - 1
+    steps = found.factor(unit.name)
+    excess = float((np.abs(bias) / steps).max()) / most
+    shift = max(0, int(np.ceil(np.log2(excess)))) if excess > 0 else 0
+    return Grid((steps * 2.0**shift).astype(np.float32), -most, most)

@@ -1,0 +1,106 @@
+"""The schemes of quantization: what each does, as a few lines of data.
+
+Sources: caffe-jacinto's NetQuantizationParameter (its defaults are those of the scheme `caffe_jacinto`), TI's
+guide to post-training quantization, and ONNX's QuantizeLinear, which says what a processor computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from caffe_jacinto.common.errors import UserError
+
+LEAST_BITS, MOST_BITS = 2, 16
+"""Of weights and activations."""
+
+MOST_BIAS_BITS = 32
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
+"""How a range is chosen: all values, all but a few, or where the squared error is least."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The number of bits of each kind of number."""
+
+    weights: int = 8
+    activations: int = 8
+    bias: int = 32
+
+    def checked(self, what: str = "") -> Bits:
+        """Itself.
+
+        Raises:
+            UserError: a number is out of range; ``what`` names where it was given.
+        """
+        for name, number, most in (
+            ("weights", self.weights, MOST_BITS),
+            ("activations", self.activations, MOST_BITS),
+            ("biases", self.bias, MOST_BIAS_BITS),
+        ):
+            if not LEAST_BITS <= number <= most:
+                raise UserError(f"{what}{number} bits for {name}: give {LEAST_BITS} to {most}")
+        return self
+
+
+@dataclass(frozen=True)
+class MovingRange:
+    """Ranges that follow the batches: new = (1 - pace) x old + pace x expansion x what the batch has."""
+
+    pace: float = 0.01
+    expansion: float = 1.25
+    start: int = 1
+    """The pass, counted from 0, from which on values are quantized."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a network is quantized."""
+
+    name: str
+    bits: Bits = Bits()
+    folded: bool = True
+    """Batch norms are folded into the convolutions first."""
+
+    by_channel: bool = True
+    """Each output channel's weights have a scale of their own; else each layer's."""
+
+    power_of_two: bool = False
+    """Scales are powers of two."""
+
+    offset_weights: bool = False
+    """Weights run from their least to their largest value, which are both exact, and zero is not."""
+
+    activation_ranges: RangeMethod = "mse"
+    weight_ranges: RangeMethod = "minmax"
+    percentile: float = 99.99
+    """Of the values that the range of `percentile` covers."""
+
+    moving: MovingRange | None = None
+    bias_correction: bool = False
+    """The mean error of each output channel is added to its bias."""
+
+    def with_bits(self, bits: int) -> Scheme:
+        """With this many bits for weights and activations."""
+        return replace(self, bits=replace(self.bits, weights=bits, activations=bits))
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("processor"),
+        Scheme("power2", by_channel=False, power_of_two=True),
+        Scheme(
+            "caffe_jacinto",
+            Bits(weights=12, activations=8, bias=16),
+            folded=False,
+            by_channel=False,
+            offset_weights=True,
+            activation_ranges="minmax",
+            moving=MovingRange(),
+        ),
+    )
+}
+"""By name; the first is the default."""
