@@ -69,7 +69,7 @@ def merged_of(text: str, folder: Path, dialect: Dialect = STOCK, **form: Any) ->
 
 
 def types(merged: Merged) -> list[str]:
-    return [layer.type for layer in merged.net.layers]
+    return [layer.type for layer in merged.net.layers if layer.type != "Input"]
 
 
 def check(text: str, folder: Path, dialect: Dialect = STOCK, **form: Any) -> Merged:
@@ -110,7 +110,7 @@ def test_zeros_stay_zero(tmp_path: Path) -> None:
     merged, weights = merged_of(text, tmp_path)
     before = read_weights(weights)["c"][0]
     assert 0.3 < np.mean(before == 0) < 0.7
-    np.testing.assert_array_equal(before == 0, merged.net.layers[0].blobs[0] == 0)
+    np.testing.assert_array_equal(before == 0, merged.net.layers[1].blobs[0] == 0)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -130,7 +130,7 @@ def test_the_forks_numbers_are_those_of_a_formula(tmp_path: Path) -> None:
     stored = read_weights(weights)
     mean, variance, _, gain, shift = (blob.astype(np.float64) for blob in stored["c/bn"])
     root = np.sqrt(variance + 1e-5)
-    got = merged.net.layers[0]
+    got = merged.net.layers[1]
     np.testing.assert_allclose(got.blobs[0], stored["c"][0] * (gain / root)[:, None, None, None], rtol=1e-6)
     np.testing.assert_allclose(got.blobs[1], shift - mean * gain / root, rtol=1e-5, atol=1e-6)
 
@@ -172,13 +172,13 @@ def test_an_input_bias_is_folded_where_nothing_pads(shift: str, reader: str, tmp
 def test_an_input_bias_before_padding_is_a_power(shift: str, tmp_path: Path) -> None:
     merged = check(INPUT + shift + conv("c", "shifted", "pad_h: 0 pad_w: 1"), tmp_path)
     assert types(merged) == ["Power", "Convolution"]
-    assert merged.net.layers[0].message.power_param.shift == -128
+    assert merged.net.layers[1].message.power_param.shift == -128
 
 
 def test_an_input_bias_that_differs_by_channel_is_a_scale(tmp_path: Path) -> None:
     text = INPUT + BIAS + conv("c", "shifted")
     stored = messages(STOCK).NetParameter.FromString(write_random(tmp_path / "w", text, STOCK).read_bytes())
-    stored.layer[0].blobs[0].data[:] = [-104, -117, -123]
+    stored.layer[1].blobs[0].data[:] = [-104, -117, -123]
     (tmp_path / "w").write_bytes(stored.SerializeToString())
     merged = merge_bn(text, "deploy.prototxt", None, tmp_path / "w")
     assert types(merged) == ["Scale", "Convolution"]
@@ -242,18 +242,18 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
     text = INPUT + conv("c", "data") + after("c", NORM)
     weights = write_random(tmp_path / "w", text, STOCK)
     stored = messages(STOCK).NetParameter.FromString(weights.read_bytes())
-    stored.layer[1].blobs[1].data[2] = -1
+    stored.layer[2].blobs[1].data[2] = -1
     weights.write_bytes(stored.SerializeToString())
     with pytest.raises(UserError, match=r"c/bn .* not finite"):
         merge_bn(text, "deploy.prototxt", STOCK, weights)
-    stored.layer[1].blobs[1].data[2] = 1
-    stored.layer[1].blobs[2].data[0] = 0
+    stored.layer[2].blobs[1].data[2] = 1
+    stored.layer[2].blobs[2].data[0] = 0
     weights.write_bytes(stored.SerializeToString())
     with pytest.raises(
         UserError, match=r"a factor of 0 beside means and variances: c/bn; if NVCaffe wrote them"
     ):
         merge_bn(text, "deploy.prototxt", STOCK, weights)
-    for blob in stored.layer[1].blobs[:2]:
+    for blob in stored.layer[2].blobs[:2]:
         blob.data[:] = [0] * len(blob.data)
     (tmp_path / "none").write_bytes(stored.SerializeToString())
     for write_as in (merge_bn, export_onnx):

@@ -24,7 +24,8 @@ from caffe_jacinto.engines.pytorch.solver_fields import check_solver
 from caffe_jacinto.engines.pytorch.solvers import SOLVERS, CaffeSolver, solver_class
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_solver
-from caffe_jacinto.prototxt.solver import SOLVER_TYPES, SolverFile, histories, learning_rate, read_solver
+from caffe_jacinto.prototxt.solver import SolverFile, histories, learning_rate, read_solver
+from caffe_jacinto.prototxt.upgrade import SOLVER_TYPES
 
 pytestmark = pytest.mark.caffe
 
@@ -276,9 +277,9 @@ def test_states_that_do_not_name_their_solver_are_read(tmp_path: Path) -> None:
 
 
 def test_histories_of_each_type() -> None:
-    assert tuple(SOLVERS) == SOLVER_TYPES
+    assert list(SOLVERS) == list(SOLVER_TYPES.values())
     assert {name: solver.moments for name, solver in SOLVERS.items()} == {
-        name: histories(name) for name in SOLVER_TYPES
+        name: histories(name) for name in SOLVERS
     }
 
 
@@ -430,7 +431,7 @@ def test_the_fork_raises_a_small_delta(kind: str, least: float) -> None:
     ("fields", "says"),
     [
         ({"type": '"Adagrad"'}, "solver type 'Adagrad' is not supported; supported: SGD, Nesterov, AdaGrad"),
-        ({"solver_type": "ADAM"}, "it has both type and solver_type, the older form; remove solver_type"),
+        ({"solver_type": "ADAM"}, "has both type and solver_type, its older form; remove solver_type: ADAM"),
         ({"type": '"AdaGrad"'}, "AdaGrad takes no momentum; remove it, or set it to 0"),
         ({"type": '"RMSProp"'}, "RMSProp takes no momentum; remove it, or set it to 0"),
         (

@@ -92,10 +92,6 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
     stored = read_weights(weights)
     shapes = blob_shapes(net, TEST)
     result = StockNet(messages(Dialect.BVLC).NetParameter(name=net.name), [])
-    result.message.input.extend(net.input)
-    for shape in net.input_shape:
-        result.message.input_shape.add(dim=shape.dim)
-    result.message.input_dim.extend(net.input_dim)
     lacking = {}
     for layer in messages_in(net, TEST):
         blobs = _shaped(stored.get(layer.name, []), shapes.get(layer.name, []))
@@ -107,9 +103,8 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
 
 
 def _check_deploy(net: Any, where: str) -> None:
-    if not net.layer:
-        old = "; it is in the old form, with `layers`: upgrade it with Caffe's upgrade_net_proto_text"
-        raise UserError(f"{where}: has no layers{old if net.layers else ''}; give a deploy network")
+    if all(layer.type == "Input" for layer in net.layer):
+        raise UserError(f"{where}: has no layers; give a deploy network")
     for layer in messages_in(net, TEST):
         if role_of(layer.type) == "data" and layer.type != "Input":
             raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")

@@ -70,10 +70,7 @@ def _check_one_output(net: Any, deploy: Path) -> None:
 
 
 def _shape(net: Any, deploy: Path) -> tuple[int, int, int]:
-    shapes = [list(shape.dim) for shape in net.input_shape]
-    dims = list(net.input_dim)
-    shapes += [dims[at : at + 4] for at in range(0, len(dims), 4)]
-    shapes += [list(shape.dim) for layer in net.layer for shape in layer.input_param.shape]
+    shapes = [list(shape.dim) for layer in net.layer for shape in layer.input_param.shape]
     if len(shapes) != 1 or len(shapes[0]) != 4 or min(shapes[0]) < 1:
         raise UserError(f"{deploy}: a deploy network needs one image input with four dimensions")
     return shapes[0][1], shapes[0][2], shapes[0][3]

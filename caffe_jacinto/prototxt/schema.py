@@ -20,6 +20,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.forks import FIELDS
+from caffe_jacinto.prototxt.upgrade import upgrade_net, upgrade_solver
 
 SCHEMA_FOLDER = Path(__file__).parent
 PACKAGES = {Dialect.BVLC: "caffe_jacinto.bvlc", Dialect.CAFFE_JACINTO: "caffe_jacinto.fork"}
@@ -93,12 +94,16 @@ def messages(dialect: Dialect) -> Messages:
 
 
 def parse_net(text: str, dialect: Dialect, where: str) -> Any:
-    """A network's prototxt as the dialect's NetParameter; ``where`` is the file's name, for messages.
+    """A network's prototxt of any age as the dialect's NetParameter, in today's form (`upgrade.py`).
+
+    ``where`` is the file's name, for messages.
 
     Raises:
         UserError: it does not follow the dialect's schema: file, line and what is wrong.
     """
-    return _parse(text, "NetParameter", dialect, where)
+    net = _parse(text, "NetParameter", dialect, where)
+    upgrade_net(net, where)
+    return net
 
 
 def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
@@ -116,7 +121,9 @@ def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
 
 def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
     """A solver's prototxt as the dialect's SolverParameter; as `parse_net`."""
-    return _parse(text, "SolverParameter", dialect, where)
+    solver = _parse(text, "SolverParameter", dialect, where)
+    upgrade_solver(solver, where)
+    return solver
 
 
 def dialect_of(message: Any) -> Dialect:

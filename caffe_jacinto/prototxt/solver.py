@@ -17,16 +17,6 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.model import SparseSettings, sparse_fields, sparse_settings
 
-SOLVER_TYPES = ("SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam")
-"""In the order of SolverParameter.solver_type, the older form."""
-
-
-def solver_type(parameters: Any) -> str:
-    """The type that a SolverParameter message names, in either form."""
-    return (
-        SOLVER_TYPES[parameters.solver_type] if parameters.HasField("solver_type") else str(parameters.type)
-    )
-
 
 def histories(kind: str) -> int:
     """How many blobs of history a solver of this type keeps for each blob of weights (solvers/*.cpp)."""

@@ -22,7 +22,7 @@ from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_b
 from caffe_jacinto.networks.stage_files import network_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
-from caffe_jacinto.prototxt.solver import histories, solver_type
+from caffe_jacinto.prototxt.solver import histories
 from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
 from caffe_jacinto.runs.space import check_space
 from caffe_jacinto.runs.sparsity_check import shortfalls
@@ -136,7 +136,7 @@ def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
 def _type_in(solver: Path, dialect: Dialect) -> str | None:
     """The type in a solver.prototxt; None if there is no such file, or it has been damaged."""
     try:
-        return solver_type(parse_solver(read_text(solver), dialect, str(solver)))
+        return str(parse_solver(read_text(solver), dialect, str(solver)).type)
     except UserError:
         return None
 

@@ -23,9 +23,7 @@ from caffe_jacinto.prototxt.solver import TEST, TRAIN
 FED = (*READ, "Input")
 """The types of the layers whose tops come from outside."""
 
-_KNOWN_FIELDS = frozenset(
-    {"name", "force_backward", "input", "input_shape", "input_dim", "state", "layer", "debug_info"}
-)
+_KNOWN_FIELDS = frozenset({"name", "force_backward", "state", "layer", "debug_info"})
 _FORK_NO_EFFECT = frozenset(
     {
         *("default_conv_algos_override", "default_cudnn_math_override", "reduce_buckets"),
@@ -174,7 +172,6 @@ class Net(nn.Module):
         """Whether a pass can be recorded as a CUDA graph."""
 
         _check_fields(definition, where)
-        self._declare_inputs(definition)
         self.layers = messages_in(definition, PHASE_NAMES[phase])
         self._build(data_shapes or {})
         self.output_names = self._outputs()
@@ -268,19 +265,6 @@ class Net(nn.Module):
         return NetResult(loss, outputs)
 
     # How it is built
-
-    def _declare_inputs(self, definition: Any) -> None:
-        """The net's own ``input`` fields, the older form of an Input layer."""
-        shapes = [tuple(shape.dim) for shape in definition.input_shape]
-        numbers = list(definition.input_dim)
-        shapes = shapes or [tuple(numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
-        if len(shapes) != len(definition.input):
-            raise UserError(
-                f"{self.where}: {len(definition.input)} of input and {len(shapes)} shapes for them"
-            )
-        for name, shape in zip(definition.input, shapes, strict=True):
-            self.inputs.append(name)
-            self.shapes[name] = shape
 
     def _build(self, data_shapes: Mapping[str, Shape]) -> None:
         names: set[str] = set()

@@ -17,7 +17,7 @@ _CARRIED_OUT = frozenset(
         *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
-        *("random_seed", "type", "solver_type", "snapshot_after_train", "weights", "sparse_mode"),
+        *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode"),
         *(field.name for field in sparse_fields().values()),
     }
 )

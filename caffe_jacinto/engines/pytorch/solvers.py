@@ -273,7 +273,7 @@ class Adam(CaffeSolver):
 SOLVERS: dict[str, type[CaffeSolver]] = {
     solver.__name__: solver for solver in (SGD, Nesterov, AdaGrad, RMSProp, AdaDelta, Adam)
 }
-"""By Caffe's names, in the order of SolverParameter.solver_type, the older form."""
+"""By Caffe's names."""
 
 
 def solver_class(parameters: Any, where: str) -> type[CaffeSolver]:
@@ -283,10 +283,6 @@ def solver_class(parameters: Any, where: str) -> type[CaffeSolver]:
         UserError: Caffe has no such solver.
     """
     name = str(parameters.type)
-    if parameters.HasField("solver_type"):
-        if parameters.HasField("type"):
-            raise UserError(f"{where}: it has both type and solver_type, the older form; remove solver_type")
-        name = list(SOLVERS)[parameters.solver_type]
     if name not in SOLVERS:
         raise UserError(f"{where}: solver type {name!r} is not supported; supported: {', '.join(SOLVERS)}")
     return SOLVERS[name]

@@ -95,8 +95,7 @@ class Graph:
 
     def _name_free_batch(self) -> None:
         """Let Reshape layers take the batch of their input, so that the model takes any batch."""
-        net = self.net.message
-        batch = net.input_shape[0].dim[0] if net.input_shape else (net.input_dim or [0])[0]
+        batch = 0
         for layer in self.net.layers:
             if layer.type == "Input" and layer.message.input_param.shape:
                 batch = layer.message.input_param.shape[0].dim[0]
@@ -105,15 +104,7 @@ class Graph:
                 parameters.shape.dim[0] = 0
 
     def _declare_inputs(self) -> None:
-        net = self.net.message
-        dims = [tuple(shape.dim) for shape in net.input_shape]
-        if not dims:
-            dims = [tuple(net.input_dim[at : at + 4]) for at in range(0, len(net.input_dim), 4)]
-        if len(dims) != len(net.input):
-            raise UserError(
-                f"{self.where}: {len(net.input)} inputs with {len(dims)} shapes; give each its shape"
-            )
-        shapes: dict[str, Shape | None] = dict(zip(net.input, dims, strict=True))
+        shapes: dict[str, Shape | None] = {}
         for layer, shaped in zip(self.net.layers, self.shapes, strict=True):
             if layer.type == "Input":
                 shapes.update(zip(layer.message.top, shaped.tops, strict=True))
