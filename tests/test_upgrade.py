@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import text_format
+from google.protobuf import descriptor_pb2, text_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages, own_field_names, parse_net, parse_solver
+from caffe_jacinto.prototxt.schema import SCHEMA_FOLDER, messages, parse_net, parse_solver
 
 BVLC = Dialect.BVLC
 SCHEMA = messages(BVLC)
@@ -110,7 +110,9 @@ def agrees(caffe: CaffeReader, text: str) -> None:
 
 NEVER = {"blobs", "state", "layer", "layers"}
 DEPTH = 3
-STOCK_FIELDS = own_field_names(BVLC)
+STOCK_FILE = descriptor_pb2.FileDescriptorSet.FromString((SCHEMA_FOLDER / "bvlc.binpb").read_bytes()).file[0]
+STOCK_FIELDS = {message.name: {field.name for field in message.field} for message in STOCK_FILE.message_type}
+"""Without those of forks, which real Caffe does not know."""
 
 
 @st.composite
@@ -119,7 +121,7 @@ def filled(draw: st.DrawFn, message: Any, skip: frozenset[str] = frozenset(), de
     fields = [
         field
         for field in message.DESCRIPTOR.fields
-        if field.name not in NEVER | skip and field.name in STOCK_FIELDS
+        if field.name in STOCK_FIELDS[message.DESCRIPTOR.name] - NEVER - skip
     ]
     chosen = draw(st.lists(st.sampled_from(fields), max_size=5, unique_by=lambda field: field.name))
     for field in chosen:
