@@ -3,6 +3,7 @@
     python -m caffe_jacinto.report training/                       every run in a folder
     python -m caffe_jacinto.report my_train.log --format json
     python -m caffe_jacinto.report RUN1 RUN2 --plot curves.svg
+    python -m caffe_jacinto.report RUN1 RUN2 --html report.html    to look at in a browser
 
 A PATH is a log file, a stage's folder, a run's folder or a folder of runs, of this project, stock Caffe,
 NVCaffe or caffe-jacinto: finished, still running or cut off.
@@ -23,19 +24,21 @@ from caffe_jacinto.logs.discover import Run, find_runs
 
 PROGRAM = "caffe_jacinto.report"
 PLOT_KINDS = (".png", ".svg")
+PAGE_KINDS = (".html", ".htm")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the report. Returns 2 if a path could not be reported, 0 otherwise.
 
     Raises:
-        UserError: the file of --plot has an unknown kind or cannot be written.
+        UserError: the file of --plot or --html has an unknown kind or cannot be written.
     """
     arguments = _arguments(argv)
-    plot = arguments.plot
-    if plot is not None and plot.suffix.lower() not in PLOT_KINDS:
-        raise UserError(f"--plot {plot}: the name must end in {' or '.join(PLOT_KINDS)}")
-    runs, problems = find_runs(arguments.paths, curves=plot is not None)
+    plot, page = arguments.plot, arguments.html
+    for option, path, kinds in (("--plot", plot, PLOT_KINDS), ("--html", page, PAGE_KINDS)):
+        if path is not None and path.suffix.lower() not in kinds:
+            raise UserError(f"{option} {path}: the name must end in {' or '.join(kinds)}")
+    runs, problems = find_runs(arguments.paths, curves=plot is not None, history=page is not None)
     for problem in problems:
         print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
@@ -44,7 +47,18 @@ def main(argv: Sequence[str]) -> int:
         from caffe_jacinto.logs.plot import plot_runs
 
         plot_runs(runs, plot)
+    if page is not None and runs:
+        _write_page(runs, page, arguments.published)
     return USER_ERROR if problems else 0
+
+
+def _write_page(runs: Sequence[Run], path: Path, published: bool) -> None:
+    from caffe_jacinto.logs.page import write_page
+
+    try:
+        write_page(runs, path, published=published)
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,6 +69,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=formats, default="table", help="default: table")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"draw the curves to FILE ({' or '.join(PLOT_KINDS)})"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with tables and interactive curves to FILE"
     )
     help_text = (
         "show the published ImageNet results, also where they do not compare (default: only where they do)"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from log_text import whole_stage
 
 from caffe_jacinto.common.files import template_folder
 
@@ -53,7 +54,8 @@ def run(command: list[str], installed: Path, folder: Path) -> subprocess.Complet
 @pytest.mark.caffe
 def test_the_wheel_carries_every_file_that_is_read_at_run_time(installed: Path) -> None:
     package = installed / "caffe_jacinto"
-    assert files_below(package / "templates", ".j2") == files_below(ROOT / "templates", ".j2")
+    kinds = (".j2", ".js", ".css", "")  # "": the licence of a script
+    assert files_below(package / "templates", *kinds) == files_below(ROOT / "templates", *kinds)
     data = (".toml", ".proto", ".binpb", ".typed", ".py")
     assert files_below(package, *data) == files_below(ROOT / "caffe_jacinto", *data)
 
@@ -71,6 +73,16 @@ def test_build_net_works_from_the_wheel_in_another_folder(installed: Path, tmp_p
 
 
 @pytest.mark.caffe
+def test_a_page_is_written_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "x_train.log").write_text(whole_stage().text)
+    command = [str(installed / "bin" / "caffe-jacinto"), "report", "x_train.log", "--html", "page.html"]
+    done = run(command, installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "page.html").read_text()
+    assert "var uPlot=function" in text and "Permission is hereby granted" in text
+
+
+@pytest.mark.caffe
 def test_the_console_scripts_start_what_the_wheel_holds(installed: Path, tmp_path: Path) -> None:
     listed = run([str(installed / "bin" / "caffe-jacinto")], installed, tmp_path)
     assert listed.returncode == 0 and "build_net" in listed.stdout
@@ -82,3 +94,4 @@ def test_the_console_scripts_start_what_the_wheel_holds(installed: Path, tmp_pat
     (metadata,) = installed.glob("caffe_jacinto-*.dist-info/METADATA")
     text = metadata.read_text()
     assert "Requires-Dist: jinja2>=3.1" in text and "Provides-Extra: pycaffe" in text
+    assert "License-File: templates/html/uplot/LICENSE" in text

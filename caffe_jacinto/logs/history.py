@@ -15,7 +15,7 @@ from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.prototxt import tree
 
-MOST_BUCKETS = 3000
+MOST_BUCKETS = 4000
 MOST_LISTINGS = 400
 MOST_TIMES = 2000
 MOST_OUTPUTS = 100

@@ -102,7 +102,7 @@ def stage_table(run: Run) -> Table:
             UNKNOWN if figures.loss is None else f"{figures.loss:.4g}",
             percent(figures.sparsity, 1),
             UNKNOWN if difference is None else f"{100 * difference:+.2f}",
-            _speed(figures.images_per_second),
+            speed(figures.images_per_second),
             UNKNOWN if figures.seconds is None else duration(figures.seconds, exact=True),
         ]
         table.rows.append(Row(cells, "" if figures.finished else "unfinished"))
@@ -172,7 +172,8 @@ def _difference(run: Run, stage: Stage) -> float | None:
     return round(value - base, 6)
 
 
-def _speed(value: float | None) -> str:
+def speed(value: float | None) -> str:
+    """Images/s, whole from 100 on."""
     if value is None:
         return UNKNOWN
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -184,7 +185,7 @@ def as_json(runs: Sequence[Run]) -> str:
 
 
 def _run_record(run: Run) -> dict[str, Any]:
-    return {"name": _unicode(run.name), "stages": [_stage_record(stage) for stage in run.stages]}
+    return {"name": _unicode(run.name), "stages": [stage_record(stage) for stage in run.stages]}
 
 
 JSON_FIELDS = (
@@ -194,7 +195,8 @@ JSON_FIELDS = (
 )
 
 
-def _stage_record(stage: Stage) -> dict[str, Any]:
+def stage_record(stage: Stage) -> dict[str, Any]:
+    """A stage as the JSON has it."""
     figures = {name: _finite(getattr(stage.figures, name)) for name in JSON_FIELDS}
     return {"name": _unicode(stage.name), "log": _unicode(str(stage.log)), **figures}
 

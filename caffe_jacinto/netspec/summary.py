@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -101,10 +101,16 @@ class Summary:
         return sum(row.zeros or 0 for row in counted) / max(sum(row.weights for row in counted), 1)
 
 
-def summarize(net: Message, where: str, zeros: Mapping[str, int] | None = None) -> Summary:
+def summarize(
+    net: Message,
+    where: str,
+    zeros: Mapping[str, int] | None = None,
+    data_shapes: Sequence[tuple[int, ...]] = (),
+) -> Summary:
     """The summary of a deploy, train or val network; without a phase of its own, of its test phase.
 
-    ``where`` names the network's file in messages; ``zeros`` are the weights that are zero, by layer.
+    ``where`` names the network's file in messages; ``zeros`` are the weights that are zero, by layer;
+    ``data_shapes`` are those of its data layers, where they are known (see `layer_shapes`).
 
     Raises:
         UserError: there are no layers, or the network does not determine the cost of one.
@@ -112,8 +118,8 @@ def summarize(net: Message, where: str, zeros: Mapping[str, int] | None = None) 
     if not net.messages("layer"):
         raise UserError(f"{where}: has no layers; give a network's prototxt, not a solver's")
     phase = net.message("state").string("phase", TEST)
-    costs = {cost.name: cost for cost in layer_costs(net, phase=phase)}
-    shaped = layer_shapes(net, phase=phase)
+    costs = {cost.name: cost for cost in layer_costs(net, data_shapes, phase)}
+    shaped = layer_shapes(net, data_shapes, phase)
     rows = tuple(_row(item, shaped, costs, zeros, where) for item in shaped)
     return Summary(net.string("name") or Path(where).stem, rows)
 

@@ -7,7 +7,8 @@
 # --torch: also PyTorch, for the engine that needs no Caffe and for the tests. On a machine with an NVIDIA or AMD GPU,
 # PyTorch is installed without being asked for, in the build for that GPU, unless --no-torch forbids it. A PyTorch that
 # this Python, or the `python3` on the PATH, already has is kept: a distribution's, a container's.
-# --tests: also Slurm, whose daemons the tests start and end by themselves.
+# --tests: also Slurm, whose daemons the tests start and end by themselves, and Chromium (113 MB to download, 411 MB
+# installed), which shows them the pages of `report --html`. Ubuntu has no such package: install Google Chrome there.
 # --no-caffe: builds no Caffe and installs none of the packages that its build needs. With --torch, PyTorch trains.
 # Run it as root or as a user with sudo (Debian 12, Ubuntu 22.04 and 24.04). If it may not install system packages, it
 # lists the missing ones with the command to install them, and exits with a nonzero code.
@@ -234,6 +235,10 @@ if [ "$python" = "$own_python" ]; then # another Python has what it needs, and C
   [ -n "$caffe" ] || [ "$build_caffe" = no ] || wanted+=("${caffe_packages[@]}")
 fi
 if [ "$with_tests" = yes ]; then wanted+=("${test_packages[@]}"); fi
+if grep -q '^ID=ubuntu' /etc/os-release 2>/dev/null; then # there it is a snap
+  mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | grep -vx chromium)
+  [ "$with_tests" = no ] || have_browser || say "Without Google Chrome, the tests that look at pages in a browser do not run"
+fi
 mapfile -t missing < <(missing_packages "${wanted[@]}")
 [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 

@@ -38,7 +38,7 @@ caffe_packages=(
   libboost-python-dev libprotobuf-dev libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev libopenblas-dev libopencv-dev
 )
 # shellcheck disable=SC2034
-test_packages=(munge slurm-client slurmctld slurmd)
+test_packages=(munge slurm-client slurmctld slurmd chromium)
 
 # missing_packages NAME...: prints the packages that are not installed, one per line. Without dpkg it looks for a command
 # or header of each package, so that users of other distributions get an exact list too.
@@ -48,7 +48,7 @@ missing_packages() {
     local installed
     installed=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "$@" 2>/dev/null | awk '$2 == "installed" {print $1}') || true
     for name in "$@"; do
-      [[ $'\n'$installed$'\n' == *$'\n'"$name"$'\n'* ]] || echo "$name"
+      [[ $'\n'$installed$'\n' == *$'\n'"$name"$'\n'* ]] || { [ "$name" = chromium ] && have_browser; } || echo "$name"
     done
   else
     for name in "$@"; do package_by_sight "$name" || echo "$name"; done
@@ -80,9 +80,11 @@ package_by_sight() {
     munge) have_daemon munged ;;
     slurm-client) command -v sbatch >/dev/null ;;
     slurmctld | slurmd) have_daemon "$1" ;;
+    chromium) have_browser ;;
     *) false ;;
   esac
 }
+have_browser() { command -v chromium || command -v chromium-headless-shell || command -v google-chrome; } >/dev/null
 have_daemon() { command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ]; }
 have_header() {
   compgen -G "/usr/include/$1" >/dev/null || compgen -G "/usr/include/*-linux-gnu/$1" >/dev/null ||

@@ -1,0 +1,347 @@
+"""Runs -> what the page shows of them: figures, curves, pruning and cost by layer, solver settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import duration, printable
+from caffe_jacinto.logs import tables
+from caffe_jacinto.logs.discover import Run, Stage
+from caffe_jacinto.logs.history import Bucket, Buckets, Listing, StageHistory, thinned
+from caffe_jacinto.netspec.summary import Summary, summarize
+from caffe_jacinto.prototxt.tree import Message, Value
+
+MOST_NUMBERS = 240_000
+"""Numbers in all curves of a page: with them it has less than 2 MB."""
+MOST_BUCKETS = 2000
+"""Of a curve that is thinned: a wide screen has as many pixels."""
+FEWEST_BUCKETS = 40
+MOST_FRACTIONS = 12_000
+"""Fractions in the listings of a stage."""
+
+TRAINING_LOSS = "training loss"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is wrong, and with which stage of which run."""
+
+    run: str
+    text: str
+    fatal: bool
+
+
+def notes(runs: Sequence[Run]) -> list[Note]:
+    """The errors and notes of all stages, errors first."""
+    found = []
+    for run in runs:
+        for stage in run.stages:
+            name, figures = printable(stage.name), stage.figures
+            if figures.fatal:
+                found.append(Note(printable(run.name), f"{name} stopped: {printable(figures.fatal)}", True))
+            found += [
+                Note(printable(run.name), f"{name}: {printable(note)}", False) for note in figures.notes
+            ]
+    return sorted(found, key=lambda note: not note.fatal)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure that stands out."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+def cards(run: Run) -> list[Card]:
+    """The figures that a run is judged by."""
+    ends = [stage.figures for _, stage in tables.results([run])]
+    found = []
+    if ends and ends[-1].top1 is not None:
+        first, last = ends[0], ends[-1]
+        change = 100 * (last.top1 - first.top1) if first.top1 is not None and last.top1 is not None else 0.0
+        start = printable(tables.results([run])[0][1].name)
+        detail = (
+            f"{change:+.2f} points since {start}".replace("-", "\N{MINUS SIGN}", 1) if len(ends) > 1 else ""
+        )
+        found.append(Card("Top-1", tables.percent(last.top1, 2), detail))
+        if last.top5 is not None:
+            found.append(Card("Top-5", tables.percent(last.top5, 2)))
+    sparsity = next((s.figures.sparsity for s in reversed(run.stages) if s.figures.sparsity), None)
+    if sparsity is not None:
+        found.append(Card("Sparsity", tables.percent(sparsity, 1), "of the convolutions' weights"))
+    gigamacs = next((s.figures.gigamacs for s in run.stages if s.figures.gigamacs is not None), None)
+    if gigamacs is not None:
+        found.append(Card("Complexity", tables.complexity(gigamacs), "GigaMACs for one crop"))
+    speed = next((s for s in run.stages if s.figures.images_per_second is not None), None)
+    if speed is not None:
+        found.append(
+            Card(
+                "Speed", tables.speed(speed.figures.images_per_second), f"images/s in {printable(speed.name)}"
+            )
+        )
+    seconds = [s.figures.seconds for s in run.stages if s.figures.seconds is not None]
+    if seconds:
+        found.append(Card("Time", duration(sum(seconds)), "all stages"))
+    return found
+
+
+# --- every figure ---------------------------------------------------------------------------------------
+
+
+def figure_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """Every figure of the stages as the JSON has it: a row for each figure, a cell for each stage."""
+    records = [tables.stage_record(stage) for stage in run.stages]
+    names = [name for name in records[0] if name not in ("name", "outputs")] if records else []
+    rows = [(name, [_json_cell(record[name]) for record in records]) for name in names]
+    outputs = dict.fromkeys(name for record in records for name in record["outputs"])
+    return rows + [
+        (f"outputs: {printable(name)}", [_json_cell(record["outputs"].get(name)) for record in records])
+        for name in outputs
+    ]
+
+
+def _json_cell(value: Any) -> str:
+    if value is None:
+        return tables.UNKNOWN
+    if isinstance(value, str):
+        return printable(value)
+    return json.dumps(value)
+
+
+# --- curves ---------------------------------------------------------------------------------------------
+
+
+def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The runs with what their charts show, as JSON takes it; stages are laid end to end."""
+    count = sum(len(_buckets_of(stage)) for run in runs for stage in run.stages)
+    most = max(FEWEST_BUCKETS, min(MOST_BUCKETS, MOST_NUMBERS // (4 * max(count, 1))))
+    return [_run_curves(run, most) for run in runs]
+
+
+def _run_curves(run: Run, most: int) -> dict[str, Any]:
+    stages: list[dict[str, Any]] = []
+    start, begun = 0.0, 0.0
+    for stage in run.stages:
+        history = stage.history
+        reached = [buckets.all()[-1].last for _, _, buckets in _buckets_of(stage)]
+        if history is None or not reached or stage.figures.tested:
+            continue
+        last = max(stage.figures.iterations or 0, *reached)
+        times = list(history.seconds(stage.figures.year))
+        seconds = stage.figures.seconds or (times[-1][1] if times else 0.0)
+        stages.append(
+            {
+                "name": printable(stage.name),
+                "start": start,
+                "end": start + last,
+                "begun": round(begun, 1),
+                "seconds": round(seconds, 1),
+                "times": [[time[0] for time in times], [round(time[1], 1) for time in times]],
+                "curves": [_curve(panel, name, buckets, most) for panel, name, buckets in _buckets_of(stage)],
+            }
+        )
+        start, begun = start + last, begun + seconds
+    pruning = [found for stage in run.stages if (found := _pruning(stage)) is not None]
+    return {"name": printable(run.name), "stages": stages, "pruning": pruning, "tested": _tested(run)}
+
+
+def _tested(run: Run) -> float | None:
+    """The accuracy that a last ``caffe test`` found."""
+    found = [stage.figures.top1 for stage in run.stages if stage.figures.tested]
+    return found[-1] if found else None
+
+
+def _buckets_of(stage: Stage) -> list[tuple[str, str, Buckets]]:
+    """The curves of a stage: panel, name, points."""
+    history = stage.history
+    if history is None:
+        return []
+    accuracies = stage.net.accuracies if stage.net is not None else {}
+    called = {output: f"top-{top_k}" for top_k, output in accuracies.items()}
+    found = [("loss", TRAINING_LOSS, history.loss)]
+    for name, buckets in history.outputs.items():
+        shown = called.get(name, name)
+        if shown == TRAINING_LOSS:
+            shown += " (output of the test)"
+        found.append((_panel_of(name, buckets, history), printable(shown), buckets))
+    found += [
+        ("rate", "learning rate", history.learning_rate),
+        ("sparsity", "sparsity", history.sparsity),
+    ]
+    return [(panel, name, buckets) for panel, name, buckets in found if buckets.all()]
+
+
+def _panel_of(name: str, buckets: Buckets, history: StageHistory) -> str:
+    if name in history.losses:
+        return "loss"
+    inside = all(bucket.low >= 0 and bucket.high <= 1 for bucket in buckets.all())
+    return "accuracy" if inside else "other"
+
+
+def _curve(panel: str, name: str, buckets: Buckets, most: int) -> dict[str, Any]:
+    """A curve: x and y; where it is thinned, with the lowest and highest value of each bucket."""
+    whole = buckets.all()
+    # Two points to a pixel are as good as a bucket of them.
+    found = whole if len(whole) <= 2 * most else thinned(whole, most)
+    curve: dict[str, Any] = {
+        "panel": panel,
+        "name": name,
+        "x": [_middle(b) for b in found],
+        "y": [_short(b.mean) for b in found],
+    }
+    points = sum(bucket.points for bucket in found)
+    if points > len(found):
+        curve |= {
+            "low": [_short(b.low) for b in found],
+            "high": [_short(b.high) for b in found],
+            "of": points,
+        }
+    return curve
+
+
+def _middle(bucket: Bucket) -> float:
+    middle = (bucket.first + bucket.last) / 2
+    return int(middle) if middle == int(middle) else middle
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+# --- pruning --------------------------------------------------------------------------------------------
+
+
+def _pruning(stage: Stage) -> dict[str, Any] | None:
+    """The sparsity of each convolution that counts, at each listing; None where no weight was ever zero."""
+    history, net = stage.history, stage.net
+    if history is None or net is None:
+        return None
+    listed = {layer for listing in history.listings for layer in listing.layers}
+    layers = [cost.name for cost in net.costs if cost.counted and cost.name in listed]
+    if not layers or not any(any(listing.layers.values()) for listing in history.listings):
+        return None
+    listings = _fewer(history.listings, MOST_FRACTIONS // len(layers))
+    return {
+        "stage": printable(stage.name),
+        "layers": [printable(layer) for layer in layers],
+        "at": [listing.iteration for listing in listings],
+        "sparsity": [[listing.layers.get(layer) for listing in listings] for layer in layers],
+    }
+
+
+def _fewer(listings: list[Listing], most: int) -> list[Listing]:
+    """Every n-th listing, the last one among them."""
+    step = -(-len(listings) // max(most, 1))
+    return listings[::-1][::step][::-1]
+
+
+# --- cost -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a network, and the runs that have it."""
+
+    runs: list[str]
+    summary: Summary
+
+
+def costs(runs: Sequence[Run]) -> list[Cost]:
+    """The distinct networks of the runs, with the zeros of the last listing, layer by layer."""
+    found: list[Cost] = []
+    for run in runs:
+        summary = _summary(run)
+        if summary is None:
+            continue
+        same = next((cost for cost in found if cost.summary == summary), None)
+        if same is not None:
+            same.runs.append(printable(run.name))
+        else:
+            found.append(Cost([printable(run.name)], summary))
+    return found
+
+
+def _summary(run: Run) -> Summary | None:
+    """Of the last stage whose network is known, with the last listing of sparsity."""
+    known = [stage for stage in run.stages if stage.net is not None and stage.net.message is not None]
+    if not known:
+        return None
+    with_zeros = [stage for stage in known if stage.history is not None and stage.history.listings]
+    net = (with_zeros or known)[-1].net
+    assert net is not None and net.message is not None
+    zeros = None
+    if with_zeros and with_zeros[-1].history is not None:
+        fractions = with_zeros[-1].history.listings[-1].layers
+        weights = {cost.name: cost.weights or 0 for cost in net.costs}
+        zeros = {name: round(fractions.get(name, 0.0) * count) for name, count in weights.items()}
+    try:
+        return summarize(net.message, "the log's network", zeros, net.shapes)
+    except UserError:
+        return None  # the log does not determine the cost; a note of the stage says so
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Solver settings side by side: a column for each run or stage, a row for each setting."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+    @staticmethod
+    def differ(cells: list[str]) -> bool:
+        return len(set(cells)) > 1
+
+
+def settings(runs: Sequence[Run]) -> list[Settings]:
+    """Of one run, its stages side by side; of several, the runs, for each stage that they have."""
+    if len(runs) == 1:
+        stages = [stage for stage in runs[0].stages if _settings_of(stage) is not None]
+        columns = [(printable(stage.name), stage) for stage in stages]
+        return [_side_by_side("", columns)] if columns else []
+    names = dict.fromkeys(s.name for run in runs for s in run.stages if _settings_of(s) is not None)
+    return [
+        _side_by_side(
+            printable(name), [(printable(run.name), stage) for run, stage in _stages_called(runs, name)]
+        )
+        for name in names
+    ]
+
+
+def _stages_called(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, Stage]]:
+    for run in runs:
+        for stage in run.stages:
+            if stage.name == name and _settings_of(stage) is not None:
+                yield run, stage
+
+
+def _settings_of(stage: Stage) -> Message | None:
+    found = stage.history.settings if stage.history is not None else None
+    return found if found is not None and found.fields else None
+
+
+def _side_by_side(title: str, columns: list[tuple[str, Stage]]) -> Settings:
+    solvers = [_settings_of(stage) or Message() for _, stage in columns]
+    names = dict.fromkeys(name for solver in solvers for name, _ in solver.fields)
+    rows = [("Caffe", [printable(stage.figures.caffe_version or tables.UNKNOWN) for _, stage in columns])]
+    for name in names:
+        cells = [", ".join(map(_setting, solver.all(name))) or tables.UNKNOWN for solver in solvers]
+        rows.append((printable(name), cells))
+    return Settings(title, [column for column, _ in columns], rows)
+
+
+def _setting(value: Value) -> str:
+    if isinstance(value, Message):
+        return "{ " + " ".join(f"{name}: {_setting(inner)}" for name, inner in value.fields) + " }"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return printable(str(value)) or '""'
