@@ -14,9 +14,10 @@ from log_text import GIGAMACS, Log, whole_stage
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
+from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.series import MOST_POINTS, Curve
-from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
+from caffe_jacinto.logs.stage import StageFigures, StageLog
 
 WHOLE = whole_stage().sparsity(0.5, 0.25).text.encode()
 
@@ -302,7 +303,7 @@ def test_memory_for_a_line_without_end_is_bounded() -> None:
     reader = LogReader()
     for _ in range(20):
         reader.feed(b"x" * 300_000)
-    assert len(reader._tail) < 1_500_000
+    assert len(reader._lines._tail) < 1_500_000
 
 
 def test_a_curve_holds_a_bounded_number_of_points_and_drops_what_a_resume_repeats() -> None:
@@ -354,9 +355,9 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
         path = tmp_path / "some.log"
         path.write_bytes(content)
         with pytest.raises(UserError, match=words):
-            read_stage(path)
+            read_log(path)
     with pytest.raises(UserError, match="cannot be read"):
-        read_stage(tmp_path / "missing.log")
+        read_log(tmp_path / "missing.log")
 
 
 def test_a_listing_of_sparsity_is_of_the_iteration_that_is_named_next() -> None:

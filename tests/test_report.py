@@ -18,9 +18,9 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.report import main
 
 KEYS = [
-    "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity",
-    "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds", "classes",
-    "image_size",
+    "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss",
+    "outputs", "sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged",
+    "seconds", "classes", "image_size", "notes",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.snapshots import spoiled_snapshots
-from caffe_jacinto.logs.stage import read_stage
+from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.runs.lock import is_held
@@ -327,7 +327,9 @@ def test_a_loss_that_hovers_below_its_largest_value_is_named(caffe_engine: Engin
         stage.run([[str(caffe_engine.info.executable), "train", "-solver", "solver.prototxt"]]).encode()
     )
     assert "the loss has been between 1520 and 1746.73 since iteration" in view.doubts()["high"]
-    assert read_stage(tmp_path / "run.log").figures().notes[0].startswith("the loss has been between 1520")
+    assert (
+        read_log(tmp_path / "run.log")[0].log.figures().notes[0].startswith("the loss has been between 1520")
+    )
 
 
 def test_caffes_fatal_line_is_the_message(trainer: Trainer) -> None:

@@ -14,16 +14,22 @@ from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.logs.events import moment
 from caffe_jacinto.logs.history import StageHistory
 from caffe_jacinto.logs.printed_net import PrintedNet
+from caffe_jacinto.logs.processes import LogStage, read_log
 from caffe_jacinto.logs.series import StageCurves
-from caffe_jacinto.logs.stage import StageFigures, StageLog, read_stage
+from caffe_jacinto.logs.stage import StageFigures, StageLog
 
-STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", "quantize", "test")
+TEST_STAGES = ("quantize", "test", "test_quantize")
+STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", *TEST_STAGES)
 STAGE_LOG = "run.log"
 """The log of a stage folder."""
 RUN_RECORD = "run.json"
 
 _STAGE_FILE = re.compile(rf"(?:(?P<run>.+)[_.-])?(?P<stage>{'|'.join(STAGE_ORDER)})", re.IGNORECASE)
 _LOG_NAME = re.compile(r".+\.log|.+\.log\.INFO\..+|.+\.INFO", re.IGNORECASE)
+_SCRIPT_LOG = re.compile(r"train-log_.*\.txt", re.IGNORECASE)
+"""What a script of the fork writes for all of its stages, in the run's folder."""
+_DIGITS_LOG = "caffe_output.log"
+"""The log of a job of NVIDIA's DIGITS, in the job's folder."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class _LogFile:
     run: str
     stage: str | None
     """None: the log decides."""
+    recorded: bool = False
+    """Whether this program wrote it, as the log of one stage."""
 
 
 def find_runs(
@@ -80,13 +88,13 @@ def find_runs(
             seen.add(real)
             found = _identify(file)
             try:
-                log = read_stage(file, curves=curves, history=history)
+                logs = read_log(file, curves=curves, history=history, one_stage=found.recorded)
             except UserError as problem:
                 # A stage that has just begun has an empty log, which is not a mistake in a folder.
                 if file == path or _size(file) != 0:
                     problems.append(problem)
                 continue
-            groups.setdefault((found.folder, found.run), []).append(_stage(found, log))
+            groups.setdefault((found.folder, found.run), []).extend(_stages(found, logs))
         if files and all(_size(file) == 0 for file in files) and path not in files:
             problems.append(UserError(f"{path}: every log in it is still empty"))
     return [Run(name, _in_order(folder, stages)) for (folder, name), stages in groups.items()], problems
@@ -112,10 +120,15 @@ def _log_files(path: Path) -> Iterator[Path]:
     yield from found
 
 
-def _walk(top: Path) -> Iterator[Path]:
-    """Logs in ``top`` and below, by name; of a stage folder, only its run.log."""
+def _walk(top: Path) -> list[Path]:
+    """Logs in ``top`` and below, by name; of a stage folder, only its run.log.
+
+    The log of the fork's scripts repeats what the logs of the stages hold, so it counts only without them.
+    """
     visited: set[tuple[int, int]] = set()  # links may lead round in a circle
     waiting = [top]
+    found: list[Path] = []
+    of_scripts: set[Path] = set()
     while waiting:
         folder = waiting.pop()
         status = folder.stat()
@@ -126,11 +139,17 @@ def _walk(top: Path) -> Iterator[Path]:
             children = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
         files = [name for name, _, is_file in children if is_file]
         if STAGE_LOG in files:
-            yield folder / STAGE_LOG
+            found.append(folder / STAGE_LOG)
         elif RUN_RECORD not in files:
-            yield from (folder / name for name in files if _LOG_NAME.fullmatch(name))
+            scripts = {folder / name for name in files if _SCRIPT_LOG.fullmatch(name)}
+            of_scripts |= scripts
+            found += [
+                folder / name for name in files if _LOG_NAME.fullmatch(name) or folder / name in scripts
+            ]
         folders = [name for name, is_folder, _ in children if is_folder and not name.startswith(".")]
         waiting += [folder / name for name in reversed(folders)]
+    with_others = {parent for path in found if path not in of_scripts for parent in path.parents}
+    return [path for path in found if path not in of_scripts or path.parent not in with_others]
 
 
 def _size(path: Path) -> int:
@@ -144,39 +163,70 @@ def _identify(path: Path) -> _LogFile:
     """Which run and stage a log belongs to, by its name and place."""
     parent = path.parent.resolve()
     stem = re.sub(r"(\.log|\.txt)$", "", path.name, flags=re.IGNORECASE)
-    in_stage_folder = parent.name.lower() in STAGE_ORDER or (parent.parent / RUN_RECORD).is_file()
-    if in_stage_folder and (path.name == STAGE_LOG or not _STAGE_FILE.fullmatch(stem)):
-        return _LogFile(path, parent.parent, parent.parent.name or "run", parent.name)
+    recorded = (parent.parent / RUN_RECORD).is_file()
     match = _STAGE_FILE.fullmatch(stem)
+    # RUN/initial/run.log, train.log, test.log; but RUN_A_sparse.log names its own run.
+    names_its_run = path.name != STAGE_LOG and match is not None and match["run"] is not None
+    if (parent.name.lower() in STAGE_ORDER or recorded) and not names_its_run:
+        recorded = recorded and path.name == STAGE_LOG
+        return _LogFile(path, parent.parent, parent.parent.name or "run", parent.name, recorded)
     if match is not None:
         return _LogFile(path, parent, match["run"] or parent.name or "run", match["stage"].lower())
-    if path.name == STAGE_LOG:
+    if path.name in (STAGE_LOG, _DIGITS_LOG) or _SCRIPT_LOG.fullmatch(path.name):
         return _LogFile(path, parent, parent.name or "run", None)
     return _LogFile(path, parent, stem, None)
 
 
-def _stage(file: _LogFile, log: StageLog) -> Stage:
-    name = file.stage or _stage_name(log.figures())
-    return stage_of(name, file.path, log)
+def _stages(file: _LogFile, logs: Sequence[LogStage]) -> list[Stage]:
+    """The stages of a file, each with a name of its own."""
+    found: list[Stage] = []
+    taken: dict[str, int] = {}
+    for part in logs:
+        figures = part.log.figures()
+        name = (file.stage or "") if file.recorded else _stage_name(figures, file.stage, alone=len(logs) == 1)
+        name += f" ({part.label})" if part.label else ""
+        taken[name] = times = taken.get(name, 0) + 1
+        found.append(_stage_of(f"{name} {times}" if times > 1 else name, file.path, part.log, figures))
+    return found
 
 
 def stage_of(name: str, path: Path, log: StageLog) -> Stage:
     """A stage as its ``log``, read from ``path``, describes it now."""
+    return _stage_of(name, path, log, log.figures())
+
+
+def _stage_of(name: str, path: Path, log: StageLog, figures: StageFigures) -> Stage:
     history = log.history
-    return Stage(name, path, log.figures(), log.curves, history, log.net if history is not None else None)
+    return Stage(name, path, figures, log.curves, history, log.net if history is not None else None)
 
 
-def _stage_name(figures: StageFigures) -> str:
-    """The stage's name by the folders in its solver's paths; else by what was done."""
+def _stage_name(figures: StageFigures, given: str | None, *, alone: bool) -> str:
+    """The stage's name by what its log holds; ``given`` is that of its file, which may be ``alone`` in it.
+
+    A test is a test, and a training none, whatever the file is called. The stage of a training is that of the
+    folders in its solver's paths, or the file's.
+    """
+    if figures.timed:
+        return "time"
+    if figures.tested:
+        own = "test_quantize" if figures.quantized else "test"
+        return given if given and alone and given.lower() in TEST_STAGES else own
+    if not figures.began and not alone:
+        return "failed start" if figures.fatal else given or "train"
+    if given and alone and (given.lower() not in TEST_STAGES or not figures.trained):
+        return given
     for path in figures.solver_paths:
         for part in reversed(Path(path).parts[:-1]):
-            if part.lower() in STAGE_ORDER:
+            if part.lower() in STAGE_ORDER and part.lower() not in TEST_STAGES:
                 return part.lower()
-    return "test" if figures.tested else "train"
+    return given if given and given.lower() not in TEST_STAGES else "train"
 
 
 def _in_order(folder: Path, stages: list[Stage]) -> list[Stage]:
     """The recipe's order where the run's record has it; else the usual order, or by time."""
+    logs = [stage.log for stage in stages]
+    if len(set(logs)) < len(logs):
+        return sorted(stages, key=_start)  # a file with several stages has them in their order
     recorded = _recorded_order(folder)
     names = {stage.name.lower() for stage in stages}
     if recorded and names <= set(recorded):

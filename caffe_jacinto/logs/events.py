@@ -67,6 +67,21 @@ class DataShape(NamedTuple):
     thread: int
 
 
+class TopShape(NamedTuple):
+    """The shape of an output of a layer in the network above; ``layer`` is None where the log names none."""
+
+    shape: tuple[int, ...]
+    thread: int
+    layer: str | None
+
+
+class DataSize(NamedTuple):
+    """The images that the list of an ImageData layer names."""
+
+    images: int
+    thread: int
+
+
 class TrainingBegan(NamedTuple):
     """The solver is set up and begins to iterate."""
 
@@ -76,6 +91,11 @@ class Restored(NamedTuple):
 
     path: str
 
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a solver state, so that the training goes on with the iteration after it."""
+        return "solverstate" in self.path
+
 
 class TrainProgress(NamedTuple):
     """A line of training: the iteration, its (smoothed) loss and the speed since the line before."""
@@ -84,6 +104,8 @@ class TrainProgress(NamedTuple):
     loss: float
     iters_per_second: float | None
     stamp: str
+    epochs: float | None = None
+    """Passes over the training data until then, which NVCaffe prints."""
 
 
 class LearningRate(NamedTuple):
@@ -98,6 +120,7 @@ class TestStarted(NamedTuple):
 
     iteration: int
     net: int
+    stamp: str
 
 
 class TestOutput(NamedTuple):
@@ -111,6 +134,18 @@ class TestOutput(NamedTuple):
     """Its number among the outputs of its network."""
     loss: float | None
     """The value times its loss weight, where it is a loss."""
+    mean_ap: bool = False
+    """Whether it is a detector's mean average precision."""
+
+
+class TestScore(NamedTuple):
+    """One number of a solver's test in a log of 2014, which does not name it."""
+
+    number: int
+    """Its number among the outputs of its network, which Caffe orders by name."""
+    value: float
+    iteration: int
+    net: int
 
 
 class Recalibrated(NamedTuple):
@@ -141,6 +176,13 @@ class TestLoss(NamedTuple):
 
     loss: float
     outputs: int
+
+
+class Benchmarked(NamedTuple):
+    """A time that ``caffe time`` measured, in milliseconds; with an empty name, it begins to measure."""
+
+    name: str
+    milliseconds: float
 
 
 class Sparsity(NamedTuple):
@@ -191,16 +233,20 @@ Event: TypeAlias = (
     | SolverStarted
     | NetPrinted
     | DataShape
+    | TopShape
+    | DataSize
     | TrainingBegan
     | Restored
     | TrainProgress
     | LearningRate
     | TestStarted
     | TestOutput
+    | TestScore
     | Recalibrated
     | TestPlanned
     | BatchTested
     | TestLoss
+    | Benchmarked
     | Sparsity
     | SnapshotWritten
     | SpeedReported

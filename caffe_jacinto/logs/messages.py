@@ -16,7 +16,9 @@ from collections.abc import Callable
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.events import (
     BatchTested,
+    Benchmarked,
     DataShape,
+    DataSize,
     Event,
     Fatal,
     Finished,
@@ -34,35 +36,43 @@ from caffe_jacinto.logs.events import (
     TestLoss,
     TestOutput,
     TestPlanned,
+    TestScore,
     TestStarted,
+    TopShape,
     TrainingBegan,
     TrainProgress,
     Version,
 )
 from caffe_jacinto.prototxt import tree
 
-PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) ([\w.+-]+):\d+\] ")
-"""What glog puts before a message; the groups are the thread's number and the source file."""
-
 MESSAGE_LIMIT = 29_990
 """glog cuts a message at 30,000 characters, prefix included."""
 
 # Whole numbers have a limit of digits, and no pattern can match the same text in two ways: no line takes more
 # time than others of its length.
-NUMBER = rb"[-+]?(?:nan|inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
+NUMBER = rb"[-+]?(?:nan(?:\(\w{1,9}\))?|inf|1\.#[A-Z]{3,4}\d{0,9}|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
+"""As C++ prints it, on Windows too: 1.#IND, 1.#QNAN and nan(ind) are not numbers, 1.#INF is infinity."""
 ITERATION = re.compile(
-    rb"Iteration (\d{1,18})(?:(?: \((?:([^ ()]+) iter/s, )?[^()]*\))?, (?:[\d./]+ep, )?loss = (%b)"
-    rb"|, lr = (%b)(?:, \w+ = %b)*|, Testing net \(#(\d{1,18})\))$" % (NUMBER, NUMBER, NUMBER)
+    rb"Iteration (\d{1,18})(?: \((?:([^ ()]+) iter/s, )?[^()]*\))?, "
+    rb"(?:(?:(\d{1,9}(?:\.\d*)?)/[\d.]+ep, )?loss = (%b)"
+    rb"|lr = (%b)(?:, \w+ = %b)*|Testing net(?: \(#(\d{1,18})\))?)$" % (NUMBER, NUMBER, NUMBER)
 )
 TEST_OUTPUT = re.compile(
-    rb"    Test net output #(\d{1,18}): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
+    rb" {0,8}Test net output #(\d{1,18}): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
 )
+DEVICE = re.compile(rb" {0,8}([\[(])([\w.]{1,20})[\])](?= )")
+"""The device before a message of NVCaffe's, in square brackets for training and in round ones for tests."""
 _TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
 _MARK = re.compile(
     rb"This is \S{0,99}[Cc]affe\S{0,99} \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
     rb"|Initializing solver from parameters:"
 )
 """Lines that only a process that has just started prints."""
+
+_STARTS = re.compile(rb" (?:caffe|upgrade_proto|io|common|solver_factory)\.[ch]pp:")
+"""What a process runs first, in its main thread."""
+_GAVE_UP = 9
+"""After any mark of a process."""
 
 _VERSION = re.compile(rb"This is (\S{0,99}[Cc]affe\S{0,99} \d[\w.+-]*)(?: .*)?$")
 _STARTED = re.compile(rb" started at .{1,99} (\d{4})$")
@@ -77,13 +87,29 @@ _PARAMETER = re.compile(rb"(.+)_param_(\d{1,18})\((%b)\)$" % NUMBER)
 _TOTAL = re.compile(
     rb"Total Sparsity \(zero_weights/count\) = +\((%b)/(%b)\) (%b)$" % (NUMBER, NUMBER, NUMBER)
 )
-_SHAPE = re.compile(rb"(?:\(\d+\) )?[Oo]utput data size: (\d{1,10}(?:[ ,]+\d{1,10}){0,31})[ ,]*$")
+_SHAPE = re.compile(rb"[Oo]utput data size: (\d{1,10}(?:[ ,]+\d{1,10}){0,31})[ ,]*$")
+_TOP_SHAPE = re.compile(
+    rb"(?:(?:TRAIN|TEST) )?Top shape(?: for layer \d{1,9} '(.{1,200})')?:? "
+    rb"(\d{1,10}(?: \d{1,10}){0,31}) \(\d{1,18}\)$"
+)
+_SETTING_UP = re.compile(rb"Setting up (\S{1,200})$")
+_DATA_SIZE = re.compile(rb"A total of (\d{1,18}) images\.$")
+_SCORE = re.compile(rb"Test score #(\d{1,18}): (%b)$" % NUMBER)
+_MEAN_AP = re.compile(rb" {0,8}Test net output mAP #(\d{1,9}): (.{1,200}) = (%b)$" % NUMBER)
+_CLASS_AP = re.compile(rb"class(?: AP )?(\d{1,9}): (%b)$" % NUMBER)
+_BENCHMARK = re.compile(
+    rb"(Average Forward pass|Average Backward pass|Average Forward-Backward|Total Time): (%b) ms\.$" % NUMBER
+)
 _BATCH = re.compile(rb"Batch (\d{1,18}), .* = %b$" % NUMBER)
+_WROTE = re.compile(rb"Wrote snapshot to:? (\S.*)$")
 _RECALIBRATED = re.compile(
     rb"    Test statistics: recalibrated over (\d{1,18}) batches$"
     rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d{1,18}) batches$"
 )
 _PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
+
+_CLASS_OUTPUTS = 1_000_000
+"""The average precision of class n is numbered from here on among a test's outputs."""
 
 _TEXT_LIMIT = 4_000_000
 """Bytes kept of a printed network or solver."""
@@ -115,10 +141,22 @@ class MessageReader:
         self._first_batch = -1
         self._complaint = ""
         self._previous = b""
+        self._layers: dict[int, str] = {}
+        """For each thread, the layer that it is setting up."""
+        self._run: tuple[int, bytes, bytes] | None = None
+        """The thread that the last messages are of, the first of them, and the line before that."""
+        self._notices: tuple[bytes, bytes, bytes] | None = None
+        """Of consecutive notices about old forms: the first, the line before it, the last."""
+        self._main = -1
+        """The thread that printed the first lines of the present process."""
+        self._began_training = False
+        self._roots: dict[bytes, bytes] = {}
+        """The device whose lines count, of those that print the same: the first, by its kind of bracket."""
 
     def take(self, line: bytes, begin: int, thread: int, previous: bytes) -> None:
         """The message that begins at ``begin`` in ``line``; ``previous`` is the whole line before it."""
         self._previous = previous
+        self._note_run(line, thread, previous)
         message = line[begin:].rstrip()
         if thread in self.texts:
             if _MARK.match(message):
@@ -126,21 +164,44 @@ class MessageReader:
             else:
                 self._close_text(thread)
         if line[:1] == b"F":
-            self._fatal(message)
+            self._fatal(line, message, thread)
         elif not (thread in self._listings and self._listed(thread, message)) and not (
             thread in self.results and self._result(thread, message)
         ):
-            if message[:1] == b"[":
-                message = message.partition(b"] ")[2]
+            device = DEVICE.match(message)
+            if device is not None:
+                message = message[device.end() :]
+                message = message if message[:4] == b"    " else message.lstrip()
+                if not self._is_root(device, message):
+                    return
             handler = _HANDLERS.get(message[:4])
             if handler is not None:
                 handler(self, line, message, thread)
+
+    def _is_root(self, device: re.Match[bytes], message: bytes) -> bool:
+        """Whether a message counts: of those that every device prints alike, only the first device's do."""
+        if not message.startswith((b"Iteration ", b"    Test net output ")):
+            return True
+        bracket, name = device.groups()
+        return self._roots.setdefault(bracket, name) == name
+
+    def _note_run(self, line: bytes, thread: int, previous: bytes) -> None:
+        if self._run is None or self._run[0] != thread:
+            self._run = (thread, line, previous)
+        if b" upgrade_proto.cpp:" in line[:80]:
+            follows = self._notices is not None and self._notices[2] is previous
+            first, before = self._notices[:2] if self._notices is not None and follows else (line, previous)
+            self._notices = (first, before, line)
 
     def text_line(self, line: bytes) -> None:
         """A line without glog's prefix: part of a text that a thread is printing, or not Caffe's."""
         line = line.rstrip()
         if line.startswith(b"[libprotobuf ERROR"):
             self._complaint = _text(line.partition(b"] ")[2])
+        elif line == b"done solving":  # py-faster-rcnn
+            self.events.append(Finished(None))
+        elif (wrote := _WROTE.match(line)) is not None:
+            self.events.append(SnapshotWritten(_text(wrote.group(1))))
         elif self.header_year is None and line.startswith(b"Log file created at: "):
             year = line[21:25]
             self.header_year = int(year) if year.isdigit() else None
@@ -165,23 +226,36 @@ class MessageReader:
             balanced = text.count("{") == text.count("}")
             self.events.append(NetPrinted(text, thread, balanced and size < MESSAGE_LIMIT))
 
-    def _process_mark(self, line: bytes, rank: int) -> None:
+    def _process_mark(self, line: bytes, rank: int, thread: int) -> None:
         """A process prints version, devices, solver in this order; a mark out of order is a new process."""
         if self._start_rank is None or rank <= self._start_rank:
-            self.texts.clear()
-            self._listings.clear()
-            self.results.clear()
-            self._text_thread = None
-            self._batch = self._first_batch = -1
-            self._batch_outputs = 0
-            self._complaint = ""
-            self.events.append(ProcessStarted(stamp(line), stamp(self._previous) if self._previous else None))
+            self._start_process(line, thread)
         self._start_rank = rank
+
+    def _start_process(self, line: bytes, thread: int) -> None:
+        """A process has printed ``line``, perhaps after notices, which do not say that they are its first."""
+        first, before = line, self._previous
+        if self._run is not None and thread != self._main:
+            _, first, before = self._run
+        elif self._notices is not None and self._notices[2] is self._previous:
+            first, before, _ = self._notices
+        self.texts.clear()
+        self._listings.clear()
+        self.results.clear()
+        self._text_thread = None
+        self._batch = self._first_batch = -1
+        self._batch_outputs = 0
+        self._complaint = ""
+        self._layers.clear()
+        self._roots.clear()
+        self._main = thread
+        self._began_training = False
+        self.events.append(ProcessStarted(stamp(first), stamp(before) if before else None))
 
     def _version(self, line: bytes, message: bytes, thread: int) -> None:
         match = _VERSION.match(message)
         if match is not None and b"caffe.cpp:" in line[:80]:
-            self._process_mark(line, 0)
+            self._process_mark(line, 0, thread)
             started = _STARTED.search(message)
             self.events.append(Version(_text(match.group(1)), int(started.group(1)) if started else None))
 
@@ -193,12 +267,12 @@ class MessageReader:
             if match is None:
                 return
             ids = tuple(int(part) for part in match.group(1).split(b","))
-        self._process_mark(line, 1)
+        self._process_mark(line, 1, thread)
         self.events.append(GpusUsed(ids))
 
     def _initializing(self, line: bytes, message: bytes, thread: int) -> None:
         if message.startswith(b"Initializing solver from parameters:"):
-            self._process_mark(line, 2)
+            self._process_mark(line, 2, thread)
             what = b"solver"
         elif message.startswith(b"Initializing net from parameters:"):
             what = b"net"
@@ -210,11 +284,27 @@ class MessageReader:
     def _shape(self, line: bytes, message: bytes, thread: int) -> None:
         match = _SHAPE.match(message)
         if match is not None:
-            numbers = re.findall(rb"\d+", match.group(1))
-            self.events.append(DataShape(tuple(int(number) for number in numbers), thread))
+            self.events.append(DataShape(_numbers(match.group(1)), thread))
+
+    def _top_shape(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _TOP_SHAPE.match(message)
+        if match is not None:
+            layer = _text(match.group(1)) if match.group(1) else self._layers.get(thread)
+            self.events.append(TopShape(_numbers(match.group(2)), thread, layer))
+
+    def _setting_up(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _SETTING_UP.match(message)
+        if match is not None:
+            self._layers[thread] = _text(match.group(1))
+
+    def _data_size(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _DATA_SIZE.match(message)
+        if match is not None:
+            self.events.append(DataSize(int(match.group(1)), thread))
 
     def _began(self, line: bytes, message: bytes, thread: int) -> None:
         if message in (b"Starting Optimization", b"Starting Optimization."):
+            self._began_training = True
             self.events.append(TrainingBegan())
 
     def _solving(self, line: bytes, message: bytes, thread: int) -> None:
@@ -235,14 +325,16 @@ class MessageReader:
 
     def add_iteration(self, match: re.Match[bytes], line: bytes) -> None:
         """``match`` is ITERATION's, in ``line``."""
-        number, speed, loss, rate, net = match.groups()
+        number, speed, epochs, loss, rate, net = match.groups()
         if loss is not None:
-            self.events.append(TrainProgress(int(number), float(loss), _positive(speed), stamp(line)))
+            done = None if epochs is None else _value(epochs)
+            progress = TrainProgress(int(number), _value(loss), _positive(speed), stamp(line), done)
+            self.events.append(progress)
         elif rate is not None:
-            self.events.append(LearningRate(int(number), float(rate)))
+            self.events.append(LearningRate(int(number), _value(rate)))
         else:
-            self._test = (int(number), int(net))
-            self.events.append(TestStarted(*self._test))
+            self._test = (int(number), int(net or 0))
+            self.events.append(TestStarted(*self._test, stamp(line)))
 
     def _output(self, line: bytes, message: bytes, thread: int) -> None:
         match = TEST_OUTPUT.match(message)
@@ -252,6 +344,24 @@ class MessageReader:
             self._recalibrated(line, message, thread)
         elif message.lstrip().startswith(b"Solver performance"):
             self._speed(line, message, thread)
+        elif message.lstrip().startswith(b"Test net output mAP"):
+            self._mean_ap(line, message, thread)
+
+    def _mean_ap(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _MEAN_AP.match(message)
+        if match is not None:
+            iteration, net = self._test
+            number, name, value = match.groups()
+            output = TestOutput(_text(name), _value(value), iteration, net, int(number), None, mean_ap=True)
+            self.events.append(output)
+
+    def _class_ap(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _CLASS_AP.match(message)
+        if match is not None and b"solver.c" in line[:80]:
+            iteration, net = self._test
+            number = int(match.group(1))
+            name, value = f"class AP {number}", _value(match.group(2))
+            self.events.append(TestOutput(name, value, iteration, net, _CLASS_OUTPUTS + number, None))
 
     def _recalibrated(self, line: bytes, message: bytes, thread: int) -> None:
         match = _RECALIBRATED.match(message)
@@ -263,10 +373,12 @@ class MessageReader:
         """``match`` is TEST_OUTPUT's."""
         index, name, value, loss = match.groups()
         iteration, net = self._test
-        self.events.append(TestOutput(_text(name), float(value), iteration, net, int(index), _optional(loss)))
+        self.events.append(
+            TestOutput(_text(name), _value(value), iteration, net, int(index), _optional(loss))
+        )
 
     def _snapshot(self, line: bytes, message: bytes, thread: int) -> None:
-        match = re.match(rb"Snapshotting (?:solver state )?to (?:binary proto|HDF5) file (.+)$", message)
+        match = re.match(rb"Snapshotting (?:solver state )?to (?:(?:binary proto|HDF5) file )?(.+)$", message)
         if match is not None:
             self.events.append(SnapshotWritten(_text(match.group(1))))
 
@@ -279,19 +391,22 @@ class MessageReader:
         match = _PARAMETER.match(message)
         if match is not None:
             layer, number, fraction = match.groups()
-            self._listings[thread][_text(layer), int(number)] = float(fraction)
+            self._listings[thread][_text(layer), int(number)] = _value(fraction)
             return True
         match = _TOTAL.match(message)
         if match is not None:
-            zeros, count, total = (float(group) for group in match.groups())
+            zeros, count, total = (_value(group) for group in match.groups())
             self.events.append(Sparsity(total, zeros, count, self._listings.pop(thread)))
             return True
         return False
 
     def _total(self, line: bytes, message: bytes, thread: int) -> None:
+        if message.startswith(b"Total Time: "):
+            self._benchmark(line, message, thread)
+            return
         match = _TOTAL.match(message)
         if match is not None:
-            zeros, count, total = (float(group) for group in match.groups())
+            zeros, count, total = (_value(group) for group in match.groups())
             self.events.append(Sparsity(total, zeros, count, {}))
 
     def _speed(self, line: bytes, message: bytes, thread: int) -> None:
@@ -300,7 +415,7 @@ class MessageReader:
             whose = match.group(1) or b""
             # The lines of the further GPUs are indented; the root's, or a single GPU's, are not.
             if whose or not message.startswith(b" "):
-                self.events.append(SpeedReported(float(match.group(2)), whose.startswith(b"Overall")))
+                self.events.append(SpeedReported(_value(match.group(2)), whose.startswith(b"Overall")))
 
     def _done(self, line: bytes, message: bytes, thread: int) -> None:
         if message.startswith(b"Optimization stopped early"):
@@ -317,6 +432,20 @@ class MessageReader:
     def _interrupted(self, line: bytes, message: bytes, thread: int) -> None:
         if message == b"Test interrupted.":
             self.events.append(StoppedEarly())
+        elif (score := _SCORE.match(message)) is not None:
+            number, value = score.groups()
+            self.events.append(TestScore(int(number), _value(value), *self._test))
+        elif message.startswith(b"Test net output"):
+            self._mean_ap(line, message, thread)
+
+    def _benchmark(self, line: bytes, message: bytes, thread: int) -> None:
+        """Lines of ``caffe time``."""
+        if message == b"*** Benchmark begins ***":
+            self.events.append(Benchmarked("", 0.0))
+        elif message == b"*** Benchmark ends ***":
+            self.events.append(Finished(None))
+        elif (match := _BENCHMARK.match(message)) is not None:
+            self.events.append(Benchmarked(_text(match.group(1)), _value(match.group(2))))
 
     def _planned(self, line: bytes, message: bytes, thread: int) -> None:
         match = re.match(rb"Running for (\d{1,18}) iterations\.$", message)
@@ -339,7 +468,7 @@ class MessageReader:
     def _loss(self, line: bytes, message: bytes, thread: int) -> None:
         match = re.match(rb"Loss: (%b)$" % NUMBER, message)
         if match is not None and b"caffe.cpp:" in line[:80]:
-            self.events.append(TestLoss(float(match.group(1)), self._batch_outputs))
+            self.events.append(TestLoss(_value(match.group(1)), self._batch_outputs))
             self.results[thread] = 0
 
     def _result(self, thread: int, message: bytes) -> bool:
@@ -351,13 +480,18 @@ class MessageReader:
         name, value, loss = match.groups()
         index = self.results[thread]
         self.results[thread] = index + 1
-        self.events.append(TestOutput(_text(name), float(value), None, 0, index, _optional(loss)))
+        self.events.append(TestOutput(_text(name), _value(value), None, 0, index, _optional(loss)))
         return True
 
-    def _fatal(self, message: bytes) -> None:
+    def _fatal(self, line: bytes, message: bytes, thread: int) -> None:
+        """A process gave up: the present one, or another that gave up before it said anything."""
+        complaint = self._complaint
+        if _STARTS.search(line[:80]) and self._main >= 0 and (thread != self._main or self._began_training):
+            self._start_process(line, thread)
+        self._start_rank = _GAVE_UP
         text = _text(message)
-        if self._complaint:
-            text = f"{text} ({self._complaint})"
+        if complaint:
+            text = f"{text} ({complaint})"
         self.events.append(Fatal(text))
 
 
@@ -369,7 +503,14 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"Init": MessageReader._initializing,
     b"outp": MessageReader._shape,
     b"Outp": MessageReader._shape,
-    b"(0) ": MessageReader._shape,
+    b"Top ": MessageReader._top_shape,
+    b"TRAI": MessageReader._top_shape,
+    b"TEST": MessageReader._top_shape,
+    b"Sett": MessageReader._setting_up,
+    b"A to": MessageReader._data_size,
+    b"clas": MessageReader._class_ap,
+    b"*** ": MessageReader._benchmark,
+    b"Aver": MessageReader._benchmark,
     b"Star": MessageReader._began,
     b"Solv": MessageReader._solving,
     b"Resu": MessageReader._restored,
@@ -396,6 +537,17 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
+def _numbers(raw: bytes) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(rb"\d+", raw))
+
+
+def _value(raw: bytes) -> float:
+    """A number that matched NUMBER."""
+    if b"#" in raw or b"(" in raw:
+        return float("-inf" if raw[:1] == b"-" else "inf") if b"#INF" in raw else float("nan")
+    return float(raw)
+
+
 def _positive(raw: bytes | None) -> float | None:
     """A speed. Stock Caffe prints nonsense (-5e+31 iter/s) before it has measured one."""
     try:
@@ -406,4 +558,4 @@ def _positive(raw: bytes | None) -> float | None:
 
 
 def _optional(raw: bytes | None) -> float | None:
-    return None if raw is None else float(raw)
+    return None if raw is None else _value(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -12,21 +13,31 @@ from caffe_jacinto.logs import events
 from caffe_jacinto.logs.loss import SoftmaxLosses, softmax_losses
 from caffe_jacinto.netspec import graph
 from caffe_jacinto.netspec import shapes as complexity
-from caffe_jacinto.netspec.layer_types import role_of
+from caffe_jacinto.netspec.layer_types import LAYER_TYPES, role_of
 from caffe_jacinto.prototxt import tree
 
 _PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
 _READ_SCORES = ("Accuracy", "SoftmaxWithLoss")
-_MOST_SHAPES = 8
+_DECLARED = ("Input", "DummyData", "MemoryData", "Parameter")
+"""Layers without inputs that state their shapes."""
+_MOST_SHAPES = 1000
 _MOST_NETS = 16
+
+_TOP_1 = re.compile(r"(?i)top[-_ @]?1(?!\d)|(?<![a-z])acc(?:uracy)?(?:[-_ @/]?1)?$")
+_TOP_5 = re.compile(r"(?i)top[-_ @]?5(?!\d)|(?<![a-z])acc(?:uracy)?[-_ @/]?5$")
 
 
 @dataclass
 class PrintedNet:
-    """A printed network and the shapes its data layers gave."""
+    """A printed network, and the shapes that were printed after it."""
 
     printed: events.NetPrinted
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    given: list[tuple[int, ...]] = field(default_factory=list)
+    """What its data layers gave, in order."""
+    named: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shape of each layer's first output."""
+    images: int | None = None
+    """How many its data layer has, where that says so."""
 
     @cached_property
     def phase(self) -> str | None:
@@ -36,24 +47,60 @@ class PrintedNet:
     @cached_property
     def message(self) -> tree.Message | None:
         """The network; None where the log holds only a part of it."""
+        return self._head if self.printed.complete else None
+
+    @cached_property
+    def _head(self) -> tree.Message | None:
+        """The network, or the whole layers of the part of it that was printed."""
+        text = self.printed.text
         if not self.printed.complete:
-            return None
+            text = text[: text.rfind("\n}") + 2]
         try:
-            return tree.parse(self.printed.text, "network in the log")
+            return _of_today(tree.parse(text, "network in the log"))
         except UserError:
             return None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that data layers gave, by layer."""
+        found: dict[str, tuple[int, ...]] = {}
+        given = iter(self.given)
+        for layer in self._sources:
+            name = layer.string("name")
+            shape = self.named.get(name) or next(given, None)
+            if shape is not None:
+                found[name] = shape
+        return found
+
+    @property
+    def _sources(self) -> list[tree.Message]:
+        """The layers that read a data set."""
+        layers = graph.layers_in(self._head) if self._head else []
+        return [
+            layer
+            for layer in layers
+            if not layer.has("bottom") and layer.has("top") and layer.string("type") not in _DECLARED
+        ]
 
     @cached_property
     def costs(self) -> list[complexity.LayerCost]:
         return complexity.layer_costs(self.message, self.shapes) if self.message else []
 
-    @property
+    @cached_property
     def gigamacs(self) -> float | None:
         return complexity.gigamacs(self.message, self.shapes) if self.message else None
 
-    @property
+    @cached_property
     def batch(self) -> int | None:
-        return complexity.batch_size(self.message) if self.message else None
+        """Images of one pass, by the network or else by the shapes that were printed."""
+        stated = complexity.batch_size(self._head) if self._head else None
+        for layer in self._sources if stated is None else ():
+            messages = [value for _, value in layer.fields if isinstance(value, tree.Message)]
+            stated = next((m.integer("batch_size") for m in messages if m.integer("batch_size") > 0), None)
+            shape = self.shapes.get(layer.string("name"))
+            stated = stated or (shape[0] if shape else None)
+            break
+        return stated
 
     @cached_property
     def accuracies(self) -> dict[int, str]:
@@ -86,15 +133,61 @@ class PrintedNet:
         return softmax_losses(self.message, self.classes) if self.message else None
 
     @cached_property
-    def outputs(self) -> int | None:
-        """How many blobs the network produces and does not use."""
+    def outputs(self) -> list[str] | None:
+        """The blobs that the network produces and does not use, in Caffe's order, which is by name."""
         if self.message is None:
             return None
         unused: set[str] = set()
         for layer in graph.layers_in(self.message):
             unused.difference_update(layer.strings("bottom"))
             unused.update(layer.strings("top"))
-        return len(unused)
+        return sorted(unused)
+
+    def loss_weight(self, output: str) -> float | None:
+        """What a loss with this name counts; None for an output that is no loss."""
+        for layer in graph.layers_in(self.message) if self.message else ():
+            if output in layer.strings("top"):
+                weights = layer.all("loss_weight") or [1.0] * layer.string("type").endswith("Loss")
+                at = layer.strings("top").index(output)
+                weight = weights[at] if at < len(weights) else None
+                return float(weight) if isinstance(weight, (int, float)) and weight else None
+        return None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the fork computes it in quantized values."""
+        return self._head is not None and self._head.flag("quantize")
+
+
+def _of_today(net: tree.Message) -> tree.Message:
+    """A network with the layers of 2014 (V1LayerParameter) in today's form, as far as figures need it."""
+    for at, (name, value) in enumerate(net.fields):
+        if name == "layers" and isinstance(value, tree.Message):
+            value.fields = [
+                (field_name, _type_of_today(item) if field_name == "type" else item)
+                for field_name, item in value.fields
+            ]
+            net.fields[at] = ("layer", value)
+    return net
+
+
+_TYPES = {name.lower(): name for name in LAYER_TYPES} | {"softmaxloss": "SoftmaxWithLoss"}
+
+
+def _type_of_today(name: tree.Value) -> tree.Value:
+    """``InnerProduct`` for ``INNER_PRODUCT``: the types kept their names, but for the softmax loss."""
+    return _TYPES.get(name.replace("_", "").lower(), name) if isinstance(name, str) else name
+
+
+def named_accuracies(outputs: Iterable[str]) -> dict[int, str]:
+    """top_k -> the output whose name says that it is this accuracy; of several, the last."""
+    found = {}
+    for name in outputs:
+        for top_k, pattern in ((5, _TOP_5), (1, _TOP_1)):
+            if pattern.search(name):
+                found[top_k] = name
+                break
+    return found
 
 
 class PrintedNets:
@@ -121,31 +214,44 @@ class PrintedNets:
             self._nets.append(PrintedNet(printed))
             self._losses = None
 
-    def add_shape(self, event: events.DataShape) -> None:
-        """A data layer of the network that was printed last has printed its shape."""
-        if self._nets and self._nets[-1].printed.thread == event.thread:
-            shapes = self._nets[-1].shapes
-            if len(shapes) < _MOST_SHAPES:
-                shapes.append(event.shape)
+    def add_shape(self, event: events.DataShape | events.TopShape | events.DataSize) -> None:
+        """A layer of the network that was printed last has printed a shape, or how many images there are."""
+        net = self._nets[-1] if self._nets and self._nets[-1].printed.thread == event.thread else None
+        if net is None:
+            return
+        if isinstance(event, events.DataSize):
+            net.images = event.images
+        elif isinstance(event, events.DataShape):
+            if len(net.given) < _MOST_SHAPES:
+                net.given.append(event.shape)
+        elif event.layer is not None:
+            if len(net.named) < _MOST_SHAPES:
+                net.named.setdefault(event.layer, event.shape)
+        elif not net.given:
+            net.given.append(event.shape)  # the first layer's
 
     def of(self, phase: str, number: int = 0) -> PrintedNet | None:
         """The network number ``number`` of a phase, ``TRAIN`` or ``TEST``."""
         found = [net for net in self._nets if net.phase == phase]
         net = found[number] if number < len(found) else None
         if phase == "TEST" and number == 0 and self._test_net and (net is None or not net.printed.complete):
-            return self._given_net(self._test_net, net.shapes if net else [])
+            return self._given_net(self._test_net, net)
         return net
 
-    def _given_net(self, text: str, shapes: list[tuple[int, ...]]) -> PrintedNet:
-        """The network of the text that `__init__` was given."""
-        if self._given is None or self._given.shapes != shapes:
-            self._given = PrintedNet(events.NetPrinted(text, thread=0, complete=True), list(shapes))
+    def _given_net(self, text: str, printed: PrintedNet | None) -> PrintedNet:
+        """The network of the text that `__init__` was given, with the shapes of the ``printed`` one."""
+        given = list(printed.given) if printed else []
+        named = dict(printed.named) if printed else {}
+        if self._given is None or (self._given.given, self._given.named) != (given, named):
+            net = events.NetPrinted(text, thread=0, complete=True)
+            self._given = PrintedNet(net, given, named)
         return self._given
 
     def main(self) -> PrintedNet | None:
-        """The network to count: the test net, or where the log has no complete one, the train net."""
-        nets = [self.of("TEST"), self.of("TRAIN"), *self._nets]
-        return next((net for net in nets if net is not None and net.message is not None), None)
+        """The network to count: the test net, or where the log does not give all of one, the train net."""
+        nets = [net for net in (self.of("TEST"), self.of("TRAIN"), *self._nets) if net is not None]
+        nets = [net for net in nets if net.message is not None]
+        return next((net for net in nets if net.gigamacs is not None), nets[0] if nets else None)
 
     def softmax_losses(self) -> SoftmaxLosses | None:
         """The losses of the training network, or where the log has no complete one, of the test network."""
@@ -159,6 +265,11 @@ class PrintedNets:
         """top_k -> the output that holds it, of test net number ``number``."""
         net = self.of("TEST", number)
         return net.accuracies if net else {}
+
+    @property
+    def any_is_printed(self) -> bool:
+        """Whether the log holds a network."""
+        return bool(self._nets)
 
     def any_is_cut(self) -> bool:
         """Whether glog has cut a network."""

@@ -1,9 +1,9 @@
-"""A log's bytes, as they arrive -> lines -> events.
+"""A log's lines, as they arrive -> events.
 
 Reads what stock Caffe 1.0, NVCaffe 0.16/0.17 and caffe-jacinto print through glog (see `messages`). Lines of
 several threads are interleaved. A process that was killed leaves a cut line, and the next process starts in
 the middle of it. A line counts once its end has arrived, so that a log cut anywhere gives the first events of
-the whole log. Lines end in a newline, a carriage return or both.
+the whole log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from caffe_jacinto.logs.events import Event
-from caffe_jacinto.logs.messages import ITERATION, PREFIX, TEST_OUTPUT, MessageReader, stamp
+from caffe_jacinto.logs.lines import PREFIX, LineSplitter
+from caffe_jacinto.logs.messages import ITERATION, TEST_OUTPUT, MessageReader, stamp
 
 _CAFFE_SOURCES = re.compile(
     rb"(?:_?caffe|solver|sgd_solver|net|parallel|common|upgrade_proto|io|layer_factory|math_functions|syncedmem|"
@@ -20,11 +21,8 @@ _CAFFE_SOURCES = re.compile(
 )
 _CLOSED = re.compile(rb"(?:\)|Done\.)$")
 
-_BRACKET = ord(")")
-"""Of an iteration's lines, only the one that announces a test ends with it."""
-
-_LINE_LIMIT = 1_000_000
-"""Longer lines are not log lines. They are dropped, so that memory does not grow with them."""
+_ZERO, _NINE = b"09"
+"""Of an iteration's lines, those of a test, and of a loss that is not a number, do not end in a digit."""
 
 
 class LogReader:
@@ -41,7 +39,7 @@ class LogReader:
         self.first_stamp: str | None = None
         self.last_stamp: str | None = None
         """glog's date and time of the first and last complete line."""
-        self._tail = b""
+        self._lines = LineSplitter()
         self._last_line = b""
         self._messages = MessageReader()
 
@@ -52,28 +50,23 @@ class LogReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data``, the next piece of the log, completes."""
-        content = self._tail + data
-        if b"\r" in data:
-            # A piece may end between the two of \r\n; the empty line that this makes changes nothing.
-            content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = content.split(b"\n")
-        self._tail = lines.pop()
-        if len(self._tail) > _LINE_LIMIT:
-            self._tail = self._tail[-1000:]
-        if self._skim:
-            self._read(self._ends(lines))
-        else:
-            self._note_first(lines)
-            self._read(lines)
-        return self._take()
+        return [event for lines in self._lines.feed(data).values() for event in self.read(lines)]
 
     def close(self) -> list[Event]:
         """The log has ended: the event of a last line without its newline, if it is certainly complete."""
-        if _CLOSED.search(self._tail.rstrip()):
-            self._note_first([self._tail])
-            self._read([self._tail])
-        self._tail = b""
+        return [event for lines in self._lines.close().values() for event in self.read_last(lines)]
+
+    def read(self, lines: list[bytes]) -> list[Event]:
+        """The events that these lines, the next ones, complete."""
+        self._note_first(lines)
+        self._read(self._ends(lines) if self._skim else lines)
         return self._take()
+
+    def read_last(self, lines: list[bytes]) -> list[Event]:
+        """The same for the lines that a log ends with, the last of which may be cut off."""
+        if lines and not _CLOSED.search(lines[-1].rstrip()):
+            lines = lines[:-1]
+        return self.read(lines)
 
     def _take(self) -> list[Event]:
         if self._last_line:
@@ -85,26 +78,29 @@ class LogReader:
 
     def _ends(self, lines: list[bytes]) -> Iterator[bytes]:
         """The lines, without those that ``skim`` leaves out."""
-        self._note_first(lines)
-        first, waiting, last = True, b"", b""
+        first, waiting, last, of = True, b"", b"", b""
         for line in lines:
             parts = line.split(b"] ")
-            # A third part belongs to another line, which began where this one was cut.
-            if len(parts) == 2:
-                message = parts[1]
-                key = message[:9]
-                if key == b"Iteration" and message[-1] != _BRACKET:
-                    last = line
-                    if message.find(b"lr = ", 11, 30) < 0:
-                        if first:
-                            first = False
-                            yield line
-                        else:
-                            waiting = line
-                    continue
-                if key == b"    Train":
-                    last = line
-                    continue
+            # A third part is a message of NVCaffe's, after the device that prints it; or it belongs to
+            # another line, which began where this one was cut.
+            message, device = parts[-1], b""
+            if len(parts) == 3 and parts[1][:5] == b"    [":
+                device = parts[1]
+            elif len(parts) != 2:
+                message = b""
+            key = message[:9]
+            if key == b"Iteration" and _ZERO <= message[-1] <= _NINE and (first or of == device):
+                last = line
+                if message.find(b"lr = ", 11, 50) < 0:
+                    if first:
+                        first, of = False, device
+                        yield line
+                    else:
+                        waiting = line
+                continue
+            if key == b"    Train":
+                last = line
+                continue
             if waiting:
                 yield waiting
             self._note_last(last)

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.history import StageHistory
 from caffe_jacinto.logs.loss import LossCheck
-from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity
+from caffe_jacinto.logs.notes import Facts, stage_notes
+from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity, named_accuracies
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, StageCurves, Timing, by_name
 
 CHUNK = 1 << 20
+"""Bytes of a log that are read at once."""
 PACE_POINTS = 50
 """Displays that the pace is measured over."""
 
 _MOST_TESTS = 10_000
 """Tests kept for the live view: more than any training has."""
 
-_SNAPSHOT_ITERATION = re.compile(r"_iter_(\d{1,18})\.(?:caffemodel|solverstate)(?:\.h5)?$")
+_SNAPSHOT_ITERATION = re.compile(r"_iter_(\d{1,18})(?:\.(?:caffemodel|solverstate)(?:\.h5)?)?$")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ class StageFigures:
     """Updates done; of a ``caffe test``, batches."""
     top1: float | None
     top5: float | None
-    """Accuracies of the last complete test, by the ``top_k`` of the printed network's Accuracy layers."""
+    """Accuracies of the last complete test, by the ``top_k`` of the printed network's Accuracy layers; where
+    the log does not hold that network, by the names of the outputs."""
+    mean_ap: float | None
+    """A detector's mean average precision in the last complete test."""
     loss: float | None
     """The loss of the last complete test: the weighted sum of its losses."""
+    train_loss: float | None
+    """The training loss displayed last, smoothed as Caffe does."""
     outputs: dict[str, float]
     """Every output of the last complete test; those of a second test net have `` (#1)`` after the name."""
     sparsity: float | None
@@ -65,12 +71,20 @@ class StageFigures:
     year: int | None
     tested: bool
     """Whether this is ``caffe test`` and no training."""
+    quantized: bool
+    """Whether that was a test of the fork in quantized values."""
+    timed: bool
+    """Whether this is ``caffe time``."""
+    began: bool
+    """Whether it has begun to train, to test or to measure."""
+    trained: bool
+    """Whether it has trained: a solver with no iterations only tests."""
     fatal: str | None
     """The error that ended the last process, if any."""
     solver_paths: tuple[str, ...]
     """Paths in the solver's settings that may contain the stage's name."""
     notes: tuple[str, ...]
-    """Why a figure is missing, where that can be said, and what is wrong with the last losses."""
+    """Why a figure is missing, and what is wrong with the last losses."""
 
 
 class StageLog:
@@ -114,6 +128,10 @@ class StageLog:
         """Live: iterations whose snapshot was begun since `resume_at`."""
         self._live = live
         self._reader = LogReader(skim=not (curves or live or history))
+        self.first_stamp: str | None = None
+        self.last_stamp: str | None = None
+        """glog's date and time of the first and the last line."""
+        self.header_year: int | None = None
         self._timing = Timing()
         self._pace: deque[tuple[int, str]] = deque(maxlen=PACE_POINTS)
         self._version: events.Version | None = None
@@ -125,6 +143,14 @@ class StageLog:
         """Whether the network's statistics are recalibrated ones, as at the end of a stage."""
         self._test_recalibrated = False
         """Whether those of the last test were."""
+        self._snapshot = ""
+        """The path of the last one."""
+        self._silent: events.TestStarted | None = None
+        """The test that has begun and has not printed anything."""
+        self._silent_tests: list[int] = []
+        """Iterations of the first and the last test that printed nothing."""
+        self._times: dict[str, float] = {}
+        """Of ``caffe time``: milliseconds, by name."""
         self._sparsity: events.Sparsity | None = None
         self._unplotted_sparsity: float | None = None
         """Of a listing whose iteration the next line names."""
@@ -142,6 +168,20 @@ class StageLog:
         """Whether the log has a line of Caffe's."""
         return self._reader.is_caffe
 
+    @property
+    def prefix(self) -> str | None:
+        """The ``snapshot_prefix`` of the last solver; None before one is printed."""
+        return self._solver.snapshot_prefix if self._solver else None
+
+    def wrote_under(self, prefix: str) -> bool:
+        """Whether its solver is not known, and its snapshots begin with ``prefix``."""
+        return self._solver is None and bool(prefix) and self._snapshot.startswith(f"{prefix}_iter_")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last training or test ended normally."""
+        return self._finished
+
     def feed(self, data: bytes) -> list[events.Event]:
         """Take the next bytes of the log; returns the events that they completed."""
         return self._fold(self._reader.feed(data))
@@ -149,21 +189,44 @@ class StageLog:
     def close(self) -> list[events.Event]:
         """The log ends here, for now."""
         found = self._fold(self._reader.close())
+        self.end()
+        return found
+
+    def end(self) -> None:
+        """There are no more events, for now."""
         self._plot_sparsity()
         if self.history is not None:
             self.history.close(self.iteration)
         tests = self._tests.get(0)
         if tests is not None and not tests.ended and self._last_test(0) is tests.current:
             self._take_test(tests)
-        return found
 
     def _fold(self, found: list[events.Event]) -> list[events.Event]:
+        reader = self._reader
+        self.first_stamp, self.last_stamp = reader.first_stamp, reader.last_stamp
+        self.header_year = reader.header_year
         for event in found:
-            self._take(event)
-            if self.history is not None:
-                listed = self.sparsity if isinstance(event, events.Sparsity) else None
-                self.history.take(event, listed, self._is_nvcaffe())
+            self.take(event)
         return found
+
+    def take(self, event: events.Event) -> None:
+        """Take the next event. Its caller keeps `first_stamp`, `last_stamp` and `header_year`."""
+        if isinstance(event, events.TestScore):
+            event = self._named(event)
+        self._take(event)
+        if self.history is not None:
+            listed = self.sparsity if isinstance(event, events.Sparsity) else None
+            self.history.take(event, listed, self._is_nvcaffe())
+
+    def _named(self, score: events.TestScore) -> events.TestOutput:
+        """The output of a test that the log of 2014 gives by its number."""
+        net = self._nets.of("TEST", score.net)
+        names = (net.outputs if net else None) or []
+        known = score.number < len(names)
+        name = names[score.number] if known else f"score {score.number}"
+        weight = net.loss_weight(name) if net and known else None
+        loss = None if weight is None else weight * score.value
+        return events.TestOutput(name, score.value, score.iteration, score.net, score.number, loss)
 
     def _is_nvcaffe(self) -> bool:
         return self._version is not None and self._version.text.startswith("NVCaffe")
@@ -177,6 +240,7 @@ class StageLog:
 
     def _new_process(self) -> None:
         self.fatal = None
+        self._silent = None
         self.in_test = False
         self._recalibrated = False
         self._pace.clear()
@@ -212,8 +276,10 @@ class StageLog:
                 self._solver = event
             case events.NetPrinted():
                 self._nets.add(event)
-            case events.DataShape():
+            case events.DataShape() | events.TopShape() | events.DataSize():
                 self._nets.add_shape(event)
+            case events.Benchmarked():
+                self._times[event.name] = event.milliseconds
             case events.Restored():
                 self._restored(event)
             case events.TrainingBegan():
@@ -234,6 +300,9 @@ class StageLog:
                 self._failed(event)
 
     def _progress(self, event: events.TrainProgress) -> None:
+        if not self._trains:  # pycaffe does not announce it
+            self._training_began()
+        self._note_silent()
         self._timing.progress(event)
         self._pace.append((event.iteration, event.stamp))
         self.iteration, self.loss = event.iteration, event.loss
@@ -253,13 +322,14 @@ class StageLog:
     def _process_started(self, event: events.ProcessStarted) -> None:
         self._plot_sparsity()
         self._end_tests()
-        self._timing.start_process(event, self._reader.first_stamp, self._year())
+        self._timing.start_process(event, self.first_stamp, self._year())
         self._nets.start_process()
         self._trains = False
         self._new_process()
 
     def _year(self) -> int | None:
-        return self._version.year if self._version else self._reader.header_year
+        year = self._version.year if self._version else None
+        return year or self.header_year
 
     def _training_began(self) -> None:
         if not self._trains:
@@ -270,10 +340,18 @@ class StageLog:
 
     def _restored(self, event: events.Restored) -> None:
         match = _SNAPSHOT_ITERATION.search(event.path)
-        if match and "solverstate" in event.path:
+        if match and event.is_state:
             self.iteration = int(match.group(1))
 
+    def _note_silent(self) -> None:
+        """The solver has gone on: a test that has not printed anything will not."""
+        if self._silent is not None:
+            self._silent_tests = [*self._silent_tests[:1], self._silent.iteration]
+            self._silent = None
+
     def _test_started(self, event: events.TestStarted) -> None:
+        self._note_silent()
+        self._silent = event
         self._end_tests()
         self.iteration = event.iteration
         self.in_test = True
@@ -291,6 +369,7 @@ class StageLog:
     def _test_output(self, event: events.TestOutput) -> None:
         tests = self._tests.setdefault(event.net, NetTests())
         tests.current[event.number] = event
+        self._silent = None
         if self.batches is not None and event.iteration is None:
             self._finished = len(tests.current) >= (tests.expected or 1)
 
@@ -317,13 +396,13 @@ class StageLog:
             if before is not None:
                 before.outputs.update({f"{name} (#{net})": value for name, value in outputs.items()})
             return
-        top1 = outputs.get(self._nets.accuracies(0).get(1, ""))
+        top1 = outputs.get(self._accuracies(outputs).get(1, ""))
         self.tests[iteration] = SolverTest(outputs, top1, self._test_recalibrated)
         if len(self.tests) > _MOST_TESTS:
             del self.tests[next(iter(self.tests))]
 
     def _plot_test(self, curves: StageCurves, tests: NetTests) -> None:
-        accuracies = self._nets.accuracies(0)
+        accuracies = self._accuracies(by_name(tests.current))
         nvcaffe = self._is_nvcaffe()
         for output in tests.current.values():
             # NVCaffe's test at iteration 0 is of one batch only.
@@ -349,12 +428,15 @@ class StageLog:
     def _snapshot_written(self, event: events.SnapshotWritten) -> None:
         self._end_tests()
         match = _SNAPSHOT_ITERATION.search(event.path)
+        self._snapshot = event.path
         if match:
             self.iteration = int(match.group(1))
             if self._live:
                 self.snapshots.add(self.iteration)
 
     def _done(self, event: events.Finished) -> None:
+        if not self._stopped:
+            self._note_silent()
         self._end_tests()
         self._finished = not self._stopped
         if event.seconds is not None:
@@ -390,7 +472,8 @@ class StageLog:
 
     def accuracy_names(self) -> dict[str, str]:
         """``top-1``, ``top-5`` by the test net's output that holds it."""
-        return {output: f"top-{top_k}" for top_k, output in sorted(self._nets.accuracies(0).items())}
+        found = self._accuracies(by_name(self._last_test(0)))
+        return {output: f"top-{top_k}" for top_k, output in sorted(found.items())}
 
     def results(self) -> dict[str, float]:
         """The outputs of ``caffe test``, once it has printed them."""
@@ -410,17 +493,19 @@ class StageLog:
         """The figures as of the last complete line."""
         outputs = self._last_test(0)
         main = self._nets.main()
-        accuracies = self._nets.accuracies(0)
         named = by_name(outputs)
+        accuracies = self._accuracies(named)
         losses = [output.loss for output in outputs.values() if output.loss is not None]
-        seconds = None if self._reader.last_stamp is None else round(self._spent().seconds, 3)
+        seconds = None if self.last_stamp is None else round(self._spent().seconds, 3)
         return StageFigures(
             caffe_version=self._version.text if self._version else None,
             finished=self._finished,
             iterations=self._iterations(),
             top1=named.get(accuracies.get(1, "")),
             top5=named.get(accuracies.get(5, "")),
+            mean_ap=next((output.value for output in outputs.values() if output.mean_ap), None),
             loss=float(f"{sum(losses):.6g}") if losses else None,
+            train_loss=self.loss,
             outputs=self._all_outputs(),
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
@@ -430,16 +515,20 @@ class StageLog:
             images_per_second=self._images_per_second(),
             images_per_second_logged=self._speed,
             seconds=seconds,
-            start_stamp=self._reader.first_stamp,
+            start_stamp=self.first_stamp,
             year=self._year(),
             tested=self.batches is not None and not self._trained,
+            quantized=bool(main and main.quantized),
+            timed=bool(self._times) and not self._trained,
+            began=self._began,
+            trained=self._has_trained,
             fatal=self.fatal,
             solver_paths=self._solver_paths(),
-            notes=self._notes(),
+            notes=stage_notes(self._facts(named)),
         )
 
     def _spent(self) -> Spent:
-        return self._timing.spent(self._reader.first_stamp, self._reader.last_stamp, self._year())
+        return self._timing.spent(self.first_stamp, self.last_stamp, self._year())
 
     def _iterations(self) -> int | None:
         stated = self.max_iter if self.batches is None else self.batches
@@ -448,7 +537,14 @@ class StageLog:
     def _last_test(self, number: int) -> dict[int, events.TestOutput]:
         tests = self._tests.get(number)
         net = self._nets.of("TEST", number)
-        return tests.last(net.outputs if net else None) if tests else {}
+        return tests.last(len(net.outputs) if net and net.outputs is not None else None) if tests else {}
+
+    def _accuracies(self, outputs: Iterable[str]) -> dict[int, str]:
+        """top_k -> the output of the first test net that holds it; by its name where the net is not known."""
+        net = self._nets.of("TEST")
+        if net is not None and net.message is not None:
+            return net.accuracies
+        return named_accuracies(outputs)
 
     def _all_outputs(self) -> dict[str, float]:
         found = {}
@@ -486,38 +582,41 @@ class StageLog:
         names = ("snapshot_prefix", "train_net", "net")
         return tuple(path for name in names if (path := self._solver.settings.string(name)))
 
-    def _notes(self) -> tuple[str, ...]:
-        notes = []
-        if self._nets.any_is_cut():
-            notes.append(
-                "the log's printed network is cut off (glog's limit): figures that need it are missing"
-            )
-        wrong = self.losses.at_end(self.iteration or 0)
-        return (*notes, wrong) if wrong else tuple(notes)
+    @property
+    def _has_trained(self) -> bool:
+        return self._trained > 0 and (self.displays > 1 or bool(self.iteration))
+
+    @property
+    def _began(self) -> bool:
+        return self.batches is not None or bool(self._trained or self._times or self._tests)
+
+    def _facts(self, outputs: dict[str, float]) -> Facts:
+        """What `stage_notes` judges; ``outputs`` are those of the last complete test."""
+        main, test_net = self._nets.main(), self._nets.of("TEST")
+        train = self._nets.of("TRAIN")
+        return Facts(
+            began=self._began,
+            trained=self._has_trained,
+            fatal=self.fatal,
+            times=self._times,
+            displays=self.displays,
+            outputs=outputs,
+            accuracies=self._accuracies(outputs),
+            is_detector=any(output.mean_ap for output in self._last_test(0).values()),
+            test_net_is_known=test_net is not None and test_net.message is not None,
+            cut=self._nets.any_is_cut(),
+            printed=self._nets.any_is_printed,
+            gigamacs=main.gigamacs if main else None,
+            net=main,
+            solver_is_printed=self._solver is not None,
+            images_per_second=self._images_per_second(),
+            batch=train.batch if train else None,
+            sparsity=self.sparsity,
+            sparsity_logged=self.sparsity_logged,
+            silent_tests=self._silent_tests,
+            loss=self.losses.at_end(self.iteration or 0),
+        )
 
 
 def _speed_digits(speed: float) -> float:
     return round(speed, 1) if speed >= 10 else float(f"{speed:.3g}")
-
-
-def read_stage(path: Path, *, curves: bool = False, history: bool = False) -> StageLog:
-    """Read the log file at ``path`` piece by piece; memory does not grow with its length.
-
-    Raises:
-        UserError: it cannot be read, is empty, or has no line of Caffe's in it.
-    """
-    log = StageLog(curves=curves, history=history)
-    empty = True
-    try:
-        with path.open("rb") as file:
-            while data := file.read(CHUNK):
-                empty = False
-                log.feed(data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    log.close()
-    if empty:
-        raise UserError(f"{path}: is empty; Caffe has not written to it yet")
-    if not log.is_caffe:
-        raise UserError(f"{path}: is not a Caffe log: no line in it has the form of those that Caffe prints")
-    return log

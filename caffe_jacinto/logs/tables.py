@@ -60,6 +60,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
+CHANGE_HEADER = "Change of top-1"
+MEAN_AP_HEADER = "mAP"
 STAGE_HEADERS = (
     "Stage",
     "Iterations",
@@ -67,7 +69,7 @@ STAGE_HEADERS = (
     "Top-5",
     "Loss",
     "Sparsity",
-    "Change of top-1",
+    CHANGE_HEADER,
     "Images/s",
     "Time",
 )
@@ -90,7 +92,9 @@ def published_rows(runs: Sequence[Run], wanted: bool = False) -> tuple[Published
 
 def stage_table(run: Run) -> Table:
     """The stages of a run in their order."""
-    table = Table(printable(run.name), STAGE_HEADERS)
+    detects = any(stage.figures.mean_ap is not None for stage in run.stages)
+    headers = [*STAGE_HEADERS[:4], MEAN_AP_HEADER, *STAGE_HEADERS[4:]] if detects else STAGE_HEADERS
+    table = Table(printable(run.name), headers)
     for stage in run.stages:
         figures, difference = stage.figures, _difference(run, stage)
         name = printable(stage.name)
@@ -99,6 +103,7 @@ def stage_table(run: Run) -> Table:
             UNKNOWN if figures.iterations is None else f"{figures.iterations:,}",
             percent(figures.top1, 2),
             percent(figures.top5, 2),
+            *([percent(figures.mean_ap, 2)] if detects else []),
             UNKNOWN if figures.loss is None else f"{figures.loss:.4g}",
             percent(figures.sparsity, 1),
             UNKNOWN if difference is None else f"{100 * difference:+.2f}",
@@ -108,7 +113,7 @@ def stage_table(run: Run) -> Table:
         table.rows.append(Row(cells, "" if figures.finished else "unfinished"))
         if figures.fatal:
             table.notes.append(f"{name} stopped: {printable(figures.fatal)}")
-        table.notes.extend(f"{name}: {note}" for note in figures.notes)
+        table.notes.extend(f"{name}: {printable(note)}" for note in figures.notes)
     return table
 
 
@@ -189,9 +194,9 @@ def _run_record(run: Run) -> dict[str, Any]:
 
 
 JSON_FIELDS = (
-    *("caffe_version", "finished", "iterations", "top1", "top5", "loss", "outputs", "sparsity"),
-    *("sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
-    *("classes", "image_size"),
+    *("caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss", "outputs"),
+    *("sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
+    *("classes", "image_size", "notes"),
 )
 
 
@@ -204,7 +209,9 @@ def stage_record(stage: Stage) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     """The value; None for nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(number) for name, number in value.items()}
+        return {_unicode(name): _finite(number) for name, number in value.items()}
+    if isinstance(value, str):
+        return _unicode(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -216,7 +223,7 @@ def _unicode(text: str) -> str:
 STAGE_FIELDS = (
     *("run", "stage", "finished", "iterations", "top1", "top5", "loss", "sparsity", "top1_change"),
     *("images_per_second", "seconds", "gigamacs", "sparsity_logged", "images_per_second_logged"),
-    *("caffe_version", "log"),
+    *("caffe_version", "log", "mean_ap", "train_loss", "outputs", "notes"),
 )
 RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published")
 
@@ -233,6 +240,10 @@ def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
         for stage in run.stages:
             values = vars(stage.figures) | {"run": run.name, "stage": stage.name, "log": str(stage.log)}
             values["top1_change"] = _difference(run, stage)
+            values["outputs"] = "; ".join(
+                f"{name} = {number:g}" for name, number in stage.figures.outputs.items()
+            )
+            values["notes"] = "; ".join(stage.figures.notes)
             writer.writerow([_csv_cell(values[name]) for name in STAGE_FIELDS])
     writer.writerow([])
     writer.writerow(RESULT_FIELDS)
@@ -282,9 +293,6 @@ def _markdown_text(text: str) -> str:
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>|~#" else char for char in text.replace("&", "&amp;"))
 
 
-_CHANGE = STAGE_HEADERS.index("Change of top-1")
-
-
 def show(found: Sequence[Table], out: TextIO) -> None:
     """Write the tables to ``out``."""
     for number, table in enumerate(found):
@@ -301,7 +309,7 @@ def _style(table: Table, row: Row, column: int) -> str:
     cell = row.cells[column]
     if row.kind == "published":
         return "dim"
-    if table.headers is STAGE_HEADERS and column == _CHANGE:
+    if table.headers[column] == CHANGE_HEADER:
         return {"+": "green", "-": "red"}.get(cell[:1], "") if cell.strip("+-0.") else ""
     if column == 0:
         return "yellow" if row.kind == "unfinished" else "cyan"

@@ -7,9 +7,9 @@ not count, as in the published tables. What the network does not determine is No
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from caffe_jacinto.netspec.graph import counted_convolutions, layers_in, nodes_of
 from caffe_jacinto.netspec.layer_types import (
@@ -23,6 +23,9 @@ from caffe_jacinto.netspec.layer_types import (
 from caffe_jacinto.prototxt.tree import Message, tree_of
 
 FullShape = tuple[int, ...]
+DataShapes: TypeAlias = Sequence[FullShape] | Mapping[str, FullShape]
+"""The shapes (batch, channels, height, width) of the blobs that data layers give, where they are known: those
+of the Data, ImageData and WindowData layers in order, or those of any layers without inputs, by name."""
 
 _GIVEN = ("Data", "ImageData", "WindowData")
 """Data layers whose shape a log prints."""
@@ -68,32 +71,21 @@ class LayerCost:
     """Whether its zeros count as sparsity: see `graph.counted_convolutions`."""
 
 
-def layer_shapes(
-    net: Message, data_shapes: Sequence[FullShape] = (), phase: str | None = None
-) -> list[LayerShapes]:
-    """Every layer of ``net`` in ``phase`` (or its own), in order, with its shapes.
-
-    ``data_shapes`` are the shapes (batch, channels, height, width) of the blobs that the network's Data,
-    ImageData and WindowData layers give, in order, where they are known.
-    """
+def layer_shapes(net: Message, data_shapes: DataShapes = (), phase: str | None = None) -> list[LayerShapes]:
+    """Every layer of ``net`` in ``phase`` (or its own), in order, with its shapes."""
     return [
         LayerShapes(layer, layer.string("type"), _full(bottoms), _full(tops), blobs)
         for layer, bottoms, tops, blobs in _walk(net, data_shapes, phase)
     ]
 
 
-def blob_shapes(net: Any, phase: str, data_shapes: Sequence[FullShape] = ()) -> dict[str, list[Shape]]:
-    """The shapes of the blobs of each layer that has any, in ``phase``; ``net`` is a NetParameter message.
-
-    ``data_shapes``: as for `layer_shapes`.
-    """
+def blob_shapes(net: Any, phase: str, data_shapes: DataShapes = ()) -> dict[str, list[Shape]]:
+    """The shapes of the blobs of each layer that has any, in ``phase``; ``net`` is a NetParameter message."""
     walked = _walk(tree_of(net), data_shapes, phase)
     return {layer.string("name"): blobs for layer, _, _, blobs in walked if blobs}
 
 
-def layer_costs(
-    net: Message, data_shapes: Sequence[FullShape] = (), phase: str | None = None
-) -> list[LayerCost]:
+def layer_costs(net: Message, data_shapes: DataShapes = (), phase: str | None = None) -> list[LayerCost]:
     """The convolutions and inner products of ``net`` in order, with their cost; see `layer_shapes`."""
     shaped = layer_shapes(net, data_shapes, phase)
     counted = set(counted_convolutions(nodes_of(item.layer for item in shaped)))
@@ -104,7 +96,7 @@ def layer_costs(
     ]
 
 
-def gigamacs(net: Message, data_shapes: Sequence[FullShape] = ()) -> float | None:
+def gigamacs(net: Message, data_shapes: DataShapes = ()) -> float | None:
     """GigaMACs of one crop; None where the network does not determine them."""
     costs = layer_costs(net, data_shapes)
     known = [cost.macs for cost in costs if cost.macs is not None]
@@ -138,19 +130,22 @@ _Walked = tuple[Message, list[Shape | None], list[Shape | None], list[Shape]]
 
 
 def _walk(
-    net: Message, data_shapes: Sequence[FullShape], phase: str | None, side: int | None = None
+    net: Message, data_shapes: DataShapes, phase: str | None, side: int | None = None
 ) -> Iterator[_Walked]:
     """Each layer with the shapes of its bottoms, tops and blobs, for a batch of 1."""
     shapes = _declared_inputs(net, side)
-    given = iter(data_shapes)
+    by_name: Mapping[str, FullShape] = data_shapes if isinstance(data_shapes, Mapping) else {}
+    given = iter(() if isinstance(data_shapes, Mapping) else data_shapes)
     for layer in layers_in(net, phase):
         kind = layer.string("type")
         bottoms = [shapes.get(name) for name in layer.strings("bottom")]
         names = layer.strings("top")
         tops = output_shapes(layer, bottoms, len(names))
         if role_of(kind) == "data":
-            known = next(given, None) if kind in _GIVEN else None
+            known = by_name.get(layer.string("name")) or (next(given, None) if kind in _GIVEN else None)
             tops = [_single(known or tops[0]), *map(_single, tops[1:])] if tops else []
+        elif names and not bottoms and layer.string("name") in by_name:
+            tops = [_single(by_name[layer.string("name")]), *tops[1:]]
         tops = [_possible(top) for top in tops]
         shapes.update(zip(names, tops, strict=True))
         yield layer, bottoms, tops, blob_shapes_of(layer, bottoms)

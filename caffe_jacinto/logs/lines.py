@@ -1,0 +1,182 @@
+"""The bytes of a log, in pieces of any size -> whole lines, as Caffe printed them.
+
+Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, line
+ends with a carriage return, colours, and what is put before each line: time stamps, ``> ``, the name of a
+container, the rank of an MPI process. Lines of several containers or ranks keep apart.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping
+
+PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) ([\w.+-]+):\d+\] ")
+"""What glog puts before a message; the groups are the thread's number and the source file."""
+
+_LINE_LIMIT = 1_000_000
+"""Longer lines are not log lines. They are dropped, so that memory does not grow with them."""
+_MOST_LABELS = 256
+"""Lines of further containers or ranks are dropped."""
+
+_ANSI = re.compile(rb"\x1b(?:\[[0-?]{0,99}[ -/]{0,9}[@-~]|\][^\x07\x1b\n]{0,999}(?:\x07|\x1b\\))")
+"""Colours and other commands to a terminal (ECMA-48), and window titles."""
+
+_CLOCK = rb"\d\d:\d\d:\d\d(?:[.,]\d{1,9})?"
+_DATE = rb"\d{4}-\d\d-\d\d[T ]%b(?:Z|[+-]\d\d:?\d\d)?" % _CLOCK
+_FOREIGN = {
+    "quote": rb"> ?",
+    "date": rb"(?:%b|\[%b\])[ \t]{1,4}" % (_DATE, _DATE),
+    "day": rb"(?:[A-Z][a-z]{2} [A-Z][a-z]{2} {1,2}\d{1,2} %b \d{4}|[A-Z][a-z]{2} {1,2}\d{1,2} %b)[ \t]{1,4}"
+    % (_CLOCK, _CLOCK),
+    "clock": rb"(?:%b|\[%b\])[ \t]{1,4}" % (_CLOCK, _CLOCK),
+    "stream": rb"std(?:out|err) [FP] ",
+    "unit": rb"[\w.-]{1,99} [\w./-]{1,99}\[\d{1,9}\]: ",
+    "container": rb"([\w.-]{1,99}) {0,99}\| ",
+    "job": rb"\[\d{1,9},(\d{1,9})\]<std(?:out|err)>: ?",
+    "rank": rb"\[(\d{1,9})\] ",
+    "task": rb" {0,9}(\d{1,9}): ",
+}
+"""What other programs put before a line; a group holds the container's name or the rank.
+
+quote: mail, Markdown. date: docker logs -t, CI services, ts. day: syslog, ts. unit: journalctl's host and
+process. stream: Kubernetes. container: docker-compose. job: mpirun --tag-output. rank: Intel MPI.
+task: srun --label.
+"""
+_RANKED = ("job", "rank", "task")
+
+
+class LineSplitter:
+    """Takes a log in pieces of any size and returns the lines that they complete."""
+
+    def __init__(self, processes: Mapping[int, str] | None = None) -> None:
+        """``processes``: to which process each thread belongs, in a log of several at the same time."""
+        self._tail = b""
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._started = False
+        self._head = b""
+        self._foreign: re.Pattern[bytes] | None = None
+        self._kind = ""
+        """The part of the foreign prefix that holds the label."""
+        self._decided = False
+        self._labels: set[str] = set()
+        self._processes = processes
+        self._process = ""
+
+    def feed(self, data: bytes) -> dict[str, list[bytes]]:
+        """The lines that ``data``, the next piece, completes.
+
+        They are by container, rank or process; ``""`` where there are none.
+        """
+        if not self._started:
+            data = self._start(data)
+        return self._lines(data if self._decoder is None else self._decoder.decode(data).encode())
+
+    def close(self) -> dict[str, list[bytes]]:
+        """The log has ended: its last line, if that has no end."""
+        found: dict[str, list[bytes]] = {}
+        if not self._started:
+            self._started = True
+            found = self._lines(self._head)
+        tail, self._tail = self._tail, b""
+        for label, lines in self._apart([_plain(tail)] if tail else []).items():
+            found.setdefault(label, []).extend(lines)
+        return found
+
+    def _start(self, data: bytes) -> bytes:
+        """The log's first bytes say how it is encoded."""
+        head = self._head + data
+        if len(head) < 4:
+            self._head = head
+            return b""
+        self._started, self._head = True, b""
+        for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+            # Without its mark, UTF-16 of ASCII has a zero in every second byte.
+            zeros = head[1::2] if encoding == "utf-16-le" else head[::2]
+            if head.startswith(mark) or not any(zeros[:2]):
+                self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+                return head.removeprefix(mark)
+        return head.removeprefix(codecs.BOM_UTF8)
+
+    def _lines(self, data: bytes) -> dict[str, list[bytes]]:
+        content = self._tail + data
+        if b"\r" in data:
+            # A piece may end between the two of \r\n; the empty line that this makes changes nothing.
+            content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = content.split(b"\n")
+        self._tail = lines.pop()
+        if len(self._tail) > _LINE_LIMIT:
+            self._tail = self._tail[-1000:]
+        return self._apart([_plain(line) for line in lines] if b"\x1b" in content else lines)
+
+    def _apart(self, lines: list[bytes]) -> dict[str, list[bytes]]:
+        """The lines without what other programs put before them, apart by what that says."""
+        if not self._decided:
+            self._decide(lines)
+        if self._processes is not None:
+            return self._by_process(lines, self._processes)
+        if self._foreign is None:
+            return {"": lines} if lines else {}
+        found: dict[str, list[bytes]] = {}
+        for line in lines:
+            match = self._foreign.match(line)
+            label = _label(self._kind, match)
+            if label not in self._labels and len(self._labels) < _MOST_LABELS:
+                self._labels.add(label)
+            if label in self._labels:
+                found.setdefault(label, []).append(line[match.end() :] if match else line)
+        return found
+
+    def _decide(self, lines: list[bytes]) -> None:
+        """The first line of glog's shows whether something stands before each line."""
+        for line in lines:
+            match = PREFIX.search(line)
+            if match is not None:
+                self._decided = True
+                self._foreign, self._kind = _foreign(line[: match.start()])
+                return
+
+    def _by_process(self, lines: list[bytes], processes: Mapping[int, str]) -> dict[str, list[bytes]]:
+        """Text without glog's prefix belongs to the line before it."""
+        found: dict[str, list[bytes]] = {}
+        for line in lines:
+            match = PREFIX.match(line)
+            if match is not None:
+                self._process = processes.get(int(match.group(1)), "")
+            if self._process:
+                found.setdefault(self._process, []).append(line)
+        return found
+
+
+def _plain(content: bytes) -> bytes:
+    return _ANSI.sub(b"", content) if b"\x1b" in content else content
+
+
+def _foreign(text: bytes) -> tuple[re.Pattern[bytes] | None, str]:
+    """A pattern for what stands before each line, and the kind that says whose the line is.
+
+    None if ``text``, which stands before one, is of no known kind.
+    """
+    parts: list[bytes] = []
+    label, at = "", 0
+    while at < len(text):
+        for kind, pattern in _FOREIGN.items():
+            match = re.match(pattern, text[at:])
+            if match is not None:
+                at += match.end()
+                if match.groups():
+                    if label:
+                        return None, ""
+                    label = kind
+                parts.append(pattern)
+                break
+        else:
+            return None, ""
+    return (re.compile(b"".join(parts)), label) if parts else (None, "")
+
+
+def _label(kind: str, match: re.Match[bytes] | None) -> str:
+    if match is None or not match.groups():
+        return ""
+    name = match.group(1).decode("utf-8", "replace")
+    return f"rank {name}" if kind in _RANKED else name
