@@ -13,8 +13,9 @@ from caffe_jacinto.logs import events
 from caffe_jacinto.logs.loss import SoftmaxLosses, softmax_losses
 from caffe_jacinto.netspec import graph
 from caffe_jacinto.netspec import shapes as complexity
-from caffe_jacinto.netspec.layer_types import LAYER_TYPES, role_of
+from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.prototxt import tree
+from caffe_jacinto.prototxt.upgrade import V1_TYPES
 
 _PHASE = re.compile(r"^state \{\s*phase: (\w+)", re.MULTILINE)
 _READ_SCORES = ("Accuracy", "SoftmaxWithLoss")
@@ -164,19 +165,11 @@ def _of_today(net: tree.Message) -> tree.Message:
     for at, (name, value) in enumerate(net.fields):
         if name == "layers" and isinstance(value, tree.Message):
             value.fields = [
-                (field_name, _type_of_today(item) if field_name == "type" else item)
-                for field_name, item in value.fields
+                (key, V1_TYPES.get(item, item) if key == "type" and isinstance(item, str) else item)
+                for key, item in value.fields
             ]
             net.fields[at] = ("layer", value)
     return net
-
-
-_TYPES = {name.lower(): name for name in LAYER_TYPES} | {"softmaxloss": "SoftmaxWithLoss"}
-
-
-def _type_of_today(name: tree.Value) -> tree.Value:
-    """``InnerProduct`` for ``INNER_PRODUCT``: the types kept their names, but for the softmax loss."""
-    return _TYPES.get(name.replace("_", "").lower(), name) if isinstance(name, str) else name
 
 
 def named_accuracies(outputs: Iterable[str]) -> dict[int, str]:

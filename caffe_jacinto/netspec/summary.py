@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import TEST
 from caffe_jacinto.netspec.layer_types import Shape, geometry, role_of
-from caffe_jacinto.netspec.shapes import LayerCost, LayerShapes, layer_costs, layer_shapes
+from caffe_jacinto.netspec.shapes import DataShapes, LayerCost, LayerShapes, layer_costs, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
 
 UNKNOWN = "-"
@@ -105,12 +105,12 @@ def summarize(
     net: Message,
     where: str,
     zeros: Mapping[str, int] | None = None,
-    data_shapes: Sequence[tuple[int, ...]] = (),
+    data_shapes: DataShapes = (),
 ) -> Summary:
     """The summary of a deploy, train or val network; without a phase of its own, of its test phase.
 
     ``where`` names the network's file in messages; ``zeros`` are the weights that are zero, by layer;
-    ``data_shapes`` are those of its data layers, where they are known (see `layer_shapes`).
+    ``data_shapes`` are those of its data layers, where they are known (see `DataShapes`).
 
     Raises:
         UserError: there are no layers, or the network does not determine the cost of one.

@@ -25,7 +25,7 @@ SOLVER_TYPES = {
 }
 """SolverParameter.type, by the name in its older form, the enumeration ``solver_type``."""
 
-_TYPES = {
+V1_TYPES = {
     **{"NONE": "", "ABSVAL": "AbsVal", "ACCURACY": "Accuracy", "ARGMAX": "ArgMax", "BNLL": "BNLL"},
     **{"CONCAT": "Concat", "CONTRASTIVE_LOSS": "ContrastiveLoss", "CONVOLUTION": "Convolution"},
     **{"DATA": "Data", "DECONVOLUTION": "Deconvolution", "DROPOUT": "Dropout", "DUMMY_DATA": "DummyData"},
@@ -285,7 +285,7 @@ def _upgrade_v1_layer(old: Any, new: Any) -> None:
     for descriptor, value in old.ListFields():
         name = descriptor.name
         if name == "type":
-            new.type = _TYPES[_v1_type(old)]
+            new.type = V1_TYPES[_v1_type(old)]
         elif name in _V1_PARAM_FIELDS:
             while len(new.param) < len(value):
                 new.param.add()
