@@ -430,9 +430,9 @@ def test_the_guide_names_every_key_with_its_default() -> None:
         if line.startswith("#"):
             section = line.strip("# `")
         elif line.startswith("| `"):
-            names, shown = line.split("|")[1:3]
-            for name in names.split(","):
-                rows[f"{section} {name.strip(' `')}"] = shown.strip(" `")
+            names, shown = (cell.split(", ") for cell in line.split("|")[1:3])
+            for name, default in zip(names, shown * len(names), strict=False):
+                rows[f"{section} {name.strip(' `')}"] = default.strip(" `")
     tables = {
         "[data]": model.DataSettings,
         "[network]": model.NetworkSettings,

@@ -199,7 +199,7 @@ def test_what_is_said_of_a_loss_is_said_once_in_a_run(tmp_path: Path) -> None:
     from caffe_jacinto.runs.driver import Driver
 
     out = io.StringIO()
-    driver = Driver(None, None, None, Screen(out), None, 2, None)  # type: ignore[arg-type]
+    driver = Driver(None, None, None, Screen(out), None, 2)  # type: ignore[arg-type]
     for _ in ("one stage", "the next"):
         view = StageView()
         view.feed(softmax_log(*[2.3026] * 40))

@@ -89,7 +89,7 @@ def found(recipe: str, *overrides: str, dialect: Dialect = Dialect.BVLC) -> list
     info = EngineInfo("bvlc", Path("caffe"), None, dialect, False, False, True, True, None, ())
     loaded = load_recipe(recipe, overrides)
     run = plan_run(loaded, Path("run"), BvlcEngine(info), ())
-    texts = {plan.name: run.files(plan, val_images=100) for plan in run.stages}
+    texts = {plan.name: run.files(plan) for plan in run.stages}
     return shortfalls(run, run.stages, texts, {})
 
 

@@ -306,7 +306,7 @@ def check_lmdb(
     min_size: int,
     sample: int = 64,
     training: bool = False,
-    channels: int = 3,
+    channels: int | None = 3,
 ) -> LmdbFacts:
     """Whether Caffe can train or test a network with an LMDB, in well under a second.
 
@@ -319,7 +319,7 @@ def check_lmdb(
         min_size: the smallest side allowed, in pixels: the crop.
         training: whether order and classes matter: images sorted by class and classes without images then
             get a note.
-        channels: of the network's input.
+        channels: of the network's input; None where any will do that all images have.
 
     Raises:
         UserError: the LMDB cannot be read, has fewer records, or a record does not fit.
@@ -344,6 +344,7 @@ def check_lmdb(
         for key, record in reader.spread(sample):
             datum, pixels = read_record(reader.place(key), record)
             _check_label(reader.place(key), datum.label, num_classes)
+            channels = pixels.shape[0] if channels is None else channels
             _check_shape(reader.place(key), pixels.shape, channels, min_size)
             spread_labels.append(datum.label)
             sizes.append(pixels.shape[1:])
@@ -354,6 +355,7 @@ def check_lmdb(
         classes = max(labels) + 1 if num_classes is None else num_classes
         notes = _class_notes(folder, first_labels if all_read else spread_labels, classes, all_read) + notes
         notes = _order_notes(folder, first_labels, labels) + notes
+    assert channels is not None  # an LMDB has at least one record
     return LmdbFacts(
         images=len(reader),
         channels=channels,

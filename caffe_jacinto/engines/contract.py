@@ -16,7 +16,9 @@ from typing import Any, Literal, Protocol
 from caffe_jacinto.common.arguments import whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.gpus import Maker
+from caffe_jacinto.netspec import shapes
 from caffe_jacinto.netspec.graph import messages_in
+from caffe_jacinto.netspec.shapes import ImageShape as ImageShape
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.loadable import not_loadable
 from caffe_jacinto.prototxt.schema import parse_solver
@@ -31,9 +33,6 @@ Precision = Literal["fp32", "tf32", "bf16", "auto"]
 
 StageFiles = Mapping[str, str]
 """The texts of a stage's prototxts by file name, as `networks.stage_files` makes them."""
-
-ImageShape = tuple[int, int, int]
-"""Channels, height and width."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,9 @@ class TestJob:
     weights: Path
     iterations: int
     gpus: tuple[int, ...]
+    level: int = 0
+    stages: tuple[str, ...] = ()
+    """The state in which the network is tested, beside its phase."""
 
 
 class Engine(Protocol):
@@ -211,18 +213,18 @@ def layers_of_forks(solver: SolverFile) -> list[str]:
 
 def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:
     """The shape of the images that a Data layer gives; None without a crop or a known LMDB."""
-    data, transform = layer.data_param, layer.transform_param
-    channels, height, width = image_shapes.get(data.source, (3, 0, 0))
-    if transform.force_color or data.force_encoded_color or transform.force_gray:
-        channels = 1 if transform.force_gray else 3
-    crop = transform.crop_size
-    return (channels, crop or height, crop or width) if crop or height else None
+    return shapes.image_shape(tree_of(layer), image_shapes)
 
 
-def data_shapes(net: Any, image_shapes: Mapping[str, ImageShape]) -> list[tuple[int, ...]]:
-    """The shapes (batch of 1) that the Data layers of ``net`` give, up to the first one not known."""
+def data_shapes(
+    net: Any, image_shapes: Mapping[str, ImageShape], phase: str | None = None
+) -> list[tuple[int, ...]]:
+    """The shapes (batch of 1) that the Data layers of ``net`` give, up to the first one not known.
+
+    They are those of ``phase``, or of the network's own state.
+    """
     found: list[tuple[int, ...]] = []
-    for layer in messages_in(net):
+    for layer in messages_in(net, phase):
         if layer.type == "Data":
             shape = image_shape(layer, image_shapes)
             if shape is None:
@@ -252,7 +254,14 @@ def caffe_train(executable: Path, job: TrainJob) -> list[str]:
 def caffe_test(executable: Path, job: TestJob) -> list[str]:
     """``caffe test`` for ``job``; it runs on one device, the first."""
     command = [str(executable), "test", "-model", str(job.model), "-weights", str(job.weights)]
-    return [*command, "-iterations", str(job.iterations), *gpu_arguments(job.gpus[:1])]
+    return [*command, *test_arguments(job)]
+
+
+def test_arguments(job: TestJob) -> list[str]:
+    """The flags of ``caffe test`` beside the model and the weights."""
+    level = ["-level", str(job.level)] if job.level else []
+    stages = ["-stage", ",".join(job.stages)] if job.stages else []
+    return ["-iterations", str(job.iterations), *level, *stages, *gpu_arguments(job.gpus[:1])]
 
 
 def gpu_arguments(gpus: tuple[int, ...]) -> list[str]:

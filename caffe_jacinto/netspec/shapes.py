@@ -27,6 +27,9 @@ DataShapes: TypeAlias = Sequence[FullShape] | Mapping[str, FullShape]
 """The shapes (batch, channels, height, width) of the blobs that data layers give, where they are known: those
 of the Data, ImageData and WindowData layers in order, or those of any layers without inputs, by name."""
 
+ImageShape = tuple[int, int, int]
+"""Channels, height and width."""
+
 _GIVEN = ("Data", "ImageData", "WindowData")
 """Data layers whose shape a log prints."""
 
@@ -101,6 +104,20 @@ def gigamacs(net: Message, data_shapes: DataShapes = ()) -> float | None:
     costs = layer_costs(net, data_shapes)
     known = [cost.macs for cost in costs if cost.macs is not None]
     return sum(known) / 1e9 if costs and len(known) == len(costs) else None
+
+
+def image_shape(layer: Message, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:
+    """The shape of the images that a Data layer gives; None without a crop or a known LMDB.
+
+    ``image_shapes`` are the shapes of the images in LMDBs, by their paths.
+    """
+    data, transform = layer.message("data_param"), layer.message("transform_param")
+    channels, height, width = image_shapes.get(data.string("source"), (3, 0, 0))
+    grey = transform.flag("force_gray")
+    if transform.flag("force_color") or data.flag("force_encoded_color") or grey:
+        channels = 1 if grey else 3
+    crop = transform.integer("crop_size")
+    return (channels, crop or height, crop or width) if crop or height else None
 
 
 def batch_size(net: Message) -> int | None:

@@ -53,14 +53,14 @@ def build_network(
 
 def _network_exists(recipe: Values) -> Iterator[Mistake]:
     name = recipe["network.name"]
-    if name not in NETWORKS:
+    if recipe["network.prototxt"] is None and name not in NETWORKS:
         yield recipe.mistake("network.name", f"{name}: no such network; {did_you_mean(name, NETWORKS)}")
 
 
 def _network_can_be_built(recipe: Values) -> Iterator[Mistake]:
     name, crop, strides = (recipe[f"network.{key}"] for key in ("name", "crop_size", "strides"))
     classes = recipe["data.num_classes"]
-    if name in NETWORKS:
+    if recipe["network.prototxt"] is None and crop is not None and name in NETWORKS:
         try:
             build_network(name, classes, crop, None if strides is None else tuple(strides))
         except UserError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import count_of, did_you_mean
 from caffe_jacinto.netspec.shapes import emptied_layer
+from caffe_jacinto.networks import registry
+from caffe_jacinto.networks.derived_deploy import deploy_text
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     LABEL_BLOB,
@@ -24,6 +26,14 @@ from caffe_jacinto.networks.layers import (
     Softmax,
 )
 from caffe_jacinto.networks.registry import PUBLISHED_WITH_THE_FORK, build_network, for_finetuning
+from caffe_jacinto.networks.user_network import (
+    LmdbSize,
+    UserNetwork,
+    read_user_network,
+    test_batches,
+    test_texts,
+    train_text,
+)
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
 from caffe_jacinto.prototxt.render import Name, render
@@ -49,6 +59,7 @@ def stage_files(
     iter_size: int,
     solver_mode_gpu: bool,
     val_images: int | None = None,
+    lmdbs: Mapping[str, LmdbSize] | None = None,
     start_factor: float | None = None,
     ranks: int | None = None,
 ) -> dict[str, str]:
@@ -56,7 +67,8 @@ def stage_files(
 
     ``folder`` prefixes the solver's paths, which Caffe resolves against the folder it is started in.
     ``ranks`` (default: one for each of ``gpus``) and ``iter_size`` divide the recipe's effective batch. One
-    test covers all ``val_images``.
+    test covers all ``val_images``. ``lmdbs`` are the LMDBs that are known, by their paths: a network of the
+    user's own needs them. Where several networks test it, they are val.prototxt, val_2.prototxt and so on.
     ``start_factor`` replaces the recipe's where the fork's sparsity schedule continues after a resume.
 
     Raises:
@@ -65,30 +77,131 @@ def stage_files(
     stage = _stage(recipe, stage_name)
     if dialect is Dialect.CAFFE_JACINTO:
         _check_fork_supports(recipe, stage_name)
-    network = network_of(recipe)
-    check_crop(network)
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, ranks or len(gpus))
-    data = partial(_data, network, mean_file=recipe.data.mean_file)
-    train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
-    val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    images = IMAGENET_VAL_IMAGES if val_images is None else val_images
+    nets = (
+        _built(recipe, dialect, batch, images)
+        if recipe.network.prototxt is None
+        else _users(recipe, dialect, batch, lmdbs or {})
+    )
     files = {
-        TRAIN: _net(_title(network, "train"), (train, *network.layers, *network.outputs), dialect),
-        VAL: _net(_title(network, "test"), (val, *network.layers, *network.outputs), dialect),
-        DEPLOY: _deploy(network, dialect),
+        **nets.texts,
         SOLVER: _solver(
             recipe,
             stage,
             dialect,
+            nets,
             folder=folder,
             iter_size=iter_size,
             device=(gpus[0] if gpus else 0) if solver_mode_gpu else None,
-            val_images=IMAGENET_VAL_IMAGES if val_images is None else val_images,
             start_factor=start_factor,
         ),
     }
     for name, text in files.items():
         (parse_solver if name == SOLVER else parse_net)(text, dialect, str(Path(folder, name)))
     return files
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a network, beside its phase (Caffe's NetState)."""
+
+    level: int
+    stages: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.level or self.stages)
+
+
+@dataclass(frozen=True)
+class Test:
+    """A network that tests: its file, the batches of one test, its state."""
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    file: str
+    batches: int
+    state: State = State(0, ())
+
+
+@dataclass(frozen=True)
+class StageNets:
+    """The networks of a stage."""
+
+    texts: dict[str, str]
+    tests: tuple[Test, ...]
+    train_state: State = State(0, ())
+
+
+def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> StageNets:
+    """The networks of a recipe whose network this program builds."""
+    if val_images < 1:
+        raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
+    network = network_of(recipe)
+    check_crop(network)
+    data = partial(_data, network, mean_file=recipe.data.mean_file)
+    train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
+    val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    texts = {
+        TRAIN: _net(_title(network, "train"), (train, *network.layers, *network.outputs), dialect),
+        VAL: _net(_title(network, "test"), (val, *network.layers, *network.outputs), dialect),
+        DEPLOY: _deploy(network, dialect),
+    }
+    return StageNets(texts, (Test(VAL, iterations_per_test(val_images, recipe.training.val_batch_size)),))
+
+
+def _users(recipe: Recipe, dialect: Dialect, batch: int, lmdbs: Mapping[str, LmdbSize]) -> StageNets:
+    """The networks of a recipe with `network.prototxt`."""
+    network = user_network(recipe)
+    for net in (network.train, *network.tests):
+        parse_net(net.text, dialect, net.path)
+    names: dict[str, str] = {}  # of the test networks by their texts
+    for text in test_texts(network, recipe):
+        names.setdefault(text, f"val_{len(names) + 1}.prototxt" if names else VAL)
+    batches = test_batches(network, recipe, lmdbs)
+    tests = [
+        Test(names[text], number or 1, State(net.state.level, tuple(sorted(net.state.stages))))
+        for text, number, net in zip(test_texts(network, recipe), batches, network.tests, strict=True)
+    ]
+    val = replace(network.tests[0], text=next(iter(names)))
+    texts = {
+        TRAIN: train_text(network, recipe, batch),
+        **{name: text for text, name in names.items()},
+        DEPLOY: deploy_text(val, {path: lmdb.shape for path, lmdb in lmdbs.items()}),
+    }
+    state = network.train.state
+    return StageNets(texts, tuple(tests), State(state.level, tuple(sorted(state.stages))))
+
+
+def user_network(recipe: Recipe) -> UserNetwork:
+    """The network of a recipe with `network.prototxt`."""
+    return read_user_network(recipe.network)
+
+
+def has_batch_norm(recipe: Recipe) -> bool:
+    """Whether the recipe's network has running statistics, which can lag behind the weights."""
+    return (network_of(recipe) if recipe.network.prototxt is None else user_network(recipe)).has_batch_norm
+
+
+def names_in_weights(recipe: Recipe, names: Iterable[str], key: str) -> frozenset[str]:
+    """The names under which weight files hold the layers ``names`` and their batch norms.
+
+    ``key`` is the recipe's key that the names come from.
+
+    Raises:
+        UserError: there is no such layer, or it has no weights.
+    """
+    if recipe.network.prototxt is not None:
+        return user_network(recipe).with_batch_norms(names, key)
+    network = network_of(recipe)
+    return registry.stored_names(network, registry.with_batch_norms(network, names, key))
+
+
+def layers_to_name(recipe: Recipe, stored: Iterable[str]) -> list[str]:
+    """The fewest layers whose `names_in_weights` cover ``stored``."""
+    if recipe.network.prototxt is not None:
+        return user_network(recipe).layers_to_name(stored)
+    return registry.layers_to_name(network_of(recipe), stored)
 
 
 def network_of(recipe: Recipe) -> Network:
@@ -98,6 +211,7 @@ def network_of(recipe: Recipe) -> Network:
         UserError: no such network, or parameters or layers that it does not have.
     """
     settings = recipe.network
+    assert settings.crop_size is not None
     network = build_network(settings.name, recipe.data.num_classes, settings.crop_size, settings.strides)
     return for_finetuning(network, settings.frozen, settings.head_lr_mult)
 
@@ -280,15 +394,14 @@ def _solver(
     recipe: Recipe,
     stage: Stage,
     dialect: Dialect,
+    nets: StageNets,
     *,
     folder: str,
     iter_size: int,
     device: int | None,
-    val_images: int,
     start_factor: float | None,
 ) -> str:
-    if val_images < 1:
-        raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
+    tests = [replace(test, file=str(Path(folder, test.file))) for test in nets.tests]
     sparse = stage.sparse
     if sparse and start_factor is not None:
         sparse = sparse.model_copy(update={"start_factor": start_factor})
@@ -300,9 +413,10 @@ def _solver(
         freeze_zeros=stage.freeze_zeros,
         dialect=dialect.value,
         train_net=str(Path(folder, TRAIN)),
-        test_net=str(Path(folder, VAL)),
+        train_state=nets.train_state,
+        tests=tests,
+        test_states=[test.state for test in tests] if any(test.state for test in tests) else [],
         snapshot_prefix=str(Path(folder, f"{recipe.data.dataset}_{recipe.network.name}")),
-        test_iter=iterations_per_test(val_images, recipe.training.val_batch_size),
         random_seed=recipe.training.random_seed,
         iter_size=iter_size,
         gpu=device is not None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from caffe_jacinto.common.errors import UserError
 
@@ -30,11 +30,47 @@ _MOST_DIGITS = 20
 """Of a whole number of 64 bits, its sign included."""
 
 
+class Place(NamedTuple):
+    """Where a field is in the text: its line, from 1, and the offsets of its name, its value and its end."""
+
+    line: int
+    start: int
+    value: int
+    end: int
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+    line: int
+    start: int
+    end: int
+
+
 class Message:
     """The fields of one message, in the order of the text; a repeated field comes several times."""
 
     def __init__(self) -> None:
         self.fields: list[tuple[str, Value]] = []
+        self.places: list[Place] = []
+        """Of each field; empty in a message that was not parsed from text."""
+
+        self.place: Place | None = None
+        """Of the message itself, where it is a field; None for a whole text."""
+
+    @property
+    def line(self) -> int:
+        """The line of a message that is a field; 1 for a whole text."""
+        return self.place.line if self.place else 1
+
+    def places_of(self, name: str) -> list[Place]:
+        """Where the values of the field ``name`` are, in order."""
+        return [place for (field, _), place in zip(self.fields, self.places, strict=False) if field == name]
+
+    def line_of(self, name: str) -> int:
+        """The line of the last value of ``name``; that of the message where there is none."""
+        found = self.places_of(name)
+        return found[-1].line if found else self.line
 
     def all(self, name: str) -> list[Value]:
         """Every value of the field ``name``, in order."""
@@ -111,12 +147,11 @@ def parse(text: str, where: str = "prototxt") -> Message:
     root = Message()
     end = _fields(tokens, 0, root, None, where, 0)
     if end != len(tokens):
-        raise _error(where, tokens[end][2], f"unexpected {tokens[end][1]!r}")
+        raise _error(where, tokens[end].line, f"unexpected {tokens[end].text!r}")
     return root
 
 
-def _tokens(text: str, where: str) -> Iterator[tuple[str, str, int]]:
-    """(kind, text, line) of each token."""
+def _tokens(text: str, where: str) -> Iterator[_Token]:
     position, line = 0, 1
     while position < len(text):
         match = _TOKEN.match(text, position)
@@ -124,59 +159,67 @@ def _tokens(text: str, where: str) -> Iterator[tuple[str, str, int]]:
             raise _error(where, line, f"unexpected {text[position]!r}")
         kind = match.lastgroup or ""
         if kind != "skip":
-            yield kind, match.group(), line
+            yield _Token(kind, match.group(), line, position, match.end())
         line += match.group().count("\n")
         position = match.end()
 
 
-def _fields(
-    tokens: list[tuple[str, str, int]], at: int, into: Message, closing: str | None, where: str, depth: int
-) -> int:
+def _fields(tokens: list[_Token], at: int, into: Message, closing: str | None, where: str, depth: int) -> int:
     """Read fields into ``into`` up to the token ``closing``; returns the index after it."""
     if depth > _MAX_DEPTH:
-        raise _error(where, tokens[at - 1][2], f"messages nested deeper than {_MAX_DEPTH}")
+        raise _error(where, tokens[at - 1].line, f"messages nested deeper than {_MAX_DEPTH}")
     while at < len(tokens):
-        kind, name, line = tokens[at]
+        kind, name, line, start, _ = tokens[at]
         if kind == "mark" and name == closing:
             return at + 1
         if kind != "word":
             raise _error(where, line, f"expected a field's name, found {name!r}")
         at += 1
-        if at < len(tokens) and tokens[at][1] == ":" and tokens[at][0] == "mark":
+        if at < len(tokens) and tokens[at][:2] == ("mark", ":"):
             at += 1
         if at >= len(tokens):
             raise _error(where, line, f"the text ends after {name!r}")
         if tokens[at][:2] == ("mark", "["):
             at = _list(tokens, at + 1, name, into, where, depth)
         else:
-            value, at = _value(tokens, at, where, depth)
-            into.fields.append((name, value))
+            at = _field(tokens, at, Place(line, start, tokens[at].start, 0), name, into, where, depth)
     if closing is not None:
-        raise _error(where, tokens[-1][2], f"the text ends before {closing!r}")
+        raise _error(where, tokens[-1].line, f"the text ends before {closing!r}")
     return at
 
 
-def _list(
-    tokens: list[tuple[str, str, int]], at: int, name: str, into: Message, where: str, depth: int
+def _field(
+    tokens: list[_Token], at: int, begin: Place, name: str, into: Message, where: str, depth: int
 ) -> int:
+    """Read the value of ``name`` into ``into``; ``begin`` is its place but for the end."""
+    value, at = _value(tokens, at, where, depth)
+    place = begin._replace(end=tokens[at - 1].end)
+    if isinstance(value, Message):
+        value.place = place
+    into.fields.append((name, value))
+    into.places.append(place)
+    return at
+
+
+def _list(tokens: list[_Token], at: int, name: str, into: Message, where: str, depth: int) -> int:
     """Read the short form ``name: [a, b]``; returns the index after the bracket."""
     while at < len(tokens):
         if tokens[at][:2] == ("mark", "]"):
             return at + 1
-        value, at = _value(tokens, at, where, depth)
-        into.fields.append((name, value))
-    raise _error(where, tokens[-1][2], "the text ends before ']'")
+        place = Place(tokens[at].line, tokens[at].start, tokens[at].start, 0)
+        at = _field(tokens, at, place, name, into, where, depth)
+    raise _error(where, tokens[-1].line, "the text ends before ']'")
 
 
-def _value(tokens: list[tuple[str, str, int]], at: int, where: str, depth: int) -> tuple[Value, int]:
-    kind, text, line = tokens[at]
+def _value(tokens: list[_Token], at: int, where: str, depth: int) -> tuple[Value, int]:
+    kind, text, line, *_ = tokens[at]
     if kind == "mark" and text in "{<":
         inner = Message()
         return inner, _fields(tokens, at + 1, inner, "}" if text == "{" else ">", where, depth + 1)
     if kind == "string":
         parts = []
-        while at < len(tokens) and tokens[at][0] == "string":
-            parts.append(_unquote(tokens[at][1]))
+        while at < len(tokens) and tokens[at].kind == "string":
+            parts.append(_unquote(tokens[at].text))
             at += 1
         return "".join(parts), at
     if kind == "word":

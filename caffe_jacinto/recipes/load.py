@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.text import did_you_mean
-from caffe_jacinto.recipes.rules import Keys, Place, Rule
+from caffe_jacinto.recipes.rules import Keys, Mistake, Place, Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,11 +44,22 @@ def built_in_recipes() -> list[str]:
     return sorted(path.stem for path in BUILT_IN_FOLDER.glob("*.toml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, rules: Sequence[Rule] = ()) -> Recipe:
+Completion = Callable[[dict[str, Any]], Sequence[Mistake]]
+"""Adds to a recipe's document what other files say; returns the mistakes that it finds."""
+
+
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    rules: Sequence[Rule] = (),
+    completion: Completion | None = None,
+) -> Recipe:
     """A built-in recipe by its name, or a recipe file by its path (it has a slash or ends in .toml).
 
     ``overrides`` have the form ``KEY.KEY=VALUE``, with a TOML value; a bare word is a string. They are
     applied in order, before the recipe is checked. ``rules`` are checked besides the recipe's own.
+    ``completion`` adds what the recipe leaves to other files.
 
     Raises:
         UserError: no such recipe, or not TOML.
@@ -62,6 +73,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, rules: Sequ
     for override in parsed:
         _apply(document, override)
     document.setdefault("name", path.stem)
+    places = _Places(path, text, parsed)
+    if completion is not None:
+        wrong = completion(document)
+        if wrong:
+            raise UserErrors([f"{places(keys).name}: {'.'.join(keys)}: {what}" for keys, what in wrong])
 
     from pydantic import ValidationError
 
@@ -75,7 +91,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, rules: Sequ
         errors = error.errors(include_url=False)
     if recipe is not None and not rules:
         return recipe
-    found = explain(errors, document, rules, _Places(path, text, parsed))
+    found = explain(errors, document, rules, places)
     if recipe is None or found:
         raise UserErrors(found)
     return recipe

@@ -85,8 +85,31 @@ class NetworkSettings(_Settings):
     """The network and its free parameters."""
 
     name: Text
-    crop_size: PositiveInt
-    """Height and width of the network's input, in pixels."""
+    """Of a network of this program; with `prototxt`, part of the names of the run folder and of snapshots."""
+
+    prototxt: OptionalText = None
+    """A network of your own instead: its train_val.prototxt, or the one for training."""
+
+    test_prototxt: Annotated[tuple[Text, ...], Ints] = ()
+    """The networks that test it, where they are in other files; the first one also tests the result."""
+
+    train_stages: Annotated[tuple[Text, ...], Ints] = ()
+    """Caffe's `train_state.stage`, for `include` rules that ask for one."""
+
+    train_level: NaturalInt = 0
+    """Caffe's `train_state.level`."""
+
+    test_stages: Annotated[tuple[Annotated[tuple[Text, ...], Ints], ...], Ints] = ()
+    """Caffe's `test_state.stage`, a list for each network that tests."""
+
+    test_levels: Annotated[tuple[NaturalInt, ...], Ints] = ()
+    """Caffe's `test_state.level` of each."""
+
+    test_iter: Annotated[tuple[PositiveInt, ...], Ints] = ()
+    """Batches of one test of each; by default, as many as cover its LMDB once."""
+
+    crop_size: OptionalInt = None
+    """Height and width of the network's input, in pixels; required but with `prototxt`."""
 
     strides: Annotated[Annotated[tuple[PositiveInt, ...], Ints] | None, Optional] = None
     """Strides of the parts of the network, from the input on, where they can be chosen; by default, the
@@ -97,6 +120,11 @@ class NetworkSettings(_Settings):
 
     head_lr_mult: PositiveFloat = 1.0
     """Learning rate of the last layer with weights, as a multiple of the published one."""
+
+    @property
+    def tests(self) -> int:
+        """How many networks test."""
+        return max(map(len, (self.test_prototxt, self.test_stages, self.test_levels, self.test_iter))) or 1
 
 
 class TrainingSettings(_Settings):
@@ -170,6 +198,8 @@ class SolverSettings(_Settings):
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
     clip_gradients: OptionalFloat = None
+    average_loss: PositiveInt = 1
+    """The displayed loss is the mean of so many iterations."""
 
 
 @dataclass(frozen=True)

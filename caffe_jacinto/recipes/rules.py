@@ -158,7 +158,32 @@ def _keeps_trained_weights(stage: Values, frozen: Collection[str]) -> Iterator[M
         )
 
 
+_OF_A_PROTOTXT = ("test_prototxt", "train_stages", "train_level", "test_stages", "test_levels", "test_iter")
+"""Keys of `[network]` that say how a network of the user's own is used."""
+
+_OF_EACH_TEST = ("test_prototxt", "test_stages", "test_levels", "test_iter")
+
+
+def _network_has_its_keys(recipe: Values) -> Iterator[Mistake]:
+    if recipe["network.prototxt"] is None:
+        for key in _OF_A_PROTOTXT:
+            if recipe[f"network.{key}"]:
+                yield recipe.mistake(f"network.{key}", "goes with network.prototxt only; remove it")
+        if recipe["network.crop_size"] is None:
+            yield recipe.mistake("network.crop_size", "missing; add it")
+        return
+    if recipe["network.strides"] is not None:
+        yield recipe.mistake("network.strides", "the strides are those of network.prototxt; remove it")
+    given = {key: len(recipe[f"network.{key}"]) for key in _OF_EACH_TEST if recipe[f"network.{key}"]}
+    if len(set(given.values())) > 1:
+        lengths = ", ".join(f"{length} of {key}" for key, length in given.items())
+        yield recipe.mistake(
+            f"network.{next(iter(given))}", f"{lengths}; give one for each network that tests"
+        )
+
+
 _RECIPE_RULES: tuple[Rule, ...] = (
+    _network_has_its_keys,
     _frozen_once,
     _gpus_once,
     _names_make_folders,

@@ -115,7 +115,6 @@ class Driver:
     keep: int
     """How many of the newest snapshots are kept."""
 
-    val_images: int | None
     doubted: set[Kind] = field(default_factory=set)
     """What has been said of the losses of this run."""
 
@@ -170,7 +169,7 @@ class Driver:
         job = train_job(self.run, plan, point.snapshot.solverstate if point.snapshot else None)
         commands = self.run.engine.train_commands(job)
         factor = self._start_factor(plan, point)
-        texts = self.run.files(plan, val_images=self.val_images, start_factor=factor)
+        texts = self.run.files(plan, start_factor=factor)
         write_stage(self.run, plan, texts, commands)
         if point.snapshot is None:
             write_start_weights(self.run, plan)
@@ -264,8 +263,8 @@ class Driver:
         if self.signals.requested:
             return False
         self._check_data(state)
-        command = self.run.engine.test_command(test_job(self.run, self.val_images))
-        write_test(self.run, self.run.files(self.run.stages[-1], val_images=self.val_images), command)
+        command = self.run.engine.test_command(test_job(self.run))
+        write_test(self.run, self.run.files(self.run.stages[-1]), command)
         self.screen.say(
             f"test: {self.run.final_weights}; log: {self.run.test_folder / STAGE_LOG}", style="bold"
         )

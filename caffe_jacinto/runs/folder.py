@@ -5,6 +5,7 @@ training/<dataset>_<network>_<time>/
     lock        held while something trains here
     slurm/      the files of its Slurm jobs, if it was submitted (runs/slurm.py)
     labels.txt  the class names, if the data set has them
+    network.prototxt  a copy of the user's own network, if the recipe names one; network_2.prototxt and so on
     initial/  l1reg/  sparse/  finetune/  test/
         train.prototxt val.prototxt deploy.prototxt solver.prototxt
         run.sh    the commands, runnable by hand
@@ -33,6 +34,9 @@ from caffe_jacinto.runs.lock import LOCK_NAME
 
 LOG_HEADER = "# caffe_jacinto.train:"
 """Begins the line before the output of each command in a stage's log."""
+
+NETWORK_COPY = "network"
+"""Begins the names of the copies of a user's own network (runs/user_files.py)."""
 
 TEST = "test"
 """The folder of the last step, the test of the final weights."""
@@ -179,11 +183,15 @@ def load(folder: Path) -> RunRecord:
 def is_free(folder: Path) -> bool:
     """Whether a new run can be made at ``folder``: it does not exist, or is empty.
 
-    A folder with only a lock file, or an unfinished record, is left by a train that was killed as it began.
+    A folder with only a lock file, a copied network or an unfinished record is left by a train that was
+    killed as it began.
     """
     return not folder.exists() or (
         folder.is_dir()
-        and all(path.name == LOCK_NAME or is_unfinished(path.name) for path in folder.iterdir())
+        and all(
+            path.name == LOCK_NAME or is_unfinished(path.name) or path.match(f"{NETWORK_COPY}*.prototxt")
+            for path in folder.iterdir()
+        )
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
@@ -12,14 +12,14 @@ from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
-from caffe_jacinto.networks.registry import stored_names, with_batch_norms
 from caffe_jacinto.networks.stage_files import (
-    IMAGENET_VAL_IMAGES,
-    iterations_per_test,
-    network_of,
+    has_batch_norm,
+    names_in_weights,
     stage_files,
     write_stage_files,
 )
+from caffe_jacinto.networks.user_network import LmdbSize
+from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.recipes.model import Recipe, Stage
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
@@ -70,6 +70,14 @@ class RunPlan:
     engine: Engine
     gpus: tuple[int, ...]
     stages: tuple[StagePlan, ...]
+    lmdbs: Mapping[str, LmdbSize] = field(default_factory=dict)
+    """What is known of the LMDBs, by their paths."""
+
+    @property
+    def val_images(self) -> int | None:
+        """The number of validation images; None if unknown."""
+        known = self.lmdbs.get(self.recipe.data.val_lmdb)
+        return None if known is None else known.images
 
     @property
     def test_folder(self) -> Path:
@@ -79,13 +87,10 @@ class RunPlan:
     def final_weights(self) -> Path:
         return self.stages[-1].final_weights
 
-    def files(
-        self, plan: StagePlan, *, val_images: int | None, start_factor: float | None = None
-    ) -> dict[str, str]:
+    def files(self, plan: StagePlan, *, start_factor: float | None = None) -> dict[str, str]:
         """The stage's prototxt files by name, in the engine's dialect.
 
-        ``val_images`` is the number of validation images, None if unknown. ``start_factor`` is where the
-        fork's sparsity schedule continues after a resume.
+        ``start_factor`` is where the fork's sparsity schedule continues after a resume.
 
         Raises:
             UserError: the recipe's values do not make a valid network or solver.
@@ -98,7 +103,8 @@ class RunPlan:
             gpus=plan.devices.gpus,
             iter_size=plan.devices.iter_size,
             solver_mode_gpu=bool(plan.devices.gpus),
-            val_images=val_images,
+            val_images=self.val_images,
+            lmdbs=self.lmdbs,
             start_factor=start_factor,
             ranks=plan.devices.ranks,
         )
@@ -110,10 +116,7 @@ class RunPlan:
 
     def left_out(self, plan: StagePlan) -> frozenset[str]:
         """The layers of the start weights that the stage's `reinit` leaves out."""
-        network = network_of(self.recipe)
-        return stored_names(
-            network, with_batch_norms(network, plan.stage.reinit, f"stages.{plan.name}.reinit")
-        )
+        return names_in_weights(self.recipe, plan.stage.reinit, f"stages.{plan.name}.reinit")
 
 
 def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]) -> RunPlan:
@@ -142,7 +145,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
 
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
     """The engine's job for a stage, from its start or from a ``.solverstate``."""
-    batches = run.recipe.training.reestimate_batches if network_of(run.recipe).has_batch_norm else 0
+    batches = run.recipe.training.reestimate_batches if has_batch_norm(run.recipe) else 0
     return TrainJob(
         solver=plan.folder / "solver.prototxt",
         weights=plan.loaded_weights,
@@ -158,13 +161,17 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
     )
 
 
-def test_job(run: RunPlan, val_images: int | None) -> TestJob:
-    """The engine's job for the test of the final weights."""
+def test_job(run: RunPlan) -> TestJob:
+    """The engine's job for the test of the final weights, with the first network that tests the stages."""
+    solver = parse_solver(run.files(run.stages[-1])["solver.prototxt"], run.engine.info.dialect, "solver")
+    state = solver.test_state[0] if solver.test_state else None
     return TestJob(
         model=run.test_folder / "val.prototxt",
         weights=run.final_weights,
-        iterations=iterations_per_test(val_images or IMAGENET_VAL_IMAGES, run.recipe.training.val_batch_size),
+        iterations=solver.test_iter[0],
         gpus=run.gpus[:1],
+        level=state.level if state else 0,
+        stages=tuple(state.stage) if state else (),
     )
 
 

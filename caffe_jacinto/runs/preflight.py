@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
-from caffe_jacinto.engines.contract import data_shapes
+from caffe_jacinto.engines.contract import ImageShape, data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.logs.discover import RUN_RECORD
-from caffe_jacinto.networks.registry import layers_to_name, stored_names, with_batch_norms
-from caffe_jacinto.networks.stage_files import network_of
+from caffe_jacinto.netspec.graph import TRAIN
+from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
+from caffe_jacinto.networks.user_network import LmdbSize, mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories
@@ -48,11 +49,13 @@ class Findings:
     files_can_be_made: bool = False
     """Whether the files and commands of all stages could be made: a dry run shows them despite problems."""
 
-    image_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Channels, height and width of the images in each LMDB."""
+    lmdbs: dict[str, LmdbSize] = field(default_factory=dict)
+    """What the LMDBs hold that could be read, by their paths."""
 
-    train_images: int | None = None
-    val_images: int | None = None
+    @property
+    def image_shapes(self) -> dict[str, ImageShape]:
+        """Channels, height and width of the images in each LMDB."""
+        return {path: lmdb.shape for path, lmdb in self.lmdbs.items()}
 
     def attempt(self, check: Callable[[], None]) -> None:
         """Run a check and record its UserError, if any, as a problem."""
@@ -84,6 +87,9 @@ def preflight(
     findings.attempt(lambda: _check_val_lmdb(run, findings))
     findings.attempt(lambda: _check_mean_file(run, findings))
     findings.attempt(lambda: _check_labels(run, findings))
+    if run.recipe.network.prototxt is not None:
+        findings.attempt(lambda: _check_user_network(run, findings))
+    run = replace(run, lmdbs=findings.lmdbs)
     texts: dict[str, dict[str, str]] = {}
     for plan in stages:
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
@@ -176,14 +182,12 @@ def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
 
     facts = check_lmdb(
         run.recipe.data.train_lmdb,
-        num_classes=run.recipe.data.num_classes,
+        **_asked_of_images(run),
         min_images=run.recipe.training.batch_size,
-        min_size=run.recipe.network.crop_size,
         training=True,
     )
-    findings.train_images = facts.images
+    findings.lmdbs[run.recipe.data.train_lmdb] = _size_of(facts)
     _note_crop(run, run.recipe.data.train_lmdb, facts, findings)
-    findings.image_shapes[run.recipe.data.train_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
 
 
@@ -193,13 +197,11 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
     batch = run.recipe.training.val_batch_size
     facts = check_lmdb(
         run.recipe.data.val_lmdb,
-        num_classes=run.recipe.data.num_classes,
+        **_asked_of_images(run),
         min_images=batch,
-        min_size=run.recipe.network.crop_size,
     )
-    findings.val_images = facts.images
+    findings.lmdbs[run.recipe.data.val_lmdb] = _size_of(facts)
     _note_crop(run, run.recipe.data.val_lmdb, facts, findings)
-    findings.image_shapes[run.recipe.data.val_lmdb] = (facts.channels, facts.height, facts.width)
     findings.notes.extend(facts.notes)
     rest = facts.images % batch
     if rest:
@@ -207,6 +209,36 @@ def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
             f"the {facts.images:,} validation images do not divide into batches of {batch}: the last batch "
             f"of a test wraps round and counts the first {batch - rest} twice (training.val_batch_size)"
         )
+
+
+def _size_of(facts: LmdbFacts) -> LmdbSize:
+    shape = (facts.channels, facts.height, facts.width)
+    return LmdbSize(facts.images, shape, facts.largest, facts.highest_label)
+
+
+def _asked_of_images(run: RunPlan) -> dict[str, Any]:
+    """What `check_lmdb` is to check of the images; a user's own network is held against them by its lines."""
+    if run.recipe.network.prototxt is not None:
+        return {"num_classes": None, "min_size": 1, "channels": None}
+    return {"num_classes": run.recipe.data.num_classes, "min_size": run.recipe.network.crop_size}
+
+
+def _check_user_network(run: RunPlan, findings: Findings) -> None:
+    """Check the network's prototxts, and the LMDBs that the recipe does not name."""
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
+
+    network = user_network(run.recipe)
+    replaced = (network.train.source, network.tests[0].source)
+    for net in (network.train, *network.tests):
+        for layer in net.sources:
+            data = layer.message("data_param")
+            source = data.string("source")
+            if layer.string("type") != "Data" or source in replaced or source in findings.lmdbs:
+                continue
+            batch = data.integer("batch_size")
+            facts = check_lmdb(source, num_classes=None, min_images=batch, min_size=1, channels=None)
+            findings.lmdbs[source] = _size_of(facts)
+    findings.problems += mistakes_of(network, run.recipe, findings.lmdbs)
 
 
 def _check_mean_file(run: RunPlan, findings: Findings) -> None:
@@ -251,6 +283,8 @@ def _check_labels(run: RunPlan, findings: Findings) -> None:
 def _note_crop(run: RunPlan, lmdb: str, facts: LmdbFacts, findings: Findings) -> None:
     """Note a crop that shows only a small part of the images."""
     crop, side = run.recipe.network.crop_size, min(facts.height, facts.width)
+    if crop is None:
+        return
     if side > 2 * crop:
         share = crop * crop / (facts.height * facts.width)
         findings.notes.append(
@@ -263,7 +297,7 @@ def _note_crop(run: RunPlan, lmdb: str, facts: LmdbFacts, findings: Findings) ->
 def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[str, dict[str, str]]) -> None:
     """Check that the engine can do the job and that the stage's files can be made."""
     run.engine.train_commands(train_job(run, plan))
-    texts[plan.name] = run.files(plan, val_images=findings.val_images)
+    texts[plan.name] = run.files(plan)
 
 
 def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:
@@ -283,7 +317,7 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
             "or name others"
         )
     net = parse_net(texts["train.prototxt"], run.engine.info.dialect, "train.prototxt")
-    shapes = data_shapes(net, findings.image_shapes)
+    shapes = data_shapes(net, findings.image_shapes, TRAIN)
     mismatches = {mismatch.layer: mismatch for mismatch in check_fit(plan.start_weights, net, shapes)}
     left_out = run.left_out(plan)
     wrong = [found for found in mismatches.values() if found.fatal and found.layer not in left_out]
@@ -292,9 +326,8 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
             f"stage {plan.name}: the start weights {plan.start_weights} do not fit the network: "
             f"{_what_differs(run, plan, wrong)}"
         )
-    network = network_of(run.recipe)
-    frozen = with_batch_norms(network, run.recipe.network.frozen, "network.frozen")
-    lost = [name for name in mismatches if name in stored_names(network, frozen)]
+    frozen = names_in_weights(run.recipe, run.recipe.network.frozen, "network.frozen")
+    lost = [name for name in mismatches if name in frozen]
     if lost:
         raise UserError(
             f"stage {plan.name}: network.frozen keeps layers as they are in {plan.start_weights}, which "
@@ -337,7 +370,7 @@ def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> s
     converted = next((found for found in wrong if found.cause == "other Caffe"), None)
     if converted is not None:
         return str(converted)  # this applies to every batch norm, so leaving layers out would not help
-    names = layers_to_name(network_of(run.recipe), [found.layer for found in wrong if found.cause == "shape"])
+    names = layers_to_name(run.recipe, [found.layer for found in wrong if found.cause == "shape"])
     if not names:
         return _listed(wrong)
     shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))

@@ -22,6 +22,7 @@ from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.gpus import any_visible, requested_gpus, this_machine
 from caffe_jacinto.engines.snapshots import weights_are_finite
 from caffe_jacinto.logs.discover import RUN_RECORD
+from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
@@ -51,6 +52,7 @@ from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen
 from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit
+from caffe_jacinto.runs.user_files import copied, differences
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if options.slurm:
         check_slurm()
         overrides = [*overrides, *(f"training.nodes={n}" for n in (options.slurm.nodes,) if n is not None)]
-    recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES)
+    recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
     if options.slurm and options.gpus is None:
         # Slurm gives each job its GPUs, and programs number them from 0.
         options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
@@ -93,14 +95,17 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     screen = Screen()
     engine, gpus = _engine(options, recipe.training.gpus, screen)
     if options.gpus is not None:
-        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"])
+        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"], completion=complete)
     elif not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
     findings = preflight(run, run.stages, recipe.training.keep, here=options.slurm is None)
-    _show_findings(findings, screen)
+    run = replace(run, lmdbs=findings.lmdbs)
+    _show_findings(run, findings, screen)
     if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
+    theirs = recipe
+    recipe, copies = copied(recipe, folder)
     record = RunRecord(
         caffe_jacinto=__version__,
         created=run_folder.now(),
@@ -120,9 +125,14 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if (folder / RUN_RECORD).exists():
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     run_folder.tidy(folder)
+    for path, text in copies.items():
+        write_whole(path, text)
+    run = replace(run, recipe=recipe)
     run_folder.save(folder, record)
     _copy_labels(run)
     screen.say(f"run folder: {folder}")
+    for line in differences(run, theirs):
+        screen.say(line)
     if options.dry_run:
         _write_all(run, findings, screen)
         _refuse(findings)
@@ -134,7 +144,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         except UserError:
             shutil.rmtree(folder)  # it did not exist before, and nothing was trained in it
             raise
-    return _drive(run, record, lock, screen, StopSignals(), findings)
+    return _drive(run, record, lock, screen, StopSignals())
 
 
 @contextmanager
@@ -187,7 +197,8 @@ def resume(
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
     here = options.slurm is None
     findings = preflight(run, waiting, recipe.training.keep, resuming=True, here=here)
-    _show_findings(findings, screen)
+    run = replace(run, lmdbs=findings.lmdbs)
+    _show_findings(run, findings, screen)
     _refuse(findings)
     if not options.accept_data:
         check_data(run, record.data)
@@ -199,7 +210,7 @@ def resume(
     screen.say(f"run folder: {folder}")
     if options.slurm:
         return _submit(folder, record, lock, screen)
-    return _drive(run, record, lock, screen, signals or StopSignals(), findings)
+    return _drive(run, record, lock, screen, signals or StopSignals())
 
 
 def _submit(folder: Path, record: RunRecord, lock: RunLock, screen: Screen) -> int:
@@ -215,11 +226,9 @@ def _submit(folder: Path, record: RunRecord, lock: RunLock, screen: Screen) -> i
     return 0
 
 
-def _drive(
-    run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, signals: StopSignals, findings: Findings
-) -> int:
+def _drive(run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, signals: StopSignals) -> int:
     keep = run.recipe.training.keep
-    driver = Driver(run, record, lock, screen, signals, keep, findings.val_images)
+    driver = Driver(run, record, lock, screen, signals, keep)
     try:
         code = driver.drive()
     finally:
@@ -356,11 +365,10 @@ def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
         )
 
 
-def _show_findings(findings: Findings, screen: Screen) -> None:
-    if findings.train_images is not None and findings.val_images is not None:
-        screen.say(
-            f"data: {findings.train_images:,} training images, {findings.val_images:,} validation images"
-        )
+def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
+    train, val = (findings.lmdbs.get(lmdb) for lmdb in (run.recipe.data.train_lmdb, run.recipe.data.val_lmdb))
+    if train is not None and val is not None:
+        screen.say(f"data: {train.images:,} training images, {val.images:,} validation images")
     for note in findings.notes:
         screen.say(f"  note: {note}", style="yellow")
 
@@ -383,12 +391,12 @@ def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
     """Write the files of all stages and of the test, and show the commands."""
     for plan in run.stages:
         commands = run.engine.train_commands(train_job(run, plan))
-        texts = run.files(plan, val_images=findings.val_images)
+        texts = run.files(plan)
         write_stage(run, plan, texts, commands)
         if not findings.problems:
             write_start_weights(run, plan)
         _show_commands(plan.name, commands, screen)
-    command = run.engine.test_command(test_job(run, findings.val_images))
+    command = run.engine.test_command(test_job(run))
     write_test(run, texts, command)
     _show_commands(TEST, [command], screen)
 

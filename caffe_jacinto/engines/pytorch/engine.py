@@ -27,6 +27,7 @@ from caffe_jacinto.engines.contract import (
     gpu_arguments,
     pruning_arguments,
     recalibration_arguments,
+    test_arguments,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -138,7 +139,7 @@ class TorchEngine:
 
     def test_command(self, job: TestJob) -> list[str]:
         command = [*self._program("test"), "-model", str(job.model), "-weights", str(job.weights)]
-        return [*command, "-iterations", str(job.iterations), *gpu_arguments(job.gpus[:1])]
+        return [*command, *test_arguments(job)]
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         """None: snapshots hold the factor."""

@@ -1,0 +1,71 @@
+"""Mistakes in a network's layers that Caffe aborts at, or trains something else for: each with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.netspec.shapes import FullShape, layer_shapes
+from caffe_jacinto.prototxt.tree import Message
+
+
+def mistakes(net: Message, where: str, data_shapes: Sequence[FullShape] = ()) -> Iterator[str]:
+    """Each mistake in ``net``, which has the layers of one phase, as ``FILE:LINE: layer NAME: FIELD: ...``.
+
+    ``where`` is the file; ``data_shapes`` as in `layer_shapes`.
+    """
+    layers = net.messages("layer")
+    yield from _twice(layers, where)
+    yield from _blobs(layers, net.strings("input"), where)
+    yield from _top_k(net, where, data_shapes)
+
+
+def _twice(layers: Sequence[Message], where: str) -> Iterator[str]:
+    lines: dict[str, int] = {}
+    for layer in layers:
+        name, line = layer.string("name"), layer.line_of("name")
+        if name in lines:
+            yield (
+                f"{where}:{line}: layer {name}: name: line {lines[name]} has a layer of this name already, "
+                "for the same phase; rename one"
+            )
+        lines.setdefault(name, line)
+
+
+def _blobs(layers: Sequence[Message], inputs: Sequence[str], where: str) -> Iterator[str]:
+    """Bottoms that nothing makes, and tops that two layers make (Net::AppendBottom and AppendTop)."""
+    made = dict.fromkeys(inputs, 0)
+    for layer in layers:
+        name, bottoms = layer.string("name"), layer.strings("bottom")
+        for bottom, place in zip(bottoms, layer.places_of("bottom"), strict=False):
+            if bottom not in made:
+                later = next((other for other in layers if bottom in other.strings("top")), None)
+                hint = (
+                    f"layer {later.string('name')} makes it, and comes later; move it up"
+                    if later is not None and later is not layer
+                    else did_you_mean(bottom, made)
+                )
+                yield f"{where}:{place.line}: layer {name}: bottom: no layer makes {bottom}; {hint}"
+        for index, (top, place) in enumerate(zip(layer.strings("top"), layer.places_of("top"), strict=False)):
+            in_place = index < len(bottoms) and bottoms[index] == top
+            if top in made and not in_place:
+                yield (
+                    f"{where}:{place.line}: layer {name}: top: {top} is made by an earlier layer already; "
+                    "give it another name"
+                )
+            made[top] = place.line
+
+
+def _top_k(net: Message, where: str, data_shapes: Sequence[FullShape]) -> Iterator[str]:
+    for item in layer_shapes(net, data_shapes):
+        parameter = item.layer.message("accuracy_param")
+        scores = item.bottoms[0] if item.bottoms else None
+        if item.kind != "Accuracy" or scores is None:
+            continue
+        axis, top_k = parameter.integer("axis", 1), parameter.integer("top_k", 1)
+        if -len(scores) <= axis < len(scores) and top_k > scores[axis]:
+            yield (
+                f"{where}:{parameter.line_of('top_k')}: layer {item.layer.string('name')}: "
+                f"accuracy_param.top_k: the {top_k} largest of {scores[axis]} scores; make it smaller, or "
+                "remove the layer"
+            )

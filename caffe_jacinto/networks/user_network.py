@@ -1,0 +1,444 @@
+"""A network in a user's own prototxt files: what is in it, and the same text with what a stage has to set.
+
+The text stays as it was written, comments included; `prototxt.edit` changes single fields of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from google.protobuf import text_format
+
+from caffe_jacinto.common.errors import UserError, UserErrors
+from caffe_jacinto.common.files import read_text
+from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, included, nodes_of, readers, scale_after
+from caffe_jacinto.netspec.layer_types import blob_shapes_of, role_of
+from caffe_jacinto.netspec.mistakes import mistakes
+from caffe_jacinto.netspec.predictions import head_of, predictions
+from caffe_jacinto.netspec.shapes import ImageShape, image_shape
+from caffe_jacinto.prototxt import tree
+from caffe_jacinto.prototxt.edit import Edits
+from caffe_jacinto.prototxt.render import number, quote
+from caffe_jacinto.prototxt.schema import parse_any_net
+from caffe_jacinto.prototxt.tree import Message
+
+if TYPE_CHECKING:
+    from caffe_jacinto.recipes.model import NetworkSettings, Recipe
+
+KEY = "network.prototxt"
+
+DECLARED = ("Input", "DummyData", "MemoryData", "Parameter")
+"""Layers without bottoms that read no data set."""
+
+
+@dataclass(frozen=True)
+class LmdbSize:
+    """What an LMDB holds."""
+
+    images: int
+    shape: ImageShape
+    """Channels, height and width of the smallest image."""
+
+    largest: tuple[int, int]
+    """Height and width of the largest."""
+
+    highest_label: int
+
+
+@dataclass(frozen=True)
+class NetFile:
+    """A prototxt and the state in which it is used."""
+
+    path: str
+    text: str
+    """As the file has it; of a file of an older form (`layers`), the same in today's."""
+
+    state: NetState
+
+    @cached_property
+    def tree(self) -> Message:
+        return tree.parse(self.text, self.path)
+
+    @cached_property
+    def layers(self) -> list[Message]:
+        """The layers that the network has in this state."""
+        header = self.tree.message("state")
+        level = self.state.level or header.integer("level")
+        state = NetState(self.state.phase, level, self.state.stages | set(header.strings("stage")))
+        return [layer for layer in self.tree.messages("layer") if included(layer, state)]
+
+    @property
+    def alone(self) -> Message:
+        """The network with the layers of this state only."""
+        net = Message()
+        net.fields = [(name, value) for name, value in self.tree.fields if name not in ("layer", "state")]
+        net.fields += [("layer", layer) for layer in self.layers]
+        return net
+
+    @cached_property
+    def sources(self) -> list[Message]:
+        """The layers that read a data set."""
+        return [
+            layer
+            for layer in self.layers
+            if role_of(layer.string("type")) == "data" and layer.string("type") not in DECLARED
+        ]
+
+    @property
+    def data(self) -> Message:
+        """The layer that gives the images: the first that reads a data set.
+
+        Raises:
+            UserError: there is none, or it is not a Data layer.
+        """
+        if not self.sources:
+            raise UserError(
+                f"{self.path}: the network has no layer that reads images in the phase {self.state.phase}; "
+                "add a Data layer"
+            )
+        first = self.sources[0]
+        if first.string("type") != "Data":
+            raise UserError(
+                f"{self.where(first)}: type {first.string('type')}: train reads images from LMDBs, by Data "
+                "layers; make one (python -m caffe_jacinto.create_lmdb) and a Data layer for it"
+            )
+        return first
+
+    @property
+    def source(self) -> str:
+        """The LMDB of the images."""
+        return _source(self.data)
+
+    @property
+    def batch(self) -> int:
+        return self.data.message("data_param").integer("batch_size")
+
+    @property
+    def crop(self) -> int | None:
+        """Height and width in pixels; None where whole images are taken."""
+        return self.data.message("transform_param").integer("crop_size") or None
+
+    @property
+    def mean_file(self) -> str | None:
+        return self.data.message("transform_param").string("mean_file") or None
+
+    def where(self, layer: Message, line: int | None = None) -> str:
+        """``FILE:LINE: layer NAME``."""
+        return f"{self.path}:{line or layer.line}: layer {layer.string('name')}"
+
+
+@dataclass(frozen=True)
+class UserNetwork:
+    """A network to train, and those that test it."""
+
+    train: NetFile
+    tests: tuple[NetFile, ...]
+    """At least one."""
+
+    @property
+    def name(self) -> str:
+        """For the names of folders and snapshots."""
+        title = self.train.tree.string("name") or Path(self.train.path).stem
+        safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in title)
+        return safe.lstrip("._-")[:64] or "network"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of its prototxts, each once."""
+        return tuple(dict.fromkeys(net.path for net in (self.train, *self.tests)))
+
+    @cached_property
+    def head(self) -> Message:
+        """The last layer with weights before the prediction.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = predictions(self.train.layers)
+        head = head_of(self.train.layers, found[0]) if found else None
+        if head is None:
+            raise UserError(
+                f"{self.train.path}: no convolution or inner product leads to a loss in the training "
+                "network; train needs one"
+            )
+        return head
+
+    @property
+    def classes(self) -> int:
+        """The outputs of the head."""
+        return _parameters(self.head).integer("num_output")
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(layer.string("type") == "BatchNorm" for layer in self.train.layers)
+
+    # Layers by name
+
+    def with_batch_norms(self, names: Iterable[str], key: str) -> frozenset[str]:
+        """The layers ``names``, each with the batch norm and the scale that follow it.
+
+        ``key`` is the recipe's key that the names come from.
+
+        Raises:
+            UserError: there is no such layer, or it has no weights.
+        """
+        layers, nodes = self.train.layers, nodes_of(self.train.layers)
+        known = {node.name: at for at, node in enumerate(nodes) if _blobs(layers[at])}
+        chosen = set()
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"{key}: {name} is not a layer with weights of {self.train.path}; "
+                    f"{did_you_mean(name, known)}"
+                )
+            chosen.add(name)
+            after = readers(nodes, known[name]) if nodes[known[name]].type != "BatchNorm" else [known[name]]
+            if len(after) >= 1 and nodes[after[0]].type == "BatchNorm":
+                chosen.add(nodes[after[0]].name)
+                scale = scale_after(nodes, after[0])
+                chosen |= set() if scale is None else {nodes[scale].name}
+        return frozenset(chosen)
+
+    def layers_to_name(self, stored: Iterable[str]) -> list[str]:
+        """The fewest layers that, with their batch norms, cover the stored layers ``stored``."""
+        missing, named = set(stored), []
+        for layer in self.train.layers:
+            if layer.string("name") in missing:
+                named.append(layer.string("name"))
+                missing -= self.with_batch_norms(named[-1:], "")
+        return named
+
+
+def read_user_network(settings: NetworkSettings) -> UserNetwork:
+    """The network of a recipe's `[network]` table with `prototxt`.
+
+    Raises:
+        UserError: a file cannot be read, is no network of either dialect, or has layers that Caffe refuses.
+    """
+    assert settings.prototxt is not None
+    train = _net_file(settings.prototxt, TRAIN, settings.train_level, settings.train_stages)
+    tests = settings.test_prototxt or (settings.prototxt,) * settings.tests
+    levels = settings.test_levels or (0,) * settings.tests
+    stages = settings.test_stages or ((),) * settings.tests
+    states = zip(tests, levels, stages, strict=True)
+    return UserNetwork(train, tuple(_net_file(path, TEST, level, names) for path, level, names in states))
+
+
+def _net_file(path: str, phase: str, level: int, stages: Sequence[str]) -> NetFile:
+    file = Path(path).expanduser()
+    text = read_text(file, f"name the network's prototxt as {KEY}")
+    return _checked(str(file), text, NetState(phase, level, frozenset(stages)))
+
+
+@lru_cache(maxsize=16)
+def _checked(path: str, text: str, state: NetState) -> NetFile:
+    message = parse_any_net(text, path)
+    if tree.parse(text, path).has("layers"):
+        text = text_format.MessageToString(message, as_utf8=True)
+    net = NetFile(path, text, state)
+    wrong = list(mistakes(net.alone, path))
+    if wrong:
+        raise UserErrors(wrong)
+    return net
+
+
+# --------------------------------------------------------------------- before the training: mistakes
+
+
+def mistakes_of(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSize]) -> list[str]:
+    """What is wrong in the network's files, each with its file, line and field.
+
+    ``lmdbs`` are the LMDBs that are known, by their paths.
+    """
+    found: dict[str, None] = {}
+    for net in (network.train, *network.tests):
+        same, lmdb = (
+            (network.train, recipe.data.train_lmdb)
+            if net is network.train
+            else (network.tests[0], recipe.data.val_lmdb)
+        )
+        used = [lmdb if path == same.source else path for path in map(_source, net.sources)]
+        shapes = []
+        for layer, path in zip(net.sources, used, strict=True):
+            known = {_source(layer): lmdbs[path].shape} if path in lmdbs else {}
+            shape = image_shape(layer, known)
+            if shape is None:
+                break
+            shapes.append((1, *shape))
+        found.update(dict.fromkeys(mistakes(net.alone, net.path, shapes)))
+        for layer, path in zip(net.sources, used, strict=True):
+            if path in lmdbs:
+                found.update(dict.fromkeys(_does_not_fit(network, net, layer, path, lmdbs[path], recipe)))
+    labelled = [lmdb for lmdb in (recipe.data.train_lmdb, recipe.data.val_lmdb) if lmdb in lmdbs]
+    if labelled:
+        highest = max(labelled, key=lambda lmdb: lmdbs[lmdb].highest_label)
+        found.update(dict.fromkeys(_label_beyond_outputs(network, highest, lmdbs[highest])))
+    return list(found)
+
+
+def _does_not_fit(
+    network: UserNetwork, net: NetFile, layer: Message, lmdb: str, size: LmdbSize, recipe: Recipe
+) -> Iterator[str]:
+    """What of a Data layer's LMDB does not fit it."""
+    transform = layer.message("transform_param")
+    crop = transform.integer("crop_size")
+    if crop and recipe.network.crop_size != network.train.crop:
+        crop = recipe.network.crop_size or crop
+    height, width = size.shape[1:]
+    images = f"the images in {lmdb}"
+    if crop > min(height, width):
+        yield (
+            f"{net.where(layer, transform.line_of('crop_size'))}: transform_param.crop_size: {crop} pixels, "
+            f"and {images} have {width}x{height}; make it smaller, or the LMDB with larger images"
+        )
+    elif not crop and size.largest != (height, width):
+        yield (
+            f"{net.where(layer, transform.line)}: transform_param.crop_size: missing, and {images} have "
+            f"{width}x{height} to {size.largest[1]}x{size.largest[0]} pixels; add it"
+        )
+
+
+def _label_beyond_outputs(network: UserNetwork, lmdb: str, size: LmdbSize) -> Iterator[str]:
+    """Labels that the network has no output for."""
+    outputs = network.classes
+    classifies = any(layer.string("type") == "SoftmaxWithLoss" for layer in network.train.layers)
+    if classifies and size.highest_label >= outputs:
+        line = _parameters(network.head).line_of("num_output")
+        yield (
+            f"{network.train.where(network.head, line)}: num_output: {outputs} outputs are for "
+            f"labels 0 to {outputs - 1}, and the images in {lmdb} have label {size.highest_label}; "
+            f"make it {size.highest_label + 1}"
+        )
+
+
+# ----------------------------------------------------------------------------- the texts of a stage
+
+
+def train_text(network: UserNetwork, recipe: Recipe, batch: int) -> str:
+    """The training network with batches of ``batch`` images, the recipe's LMDB, and its layers frozen."""
+    net, settings = network.train, recipe.network
+    edits = Edits(net.text)
+    _set_images(net, edits, recipe, network, recipe.data.train_lmdb, batch)
+    if recipe.data.mirror != net.data.message("transform_param").flag("mirror"):
+        _transform(edits, net.data, {"mirror": "true" if recipe.data.mirror else "false"})
+    frozen = network.with_batch_norms(settings.frozen, "network.frozen")
+    for layer in net.layers:
+        if layer.string("name") in frozen:
+            _freeze(edits, layer)
+    if settings.head_lr_mult != 1:
+        _faster(edits, network.head, settings.head_lr_mult)
+    check_something_learns(network, frozen)
+    return edits.text()
+
+
+def test_texts(network: UserNetwork, recipe: Recipe) -> list[str]:
+    """The test networks, with the recipe's LMDB and batch."""
+    texts = []
+    for net in network.tests:
+        edits = Edits(net.text)
+        first = network.tests[0]
+        same = net.source == first.source
+        source = recipe.data.val_lmdb if same else net.source
+        batch = recipe.training.val_batch_size if net.batch == first.batch else net.batch
+        _set_images(net, edits, recipe, network, source, batch)
+        texts.append(edits.text())
+    return texts
+
+
+def check_something_learns(network: UserNetwork, frozen: frozenset[str]) -> None:
+    """Raise UserError where a recipe freezes everything, or the head that `head_lr_mult` is for."""
+    if frozen and frozen.issuperset(layer.string("name") for layer in network.train.layers if _blobs(layer)):
+        raise UserError("network.frozen names all layers, so nothing would be trained; leave some out")
+
+
+def test_batches(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSize]) -> list[int | None]:
+    """The batches of one test of each test network: the recipe's, else those that cover its LMDB once.
+
+    None where the LMDB is not known.
+    """
+    if recipe.network.test_iter:
+        return list(recipe.network.test_iter)
+    found: list[int | None] = []
+    for net in network.tests:
+        first = network.tests[0]
+        source = recipe.data.val_lmdb if net.source == first.source else net.source
+        batch = recipe.training.val_batch_size if net.batch == first.batch else net.batch
+        found.append(ceil(lmdbs[source].images / batch) if source in lmdbs else None)
+    return found
+
+
+def _set_images(
+    net: NetFile, edits: Edits, recipe: Recipe, network: UserNetwork, source: str, batch: int
+) -> None:
+    """Set what the recipe has otherwise than the file: LMDB, batch, crop and mean image."""
+    before = net.data.message("data_param")
+    for layer in net.sources:
+        data, transform = layer.message("data_param"), layer.message("transform_param")
+        if layer.string("type") != "Data":
+            continue
+        if data.string("source") == net.source and source != net.source:
+            edits.set(data, "source", quote(source))
+        if data.integer("batch_size") == before.integer("batch_size") != batch:
+            edits.set(data, "batch_size", str(batch))
+        crop = recipe.network.crop_size
+        if crop != network.train.crop and transform.has("crop_size"):
+            edits.set(transform, "crop_size", str(crop))
+        mean = recipe.data.mean_file
+        if mean is not None and mean != network.train.mean_file and transform.has("mean_file"):
+            edits.set(transform, "mean_file", quote(mean))
+
+
+def _transform(edits: Edits, layer: Message, fields: Mapping[str, str]) -> None:
+    transform = layer.messages("transform_param")
+    if transform:
+        for name, value in fields.items():
+            edits.set(transform[-1], name, value)
+    else:
+        lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
+        edits.add(layer, f"transform_param {{\n{lines}\n}}")
+
+
+def _freeze(edits: Edits, layer: Message) -> None:
+    """Stop the learning of a layer, its weight decay and its statistics."""
+    params = layer.messages("param")
+    for param in params:
+        edits.set(param, "lr_mult", "0")
+        edits.set(param, "decay_mult", "0")
+    for _ in range(_blobs(layer) - len(params)):
+        edits.add(layer, "param {\n  lr_mult: 0\n  decay_mult: 0\n}")
+    if layer.string("type") == "BatchNorm":
+        norm = layer.messages("batch_norm_param")
+        if norm:
+            edits.set(norm[-1], "use_global_stats", "true")
+        else:
+            edits.add(layer, "batch_norm_param {\n  use_global_stats: true\n}")
+
+
+def _faster(edits: Edits, layer: Message, factor: float) -> None:
+    """Multiply the learning rates of a layer."""
+    params = layer.messages("param")
+    for param in params:
+        edits.set(param, "lr_mult", number(param.number("lr_mult", 1.0) * factor))
+    for _ in range(_blobs(layer) - len(params)):
+        edits.add(layer, f"param {{\n  lr_mult: {number(factor)}\n}}")
+
+
+def _blobs(layer: Message) -> int:
+    """How many blobs a layer has."""
+    bottoms = [None] * len(layer.strings("bottom"))
+    return len(blob_shapes_of(layer, bottoms))
+
+
+def _source(layer: Message) -> str:
+    return layer.message("data_param").string("source")
+
+
+def _parameters(layer: Message) -> Message:
+    inner = layer.string("type") == "InnerProduct"
+    return layer.message("inner_product_param" if inner else "convolution_param")

@@ -1,0 +1,65 @@
+"""The files of a run whose network is the user's own: copies in the run folder, and how its stages differ."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from difflib import unified_diff
+from pathlib import Path
+
+from caffe_jacinto.networks.stage_files import TRAIN, VAL, user_network
+from caffe_jacinto.networks.user_network import NetFile
+from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.runs.folder import NETWORK_COPY
+from caffe_jacinto.runs.plan import RunPlan
+
+MOST_LINES = 40
+"""Of a difference that is shown."""
+
+
+def copied(recipe: Recipe, folder: Path) -> tuple[Recipe, dict[Path, str]]:
+    """The recipe with copies of its network's prototxts in the run ``folder``, and these copies' texts.
+
+    So a run can be resumed although its files were changed or deleted.
+    """
+    if recipe.network.prototxt is None:
+        return recipe, {}
+    network = user_network(recipe)
+    texts = {net.path: net.text for net in (network.train, *network.tests)}
+    copies = {
+        path: folder / f"{NETWORK_COPY}{f'_{number}' if number > 1 else ''}.prototxt"
+        for number, path in enumerate(texts, start=1)
+    }
+    names = recipe.network
+    settings = names.model_copy(
+        update={
+            "prototxt": str(copies[network.train.path]),
+            "test_prototxt": tuple(str(copies[net.path]) for net in network.tests)
+            if names.test_prototxt
+            else (),
+        }
+    )
+    return recipe.model_copy(update={"network": settings}), {copies[path]: texts[path] for path in texts}
+
+
+def differences(run: RunPlan, before: Recipe) -> Iterator[str]:
+    """How the stages' networks differ from the user's files, which ``before`` names: lines to show."""
+    if before.network.prototxt is None:
+        return
+    network, first = user_network(before), run.stages[0]
+    texts = run.files(first)
+    for net, name in ((network.train, TRAIN), (network.tests[0], VAL)):
+        yield from _difference(net, texts[name], first.folder / name)
+
+
+def _difference(net: NetFile, text: str, path: Path) -> Iterator[str]:
+    found = list(
+        unified_diff(net.text.splitlines(), text.splitlines(), net.path, str(path), n=0, lineterm="")
+    )
+    if not found:
+        yield f"{path}: {net.path} as it is"
+        return
+    yield f"{path}: {net.path} with these changes:"
+    yield from (f"  {line}" for line in found[2:MOST_LINES])
+    if found[MOST_LINES:]:
+        yield f"  ... the rest: {shlex.join(['diff', net.path, str(path)])}"

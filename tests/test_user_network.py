@@ -1,0 +1,405 @@
+"""A network of the user's own: `network.prototxt` in a recipe."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from digits_run import Trainer, write_lmdbs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.netspec.graph import TEST, layers_in, nodes_of
+from caffe_jacinto.netspec.summary import summarize
+from caffe_jacinto.networks.completion import complete
+from caffe_jacinto.networks.registry import RECIPE_RULES
+from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.networks.user_network import LmdbSize
+from caffe_jacinto.prototxt import tree
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.edit import Edits
+from caffe_jacinto.prototxt.render import quote
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.train import main as train
+
+DIGITS = LmdbSize(images=50, shape=(3, 32, 32), largest=(32, 32), highest_label=9)
+
+SMALL = """\
+name: "Small"
+layer {
+  name: "images"  # ours
+  type: "Data"
+  top: "data"
+  top: "label"
+  include { phase: TRAIN }
+  data_param { source: "train_lmdb" batch_size: 8 backend: LMDB }
+}
+layer {
+  name: "images"
+  type: "Data"
+  top: "data"
+  top: "label"
+  include { phase: TEST }
+  transform_param { crop_size: 28 }
+  data_param { source: "val_lmdb" batch_size: 10 backend: LMDB }
+}
+layer {
+  name: "conv"
+  type: "Convolution"
+  bottom: "data"
+  top: "conv"
+  param { lr_mult: 1 }
+  convolution_param { num_output: 4 kernel_size: 5 weight_filler { type: "xavier" } }
+}
+layer { name: "bn" type: "BatchNorm" bottom: "conv" top: "conv" }
+layer { name: "scale" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true } }
+layer {
+  name: "ip"
+  type: "InnerProduct"
+  bottom: "conv"
+  top: "ip"
+  param { lr_mult: 1 }
+  param { lr_mult: 2 decay_mult: 0 }
+  inner_product_param { num_output: 10 weight_filler { type: "xavier" } }
+}
+layer {
+  name: "accuracy"
+  type: "Accuracy"
+  bottom: "ip"
+  bottom: "label"
+  top: "accuracy"
+  include { phase: TEST }
+}
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "loss" }
+"""
+
+CROPPED = SMALL.replace(
+    "include { phase: TRAIN }", "include { phase: TRAIN }\n  transform_param { crop_size: 28 }"
+)
+
+SOLVER = """
+[stages.initial.solver]
+max_iter = 4
+base_lr = 0.01
+weight_decay = 5e-4
+test_interval = 2
+snapshot = 2
+display = 1
+"""
+
+
+def recipe_file(folder: Path, prototxt: str | Path, more: str = "", data: str = "") -> Path:
+    path = folder / "recipe.toml"
+    network = f"[network]\nprototxt = '{prototxt}'\n{more}"
+    path.write_text(f'[data]\ndataset = "digits"\n{data}\n{network}\n{SOLVER}')
+    return path
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """Loads a recipe for a network's text, with lines for its tables."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(text: str = SMALL, *settings: str, network: str = "") -> Recipe:
+        Path("net.prototxt").write_text(text)
+        path = recipe_file(tmp_path, "net.prototxt", network)
+        return load_recipe(str(path), settings, rules=RECIPE_RULES, completion=complete)
+
+    return load
+
+
+def files_of(recipe: Recipe, dialect: Dialect = Dialect.BVLC, gpus: tuple[int, ...] = ()) -> dict[str, str]:
+    lmdbs = {recipe.data.train_lmdb: DIGITS, recipe.data.val_lmdb: DIGITS}
+    return stage_files(
+        recipe,
+        "initial",
+        dialect,
+        folder="run",
+        gpus=gpus,
+        iter_size=recipe.training.iter_size,
+        solver_mode_gpu=bool(gpus),
+        lmdbs=lmdbs,
+    )
+
+
+def changed(before: str, after: str) -> list[str]:
+    """The lines of a difference, removed and added."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return [f"{line[0]} {line[1:].strip()}" for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def test_what_a_recipe_leaves_out_comes_from_the_file(own: Callable[..., Recipe]) -> None:
+    recipe = own(SMALL, "training.iter_size=2")
+    assert (recipe.network.name, recipe.network.crop_size) == ("Small", None)
+    assert (recipe.data.train_lmdb, recipe.data.val_lmdb) == ("train_lmdb", "val_lmdb")
+    assert (recipe.data.num_classes, recipe.data.mirror, recipe.data.mean_file) == (10, False, None)
+    assert (recipe.training.batch_size, recipe.training.val_batch_size) == (16, 10)
+    assert own(CROPPED).network.crop_size == 28
+
+
+def test_a_file_that_says_it_all_is_used_as_it_is(own: Callable[..., Recipe]) -> None:
+    files = files_of(own())
+    assert files["train.prototxt"] == files["val.prototxt"] == SMALL
+    solver = parse_solver(files["solver.prototxt"], Dialect.BVLC, "solver")
+    assert (list(solver.test_iter), list(solver.test_net)) == ([5], ["run/val.prototxt"])
+    assert not solver.test_state
+    assert not solver.HasField("train_state")
+
+
+@pytest.mark.parametrize(
+    ("settings", "train_lines", "val_lines"),
+    [
+        (["data.train_lmdb=mine"], {"source": ('"train_lmdb"', '"mine"')}, {}),
+        (["data.val_lmdb=mine"], {}, {"source": ('"val_lmdb"', '"mine"')}),
+        (["training.batch_size=6"], {"batch_size": ("8", "6")}, {}),
+        (["training.val_batch_size=25"], {}, {"batch_size": ("10", "25")}),
+        (["network.crop_size=24"], {"crop_size": ("28", "24")}, {"crop_size": ("28", "24")}),
+    ],
+)
+def test_what_a_recipe_states_is_set_in_the_text(
+    own: Callable[..., Recipe],
+    settings: list[str],
+    train_lines: dict[str, tuple[str, str]],
+    val_lines: dict[str, tuple[str, str]],
+) -> None:
+    files = files_of(own(CROPPED, *settings))
+    for name, expected in (("train.prototxt", train_lines), ("val.prototxt", val_lines)):
+        lines = changed(CROPPED, files[name])
+        assert len(lines) == 2 * len(expected)
+        for field, (before, after) in expected.items():
+            assert lines[1] == lines[0].replace("-", "+", 1).replace(
+                f"{field}: {before}", f"{field}: {after}"
+            )
+            assert f"{field}: {after}" in lines[1]
+
+
+def test_frozen_layers_a_faster_head_and_mirroring(own: Callable[..., Recipe]) -> None:
+    recipe = own(
+        SMALL,
+        "data.mirror=true",
+        "network.head_lr_mult=10.0",
+        "stages.initial.weights=some.caffemodel",
+        'network.frozen=["conv"]',
+    )
+    net = parse_net(files_of(recipe)["train.prototxt"], Dialect.BVLC, "train")
+    layers = {layer.name: layer for layer in net.layer if not layer.include or layer.include[0].phase == 0}
+    rates = {name: [p.lr_mult for p in layers[name].param] for name in ("conv", "bn", "scale", "ip")}
+    assert rates == {"conv": [0, 0], "bn": [0, 0, 0], "scale": [0, 0], "ip": [10, 20]}
+    assert layers["bn"].batch_norm_param.use_global_stats
+    assert layers["images"].transform_param.mirror
+    assert layers["ip"].param[1].decay_mult == 0
+
+
+def test_gpus_share_the_files_batch(own: Callable[..., Recipe]) -> None:
+    text = files_of(own(), gpus=(0, 1))["train.prototxt"]
+    assert changed(SMALL, text)[1].startswith('+ data_param { source: "train_lmdb" batch_size: 4')
+
+
+def test_several_networks_that_test_keep_their_states_and_iterations(own: Callable[..., Recipe]) -> None:
+    text = SMALL.replace(
+        'layer {\n  name: "accuracy"',
+        'layer { name: "top3" type: "Accuracy" bottom: "ip" bottom: "label" top: "top3"\n'
+        '  include { phase: TEST stage: "more" } accuracy_param { top_k: 3 } }\nlayer {\n  name: "accuracy"',
+    )
+    recipe = own(text, network='test_stages = [[], ["more"]]\ntest_iter = [5, 2]')
+    files = files_of(recipe)
+    solver = parse_solver(files["solver.prototxt"], Dialect.BVLC, "solver")
+    assert [list(state.stage) for state in solver.test_state] == [[], ["more"]]
+    assert list(solver.test_net) == ["run/val.prototxt"] * 2
+    assert list(solver.test_iter) == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ('name = "jacintonet11"', "network.name: is a network of this program"),
+        ("strides = [1, 2, 2, 2, 2]", "network.strides: the strides are those of network.prototxt"),
+        ("crop_size = 24", "net.prototxt:2: layer images has no crop_size"),
+        ("test_iter = [1, 2]\ntest_levels = [0]", "give one for each network that tests"),
+    ],
+)
+def test_what_does_not_go_with_a_prototxt_is_refused(
+    own: Callable[..., Recipe], network: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        own(SMALL, network=network)
+    assert "recipe.toml:" in str(caught.value)
+
+
+def test_the_number_of_classes_is_that_of_the_outputs(own: Callable[..., Recipe]) -> None:
+    with pytest.raises(UserError, match=r"data.num_classes: 5, and net.prototxt:29: layer ip has 10 outputs"):
+        own(SMALL, "data.num_classes=5")
+
+
+def test_keys_of_a_prototxt_need_one() -> None:
+    with pytest.raises(UserError, match=r"network.test_iter: goes with network.prototxt only"):
+        load_recipe("demo_digits", ["network.test_iter=[3]"])
+
+
+# ------------------------------------------------------------------------------------------- deploy networks
+
+
+def text_of(folder: Path, name: str) -> str:
+    return (folder / f"networks/{name}.prototxt").read_text()
+
+
+def same_network(net: tree.Message) -> list[Any]:
+    """What a network computes: its layers but for the input and the softmax, and their parameters."""
+    found = []
+    for node, layer in zip(nodes_of(layers_in(net)), layers_in(net), strict=True):
+        if node.type not in ("Input", "Softmax", "Dropout"):
+            kernel = layer.message("convolution_param").integer("kernel_size")
+            found.append((*node, kernel, layer.message("convolution_param").integer("num_output")))
+    return found
+
+
+@pytest.mark.parametrize("name", ["bvlc_googlenet", "squeezenet_1.1"])
+def test_a_derived_deploy_network_is_the_published_one(
+    own: Callable[..., Recipe], published: Path, name: str
+) -> None:
+    recipe = own(text_of(published, f"{name}_train_val"))
+    derived = tree.parse(files_of(recipe)["deploy.prototxt"])
+    theirs = tree.parse(text_of(published, f"{name}_deploy"))
+    assert same_network(derived) == same_network(theirs)
+    ours, other = summarize(derived, "ours"), summarize(theirs, "theirs")
+    assert (ours.parameters, ours.macs) == (other.parameters, other.macs)
+    last = layers_in(derived)[-1]
+    assert (last.string("type"), last.strings("bottom")) == (
+        "Softmax",
+        layers_in(theirs)[-1].strings("bottom"),
+    )
+
+
+def test_two_tasks_stay_in_the_deploy_network(own: Callable[..., Recipe]) -> None:
+    second = """
+layer { name: "age" type: "InnerProduct" bottom: "conv" top: "age" inner_product_param { num_output: 1 } }
+layer { name: "years" type: "Data" top: "years" data_param { source: "years_lmdb" batch_size: 10 } }
+layer { name: "age_loss" type: "EuclideanLoss" bottom: "age" bottom: "years" top: "e" loss_weight: 0.1 }
+"""
+    deploy = tree.parse(files_of(own(SMALL + second))["deploy.prototxt"])
+    names = [layer.string("name") for layer in layers_in(deploy, TEST)]
+    assert names == ["data", "conv", "bn", "scale", "ip", "age", "ip/prob"]
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "bias_term: true",
+            "bias_trem: true",
+            r"net.prototxt:28: not a NetParameter .* did you mean bias_term",
+        ),
+        (
+            'bottom: "conv"\n  top: "ip"',
+            'bottom: "cnv"\n  top: "ip"',
+            r":32: layer ip: bottom: no layer makes cnv",
+        ),
+        ('name: "scale"', 'name: "bn"', r":28: layer bn: name: line 27 has a layer of this name already"),
+        (
+            "crop_size: 28",
+            "crop_size: 40",
+            r":16: layer images: transform_param.crop_size: 40 pixels, and the",
+        ),
+        (
+            "num_output: 10",
+            "num_output: 9",
+            r":36: layer ip: num_output: 9 outputs are for labels 0 to 8, and",
+        ),
+        (
+            "include { phase: TEST }\n}",
+            "include { phase: TEST }\n  accuracy_param { top_k: 11 }\n}",
+            r":45: layer accuracy: accuracy_param.top_k: the 11 largest of 10 scores",
+        ),
+        ('top: "ip"\n  param', 'top: "data"\n  param', r":33: layer ip: top: data is made by an earlier"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    before: str,
+    after: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    assert before in SMALL
+    Path("net.prototxt").write_text(SMALL.replace(before, after, 1))
+    recipe_file(tmp_path, "net.prototxt")
+    with pytest.raises(UserError) as caught:
+        train(["recipe.toml", "--engine", "torch", "--output", "run"])
+    assert len([line for line in caught.value.lines() if re.search(message, line)]) == 1
+    assert not Path("run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- edits
+
+
+values = st.recursive(
+    st.one_of(st.integers(-9, 9).map(str), st.text(max_size=5).map(quote)),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3).map(
+        lambda fields: (
+            "{\n" + "".join(f"  {name}: {value}  # {name}\n" for name, value in fields.items()) + "}"
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), values), max_size=6), st.sampled_from("abcd"))
+def test_an_edit_changes_one_field_and_nothing_else(fields: list[tuple[str, str]], name: str) -> None:
+    text = "".join(f"{key}: {value} # comment\n" for key, value in fields)
+    message = tree.parse(text)
+    edits = Edits(text)
+    edits.set(message, name, "7")
+    after = tree.parse(edits.text())
+    assert after.all(name) == [7]
+    others = [
+        (key, str(value))
+        for key, value in message.fields
+        if key != name and not isinstance(value, tree.Message)
+    ]
+    kept = [
+        (key, str(value))
+        for key, value in after.fields
+        if key != name and not isinstance(value, tree.Message)
+    ]
+    assert kept == others
+    assert edits.text().count("# comment") >= len([key for key, _ in fields if key != name])
+
+
+# --------------------------------------------------------------------------------------------- real training
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("engine", ["bvlc", "torch"])
+def test_a_run_trains_the_users_network_and_resumes_without_its_file(
+    caffe_engine: Engine, tmp_path: Path, engine: str
+) -> None:
+    write_lmdbs(tmp_path)
+    own = tmp_path / "net.prototxt"
+    own.write_text(CROPPED)
+    recipe_file(tmp_path, own.name, "head_lr_mult = 2.0")
+    trainer = Trainer(None if engine == "torch" else caffe_engine.info.executable, tmp_path)
+    code, said = trainer.run("recipe.toml", "--output", "run", "--dry-run")
+    assert code == 0, said
+    assert "run/initial/val.prototxt: net.prototxt as it is" in said
+    assert re.search(r"train.prototxt: net.prototxt with these changes:\n.*\n  -  param { lr_mult: 1 }", said)
+    own.unlink()
+    code, said = trainer.run("--resume", "run")
+    assert code == 0, said
+    assert "initial: finished, 4 iterations" in said
+    assert (tmp_path / "run/network.prototxt").read_text() == CROPPED
+    assert (tmp_path / "run/initial/digits_Small_iter_4.caffemodel").is_file()
+    assert trainer.states("run") == {"initial": "finished", "test": "finished"}
