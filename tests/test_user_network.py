@@ -244,6 +244,15 @@ def test_keys_of_a_prototxt_need_one() -> None:
         load_recipe("demo_digits", ["network.test_iter=[3]"])
 
 
+def test_a_file_of_an_older_form_is_brought_up_to_date(own: Callable[..., Recipe], published: Path) -> None:
+    today = files_of(own(text_of(published, "lenet_train_test"), "data.train_lmdb=mine"))
+    older = files_of(own(text_of(published, "v1_lenet_train_test"), "data.train_lmdb=mine"))
+    for name in ("train.prototxt", "deploy.prototxt"):
+        nets = [tree.parse(files[name]) for files in (today, older)]
+        assert same_network(nets[0]) == same_network(nets[1])
+    assert 'source: "mine"' in older["train.prototxt"]
+
+
 # ------------------------------------------------------------------------------------------- deploy networks
 
 
