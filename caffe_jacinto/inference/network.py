@@ -335,8 +335,10 @@ def file_samples(paths: list[Path], done: Preprocessing, form: ImageForm) -> Ite
             yield Sample(str(path), None, None, str(error))
 
 
-def lmdb_samples(folder: Path, done: Preprocessing) -> tuple[int, Iterator[Sample]]:
+def lmdb_samples(folder: Path, done: Preprocessing, most: int | None = None) -> tuple[int, Iterator[Sample]]:
     """The number of records of the LMDB at ``folder``, and the records in key order, one at a time.
+
+    ``most``: about this many of them, evenly spaced where that is possible without reading all keys.
 
     Raises:
         UserError: the LMDB cannot be read.
@@ -345,10 +347,10 @@ def lmdb_samples(folder: Path, done: Preprocessing) -> tuple[int, Iterator[Sampl
 
     def samples() -> Iterator[Sample]:
         with reader:
-            for key, record in reader.records():
+            for key, record in reader.records() if most is None else reader.spread(most):
                 yield _sample(key.decode(errors="replace"), record, done)
 
-    return len(reader), samples()
+    return len(reader) if most is None else min(len(reader), most), samples()
 
 
 def _sample(name: str, record: bytes, done: Preprocessing) -> Sample:

@@ -44,7 +44,7 @@ class Images:
 
     what: str
     total: int
-    """Batches that `batches` gives."""
+    """Images in all."""
 
     batches: Batches
 
@@ -109,11 +109,11 @@ class Quantizer:
         }
         counted = 0
         follow = self._follow if self.network.scheme.moving else self._collect
-        with image_progress(label, images.total, unit="batches") as advance:
+        with image_progress(label, images.total) as advance:
             for number, batch in enumerate(_stacked(images)):
                 follow(ranges, batch, number)
                 counted += len(batch)
-                advance()
+                advance(len(batch))
         if not counted:
             raise UserError(f"{images.what}: none of the images can be used; see the lines above")
         result = Result(
@@ -175,7 +175,7 @@ class Quantizer:
             UserError: no image can be used, or a label is not one of the network's.
         """
         before, after, same, tested = Tallied(), Tallied(), 0, 0
-        with image_progress("test", images.total, unit="batches") as advance:
+        with image_progress("test", images.total) as advance:
             for batch, labels in _labelled(images):
                 exact = self.net.scores(batch, None)
                 rounded = self.net.scores(batch, result.quantization)
@@ -183,7 +183,7 @@ class Quantizer:
                 after.add(rounded, labels)
                 same += int((exact.argmax(axis=1) == rounded.argmax(axis=1)).sum())
                 tested += len(labels)
-                advance()
+                advance(len(labels))
         result.before, result.after = before.accuracy(images.what), after.accuracy(images.what)
         result.agreement = same / tested
         if sensitivity:
@@ -194,12 +194,12 @@ class Quantizer:
         names = [
             u.name for u in self.network.units if u.name in {*quantization.weights, *quantization.outputs}
         ]
-        with image_progress("sensitivity", images.total * len(names), unit="batches") as advance:
+        with image_progress("sensitivity", images.total * len(names)) as advance:
             for name in names:
                 alone, tally = quantization.only(name), Tallied()
                 for batch, labels in _labelled(images):
                     tally.add(self.net.scores(batch, alone), labels)
-                    advance()
+                    advance(len(labels))
                 result.alone[name] = tally.accuracy(images.what).top1
 
 
@@ -234,7 +234,7 @@ def batched(what: str, total: int, batch: int, samples: Callable[[], Iterator[Sa
                     print(UserError(f"{sample.name}: {sample.reason}; left out"), file=sys.stderr)
             yield [sample for sample in chunk if sample.image is not None]
 
-    return Images(what, -(-total // batch), batches)
+    return Images(what, total, batches)
 
 
 def _stacked(images: Images) -> Iterator[Values]:

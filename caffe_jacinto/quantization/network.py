@@ -123,9 +123,12 @@ def network_of(
 
     Raises:
         UserError: a layer that the scheme does not know, or one in ``bits`` or ``floats`` that is not
-            there; bits that are out of range.
+            there; bits that are out of range; weights that are not finite.
     """
     scheme.bits.checked("--bits: ")
+    for name, found in blobs.items():
+        if not all(np.isfinite(blob).all() for blob in found):
+            raise UserError(f"{where}: layer {name} has weights that are not finite; use an earlier snapshot")
     fork = scheme.moving is not None
     inputs = [top for layer in layers if layer.type == INPUT for top in layer.top]
     read = {name: tuple(layer.bottom) for layer in layers for name in [layer.name]}
@@ -223,10 +226,6 @@ def _inputs(network: Network, outputs: Mapping[str, Grid]) -> dict[str, Grid]:
 
 def _weight_grid(network: Network, unit: Unit, where: str) -> Grid:
     scheme, weights = network.scheme, network.weights(unit)
-    if not np.isfinite(weights).all():
-        raise UserError(
-            f"{where}: layer {unit.name} has weights that are not finite; use an earlier snapshot"
-        )
     bits = network.bits_of(unit).weights
     if scheme.offset_weights:
         return offset_grid(weights, bits)

@@ -73,7 +73,8 @@ class Range:
 
     def add(self, low: float, high: float, values: Values | None = None) -> None:
         """Take in a batch: its least and largest value, and a sample of its values."""
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        # What is not a number stays, for `is_range` to find; min and max would pass over it.
+        self.low, self.high = float(np.minimum(self.low, low)), float(np.maximum(self.high, high))
         # A value that is not finite is found in `low` and `high`, and has no place in a histogram.
         if values is not None and self.histogram is not None and is_range(low, high):
             self.histogram.add(values)

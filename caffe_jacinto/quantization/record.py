@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
-from math import isfinite
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from caffe_jacinto import __version__
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import parse_json
 from caffe_jacinto.quantization.grids import Grid
 from caffe_jacinto.quantization.results import Accuracy, Result, Row, rows_of
 from caffe_jacinto.quantization.units import Unit
@@ -20,14 +25,22 @@ RECORD = "quantization.json"
 """The file's name."""
 
 
-def record_of(result: Result, files: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The contents of quantization.json; ``files`` are the names of the files beside it."""
+def record_of(
+    result: Result, files: Mapping[str, str] | None = None, preprocessing: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The contents of quantization.json.
+
+    Args:
+        files: the names of the files beside it: ``network``, ``weights``.
+        preprocessing: class names, and how images become the network's input.
+    """
     scheme = result.network.scheme
     rows = {row.layer: row for row in rows_of(result)}
     return {
         "format": FORMAT,
         "program": f"caffe_jacinto {__version__}",
         **(files or {}),
+        "preprocessing": dict(preprocessing or {}),
         "scheme": scheme.name,
         "settings": {
             "bits": asdict(scheme.bits),
@@ -103,3 +116,62 @@ def _grid(grid: Grid, bits: int) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A folder that `caffe_jacinto.quantize` has written."""
+
+    scheme: str
+    network: Path
+    """For stock Caffe."""
+
+    weights: Path
+    preprocessing: Mapping[str, str]
+    outputs: Mapping[str, Grid]
+    """By the last layer of a unit, or the input's blob."""
+
+    keeping: frozenset[str]
+    """The layers whose output keeps the scale of their input."""
+
+    weight_grids: Mapping[str, Grid]
+    bias_grids: Mapping[str, Grid]
+
+
+def read_recorded(folder: Path, network: str) -> Recorded:
+    """What the folder's quantization.json says; ``network`` is the name of its prototxt for stock Caffe.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another version.
+    """
+    path = folder / RECORD
+    try:
+        record = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folder that quantize has written") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON: it is damaged; quantize again") from None
+    try:
+        if record["format"] != FORMAT:
+            raise UserError(f"{path}: format {record['format']!r} is not {FORMAT}; quantize again")
+        units = record["layers"]
+        return Recorded(
+            str(record["scheme"]),
+            folder / network,
+            folder / str(record["weights"]),
+            {str(key): str(value) for key, value in record["preprocessing"].items()},
+            {(u["layers"] or [u["blob"]])[-1]: _read_grid(u["output"]) for u in units if u["output"]},
+            frozenset(name for u in units if u["keeps_scale"] for name in u["layers"]),
+            {u["name"]: _read_grid(u["weights"]) for u in units if u.get("weights")},
+            {u["name"]: _read_grid(u["bias"]) for u in units if u.get("bias")},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise UserError(f"{path}: damaged, or of another program; quantize again") from None
+
+
+def _read_grid(record: Mapping[str, Any]) -> Grid:
+    low, high = record["limits"] or (-inf, inf)
+    steps = np.array(record["scale"], np.float32)
+    if steps.ndim != 1 or not steps.size or not (np.isfinite(steps) & (steps > 0)).all():
+        raise ValueError("scale")
+    return Grid(steps, float(low), float(high), float(record["zero_point"]), int(record.get("axis", 0)))

@@ -32,11 +32,11 @@ _FOLLOWERS = {
 }
 """The layers that a processor computes together with the one before."""
 
-_KEEPING = ("Crop", "Dropout", "Flatten", "Reshape", "Slice", "Split")
+_KEEPING = (*("BatchReindex", "Crop", "Dropout", "Filter", "Flatten", "Reshape", "Slice", "Split", "Tile"),)
 _ROUNDED = (
     *WEIGHTED,
-    *("AbsVal", "BatchNorm", "Bias", "Concat", "ELU", "Eltwise", "LRN", "Pooling", "Power", "PReLU", "ReLU"),
-    *("Scale", "Sigmoid", "TanH"),
+    *("AbsVal", "BNLL", "BatchNorm", "Bias", "Clip", "Concat", "ELU", "Eltwise", "Exp", "LRN", "Log"),
+    *("PReLU", "Pooling", "Power", "ReLU", "Reduction", "Scale", "Sigmoid", "Swish", "TanH", "Threshold"),
 )
 _LAST = ("Softmax", "ArgMax")
 """What a network may end with; it is not quantized."""

@@ -1,0 +1,287 @@
+"""Quantize a trained network to few bits: test what that costs, and write it for a processor.
+
+    python -m caffe_jacinto.quantize training/RUN --calibrate data/train_lmdb --output quantized
+    python -m caffe_jacinto.quantize training/RUN --calibrate data/train_lmdb --scheme power2 --sensitivity \\
+        --plot worst.png --output quantized
+    python -m caffe_jacinto.quantize deploy.prototxt weights.caffemodel --calibrate images/ \\
+        --val data/val_lmdb --output quantized
+
+RUN is a run folder of train, or a stage's folder in one. Ranges are calibrated on some training images (an
+LMDB, image files or folders of them); then the network is tested before and after on the validation LMDB.
+PyTorch computes both. docs/quantization.md explains the schemes and the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
+from caffe_jacinto.common.errors import UserError, run_command
+from caffe_jacinto.common.files import check_parent, read_text, write_whole
+from caffe_jacinto.quantization.schemes import MOST_BIAS_BITS, MOST_BITS, RANGE_METHODS, SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from caffe_jacinto.inference.network import NetworkFiles, Preprocessing
+    from caffe_jacinto.inference.quantize import Images
+
+DEPLOY, TABLE, CSV = "deploy.prototxt", "table.txt", "table.csv"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Calibrate, test, print the table and write the folder; returns 0."""
+    options = _parser().parse_intermixed_args(list(argv))
+    _check(options)
+    scheme = _scheme(options)
+    from caffe_jacinto.engines.gpus import requested_gpus
+    from caffe_jacinto.inference.network import network_files, trained_network, validation_preprocessing
+    from caffe_jacinto.inference.quantize import Quantizer, described, loaded
+
+    files = network_files(options.network, options.weights, options.preprocessing)
+    trained = trained_network(files.deploy, files.weights)
+    done = validation_preprocessing(files.val, trained.shape, files.base)
+    calibration = _calibration(options, done)
+    val = _validation(options, done)
+    where = str(files.deploy)
+    net = loaded(trained, scheme)
+    network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
+    gpus = requested_gpus(options.gpus, None)[:1]
+    quantizer = Quantizer(net, network, gpus, where, sampled=options.plot is not None)
+    result = quantizer.quantize(calibration)
+    quantizer.measure_noise(result, calibration)
+    if val is not None:
+        quantizer.test(result, val, sensitivity=options.sensitivity)
+    _write(options, files, net, result)
+    return 0
+
+
+def _parser() -> Parser:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = Parser("python -m caffe_jacinto.quantize", description, rest.strip("\n"))
+    parser.usage = "%(prog)s RUN|DEPLOY [WEIGHTS] --calibrate LMDB|IMAGES --output DIR [OPTION...]"
+    add = parser.add_argument
+    add("network", type=Path, metavar="RUN|DEPLOY", help="a run folder, or a deploy.prototxt")
+    add("weights", type=Path, nargs="?", metavar="WEIGHTS", help="with DEPLOY: the .caffemodel")
+    images = "training images: an LMDB, or an image file or a folder (may be repeated)"
+    add("--calibrate", type=Path, action="append", required=True, metavar="LMDB|IMAGES", help=images)
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write; made if missing")
+    val = "the LMDB to test on (default: that of val.prototxt, if it is there)"
+    add("--val", type=Path, metavar="LMDB", help=val)
+    add("--scheme", choices=list(SCHEMES), default=next(iter(SCHEMES)), help="(default: %(default)s)")
+    bits = whole_number(0)
+    add("--bits", type=bits, metavar="N", help="of weights and activations (default: the scheme's)")
+    add("--weight-bits", type=bits, metavar="N", help="of weights alone")
+    add("--activation-bits", type=bits, metavar="N", help="of activations alone")
+    add("--bias-bits", type=bits, metavar="N", help=f"of biases, up to {MOST_BIAS_BITS}")
+    one = f"bits of one layer's weights and output, up to {MOST_BITS} (may be repeated)"
+    add("--bits-of", type=_layer_bits, action="append", default=[], metavar="LAYER=N", help=one)
+    kept = "do not quantize this layer (may be repeated)"
+    add("--keep-float", action="append", default=[], metavar="LAYER", help=kept)
+    add(
+        "--ranges", choices=RANGE_METHODS, help="how ranges of activations are chosen (default: the scheme's)"
+    )
+    add("--weight-ranges", choices=RANGE_METHODS, help="the same for weights")
+    add("--percentile", type=_percentile, metavar="P", help="of the values in a range (default: 99.99)")
+    correction = "add the mean error of each output channel to its bias"
+    add("--bias-correction", action="store_true", help=correction)
+    add("--sensitivity", action="store_true", help="also test with each layer quantized alone")
+    drawn = "draw the outputs and ranges of the worst layers, as .png or .svg"
+    add("--plot", type=Path, metavar="FILE", help=drawn)
+    add(
+        "--batches",
+        type=whole_number(1),
+        default=50,
+        metavar="N",
+        help="for calibration (default: %(default)s)",
+    )
+    add("--batch", type=whole_number(1), default=50, metavar="N", help="batch size (default: %(default)s)")
+    prepared = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
+    add("--preprocessing", type=Path, metavar="FILE", help=prepared)
+    resize = "size of image files before the crop (default: that of the val LMDB)"
+    add("--resize", type=image_size, metavar="WIDTHxHEIGHT", help=resize)
+    gpus = "compute on the first of these GPUs (default: on the CPU)"
+    add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0|all", help=gpus)
+    return parser
+
+
+def _layer_bits(text: str) -> tuple[str, int]:
+    """An argument type: ``conv1a=16``."""
+    layer, equals, number = text.rpartition("=")
+    if not (equals and layer and number.isascii() and number.isdigit() and len(number) < 4):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a layer and its bits, like conv1a=16")
+    return layer, int(number)
+
+
+def _percentile(text: str) -> float:
+    """An argument type: above 50, up to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 50 < value <= 100:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a percentage above 50 and up to 100, like 99.9"
+        )
+    return value
+
+
+def _check(options: Namespace) -> None:
+    """What can be told from the arguments alone."""
+    from caffe_jacinto.export.quantized import STOCK_DEPLOY
+    from caffe_jacinto.quantization.tables import PICTURES
+
+    if not options.network.exists():
+        raise UserError(
+            f"{options.network}: there is no such file or folder; "
+            "give a run folder, or a deploy.prototxt and its .caffemodel"
+        )
+    if options.network.is_dir() and options.weights is not None:
+        raise UserError(
+            f"{options.network} is a folder, whose weights are found automatically; "
+            f"leave {options.weights} out"
+        )
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output {options.output} is a file; name a folder")
+    check_parent(options.output.absolute(), "--output ")
+    for name in (DEPLOY, STOCK_DEPLOY):
+        place = options.output / name
+        if place.exists() and options.network.is_file() and place.samefile(options.network):
+            raise UserError(
+                f"--output {options.output}: {name} in it is the network itself; name another folder"
+            )
+    if (options.output / "run.json").exists() or (options.output / "solver.prototxt").exists():
+        raise UserError(f"--output {options.output} is a run or one of its stages; name another folder")
+    if options.plot is not None:
+        if options.plot.suffix.lower() not in PICTURES:
+            raise UserError(f"--plot {options.plot}: the name must end in {' or '.join(PICTURES)}")
+        if options.plot.absolute().parent != options.output.absolute():
+            check_parent(options.plot.absolute(), "--plot ")
+
+
+def _scheme(options: Namespace) -> Scheme:
+    """The scheme with what the options change of it."""
+    scheme = SCHEMES[options.scheme]
+    bits = scheme.bits
+    if options.bits is not None:
+        bits = replace(bits, weights=options.bits, activations=options.bits)
+    for name, given in (
+        ("weights", options.weight_bits),
+        ("activations", options.activation_bits),
+        ("bias", options.bias_bits),
+    ):
+        bits = bits if given is None else replace(bits, **{name: given})
+    own = {
+        "--ranges": options.ranges,
+        "--weight-ranges": options.weight_ranges,
+        "--percentile": options.percentile,
+        "--bias-correction": options.bias_correction,
+    }
+    if scheme.moving is not None:
+        given_name = next((name for name, value in own.items() if value), None)
+        if given_name:
+            raise UserError(f"{given_name}: the scheme {scheme.name} has ranges of its own; leave it out")
+    return replace(
+        scheme,
+        bits=bits.checked(),
+        activation_ranges=options.ranges or scheme.activation_ranges,
+        weight_ranges=options.weight_ranges or scheme.weight_ranges,
+        percentile=options.percentile or scheme.percentile,
+        bias_correction=options.bias_correction or scheme.bias_correction,
+    )
+
+
+def _calibration(options: Namespace, done: Preprocessing) -> Images:
+    """The images to calibrate on: of an LMDB, evenly spaced ones."""
+    from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
+    from caffe_jacinto.inference.network import file_form, file_samples, image_files, lmdb_samples
+    from caffe_jacinto.inference.quantize import batched
+
+    sources, most = options.calibrate, options.batches * options.batch
+    missing = next((source for source in sources if not source.exists()), None)
+    if missing is not None:
+        raise UserError(f"--calibrate {missing}: there is no such file or folder; give an LMDB or images")
+    lmdb = next((source for source in sources if is_lmdb_folder(source)), None)
+    if lmdb is not None:
+        if len(sources) > 1:
+            raise UserError(f"--calibrate {lmdb} is an LMDB; give one LMDB alone, or images")
+        if options.resize:
+            raise UserError("--resize is for image files, and those in an LMDB are not resized: leave it out")
+        total = min(_size(lmdb), most)
+        return batched(str(lmdb), total, options.batch, lambda: lmdb_samples(lmdb, done, most)[1])
+    paths = image_files(sources)
+    chosen = [paths[number * len(paths) // most] for number in range(most)] if len(paths) > most else paths
+    form = file_form(done, options.resize)
+    return batched(str(sources[0]), len(chosen), options.batch, lambda: file_samples(chosen, done, form))
+
+
+def _validation(options: Namespace, done: Preprocessing) -> Images | None:
+    """The images to test on; None, and a line, where there are none."""
+    from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
+    from caffe_jacinto.inference.network import lmdb_samples
+    from caffe_jacinto.inference.quantize import batched
+
+    lmdb = options.val or done.lmdb
+    if options.val is None and (lmdb is None or not is_lmdb_folder(lmdb)):
+        if options.sensitivity:
+            raise UserError("--sensitivity tests on a validation LMDB: give one with --val")
+        print("no validation LMDB: the accuracy is not tested; give one with --val", file=sys.stderr)
+        return None
+    assert lmdb is not None
+    return batched(str(lmdb), _size(lmdb), options.batch, lambda: lmdb_samples(lmdb, done)[1])
+
+
+def _size(lmdb: Path) -> int:
+    """The number of records."""
+    from caffe_jacinto.data.lmdb_reader import LmdbReader
+
+    with LmdbReader(lmdb) as reader:
+        return len(reader)
+
+
+def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> None:
+    """Print the table, and write the folder and the picture."""
+    from caffe_jacinto.export.quantized import STOCK_DEPLOY, quantized_files
+    from caffe_jacinto.prototxt.schema import parse_any_net
+    from caffe_jacinto.quantization.record import RECORD, record_of, record_text
+    from caffe_jacinto.quantization.tables import csv_text, picture, write_text
+
+    original = parse_any_net(read_text(files.deploy), str(files.deploy))
+    last = original.layer[-1] if original.layer[-1].type == "Softmax" else None
+    written = quantized_files(net, result, last, str(files.deploy))
+    text = io.StringIO()
+    write_text(result, text)
+    weights = f"{files.weights.name.removesuffix('.h5').removesuffix('.caffemodel')}_quantized.caffemodel"
+    names = {"network": DEPLOY, "weights": weights}
+    folder: Path = options.output
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / weights, written.weights())
+    write_whole(folder / DEPLOY, written.fork_text)
+    write_whole(folder / STOCK_DEPLOY, written.stock_text)
+    write_whole(folder / TABLE, text.getvalue())
+    write_whole(folder / CSV, csv_text(result))
+    write_whole(folder / RECORD, record_text(record_of(result, names, _preprocessing(files))))
+    if options.plot is not None:
+        write_whole(options.plot, picture(result, options.plot.suffix.lower().lstrip(".")))
+    write_text(result, sys.stdout)
+    print(f"{folder}: {RECORD}, {DEPLOY}, {STOCK_DEPLOY}, {weights}, {TABLE}, {CSV}")
+
+
+def _preprocessing(files: NetworkFiles) -> dict[str, str]:
+    """Class names and preprocessing; a line on stderr where they are not known."""
+    from caffe_jacinto.inference.metadata import network_metadata
+
+    try:
+        return network_metadata(files, None)
+    except UserError as error:
+        print(f"quantization.json does not say how to prepare images: {error}", file=sys.stderr)
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("caffe_jacinto.quantize", main))
