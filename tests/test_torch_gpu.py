@@ -76,19 +76,24 @@ ONE_LAYER = {
     "Concat": 'type: "Concat" bottom: "images" bottom: "images"',
     "Convolution": """type: "Convolution" bottom: "images" convolution_param { num_output: 12 kernel_size: 3
         pad: 1 group: 4 weight_filler { type: "msra" } bias_filler { type: "gaussian" } }""",
+    "ContrastiveLoss": 'type: "ContrastiveLoss" bottom: "rows" bottom: "others" bottom: "label"',
     "Crop": 'type: "Crop" bottom: "images" bottom: "part" crop_param { offset: 2 }',
     "Dropout": 'type: "Dropout" bottom: "images" dropout_param { dropout_ratio: 0 }',
     "DummyData": """type: "DummyData" dummy_data_param { shape { dim: 4 dim: 3 }
         data_filler { type: "constant" value: 2 } }""",
     "ELU": 'type: "ELU" bottom: "images"',
     "Eltwise": 'type: "Eltwise" bottom: "images" bottom: "images" eltwise_param { operation: MAX }',
+    "EuclideanLoss": 'type: "EuclideanLoss" bottom: "rows" bottom: "others"',
     "Exp": 'type: "Exp" bottom: "images" exp_param { base: 2 scale: 0.5 }',
     "Filter": 'type: "Filter" bottom: "images" bottom: "numbers"',
     "Flatten": 'type: "Flatten" bottom: "images"',
+    "HingeLoss": 'type: "HingeLoss" bottom: "rows" bottom: "label"',
+    "InfogainLoss": 'type: "InfogainLoss" bottom: "rows" bottom: "label" bottom: "matrix"',
     "InnerProduct": """type: "InnerProduct" bottom: "images" inner_product_param { num_output: 7
         weight_filler { type: "xavier" } bias_filler { type: "gaussian" } }""",
     "LRN": 'type: "LRN" bottom: "images" lrn_param { local_size: 5 alpha: 0.1 beta: 0.75 }',
     "Log": 'type: "Log" bottom: "images" log_param { base: 2 scale: 0.1 shift: 3 }',
+    "MultinomialLogisticLoss": 'type: "MultinomialLogisticLoss" bottom: "positive" bottom: "label"',
     "Parameter": 'type: "Parameter" parameter_param { shape { dim: 3 dim: 2 } }',
     "Pooling": 'type: "Pooling" bottom: "images" pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 }',
     "Power": 'type: "Power" bottom: "images" power_param { scale: 2 shift: -1 }',
@@ -99,6 +104,7 @@ ONE_LAYER = {
     "Scale": """type: "Scale" bottom: "images" scale_param { bias_term: true filler { type: "gaussian" }
         bias_filler { type: "gaussian" } }""",
     "Sigmoid": 'type: "Sigmoid" bottom: "images"',
+    "SigmoidCrossEntropyLoss": 'type: "SigmoidCrossEntropyLoss" bottom: "rows" bottom: "others"',
     "Silence": 'type: "Silence" bottom: "images"',
     "Slice": 'type: "Slice" bottom: "images" top: "other" slice_param { slice_point: 3 }',
     "Split": 'type: "Split" bottom: "images" top: "other"',
@@ -178,6 +184,8 @@ def assert_close(
 def drawn(net: Net, seed: int = 0) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     values = {name: random.standard_normal(net.shapes[name]).astype(np.float32) for name in net.inputs}
+    if "positive" in values:
+        values["positive"] = np.abs(values["positive"])
     for name, count in (("label", CLASSES), ("numbers", 4)):
         if name in values:
             values[name] = random.integers(0, count, net.shapes[name]).astype(np.float32)
@@ -192,7 +200,8 @@ def test_every_layer_is_tested() -> None:
 def test_each_layer_is_the_cpus(kind: str) -> None:
     shapes = {
         **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5)},
-        **{"rows": (4, CLASSES), "label": (4,), "numbers": (4,)},
+        **{"rows": (4, CLASSES), "others": (4, CLASSES), "positive": (4, CLASSES)},
+        **{"label": (4,), "numbers": (4,), "matrix": (CLASSES, CLASSES)},
     }
     read = {name: shape for name, shape in shapes.items() if f'bottom: "{name}"' in ONE_LAYER[kind]}
     top = "" if kind == "Silence" else 'top: "top"'

@@ -15,12 +15,9 @@ from layer_pair import (
     Case,
     Pair,
     Shape,
-    drawn_labels,
     inputs_text,
     learned,
-    loss_text,
     numbers,
-    scores_and_labels,
     shapes,
     thorough,
     weighted,
@@ -334,6 +331,68 @@ def test_selected_items_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
     compare()
 
 
+def branch(name: str, convolution: str) -> str:
+    """Of a siamese network."""
+    return f"""
+        layer {{ name: "conv {name}" type: "Convolution" bottom: "{name}" top: "conv {name}" {convolution}
+          convolution_param {{ num_output: 3 kernel_size: 3 weight_filler {{ type: "msra" }}
+            bias_filler {{ type: "gaussian" }} }} }}
+        layer {{ name: "norm {name}" type: "BatchNorm" bottom: "conv {name}" top: "norm {name}"
+          param {{ name: "mean" lr_mult: 0 }} param {{ name: "variance" lr_mult: 0 }}
+          param {{ name: "factor" lr_mult: 0 }} }}
+        layer {{ name: "scale {name}" type: "Scale" bottom: "norm {name}" top: "scale {name}"
+          param {{ name: "scale" }} }}
+        layer {{ name: "fc {name}" type: "InnerProduct" bottom: "scale {name}" top: "fc {name}"
+          param {{ name: "fc" lr_mult: 1 }}
+          inner_product_param {{ num_output: 4 bias_term: false weight_filler {{ type: "xavier" }} }} }}
+        """
+
+
+SIAMESE = {"a": (3, 2, 4, 4), "b": (3, 2, 4, 4), "similar": (3,)}
+CONTRAST = """
+    layer { name: "loss" type: "ContrastiveLoss" bottom: "fc a" bottom: "fc b" bottom: "similar" top: "loss"
+      contrastive_loss_param { margin: 3 } }"""
+
+
+def test_weights_shared_by_name_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    """Two branches with the same weights and statistics, of which each has a bias of its own."""
+    text = inputs_text(SIAMESE) + branch("a", 'param { name: "w" }')
+    text += branch("b", 'param { name: "w" lr_mult: 3 decay_mult: 2 }') + CONTRAST
+    pair = Pair(pycaffe, tmp_path, text)
+    assert {(blob[0], blob[1]): (blob[2].lr_mult, blob[2].decay_mult) for blob in pair.ours.blobs} == {
+        **{("conv a", 0): (3, 2), ("conv a", 1): (1, 1), ("conv b", 1): (1, 1)},
+        **{("norm a", 0): (0, 1), ("norm a", 1): (0, 1), ("norm a", 2): (0, 1)},
+        **{("scale a", 0): (1, 1), ("fc a", 0): (1, 1)},
+    }
+    for seed in range(3):
+        values = numbers(SIAMESE, seed)
+        values["similar"] = np.float32([0, 1, 1])
+        pair.compare(values, only=(), least=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            "name: 'w' lr_mult: 1",
+            "name: 'w' lr_mult: 2",
+            "layer conv b (Convolution): param 'w': lr_mult 2, and in layer conv a, with which it is shared,",
+        ),
+        (
+            "name: 'fc'",
+            "name: 'v'",
+            "layer fc a (InnerProduct): param 'fc' has the shape (4, 12), and in layer",
+        ),
+    ],
+)
+def test_params_that_cannot_be_shared_are_named(first: str, second: str, says: str) -> None:
+    text = inputs_text(SIAMESE) + branch("a", f"param {{ {first} }}")
+    text += branch("b", f"param {{ {second} }}") + CONTRAST
+    with pytest.raises(UserError) as error:
+        Net(parse_net(text, Dialect.BVLC, "net.prototxt"), TRAIN, Dialect.BVLC, where="net.prototxt")
+    assert says in str(error.value)
+
+
 def test_a_silenced_blob_is_no_output(pycaffe: Any, tmp_path: Path) -> None:
     text = (
         inputs_text({"data": (2, 3)})
@@ -354,61 +413,6 @@ def test_thresholds_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
         values = numbers(names, seed)
         values["data0"] = values["data0"].round()
         Pair(pycaffe, tmp_path, text).compare(values, backward=False)
-
-    compare()
-
-
-@pytest.mark.parametrize(
-    "mode",
-    ["", "normalization: FULL", "normalization: BATCH_SIZE", "normalization: NONE", "normalize: false"],
-)
-@pytest.mark.parametrize("ignored", [None, 255, 0])
-def test_softmax_loss_is_caffes(mode: str, ignored: int | None, pycaffe: Any, tmp_path: Path) -> None:
-    @settings(thorough, max_examples=15)
-    @given(scores_and_labels(), st.integers(0, 2**32 - 1), st.floats(0.1, 30))
-    def compare(case: tuple[dict[str, Shape], int, int], seed: int, spread: float) -> None:
-        names, axis, classes = case
-        ignore = "" if ignored is None else f"ignore_label: {ignored}"
-        layer = f'type: "SoftmaxWithLoss" softmax_param {{ axis: {axis} }} loss_param {{ {ignore} {mode} }}'
-        random = np.random.default_rng(seed)
-        given_inputs = {
-            "data": (spread * random.standard_normal(names["data"])).astype(np.float32),
-            "label": drawn_labels(names["label"], classes, ignored, random),
-        }
-        Pair(pycaffe, tmp_path, loss_text(names, layer)).compare(given_inputs)
-
-    compare()
-
-
-def test_the_largest_loss_is_caffes(pycaffe: Any, tmp_path: Path) -> None:
-    """A loss that is stuck shows 87.3365 in either, and learns on by the same gradient."""
-    names = {"data": (2, 3), "label": (2,)}
-    values = {"data": np.float32([[0, 200, 0], [0, 0, 1]]), "label": np.float32([0, 0])}
-    Pair(pycaffe, tmp_path, loss_text(names, 'type: "SoftmaxWithLoss"')).compare(values)
-    values["label"] = np.float32([0, 1])
-    pair = Pair(pycaffe, tmp_path, loss_text({"data": (2, 3), "label": (2,)}, 'type: "SoftmaxWithLoss"'))
-    pair.compare(values)
-
-
-@pytest.mark.parametrize("ignored", [None, 1])
-def test_accuracy_is_caffes(ignored: int | None, pycaffe: Any, tmp_path: Path) -> None:
-    """Also where scores are equal: few different numbers make many ties."""
-
-    @thorough
-    @given(scores_and_labels(), st.integers(0, 2**32 - 1), st.data())
-    def compare(case: tuple[dict[str, Shape], int, int], seed: int, data: st.DataObject) -> None:
-        names, axis, classes = case
-        top_k = data.draw(st.integers(1, classes))
-        ignore = "" if ignored is None else f"ignore_label: {ignored}"
-        layer = f'type: "Accuracy" accuracy_param {{ axis: {axis} top_k: {top_k} {ignore} }}'
-        random = np.random.default_rng(seed)
-        labels = drawn_labels(names["label"], classes, ignored, random)
-        if ignored is not None:
-            labels.reshape(-1)[0] = 0  # Caffe divides by the labels that count
-        scores = random.integers(0, 3, names["data"]).astype(np.float32)
-        Pair(pycaffe, tmp_path, loss_text(names, layer), TEST).compare(
-            {"data": scores, "label": labels}, backward=False
-        )
 
     compare()
 

@@ -88,27 +88,36 @@ def read_mean(path: Path) -> NDArray[np.float32]:
     Raises:
         UserError: the file cannot be read, or holds no mean image.
     """
-    import numpy as np
-    from google.protobuf.message import DecodeError
-
-    try:
-        blob = messages(Dialect.BVLC).BlobProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"mean file {path} cannot be read: {error.strerror}") from None
-    except DecodeError:
-        raise UserError(f"{path} is not a mean file: make it with create_lmdb --mean") from None
-    dims = (
-        tuple(blob.shape.dim)
-        if blob.HasField("shape")
-        else (blob.num, blob.channels, blob.height, blob.width)
-    )
-    values = np.array(blob.data, np.float32)
+    dims, values = read_blob(path, "mean file", "make it with create_lmdb --mean")
     if len(dims) != 4 or dims[0] != 1 or values.size != math.prod(dims) or not values.size:
         raise UserError(
             f"{path} is not a mean file: {values.size} values in the shape {' x '.join(map(str, dims))}; "
             "make it with create_lmdb --mean"
         )
     return values.reshape(dims[1:])
+
+
+def read_blob(path: Path, kind: str, remedy: str) -> tuple[tuple[int, ...], NDArray[np.float32]]:
+    """The shape that a ``.binaryproto`` gives, and its numbers along one axis, which need not fill the shape.
+
+    Raises:
+        UserError: the file cannot be read, or is none; ``kind`` and ``remedy`` say what it should be.
+    """
+    import numpy as np
+    from google.protobuf.message import DecodeError
+
+    try:
+        blob = messages(Dialect.BVLC).BlobProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
+    except DecodeError:
+        raise UserError(f"{path} is not a {kind}: {remedy}") from None
+    dims = (
+        tuple(blob.shape.dim)
+        if blob.HasField("shape")
+        else (blob.num, blob.channels, blob.height, blob.width)
+    )
+    return dims, np.array(blob.data, np.float32)
 
 
 def mean_image(folder: Path, *, workers: int) -> Mean:

@@ -270,8 +270,10 @@ class LayerSetup:
             self.refuse(f"param {index} is a statistic and does not learn: its lr_mult has to be 0")
         tensor = torch.full(shape, constant, device=self.device)
         # Weight decay does not move it either, but stock Caffe's solver states have its squares.
-        decay_mult = specs[index].decay_mult if index < len(specs) else 1.0
-        self.blobs.append(Blob(tensor, lr_mult=0.0, decay_mult=decay_mult))
+        decay_mult, shared_as = 1.0, ""
+        if index < len(specs):
+            decay_mult, shared_as = specs[index].decay_mult, specs[index].name
+        self.blobs.append(Blob(tensor, 0.0, decay_mult, shared_as))
 
 
 Builder = Callable[[LayerSetup], Forward]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,13 +56,25 @@ class NetResult:
     """The net's outputs by name, detached."""
 
 
+@dataclass
+class SharedBlob:
+    """A blob that ``param.name`` shares among layers."""
+
+    layer: str
+    """The first layer with it."""
+
+    blob: Blob
+    given: set[str]
+    """Which of lr_mult and decay_mult a layer has set."""
+
+
 class LayerModule(nn.Module):
     """A layer of a net: its blobs as parameters and buffers, named by their index, and what it computes."""
 
     def __init__(self, setup: LayerSetup, function: Forward) -> None:
         super().__init__()
         self.function = function
-        self._paces = [(blob.lr_mult, blob.decay_mult) for blob in setup.blobs]
+        self._blobs = setup.blobs
         for index, blob in enumerate(setup.blobs):
             if isinstance(blob.tensor, nn.Parameter):
                 self.register_parameter(str(index), blob.tensor)
@@ -72,12 +84,12 @@ class LayerModule(nn.Module):
     @property
     def tensors(self) -> list[Tensor]:
         """The blobs, in Caffe's order."""
-        return [getattr(self, str(index)) for index in range(len(self._paces))]
+        return [getattr(self, str(index)) for index in range(len(self._blobs))]
 
     @property
     def blobs(self) -> list[Blob]:
         """The blobs with how fast they learn."""
-        return [Blob(tensor, *pace) for tensor, pace in zip(self.tensors, self._paces, strict=True)]
+        return [replace(blob, tensor=own) for blob, own in zip(self._blobs, self.tensors, strict=True)]
 
     def share(self, other: LayerModule) -> None:
         """Take the blobs of ``other``, which have the same shapes, for its own."""
@@ -163,7 +175,7 @@ class Net(nn.Module):
         else:
             self._generator.manual_seed(seed)
         self._filled, self._fused = filled, fused
-        self._shared: dict[str, Blob] = {}
+        self._shared: dict[str, SharedBlob] = {}
         self.steps: list[Step] = []
         self.draws = False
         """Whether a pass draws random numbers."""
@@ -356,9 +368,9 @@ class Net(nn.Module):
         """The module of a layer that is built; its tops are known from here on."""
         name = setup.message.name
         self.shapes.update(zip(setup.message.top, setup.tops, strict=False))
-        for blob in setup.blobs:
+        for index, blob in enumerate(setup.blobs):
             if blob.shared_as:
-                self._share(setup, blob)
+                self._share(setup, index, blob)
         module = LayerModule(setup, function)
         self.draws |= setup.draws
         self.recordable &= setup.recordable
@@ -369,13 +381,32 @@ class Net(nn.Module):
         self._modules[key] = module  # not add_module: a layer may have the name of an attribute
         return module
 
-    def _share(self, setup: LayerSetup, blob: Blob) -> None:
-        owner = self._shared.setdefault(blob.shared_as, blob)
-        if owner is not blob:
+    def _share(self, setup: LayerSetup, index: int, blob: Blob) -> None:
+        """Make blobs of one ``param.name`` one: that of the first layer with it, its owner.
+
+        How fast it learns is what any of them says; two must not say different things (Net::AppendParam).
+        """
+        spec = setup.message.param[index]
+        owner = self._shared.setdefault(blob.shared_as, SharedBlob(setup.message.name, blob, set()))
+        if blob.tensor.shape != owner.blob.tensor.shape or type(blob.tensor) is not type(owner.blob.tensor):
             setup.refuse(
-                f"param {blob.shared_as!r} shares the blob of another layer, which is not supported; "
-                "give each param a name of its own, or none"
+                f"param {spec.name!r} has the shape {tuple(blob.tensor.shape)}, and in layer {owner.layer}, "
+                f"with which it is shared, {tuple(owner.blob.tensor.shape)}"
             )
+        for field in ("lr_mult", "decay_mult"):
+            value = getattr(spec, field)
+            if not spec.HasField(field):
+                continue
+            if field in owner.given and value != getattr(owner.blob, field):
+                setup.refuse(
+                    f"param {spec.name!r}: {field} {value:g}, and in layer {owner.layer}, with which it is "
+                    f"shared, {getattr(owner.blob, field):g}; give one value"
+                )
+            setattr(owner.blob, field, value)
+            owner.given.add(field)
+        blob.tensor = owner.blob.tensor
+        if isinstance(blob.tensor, nn.Parameter):
+            blob.tensor.requires_grad_(self.phase == TRAIN and owner.blob.lr_mult != 0)
 
     def _outputs(self) -> list[str]:
         """The blobs that nothing reads, in Caffe's order: by name."""

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from caffe_jacinto.netspec.layer_types.base import LayerType, Shapes, first_of
+from caffe_jacinto.netspec.layer_types.base import LayerType, Shapes, axis_of, first_of, required
 from caffe_jacinto.prototxt.tree import Message
 
 
 def _scalar(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
-    """A loss or an accuracy; a second top of SoftmaxWithLoss holds the probabilities."""
+    """A loss; a second top of SoftmaxWithLoss or InfogainLoss holds the probabilities."""
     return [(), first_of(bottoms)]
 
 
+def _accuracy(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """Of all, and in a second top of each class."""
+    if tops < 2:
+        return [()]
+    scores = required(bottoms)
+    return [(), (scores[axis_of(layer.message("accuracy_param"), 1, scores)],)]
+
+
 TYPES: dict[str, LayerType] = {
-    kind: LayerType(_scalar)
-    for kind in (
-        *("Accuracy", "ContrastiveLoss", "EuclideanLoss", "HingeLoss", "InfogainLoss"),
-        *("MultinomialLogisticLoss", "SigmoidCrossEntropyLoss", "SoftmaxWithLoss"),
-    )
+    "Accuracy": LayerType(_accuracy),
+    **{
+        kind: LayerType(_scalar)
+        for kind in (
+            *("ContrastiveLoss", "EuclideanLoss", "HingeLoss", "InfogainLoss"),
+            *("MultinomialLogisticLoss", "SigmoidCrossEntropyLoss", "SoftmaxWithLoss"),
+        )
+    },
 }
