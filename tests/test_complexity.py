@@ -140,7 +140,7 @@ def test_branches_meet() -> None:
 def test_what_the_text_does_not_say_is_not_guessed() -> None:
     assert gigamacs(net('type: "Python"', FULLY)) is None
     assert (
-        gigamacs(net('type: "DepthwiseConvolution" convolution_param { num_output: 8 kernel_size: 3 }'))
+        gigamacs(net('type: "DeformableConvolution" convolution_param { num_output: 8 kernel_size: 3 }'))
         is None
     )
     assert gigamacs(net(conv(num_output=4, kernel_size=30))) is None

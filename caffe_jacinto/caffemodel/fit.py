@@ -111,8 +111,16 @@ def _fills(blob: Blob, shape: Shape) -> bool:
 
 
 def _per_channel(blob: Blob, shape: Shape) -> bool:
-    """Whether both have one number per channel: old NVCaffe files store these as 1 x C x 1 x 1."""
-    return len(shape) == 1 and len(blob.shape) == 4 and _equal(blob.shape, (1, shape[0], 1, 1))
+    """Whether both have one number per channel: forks store these as 1 x C or as 1 x C x 1 x 1."""
+    stored, expected = _channels(blob.shape), _channels(shape)
+    return len(stored) == len(expected) == 1 and expected[0] in (None, stored[0])
+
+
+def _channels(shape: Shape) -> Shape:
+    """C of a shape C, 1 x C or 1 x C x 1 x 1; empty where it is none of them."""
+    if len(shape) == 1:
+        return shape
+    return shape[1:2] if shape[:1] == (1,) and shape[2:] in ((), (1, 1)) else ()
 
 
 def _equal(stored: tuple[int, ...], expected: Shape) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from caffe_jacinto.prototxt.forks import DEPTHWISE
 from caffe_jacinto.prototxt.tree import Message, tree_of
 
 TRAIN, TEST = "TRAIN", "TEST"
@@ -131,6 +132,16 @@ def output_blobs(nodes: Sequence[Node], inputs: Iterable[str] = ()) -> list[str]
     return list(unread)
 
 
+CONVOLUTIONS = ("Convolution", *DEPTHWISE)
+"""The types of layers whose zeros count."""
+
+
+def groups_of(layer: Any) -> int:
+    """The groups of a convolution (a LayerParameter message): as many as outputs where its type says so."""
+    parameters = layer.convolution_param
+    return int(parameters.num_output if layer.type in DEPTHWISE else parameters.group)
+
+
 def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
     """The convolutions whose zeros count as sparsity: all but one whose output a softmax reads directly.
 
@@ -140,7 +151,7 @@ def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
     return [
         node.name
         for at, node in enumerate(nodes)
-        if node.type == "Convolution" and not _scores(nodes, found, at)
+        if node.type in CONVOLUTIONS and not _scores(nodes, found, at)
     ]
 
 

@@ -220,7 +220,7 @@ def _cost(item: LayerShapes, counted: bool) -> LayerCost:
         positions = math.prod(target[:-1])
     else:
         # Several bottoms share one set of weights, each with its own top.
-        positions = math.prod((target if item.kind == "Convolution" else source)[2:]) * len(item.bottoms)
+        positions = math.prod((source if item.kind == "Deconvolution" else target)[2:]) * len(item.bottoms)
     macs = weights * positions
     if macs > _MOST_MACS:
         return LayerCost(name, item.kind, None, None, filters, counted)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+from caffe_jacinto.netspec.graph import counted_convolutions, groups_of, nodes_of
 from caffe_jacinto.pruning.rule import is_step, next_factor, prune
 from caffe_jacinto.recipes.model import SparseSettings
 
@@ -50,7 +50,7 @@ class Pruner(ABC):
         """
         counted = set(counted_convolutions(nodes_of(layers)))
         self.groups: dict[str, int] = {
-            layer.name: layer.convolution_param.group for layer in layers if layer.name in counted
+            layer.name: groups_of(layer) for layer in layers if layer.name in counted
         }
         """The convolutions whose zeros count, with their groups."""
 

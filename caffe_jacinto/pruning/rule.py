@@ -113,7 +113,7 @@ def sparsify(
         UserError: the file is missing, cut off or not a weight file.
     """
     from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, write_net
-    from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+    from caffe_jacinto.netspec.graph import counted_convolutions, groups_of, nodes_of
 
     pruned: list[str] = []
 
@@ -121,7 +121,7 @@ def sparsify(
         counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
         for layer in layers:
             blobs = [(layer.view, blob) for blob in layer.blobs]
-            group = layer.header.convolution_param.group
+            group = groups_of(layer.header)
             weights = layer.values(0) if layer.name in counted and blobs else None
             if weights is not None and prune(
                 weights, group, factor, by=by, maxratio=maxratio, value_max=value_max

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.contract import ImageShape, StageFiles, data_shapes, stage_solver
-from caffe_jacinto.netspec.graph import TRAIN, counted_convolutions, messages_in, nodes_of
+from caffe_jacinto.netspec.graph import TRAIN, counted_convolutions, groups_of, messages_in, nodes_of
 from caffe_jacinto.netspec.layer_types import is_known
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -84,7 +84,7 @@ def counted(
         CountedConvolution(
             name,
             tuple(dim for dim in shapes[name][0] if dim is not None),
-            layers[name].convolution_param.group,
+            groups_of(layers[name]),
             learns=name not in frozen,
         )
         for name in counted_convolutions(nodes_of(layers.values()))

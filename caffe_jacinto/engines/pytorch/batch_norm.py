@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
+from caffe_jacinto.netspec.layer_types.forks import keeps_averages
 from caffe_jacinto.prototxt.dialects import FORK_MIN_EPS, Dialect
 from caffe_jacinto.prototxt.solver import TEST
+from caffe_jacinto.prototxt.tree import tree_of
 
 if TYPE_CHECKING:
     from caffe_jacinto.engines.pytorch.distributed import Ranks
@@ -115,18 +117,35 @@ class Statistics:
         """``kept`` says which ones tests and snapshots use: the ranks' "mean", or those of the "first"."""
         self._ranks, self._kept = ranks, kept
         self._fork = net.dialect is Dialect.CAFFE_JACINTO
-        norms = [layer for layer in net.layers if layer.type == "BatchNorm"]
-        self._all = [blob.tensor for layer in norms for blob in net.layer_blobs[layer.name][:3]]
-        moving = [layer for layer in norms if not layer.batch_norm_param.use_global_stats]
+        moving = [layer for layer in net.layers if self._moves(layer)]
         self.layers = len(moving)
         """How many layers have statistics that move."""
 
-        self._averages = [
-            (blob.tensor, layer.batch_norm_param.moving_average_fraction)
-            for layer in moving
-            # The fork's third blob is a factor that stays.
-            for blob in net.layer_blobs[layer.name][: 2 if self._fork else 3]
+        self._averages = [pair for layer in moving for pair in self._averages_of(layer, net)]
+        norms = {"BatchNorm": slice(3), "BN": slice(2, None)}
+        self._all = [
+            blob.tensor
+            for layer in net.layers
+            if layer.type in norms
+            for blob in net.layer_blobs[layer.name][norms[layer.type]]
         ]
+
+    def _moves(self, layer: Any) -> bool:
+        if layer.type == "BN":
+            return keeps_averages(tree_of(layer)) and not layer.bn_param.frozen
+        return layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats
+
+    def _averages_of(self, layer: Any, net: Net) -> list[tuple[Tensor, float, bool]]:
+        """Each statistic of a layer that moves, its fraction, and whether it is a plain average.
+
+        Stock Caffe's are sums, with their weight in the third blob; the fork's third blob is a factor that
+        stays.
+        """
+        blobs = [blob.tensor for blob in net.layer_blobs[layer.name]]
+        if layer.type == "BN":
+            return [(tensor, layer.bn_param.momentum, True) for tensor in blobs[2:]]
+        fraction = layer.batch_norm_param.moving_average_fraction
+        return [(tensor, fraction, self._fork) for tensor in blobs[: 2 if self._fork else 3]]
 
     def share(self) -> None:
         """Give all ranks the same ones: those that tests and snapshots use.
@@ -135,7 +154,7 @@ class Statistics:
         batches.
         """
         if self._kept == "mean":
-            self._ranks.average([tensor for tensor, _ in self._averages])
+            self._ranks.average([tensor for tensor, _, _ in self._averages])
         else:
             self._ranks.copy_from_first(self._all)
 
@@ -147,26 +166,25 @@ class Statistics:
         passes = -(-batches // self._ranks.size)
         with torch.no_grad():
             # From zero, nothing of the old statistics goes into the new.
-            for tensor, _ in self._averages:
+            for tensor, _, _ in self._averages:
                 tensor.zero_()
             for _ in range(passes):
                 if any(self._ranks.any(stop())):
                     return False
                 one_pass()
-            if self._fork:
-                # Averages that began at zero; stock Caffe's are sums, with their weight in the third blob.
-                for tensor, fraction in self._averages:
+            for tensor, fraction, plain in self._averages:
+                if plain:  # an average that began at zero
                     tensor /= 1 - fraction**passes
-            self._ranks.average([tensor for tensor, _ in self._averages])
+            self._ranks.average([tensor for tensor, _, _ in self._averages])
         return True
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Put the statistics back, at the end, as they are now."""
         self.share()  # as every test does: with recalibration or without, ranks continue with the same ones
-        own = [tensor.clone() for tensor, _ in self._averages]
+        own = [tensor.clone() for tensor, _, _ in self._averages]
         try:
             yield
         finally:
-            for (tensor, _), values in zip(self._averages, own, strict=True):
+            for (tensor, _, _), values in zip(self._averages, own, strict=True):
                 tensor.copy_(values)

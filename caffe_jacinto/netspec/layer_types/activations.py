@@ -15,7 +15,7 @@ TYPES: dict[str, LayerType] = {
     **{
         kind: LayerType(same, role="follower")
         for kind in (
-            *("AbsVal", "BNLL", "Clip", "Dropout", "ELU", "Exp", "Log", "Power", "ReLU", "ReLU6"),
+            *("AbsVal", "BNLL", "Clip", "Dropout", "ELU", "Exp", "Log", "Power", "ReLU"),
             *("Sigmoid", "Swish", "TanH", "Threshold"),
         )
     },

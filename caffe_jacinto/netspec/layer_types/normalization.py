@@ -18,5 +18,5 @@ TYPES: dict[str, LayerType] = {
         same, _batch_norm_blobs, ("mean", "variance", "factor", "scale", "bias"), "follower"
     ),
     "LRN": LayerType(same, role="follower"),
-    **{kind: LayerType(same) for kind in ("BN", "CuDNNBatchNorm", "MVN")},
+    "MVN": LayerType(same),
 }

@@ -7,6 +7,11 @@ from caffe_jacinto.netspec.layer_types.geometry import geometry
 from caffe_jacinto.prototxt.tree import Message
 
 
+def rounds_down(parameter: Message) -> bool:
+    """Whether ``pooling_param`` rounds sizes down: by stock Caffe's field, or by the one of forks."""
+    return parameter.string("round_mode") == "FLOOR" or not parameter.flag("ceil_mode", True)
+
+
 def _pooling(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     """Caffe rounds the size up, and with padding drops a last window that begins outside the image."""
     first = image(bottoms)
@@ -14,7 +19,7 @@ def _pooling(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     if parameter.flag("global_pooling"):
         return [(*first[:2], *[1] * (len(first) - 2))] * tops
     kernel, stride, pad, _ = geometry(layer, len(first) - 2)
-    down = parameter.string("round_mode") == "FLOOR"
+    down = rounds_down(parameter)
     sizes: list[Dim] = []
     for axis, size in enumerate(first[2:]):
         if size is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
 from caffe_jacinto.netspec.layer_types import geometry
+from caffe_jacinto.netspec.layer_types.pooling import rounds_down
 
 
 def pooling(layer: LayerSetup) -> Forward:
@@ -15,7 +16,7 @@ def pooling(layer: LayerSetup) -> Forward:
     fields = layer.parameters(
         "pooling_param",
         *("pool", "pad", "pad_h", "pad_w", "kernel_size", "kernel_h", "kernel_w"),
-        *("stride", "stride_h", "stride_w", "global_pooling", "round_mode"),
+        *("stride", "stride_h", "stride_w", "global_pooling", "round_mode", "ceil_mode"),
     )
     (shape,) = layer.bottoms
     if len(shape) != 4:
@@ -32,7 +33,7 @@ def pooling(layer: LayerSetup) -> Forward:
     kernel, stride, pad, _ = geometry(layer.tree)
     if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
         layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
-    up = getattr(fields, "round_mode", 0) == 0
+    up = not rounds_down(layer.tree.message("pooling_param"))
     sizes = layer.tops[0][2:]
     if any((sizes[i] - 1) * stride[i] >= shape[i + 2] + pad[i] for i in (0, 1)) or min(sizes) < 1:
         layer.refuse(

@@ -1,0 +1,458 @@
+"""Layers of forks on PyTorch, forward and backward.
+
+Against layers of stock Caffe's that compute the same where there are any, and otherwise against formulas
+written out here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_pair import Shape, close, inputs_text, numbers, shapes, thorough
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
+from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
+
+pytestmark = pytest.mark.caffe
+
+Values = np.ndarray[Any, Any]
+SEEDS = st.integers(0, 999)
+few = settings(max_examples=40)
+
+
+def ours(layer: str, bottoms: list[Shape], phase: int = TRAIN) -> Net:
+    """A net of one layer, ``layer``, that reads all ``bottoms``."""
+    names = [f"data{i}" for i in range(len(bottoms))]
+    reads = " ".join(f'bottom: "{name}"' for name in names)
+    text = inputs_text(dict(zip(names, bottoms, strict=True)))
+    text += f'\nlayer {{ name: "tested" {layer} {reads} top: "top" }}'
+    return Net(parse_net(text, Dialect.BVLC, "net"), phase, Dialect.BVLC, where="net", seed=3)
+
+
+class Ran:
+    """One pass: the top, and the gradients of the inputs and blobs where its gradient is random."""
+
+    def __init__(self, net: Net, seed: int, given: dict[str, Values] | None = None) -> None:
+        self.net = net
+        self.inputs = given or numbers({name: net.shapes[name] for name in net.inputs}, seed)
+        tensors = {name: torch.from_numpy(values).requires_grad_() for name, values in self.inputs.items()}
+        made: list[torch.Tensor] = []
+        step = net.steps[-1]
+        made = list(step(*(tensors[name] for name in step.bottoms)))
+        self.top = made[0].detach().numpy()
+        assert self.top.shape == net.shapes["top"]
+        self.weights = np.random.default_rng(seed + 1).standard_normal(self.top.shape).astype(np.float32)
+        if made[0].requires_grad:
+            made[0].backward(torch.from_numpy(self.weights))
+        self.gradients = [None if t.grad is None else t.grad.numpy() for t in tensors.values()]
+        self.blobs = net.layer_blobs.get("tested", [])
+
+    def gradient(self, blob: int) -> Values:
+        found = self.blobs[blob].tensor.grad
+        assert found is not None
+        return array(found)
+
+    def differentiated(self, formula: Any, blobs: int = 0, least: float = 1.0) -> None:
+        """Check top and gradients against ``formula``, of doubles: from the inputs and the first blobs.
+
+        ``least`` is the size of what the gradients are the differences of.
+        """
+        arguments = [torch.from_numpy(values).double().requires_grad_() for values in self.inputs.values()]
+        arguments += [blob.tensor.detach().double().requires_grad_() for blob in self.blobs[:blobs]]
+        top = formula(*arguments)
+        close(top.detach().numpy(), self.top, "top", 1e-2)
+        top.backward(torch.from_numpy(self.weights).double())
+        for number, argument in enumerate(arguments):
+            expected = np.zeros(argument.shape) if argument.grad is None else argument.grad.numpy()
+            at = number - len(self.inputs)
+            found = self.gradients[number] if at < 0 else self.gradient(at)
+            close(expected, np.zeros(argument.shape) if found is None else found, f"gradient {number}", least)
+
+
+def randomize(net: Net, seed: int, positive: tuple[int, ...] = ()) -> None:
+    """Give the tested layer's blobs random numbers."""
+    random = np.random.default_rng(seed)
+    for index, blob in enumerate(net.layer_blobs["tested"]):
+        values = random.standard_normal(tuple(blob.tensor.shape))
+        put((np.abs(values) if index in positive else values).astype(np.float32), blob.tensor)
+
+
+def by_caffe(caffe: Any, folder: Path, ran: Ran, layers: str, phase: int = TRAIN) -> Any:
+    """Stock Caffe's net of ``layers`` with the inputs of ``ran``; its blobs are still to fill."""
+    shapes_by_name = {name: values.shape for name, values in ran.inputs.items()}
+    text = f"force_backward: true\n{inputs_text(shapes_by_name)}\n{layers}"
+    (folder / "caffe.prototxt").write_text(text)
+    return caffe.Net(str(folder / "caffe.prototxt"), phase)
+
+
+def compare(net: Any, ran: Ran, least: float = 1e-2) -> None:
+    """One pass forward and backward in Caffe: top and the inputs' gradients as ours; ``least`` as above."""
+    for name, values in ran.inputs.items():
+        net.blobs[name].data[...] = values
+    net.forward()
+    close(net.blobs["top"].data, ran.top, "top", 1e-2)
+    assert net.blobs["top"].data.shape == ran.top.shape
+    net.blobs["top"].diff[...] = ran.weights
+    net.backward()
+    for (name, values), found in zip(ran.inputs.items(), ran.gradients, strict=True):
+        close(net.blobs[name].diff, np.zeros_like(values) if found is None else found, name, least)
+
+
+def stock(kind: str, more: str, bottoms: str = "data0", top: str = "top", name: str = "same") -> str:
+    reads = " ".join(f'bottom: "{bottom}"' for bottom in bottoms.split())
+    return f'layer {{ name: "{name}" type: "{kind}" {reads} top: "{top}" {more} }}\n'
+
+
+@thorough
+@given(st.sampled_from(["MAX", "AVE"]), st.integers(1, 4), st.integers(1, 4), st.booleans(), st.data(), SEEDS)
+def test_ceil_mode_is_caffes_round_mode(
+    pycaffe: Any,
+    tmp_path: Path,
+    pool: str,
+    kernel: int,
+    stride: int,
+    up: bool,
+    data: st.DataObject,
+    seed: int,
+) -> None:
+    pad = data.draw(st.integers(0, kernel - 1))
+    stride = min(stride, kernel)
+    size = data.draw(st.tuples(*[st.integers(max(kernel - 2 * pad, 1), 9)] * 2))
+    fields = f"pool: {pool} kernel_size: {kernel} stride: {stride} pad: {pad}"
+    layer = f'type: "Pooling" pooling_param {{ {fields} ceil_mode: {str(up).lower()} }}'
+    ran = Ran(ours(layer, [(2, 2, *size)]), seed)
+    rounding = "CEIL" if up else "FLOOR"
+    net = by_caffe(
+        pycaffe, tmp_path, ran, stock("Pooling", f"pooling_param {{ {fields} round_mode: {rounding} }}")
+    )
+    compare(net, ran)
+
+
+@thorough
+@given(
+    st.sampled_from(["DepthwiseConvolution", "ConvolutionDepthwise"]),
+    shapes(),
+    st.booleans(),
+    st.booleans(),
+    SEEDS,
+)
+def test_a_depthwise_convolution_is_a_grouped_one(
+    pycaffe: Any, tmp_path: Path, kind: str, shape: Shape, bias: bool, grouped: bool, seed: int
+) -> None:
+    channels = shape[1]
+    fields = f"num_output: {channels} kernel_size: 3 pad: 1 stride: 2 bias_term: {str(bias).lower()}"
+    fields += ' weight_filler { type: "msra" } bias_filler { type: "gaussian" }'
+    group = f"group: {channels}"
+    layer = f'type: "{kind}" convolution_param {{ {fields} {group if grouped else ""} }}'
+    ran = Ran(ours(layer, [shape]), seed)
+    net = by_caffe(pycaffe, tmp_path, ran, stock("Convolution", f"convolution_param {{ {fields} {group} }}"))
+    for blob, own in zip(net.params["same"], ran.blobs, strict=True):
+        assert blob.data.shape == tuple(own.tensor.shape)
+        blob.data[...] = array(own.tensor)
+    compare(net, ran)
+    for index, blob in enumerate(net.params["same"]):
+        close(blob.diff, ran.gradient(index), f"gradient of blob {index}", 1)
+
+
+BN_LEARN = 'type: "BN" bn_param { scale_filler { value: 1 } shift_filler { value: 0.001 } }'
+BN_AVERAGES = (
+    'type: "BN" bn_param { slope_filler { value: 1 } bias_filler { value: 0 } momentum: 0.8 eps: 0.01 }'
+)
+_STATISTICS = 'name: "norm" param { lr_mult: 0 } param { lr_mult: 0 } param { lr_mult: 0 }'
+
+
+def batch_norm_and_scale(eps: float, fixed: bool) -> str:
+    fields = f"eps: {eps} use_global_stats: {str(fixed).lower()}"
+    return stock("BatchNorm", f"batch_norm_param {{ {fields} }}", top="norm", name="norm") + stock(
+        "Scale", "scale_param { bias_term: true }", "norm"
+    )
+
+
+@thorough
+@given(shapes(size=5), st.sampled_from(["learn", "averages"]), st.sampled_from([TRAIN, TEST]), SEEDS)
+def test_bn_is_batch_norm_and_scale(
+    pycaffe: Any, tmp_path: Path, shape: Shape, kind: str, phase: int, seed: int
+) -> None:
+    """SegNet's takes each batch's own statistics, in tests too; PSPNet's averages them."""
+    learn = kind == "learn"
+    shape = (max(shape[0], 2), *shape[1:])
+    fixed = not learn and phase == TEST
+    own = ours(BN_LEARN if learn else BN_AVERAGES, [shape], phase)
+    randomize(own, seed, positive=(3,))
+    before = [array(blob.tensor).copy() for blob in own.layer_blobs["tested"]]
+    if phase == TEST:
+        for blob in own.layer_blobs["tested"]:
+            blob.tensor.requires_grad_(False)
+    ran = Ran(own, seed)
+    net = by_caffe(pycaffe, tmp_path, ran, batch_norm_and_scale(1e-9 if learn else 0.01, fixed), phase)
+    for index in (0, 1):
+        net.params["same"][index].data[...] = before[index].reshape(-1)
+    if fixed:
+        for index, values in enumerate((before[2], before[3], np.ones(1))):
+            net.params["norm"][index].data[...] = values.reshape(-1)
+    data = ran.inputs["data0"].astype(np.float64)
+    compare(net, ran, least=1 / np.sqrt(data.var((0, 2, 3)).min() + 1e-9) if not fixed else 1)
+    if phase == TRAIN:
+        for index in (0, 1):
+            close(net.params["same"][index].diff, ran.gradient(index), f"gradient of blob {index}", 1)
+    if phase == TRAIN and not learn:
+        for index, seen in ((2, data.mean((0, 2, 3))), (3, data.var((0, 2, 3)))):
+            expected = 0.8 * before[index].reshape(-1) + 0.2 * seen
+            close(expected, array(ran.blobs[index].tensor), f"average {index}", 1)
+
+
+@few
+@given(shapes(), SEEDS)
+def test_bn_in_inference_is_a_scale(shape: Shape, seed: int) -> None:
+    own = ours(BN_LEARN.replace("bn_param {", "bn_param { bn_mode: INFERENCE"), [shape])
+    randomize(own, seed)
+    Ran(own, seed).differentiated(lambda data, scale, shift: data * scale + shift, blobs=2)
+
+
+@few
+@given(shapes(), SEEDS)
+def test_a_frozen_bn_uses_its_averages_and_does_not_learn(shape: Shape, seed: int) -> None:
+    own = ours(BN_AVERAGES.replace("bn_param {", "bn_param { frozen: true"), [shape])
+    assert float(own.layer_blobs["tested"][3].tensor.min()) == 1
+    randomize(own, seed, positive=(3,))
+    ran = Ran(own, seed)
+    slope, bias, mean, variance = (blob.tensor.double() for blob in ran.blobs)
+    ran.differentiated(lambda data: (data - mean) / (variance + 0.01).sqrt() * slope + bias)
+    assert [(blob.lr_mult, blob.decay_mult) for blob in ran.blobs[:2]] == [(0, 0)] * 2
+
+
+def test_a_bn_of_one_value_a_channel_is_its_shift() -> None:
+    own = ours(BN_LEARN, [(1, 3, 1, 1)])
+    randomize(own, 1)
+    ran = Ran(own, 1)
+    np.testing.assert_array_equal(ran.top, array(ran.blobs[1].tensor))
+
+
+@few
+@given(
+    shapes(size=5),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1e-10, 0.5]),
+    st.sampled_from([2.5, 20]),
+    SEEDS,
+)
+def test_normalize(shape: Shape, across: bool, shared: bool, eps: float, scale: float, seed: int) -> None:
+    layer = f"""type: "Normalize" norm_param {{ across_spatial: {str(across).lower()} eps: {eps}
+        channel_shared: {str(shared).lower()} scale_filler {{ type: "constant" value: {scale} }} }}"""
+    own = ours(layer, [shape])
+    assert tuple(own.layer_blobs["tested"][0].tensor.shape) == (() if shared else (shape[1],))
+    ran = Ran(own, seed)
+
+    def formula(data: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        squares = (
+            torch.einsum("nchw,nchw->n", data, data) if across else torch.einsum("nchw,nchw->nhw", data, data)
+        )
+        length = (squares + eps).sqrt().reshape((-1, 1, 1, 1) if across else (shape[0], 1, *shape[2:]))
+        return data / length * (factor if shared else factor.reshape(1, -1, 1, 1))
+
+    ones = torch.ones((), dtype=torch.float64)
+    factors = formula(
+        torch.from_numpy(ran.inputs["data0"]).double(), ones if shared else ones.expand(shape[1])
+    )
+    ran.differentiated(
+        formula, blobs=1, least=scale * float((factors / torch.from_numpy(ran.inputs["data0"])).max())
+    )
+
+
+@few
+@given(shapes(), SEEDS)
+def test_relu6(shape: Shape, seed: int) -> None:
+    net = ours('type: "ReLU6"', [shape])
+    ran = Ran(net, seed, {"data0": 5 * numbers({"data0": shape}, seed)["data0"]})
+    ran.differentiated(lambda data: torch.minimum(torch.maximum(data, torch.tensor(0.0)), torch.tensor(6.0)))
+    np.testing.assert_array_equal(ran.top, np.clip(ran.inputs["data0"], 0, 6))
+
+
+@few
+@given(shapes(1, 5), st.data(), SEEDS)
+def test_permute_names_the_first_axes(shape: Shape, data: st.DataObject, seed: int) -> None:
+    order = data.draw(st.permutations(range(len(shape))))
+    named = data.draw(st.integers(0, len(shape)))
+    fields = " ".join(f"order: {axis}" for axis in order[:named])
+    ran = Ran(ours(f'type: "Permute" permute_param {{ {fields} }}', [shape]), seed)
+    whole = [*order[:named], *sorted(order[named:])]
+    np.testing.assert_array_equal(ran.top, np.transpose(ran.inputs["data0"], whole))
+    assert ran.gradients[0] is not None
+    np.testing.assert_array_equal(np.transpose(ran.gradients[0], whole), ran.weights)
+
+
+@few
+@given(shapes(), st.integers(1, 4), SEEDS)
+def test_shuffle_channel(shape: Shape, group: int, seed: int) -> None:
+    """Channel i of group g becomes channel g of group i, by indices here."""
+    batch, each, height, width = shape
+    layer = f'type: "ShuffleChannel" shuffle_channel_param {{ group: {group} }}'
+    ran = Ran(ours(layer, [(batch, each * group, height, width)]), seed)
+    assert ran.gradients[0] is not None
+    for g in range(group):
+        for i in range(each):
+            np.testing.assert_array_equal(ran.top[:, i * group + g], ran.inputs["data0"][:, g * each + i])
+            np.testing.assert_array_equal(ran.gradients[0][:, g * each + i], ran.weights[:, i * group + g])
+
+
+@thorough
+@given(shapes(), st.booleans(), SEEDS)
+def test_axpy_is_scale_and_eltwise(pycaffe: Any, tmp_path: Path, shape: Shape, flat: bool, seed: int) -> None:
+    factors = shape[:2] if flat else (*shape[:2], 1, 1)
+    ran = Ran(ours('type: "Axpy"', [factors, shape, shape]), seed)
+    layers = stock("Reshape", "reshape_param { shape { dim: 0 dim: 0 } }", "data0", "a", "a")
+    if not flat:
+        layers = stock("Flatten", "", "data0", "a", "a")
+    layers += stock("Scale", "scale_param { axis: 0 }", "data1 a", "ax", "ax")
+    compare(by_caffe(pycaffe, tmp_path, ran, layers + stock("Eltwise", "", "ax data2")), ran)
+
+
+@st.composite
+def interpolations(draw: st.DrawFn) -> tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """The fields, the size, what padding cuts off, and the size of the output."""
+    before, behind = draw(st.sampled_from([(0, 0), (-1, 0), (-1, -2)]))
+    size = draw(st.tuples(*[st.integers(1 - before - behind, 8)] * 2))
+    left = [side + before + behind for side in size]
+    shrink, zoom = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    shrunk = [-(-side // shrink) for side in left]
+    fields, made = draw(
+        st.sampled_from(
+            [
+                ("height: 7 width: 3", [7, 3]),
+                (f"zoom_factor: {zoom}", [(side - 1) * zoom + 1 for side in left]),
+                (f"shrink_factor: {shrink}", shrunk),
+                (f"shrink_factor: {shrink} zoom_factor: {zoom}", [(side - 1) * zoom + 1 for side in shrunk]),
+            ]
+        )
+    )
+    padding = f"pad_beg: {before} pad_end: {behind}"
+    return f"{fields} {padding}", size, (before, behind), (made[0], made[1])
+
+
+@few
+@given(interpolations(), SEEDS)
+def test_interp_is_bilinear_between_corners(
+    drawn: tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]], seed: int
+) -> None:
+    fields, size, (before, behind), made = drawn
+    ran = Ran(ours(f'type: "Interp" interp_param {{ {fields} }}', [(2, 3, *size)]), seed)
+
+    def weights(pixels: int, wanted: int) -> torch.Tensor:
+        """The weight of each of ``pixels`` in each of the ``wanted``."""
+        found = torch.zeros(wanted, pixels, dtype=torch.float64)
+        for at in range(wanted):
+            place = at * (pixels - 1) / (wanted - 1) if wanted > 1 else 0.0
+            first = min(int(place), pixels - 1)
+            found[at, first] += 1 - (place - first)
+            found[at, min(first + 1, pixels - 1)] += place - first
+        return found
+
+    def formula(data: torch.Tensor) -> torch.Tensor:
+        cut = data[:, :, -before : size[0] + behind, -before : size[1] + behind]
+        down, across = weights(cut.shape[2], made[0]), weights(cut.shape[3], made[1])
+        return torch.einsum("nchw,yh,xw->ncyx", cut, down, across)
+
+    ran.differentiated(formula)
+
+
+@few
+@given(shapes(), st.integers(1, 3), st.integers(1, 3), SEEDS)
+def test_upsample_repeats_pixels(shape: Shape, down: int, across: int, seed: int) -> None:
+    scale = f"scale: {down}" if down == across else f"scale_h: {down} scale_w: {across}"
+    ran = Ran(ours(f'type: "Upsample" upsample_param {{ {scale} }}', [shape]), seed)
+    ran.differentiated(
+        lambda data: torch.einsum(
+            "nchw,yx->nchywx", data, torch.ones(down, across, dtype=torch.float64)
+        ).reshape(*shape[:2], shape[2] * down, shape[3] * across)
+    )
+
+
+@few
+@given(shapes(), st.sampled_from(["", "scale: 2", "upsample_h: {0} upsample_w: {1}"]), SEEDS)
+def test_upsample_puts_pixels_where_a_mask_says(shape: Shape, fields: str, seed: int) -> None:
+    """The mask is a max pooling's second top: for each pixel, its place in the plane of its channel."""
+    height, width = 2 * shape[2], 2 * shape[3]
+    layer = f'type: "Upsample" upsample_param {{ {fields.format(height, width)} }}'
+    random = np.random.default_rng(seed)
+    rows = 2 * np.arange(shape[2])[:, None] + random.integers(0, 2, shape)
+    columns = 2 * np.arange(shape[3]) + random.integers(0, 2, shape)
+    mask = (rows * width + columns).astype(np.float32)
+    values = random.standard_normal(shape).astype(np.float32)
+    ran = Ran(ours(layer, [shape, shape]), seed, {"data0": values, "data1": mask})
+    expected, gradient = np.zeros((*shape[:2], height, width), np.float32), np.zeros(shape, np.float32)
+    for place in np.ndindex(*shape):
+        to = (*place[:2], rows[place], columns[place])
+        expected[to], gradient[place] = values[place], ran.weights[to]
+    np.testing.assert_array_equal(ran.top, expected)
+    np.testing.assert_array_equal(ran.gradients[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("layer", "bottoms", "says"),
+    [
+        ('type: "BN"', [(1, 2, 3, 3)], "its bn_param is empty, and two forks have this type: set bn_mode"),
+        (BN_AVERAGES.replace("0.8", "1"), [(1, 2, 3, 3)], "bn_param.momentum 1 has to be from 0 to below 1"),
+        (
+            BN_AVERAGES.replace("eps", "bn_mode: LEARN eps"),
+            [(1, 2, 3, 3)],
+            "bn_param.bn_mode is not supported",
+        ),
+        (
+            'type: "DepthwiseConvolution" convolution_param { num_output: 4 kernel_size: 1 }',
+            [(1, 2, 3, 3)],
+            "one filter for each of the 2 channels: convolution_param.num_output 4 has to be 2",
+        ),
+        ('type: "ReLU6" relu_param { }', [(1, 2)], "field relu_param is not supported"),
+        ('type: "Permute" permute_param { order: 0 order: 0 }', [(1, 2)], "each once at most"),
+        ('type: "Permute" permute_param { order: 4 }', [(1, 2)], "has to name axes from 0 to 1"),
+        ('type: "ShuffleChannel" shuffle_channel_param { group: 3 }', [(1, 4, 2, 2)], "does not divide"),
+        ('type: "Axpy"', [(1, 2), (1, 3, 2, 2), (1, 3, 2, 2)], "the first has to be the batch and channels"),
+        ('type: "Interp"', [(1, 2, 3, 3)], "is empty: give zoom_factor or shrink_factor"),
+        (
+            'type: "Interp" interp_param { zoom_factor: 2 pad_beg: 1 }',
+            [(1, 2, 3, 3)],
+            "padding that is 0 or cuts",
+        ),
+        ('type: "Upsample" upsample_param { scale: 0 }', [(1, 2, 3, 3)], "scales images of four axes up"),
+        ('type: "Upsample"', [(1, 2, 3, 3), (1, 2, 3, 4)], "is not a place for each of (1, 2, 3, 3)"),
+        (
+            'type: "Upsample" upsample_param { upsample_h: 4 upsample_w: 4 }',
+            [(1, 2, 3, 3)],
+            "with a second bottom",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(layer: str, bottoms: list[Shape], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ours(layer, bottoms)
+    message = str(caught.value)
+    assert message.startswith("net: layer tested (") and says in message and "\n" not in message
+
+
+@pytest.mark.parametrize("form", [(1, 3), (1, 3, 1, 1), (3,)])
+def test_weights_of_a_bn_are_read_in_every_form(form: Shape, tmp_path: Path) -> None:
+    """Forks store a number for each channel as 1 x C or 1 x C x 1 x 1; these are written as the latter."""
+    net = ours(BN_AVERAGES, [(2, 3, 4, 4)])
+    randomize(net, 5)
+    save_weights(net, tmp_path / "a.caffemodel")
+    content = (tmp_path / "a.caffemodel").read_bytes()
+    written = parse_net("", Dialect.BVLC, "a").FromString(content)
+    (tested,) = [layer for layer in written.layer if layer.name == "tested"]
+    assert [list(blob.shape.dim) for blob in tested.blobs] == [[1, 3, 1, 1]] * 4
+    for blob in tested.blobs:
+        blob.shape.dim[:] = form
+    (tmp_path / "b.caffemodel").write_bytes(written.SerializeToString())
+    other = ours(BN_AVERAGES, [(2, 3, 4, 4)])
+    assert load_weights(other, tmp_path / "b.caffemodel") == ([], [])
+    for blob, expected in zip(other.layer_blobs["tested"], net.layer_blobs["tested"], strict=True):
+        assert torch.equal(blob.tensor, expected.tensor)
