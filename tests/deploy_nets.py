@@ -70,6 +70,8 @@ def _values(kind: str, index: int, shape: tuple[int, ...], count: int, random: A
         variance = random.uniform(0.5, 2, shape) * factor
         gain = random.uniform(-1.5, 1.5, shape)
         return [mean, variance, np.full(shape, 3), gain, random.normal(0, 0.3, shape)][index]
+    if kind == "BN":
+        return random.uniform(0.5, 2, shape) if index == 3 else random.normal(0, 1, shape)
     if kind == "Scale" and index == 0:
         return random.uniform(-1.5, 1.5, shape)
     if kind == "Bias":

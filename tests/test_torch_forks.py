@@ -9,16 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from deploy_nets import TOLERANCE, by_onnx, difference, write_random
+from deploy_nets import by_caffe as outputs_of_caffe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_pair import Shape, close, inputs_text, numbers, shapes, thorough
 
+from caffe_jacinto.build_net import main as build_net
+from caffe_jacinto.classify import main as classify
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
 from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
+from caffe_jacinto.export.merge_bn import merge_bn
+from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 
@@ -437,6 +444,141 @@ def test_settings_that_do_not_fit_are_named(layer: str, bottoms: list[Shape], sa
         ours(layer, bottoms)
     message = str(caught.value)
     assert message.startswith("net: layer tested (") and says in message and "\n" not in message
+
+
+def layer(name: str, kind: str, bottom: str, more: str = "") -> str:
+    reads = " ".join(f'bottom: "{blob}"' for blob in bottom.split())
+    return f'layer {{ name: "{name}" type: "{kind}" {reads} top: "{name}" {more} }}\n'
+
+
+INPUT = 'name: "n" input: "data" input_shape { dim: 2 dim: 4 dim: 9 dim: 8 }\n'
+AS_STOCK = INPUT + "".join(
+    [
+        layer("a", "Convolution", "data", "convolution_param { num_output: 6 kernel_size: 3 pad: 1 }"),
+        layer("b", "BN", "a", BN_AVERAGES.removeprefix('type: "BN"')),
+        layer("c", "ReLU6", "b"),
+        layer(
+            "d",
+            "DepthwiseConvolution",
+            "c",
+            "convolution_param { num_output: 6 kernel_size: 3 bias_term: false }",
+        ),
+        layer("e", "BN", "d", "bn_param { bn_mode: INFERENCE }"),
+        layer("f", "Pooling", "e", "pooling_param { kernel_size: 2 stride: 2 ceil_mode: false }"),
+        layer("g", "BN", "data", "bn_param { bn_mode: INFERENCE }"),
+        layer(
+            "h", "ConvolutionDepthwise", "g", "convolution_param { num_output: 4 kernel_size: 2 stride: 2 }"
+        ),
+    ]
+)
+"""Layers that stock Caffe has, too, by other names."""
+
+BEYOND = INPUT + "".join(
+    [
+        layer("a", "Permute", "data", "permute_param { order: 0 order: 2 order: 3 order: 1 }"),
+        layer("b", "ShuffleChannel", "data", "shuffle_channel_param { group: 2 }"),
+        layer("c", "Normalize", "b", "norm_param { across_spatial: false channel_shared: false }"),
+        layer("d", "Normalize", "c", "norm_param { eps: 0.5 }"),
+        layer("e", "Interp", "d", "interp_param { zoom_factor: 3 pad_beg: -1 pad_end: -2 }"),
+        layer("f", "Interp", "d", "interp_param { height: 4 width: 11 }"),
+        layer("g", "Upsample", "d", "upsample_param { scale: 2 }"),
+        layer("h", "Pooling", "b", "pooling_param { pool: AVE global_pooling: true }"),
+        layer("i", "Axpy", "h b d"),
+        layer("j", "Flatten", "h"),
+        layer("k", "Axpy", "j b d"),
+    ]
+)
+"""Layers that it does not have."""
+
+
+def by_pytorch(text: str, weights: Path, data: Values) -> dict[str, Values]:
+    net = Net(parse_net(text, Dialect.BVLC, "net"), TEST, Dialect.BVLC, where="net", seed=1)
+    load_weights(net, weights)
+    with torch.no_grad():
+        outputs = net({"data": torch.from_numpy(data)}).outputs
+    return {name: outputs[name].numpy() for name in net.output_names}
+
+
+@pytest.mark.parametrize("text", [AS_STOCK, BEYOND], ids=["as stock Caffe's", "beyond it"])
+def test_onnx_and_stock_caffe_compute_the_same(text: str, caffe_root: Path, tmp_path: Path) -> None:
+    weights = write_random(tmp_path / "w.caffemodel", text, Dialect.BVLC)
+    data = numbers({"data": (2, 4, 9, 8)}, 1)["data"]
+    expected = by_pytorch(text, weights, data)
+    exported = by_onnx(export_onnx(text, "deploy.prototxt", None, weights), data)
+    assert set(exported) == set(expected)
+    for name, values in expected.items():
+        assert difference(exported[name], values) < TOLERANCE, name
+    merged = merge_bn(text, "deploy.prototxt", None, weights)
+    if text == AS_STOCK:
+        assert merged.merged == {"a": ["b", "b/scale"], "d": ["e"]}
+        merged.write(tmp_path / "m.prototxt", tmp_path / "m.caffemodel")
+        for name, values in outputs_of_caffe(
+            caffe_root, tmp_path / "m.prototxt", tmp_path / "m.caffemodel", data
+        ).items():
+            assert difference(values, expected[name]) < TOLERANCE, name
+    else:
+        kinds = [
+            remark.partition(", which")[0].removeprefix("stock Caffe has no type ")
+            for remark in merged.remarks
+        ]
+        assert kinds == ["Permute", "ShuffleChannel", "Normalize", "Interp", "Upsample", "Axpy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (layer("a", "BN", "data", "bn_param { bn_mode: LEARN }"), "layer a (BN) has bn_mode: LEARN"),
+        (layer("a", "Permute", "data", "permute_param { order: 1 }"), "the first axis has to stay the batch"),
+        (layer("a", "Upsample", "data data"), "ONNX does not have the masks of Caffe's pooling"),
+    ],
+)
+def test_what_onnx_cannot_say_of_a_fork_is_named(text: str, says: str, tmp_path: Path) -> None:
+    whole = (
+        INPUT
+        + layer("fc", "Convolution", "data", "convolution_param { num_output: 1 kernel_size: 1 }")
+        + text
+    )
+    weights = write_random(tmp_path / "w.caffemodel", whole, Dialect.BVLC)
+    with pytest.raises(UserError) as caught:
+        export_onnx(whole, "deploy.prototxt", None, weights)
+    assert says in str(caught.value)
+
+
+CLASSIFIER = AS_STOCK.replace("dim: 2 dim: 4", "dim: 1 dim: 3").replace(
+    "num_output: 4", "num_output: 3"
+) + "".join(
+    [
+        layer("pooled", "Pooling", "f", "pooling_param { pool: AVE global_pooling: true }"),
+        layer("fc", "InnerProduct", "pooled", "inner_product_param { num_output: 5 }"),
+        layer("prob", "Softmax", "fc"),
+        'layer { name: "quiet" type: "Silence" bottom: "h" }\n',
+    ]
+)
+
+
+def test_classify_and_the_summary_say_what_stock_caffe_cannot_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock Caffe classifies by its own layers of the same kind where it has them all."""
+    monkeypatch.chdir(tmp_path)
+    write_random(Path("w.caffemodel"), CLASSIFIER, Dialect.BVLC)
+    Path("deploy.prototxt").write_text(CLASSIFIER)
+    cv2.imwrite("x.png", np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8))
+    source = 'source: "l" batch_size: 1 new_height: 9 new_width: 8'
+    Path("val.prototxt").write_text(layer("data", "ImageData", "", f"image_data_param {{ {source} }}"))
+    said = []
+    for backend in ("caffe", "onnxruntime"):
+        assert classify(["deploy.prototxt", "w.caffemodel", "x.png", "--backend", backend]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "%" in said[0]
+    shuffled = CLASSIFIER.replace('type: "ReLU6"', 'type: "ShuffleChannel"')
+    Path("deploy.prototxt").write_text(shuffled)
+    with pytest.raises(UserError, match=r"no type ShuffleChannel.*; use --backend onnxruntime"):
+        classify(["deploy.prototxt", "w.caffemodel", "x.png", "--backend", "caffe"])
+    assert build_net(["--summary", "deploy.prototxt"]) == 0
+    shown = capsys.readouterr().out
+    assert "stock Caffe has no type ShuffleChannel, which is of ShuffleNet's forks (layer c)" in shown
+    assert "stock Caffe has no type BN, which is of SegNet, ENet and PSPNet (layers b, e and 1 more)" in shown
 
 
 @pytest.mark.parametrize("form", [(1, 3), (1, 3, 1, 1), (3,)])

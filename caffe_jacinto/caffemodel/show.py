@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -19,7 +19,8 @@ from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
 from caffe_jacinto.netspec.layer_types import blob_name
 from caffe_jacinto.netspec.summary import Summary, summarize
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_any_net
+from caffe_jacinto.prototxt.loadable import not_loadable
+from caffe_jacinto.prototxt.schema import dialect_of, parse_any_net
 from caffe_jacinto.prototxt.tree import tree_of
 
 CHUNK = 1 << 16
@@ -102,13 +103,14 @@ def summary_with_zeros(
         UserError: the text is not a network, or the weights do not fit it.
     """
     net = parse_any_net(text, where, dialect)
-    if weights is None:
-        return summarize(tree_of(net), where)
-    require_fit(weights, net, where)
-    zeros: dict[str, int] = {}
-    for fact in blob_facts(weights, find_dialect(weights)):
-        zeros.setdefault(fact.layer, fact.zeros)  # of its first blob, the weights
-    return summarize(tree_of(net), where, zeros)
+    tree = tree_of(net)
+    zeros: dict[str, int] | None = None
+    if weights is not None:
+        require_fit(weights, net, where)
+        zeros = {}
+        for fact in blob_facts(weights, find_dialect(weights)):
+            zeros.setdefault(fact.layer, fact.zeros)  # of its first blob, the weights
+    return replace(summarize(tree, where, zeros), not_loadable=tuple(not_loadable(tree, dialect_of(net))))
 
 
 def _facts(layer: NetLayer, index: int, *, counts: bool, no_statistics: bool) -> BlobFacts:

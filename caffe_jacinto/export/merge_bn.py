@@ -16,7 +16,9 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.export.stock_net import StockLayer, StockNet, stock_net
 from caffe_jacinto.netspec.graph import Node, nodes_of, readers, writer
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.loadable import not_loadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +38,8 @@ class Merged:
     """The layers merged into each convolution or inner product, by its name."""
 
     remarks: list[str] = field(default_factory=list)
-    """A line for each batch norm that stays, and for each bias that is written as another layer, and why."""
+    """A line for each batch norm that stays, for each bias that is written as another layer, and why; and for
+    what stock Caffe cannot load."""
 
     def deploy(self) -> str:
         """The deploy prototxt, for stock Caffe."""
@@ -75,6 +78,7 @@ def merge_bn(deploy_text: str, where: str, dialect: Dialect | None, weights: Pat
     for layer in net.layers:
         if layer.type == "Bias":
             _write_as_another(result, layer)
+    result.remarks += not_loadable(tree.parse(net.text(), where), Dialect.BVLC)
     return result
 
 

@@ -15,6 +15,7 @@ from caffe_jacinto.caffemodel.batch_norm import averages, lacks_statistics, requ
 from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.export.fork_layers import in_stock_form
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.netspec.layer_types import Shape, role_of
 from caffe_jacinto.netspec.shapes import blob_shapes
@@ -141,7 +142,8 @@ def _stock_layers(layer: Any, blobs: list[Values], where: str) -> Iterator[Stock
     for field in ("param", "include", "exclude", "phase", "propagate_down", "loss_weight"):
         message.ClearField(field)
     if layer.type != "BatchNorm" or not blobs:
-        yield StockLayer(message, blobs)
+        for part, numbers in in_stock_form(message, blobs, where):
+            yield StockLayer(part, numbers)
         return
     import numpy as np
 

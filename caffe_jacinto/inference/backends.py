@@ -19,7 +19,9 @@ from caffe_jacinto.engines.gpus import Maker, any_visible, lack, requested_gpus,
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import stock_net
 from caffe_jacinto.inference.network import TrainedNetwork
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.loadable import not_loadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,16 +120,22 @@ def _caffe(network: TrainedNetwork, path: str | None, gpu: int | None) -> tuple[
     if info.pycaffe is None:
         raise UserError("this Caffe has no pycaffe that this Python can import; use --backend opencv")
     check_gpus(info, () if gpu is None else (gpu,))
+    of_forks = not_loadable(tree.parse(network.text, str(network.where)), Dialect.BVLC)
+    as_it_is = network.dialect is Dialect.BVLC and not of_forks
+    merged = None
+    if not as_it_is:
+        merged = merge_bn(network.text, str(network.where), network.dialect, network.weights)
+        left = not_loadable(tree.parse(merged.deploy(), str(network.where)), Dialect.BVLC)
+        if left:
+            raise UserError(f"{network.where}: {left[0]}; use --backend onnxruntime")
     caffe = quiet_pycaffe(info.pycaffe)
     with tempfile.TemporaryDirectory() as scratch:
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
-        if network.dialect is Dialect.BVLC:
+        if merged is None:
             deploy.write_text(network.text, encoding="utf-8")
         else:
             weights = Path(scratch) / "merged.caffemodel"
-            merge_bn(network.text, str(network.where), network.dialect, network.weights).write(
-                deploy, weights
-            )
+            merged.write(deploy, weights)
         # In a child process, and so on the CPU: CUDA does not survive a fork.
         last_words = _last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
         if last_words:

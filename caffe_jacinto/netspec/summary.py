@@ -78,6 +78,8 @@ class Summary:
 
     name: str
     rows: tuple[LayerRow, ...]
+    not_loadable: tuple[str, ...] = ()
+    """What no Caffe of the network's dialect can load of it, a line each."""
 
     @property
     def parameters(self) -> int:
@@ -197,6 +199,8 @@ def show(summary: Summary, out: TextIO) -> None:
         cells = _cells(row, summary)
         lines.append(Line([cells[name] for name in names], "" if row.macs else "dim"))
     show_table(out, summary.name, columns, lines, total_line(summary))
+    for line in summary.not_loadable:
+        print(line, file=out)
 
 
 def total_line(summary: Summary) -> str:
@@ -237,6 +241,8 @@ def as_json(summary: Summary) -> str:
     }
     if summary.macs_left is not None:
         content |= {"macs_left": summary.macs_left, "sparsity": summary.sparsity}
+    if summary.not_loadable:
+        content["not_loadable"] = summary.not_loadable
     layers = []
     for row in summary.rows:
         figures = {name: value for name, value in _figures(row, summary).items() if name in columns}
