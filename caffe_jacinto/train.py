@@ -33,6 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     what = (options.recipe, options.resume, options.status, options.new)
     if sum(option is not None for option in what) != 1:
         parser.error("give one of RECIPE, --resume RUN, --status RUN and --new FILE")
+    if options.open and (options.dry_run or options.status is not None):
+        parser.error("--open goes with a training: RECIPE or --resume RUN")
     if options.new is not None:
         return _new_recipe(parser, options)
     if options.status is not None:
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         dry_run=options.dry_run,
         accept_data=options.accept_data,
         slurm=_slurm(options),
+        open_page=options.open,
     )
     if options.resume is None:
         if options.accept_data:
@@ -130,6 +133,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="write every file and print every command, but run nothing"
+    )
+    parser.add_argument(
+        "--open",
+        action="store_true",
+        help="print the address of the run's page (RUN/report.html), to follow the training in a browser",
     )
     parser.add_argument(
         "--accept-data",

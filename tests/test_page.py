@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from log_text import Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.logs.history import Buckets, thinned
+from caffe_jacinto.logs.page import State, write_page
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.report import main
 
@@ -329,6 +332,30 @@ def test_nothing_is_wider_than_the_window(browser: Browser, tmp_path: Path, widt
     picture = tmp_path / "page.png"
     browser.picture(picture)
     assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.caffe
+def test_a_page_left_open_follows_the_training(browser: Browser, tmp_path: Path) -> None:
+    log = write(tmp_path / "digits" / "initial" / "run.log", Log().start().test(0, 0.1, 0.5, 2.3).text)
+    made = tmp_path / "digits" / "report.html"
+
+    def train(text: str, state: State) -> None:
+        log.write_text(text)
+        write_page(find_runs([tmp_path / "digits"], history=True)[0], made, state=state)
+
+    train(log.read_text(), State("initial is running", reload=1))
+    browser.open(made)
+    assert texts(browser, "#state") == ["initial is running"]
+    assert "initial (unfinished)" in texts(browser, "#stages tr.unfinished th")
+    browser.value("(window.mark = 1, scrollTo(0, 100))")
+    train(whole_stage().text, State("initial failed", None, "initial failed: <b>the disk</b> is full"))
+    browser.wait_for("window.mark === undefined && document.documentElement?.dataset.drawn")
+    assert texts(browser, "#state") == ["initial failed"]
+    assert texts(browser, "#notes .fatal") == ["initial failed: <b>the disk</b> is full"]
+    assert texts(browser, "#stages tbody th")[0] == "initial"
+    browser.value("window.mark = 1")
+    time.sleep(1.5)  # longer than until the reload that there was
+    assert browser.value("window.mark") == 1
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

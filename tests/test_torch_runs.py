@@ -113,8 +113,10 @@ def test_bf16_is_used_by_every_command_and_kept_on_resume(trainer: Trainer) -> N
     code, said = trainer.run(*options, "--dry-run")
     assert code == 0, said
     assert "dialect bvlc, bf16, on the CPU" in said
+    (trainer.folder / "bf16" / "report.html").mkdir()  # a page that cannot be written stops no training
     code, said = trainer.run("--resume", "bf16")
     assert code == 0, said
+    assert said.count("report.html cannot be written (Is a directory); training goes on") == 1
     assert "dialect bvlc, bf16, on the CPU" in said
     for part in ("initial", "test"):
         assert "bf16" in trainer.log("bf16", part), part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import pty
 import re
@@ -34,6 +36,8 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.snapshots import spoiled_snapshots
+from caffe_jacinto.logs.discover import find_runs
+from caffe_jacinto.logs.page_content import figure_rows
 from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
@@ -53,7 +57,7 @@ def trainer(caffe_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> T
 @pytest.fixture(scope="module")
 def whole(trainer: Trainer) -> tuple[int, str]:
     """A run of all stages in ``run's folder``, and what it said."""
-    return trainer.run(*tiny(), "--output", "run's folder")
+    return trainer.run(*tiny(), "--output", "run's folder", "--open")
 
 
 RUN = "run's folder"
@@ -72,6 +76,29 @@ def test_all_stages_and_the_test_end_in_the_result_table(trainer: Trainer, whole
     assert "engine: bvlc 1.0" in said
     assert re.search(r"stage 3/4 sparse: finished, 6 iterations in .*, top-1 .*, sparsity 0\.\d", said)
     assert "published" not in said  # ImageNet's results do not compare with ten digits
+
+
+def test_the_page_of_the_run_has_the_figures_of_the_report(trainer: Trainer, whole: tuple[int, str]) -> None:
+    page = trainer.folder / RUN / "report.html"
+    assert f"page: {page.as_uri()}\n" in whole[1]
+    text = html.unescape(page.read_text())
+    assert '<span class="chip" id="state">finished</span>' in text
+    assert '"reload":' not in text  # it does not load itself again
+    (run,) = find_runs([trainer.folder / RUN])[0]
+    assert [stage.name for stage in run.stages] == [*STAGES, "test"]
+    for figure, cells in figure_rows(run):
+        if figure == "log":
+            continue  # a relative path in the run's page
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        assert f'<tr><th scope="row">{figure}</th>{row}</tr>' in text
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text)[0])
+    (found,) = data["runs"]
+    assert [stage["name"] for stage in found["stages"]] == list(STAGES)
+    assert [curve["name"] for curve in found["stages"][0]["curves"]] == [
+        *("training loss", "top-1", "top-5", "loss", "learning rate")
+    ]
+    (pruning,) = (pruned for pruned in found["pruning"] if pruned["stage"] == "sparse")
+    assert pruning["sparsity"][3][-1] > 0
 
 
 def test_no_frozen_zero_moves_in_finetune(trainer: Trainer, whole: tuple[int, str]) -> None:

@@ -29,17 +29,18 @@ PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True)
-class Following:
-    """A page that follows a training: it loads itself again."""
+class State:
+    """How far the run of a page is, as the program that trains it knows."""
 
-    seconds: int
-    """Between two reloads."""
-    state: str
-    """How far the run is, in a few words."""
+    text: str
+    reload: int | None
+    """Seconds after which the page loads itself again; None: it shows the end."""
+    problem: str = ""
+    """Why it ended early."""
 
 
 def write_page(
-    runs: Sequence[Run], path: Path, *, published: bool = False, following: Following | None = None
+    runs: Sequence[Run], path: Path, *, published: bool = False, state: State | None = None
 ) -> None:
     """Write the page of ``runs`` (read with their history) to ``path``, whole or not at all.
 
@@ -48,14 +49,14 @@ def write_page(
     Raises:
         OSError: it cannot be written.
     """
-    write_whole(path, page_of(runs, published=published, following=following))
+    write_whole(path, page_of(runs, published=published, state=state))
 
 
 def page_of(
     runs: Sequence[Run],
     *,
     published: bool = False,
-    following: Following | None = None,
+    state: State | None = None,
     written: datetime | None = None,
 ) -> bytes:
     """The page of ``runs`` as UTF-8. ``written``: the time that it states, now unless given."""
@@ -63,8 +64,8 @@ def page_of(
 
     written = written or datetime.now().astimezone()
     data: dict[str, Any] = {"runs": page_content.curves(runs), "written": round(written.timestamp())}
-    if following is not None:
-        data["reload"] = following.seconds
+    if state is not None and state.reload is not None:
+        data["reload"] = state.reload
     title = printable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
     text = (
         _environment()
@@ -72,9 +73,9 @@ def page_of(
         .render(
             title=title,
             runs=runs,
-            following=following,
+            state=state,
             written=written,
-            notes=page_content.notes(runs),
+            notes=page_content.notes(runs, state.problem if state is not None else ""),
             cards=page_content.cards(runs[0]) if len(runs) == 1 else [],
             results=tables.result_table(runs, tables.published_rows(runs, published)),
             stages=[(tables.stage_table(run), page_content.figure_rows(run), run) for run in runs],

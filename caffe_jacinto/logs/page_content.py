@@ -35,9 +35,9 @@ class Note:
     fatal: bool
 
 
-def notes(runs: Sequence[Run]) -> list[Note]:
-    """The errors and notes of all stages, errors first."""
-    found = []
+def notes(runs: Sequence[Run], problem: str = "") -> list[Note]:
+    """The errors and notes of all stages, errors first; before them the ``problem`` of the whole, if any."""
+    found = [Note("", printable(problem), True)] if problem else []
     for run in runs:
         for stage in run.stages:
             name, figures = printable(stage.name), stage.figures

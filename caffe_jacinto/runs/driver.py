@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from caffe_jacinto.common.errors import LOST, RunFailed, UserError, WorkLost
@@ -24,6 +25,7 @@ from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, State, resume_command
 from caffe_jacinto.runs.lock import RunLock
+from caffe_jacinto.runs.page import RunPage
 from caffe_jacinto.runs.plan import (
     RunPlan,
     StagePlan,
@@ -118,6 +120,11 @@ class Driver:
     doubted: set[Kind] = field(default_factory=set)
     """What has been said of the losses of this run."""
 
+    @cached_property
+    def page(self) -> RunPage:
+        """The page of the run."""
+        return RunPage(self.run.folder, self.record, lambda line: self.screen.say(line, style="yellow"))
+
     def drive(self) -> int:
         """Train the stages that are not trained yet, then test; returns the exit code.
 
@@ -130,6 +137,8 @@ class Driver:
             reason = f"{error.filename or self.run.folder}: {error.strerror or error}"
             mend = f"{reason}; fix that, then resume: {resume_command(self.run.folder)}"
             raise RunFailed(self._full_disk(reason) or mend) from None
+        finally:
+            self.page.write(ended=True)
 
     def _full_disk(self, reason: str, cut_off: bool = False) -> str | None:
         """What to say if a full disk is why ``reason`` was given; see `space.full_disk`."""
@@ -150,7 +159,9 @@ class Driver:
         # A driver may have been killed after the stage's end, before it recorded that.
         if state.state == "finished" or self._is_trained(plan):
             self._note(state, "finished")
-            self.doubted |= StageView(read_log(plan.folder)).doubts().keys()
+            log = read_log(plan.folder, history=True)
+            self.page.follow(plan.name, log)
+            self.doubted |= StageView(log).doubts().keys()
             self.screen.say(f"{place.title()}: already finished")
             return True
         return not self.signals.requested and self._train(plan, state, place)
@@ -174,8 +185,9 @@ class Driver:
         if point.snapshot is None:
             write_start_weights(self.run, plan)
         self._announce(plan, place, point)
-        view = StageView(read_log(plan.folder))
+        view = StageView(read_log(plan.folder, history=True))
         log = view.log
+        self.page.follow(plan.name, log)
         view.begin_part(point.iteration)
         self.doubted |= view.doubts().keys()  # an earlier train has said it
         keeper = Keeper(
@@ -258,6 +270,7 @@ class Driver:
     def _test(self, state: StageState) -> bool:
         """Test the final weights; False if a stop was requested."""
         if state.state == "finished":
+            self.page.follow(TEST, read_log(self.run.test_folder, history=True))
             self.screen.say("test: already finished")
             return True
         if self.signals.requested:
@@ -268,7 +281,8 @@ class Driver:
         self.screen.say(
             f"test: {self.run.final_weights}; log: {self.run.test_folder / STAGE_LOG}", style="bold"
         )
-        log = StageLog(live=True, test_net=read_test_net(self.run.test_folder))
+        log = StageLog(live=True, history=True, test_net=read_test_net(self.run.test_folder))
+        self.page.follow(TEST, log)
         self._note(state, "running")
         code = self._run(self.run.test_folder, state, [command], Watched(StageView(log)))
         results = log.results()
@@ -329,6 +343,7 @@ class Driver:
                 # Kill it, so that it does not write a snapshot of weights that are not numbers.
                 child.kill()
             self._show(watched)
+            self.page.write_if_due()
             if self.signals.count > shown_stops and not ended:
                 shown_stops = self.signals.count
                 self._say_stopping(shown_stops)
@@ -353,6 +368,7 @@ class Driver:
                 f"  iteration {iteration:,}, test: {outputs_line(log, log.tests[iteration].outputs)}"
             )
             watched.shown_test = iteration
+            self.page.news()
         self._say_doubts(watched.view)
         news = unusual or log.displays > watched.shown_displays
         watched.shown_displays = log.displays

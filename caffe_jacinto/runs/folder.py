@@ -6,6 +6,7 @@ training/<dataset>_<network>_<time>/
     slurm/      the files of its Slurm jobs, if it was submitted (runs/slurm.py)
     labels.txt  the class names, if the data set has them
     network.prototxt  a copy of the user's own network, if the recipe names one; network_2.prototxt and so on
+    report.html its tables and curves, for a browser (runs/page.py)
     initial/  l1reg/  sparse/  finetune/  test/
         train.prototxt val.prototxt deploy.prototxt solver.prototxt
         run.sh    the commands, runnable by hand

@@ -39,6 +39,7 @@ from caffe_jacinto.runs.folder import (
     resume_command,
 )
 from caffe_jacinto.runs.lock import RELEASE_SECONDS, RunLock
+from caffe_jacinto.runs.page import page_line
 from caffe_jacinto.runs.plan import (
     RunPlan,
     plan_run,
@@ -73,6 +74,9 @@ class Options:
 
     slurm: SlurmRequest | None = None
     """Submit the run to Slurm instead of training here."""
+
+    open_page: bool = False
+    """Print the address of the run's page."""
 
 
 def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
@@ -138,6 +142,8 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         _refuse(findings)
         screen.say(f"nothing was run; to run it: {resume_command(folder, record)}")
         return 0
+    if options.open_page:
+        screen.say(page_line(folder))
     if options.slurm:
         try:
             return _submit(folder, record, lock, screen)
@@ -208,6 +214,8 @@ def resume(
         record.slurm = options.slurm.record(record.slurm)
     run_folder.save(folder, record)
     screen.say(f"run folder: {folder}")
+    if options.open_page:
+        screen.say(page_line(folder))
     if options.slurm:
         return _submit(folder, record, lock, screen)
     return _drive(run, record, lock, screen, signals or StopSignals())
@@ -229,6 +237,7 @@ def _submit(folder: Path, record: RunRecord, lock: RunLock, screen: Screen) -> i
 def _drive(run: RunPlan, record: RunRecord, lock: RunLock, screen: Screen, signals: StopSignals) -> int:
     keep = run.recipe.training.keep
     driver = Driver(run, record, lock, screen, signals, keep)
+    driver.page.write()
     try:
         code = driver.drive()
     finally:
@@ -420,4 +429,5 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")
     screen.say(f"tables:  {report_command(run.folder)}")
+    screen.say(page_line(run.folder).replace(" ", "    ", 1))
     screen.say(f"curves:  {report_command(run.folder)} --plot {shlex.quote(str(run.folder / 'curves.png'))}")

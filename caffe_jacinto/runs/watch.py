@@ -40,9 +40,9 @@ class Tail:
         return data
 
 
-def read_log(folder: Path) -> StageLog:
+def read_log(folder: Path, *, history: bool = False) -> StageLog:
     """The log of a stage or of the test, as it is now; an empty one if there is none yet."""
-    log = StageLog(live=True, test_net=read_test_net(folder))
+    log = StageLog(live=True, history=history, test_net=read_test_net(folder))
     tail = Tail(folder / STAGE_LOG)
     while data := tail.read():
         log.feed(data)
