@@ -22,13 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.arguments import Parser, fraction
+from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
     from caffe_jacinto.inference.network import NetworkFiles
+    from caffe_jacinto.recipes.model import SparseSettings
 
 MOST_SHOWN = 100
 """Characters of a value that `export` prints."""
@@ -77,9 +78,25 @@ def _parser() -> Parser:
     )
     sparsify.add_argument(
         "--by",
-        choices=["channel", "layer"],
+        choices=["channel", "layer", "network"],
         default="channel",
-        help="one threshold for each output channel, or for each layer (default: channel)",
+        help="one threshold for each output channel, for each layer, or for all (default: channel)",
+    )
+    several = {"action": "append", "default": [], "metavar": "NAME"}
+    sparsify.add_argument("--layers", help="prune only these, by name or pattern; repeatable", **several)
+    sparsify.add_argument("--skip", help="do not prune these; repeatable", **several)
+    sparsify.add_argument(
+        "--min-kernel",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
+    )
+    sparsify.add_argument("--inner-products", action="store_true", help="prune and count inner products, too")
+    sparsify.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="of each M consecutive input channels N keep their weights, like 2:4, whatever the caps",
     )
     sparsify.add_argument(
         "--caps",
@@ -212,35 +229,39 @@ def _convert(options: argparse.Namespace) -> int:
 def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
     from caffe_jacinto.caffemodel.net_file import find_dialect
-    from caffe_jacinto.pruning.rule import sparsify
-    from caffe_jacinto.recipes.model import SparseSettings
+    from caffe_jacinto.pruning.sparsify import sparsify
 
     output = options.output or options.file.with_name(f"{options.file.stem}_sparsified.caffemodel")
     _check_output(output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)
-    published = SparseSettings.model_fields
-    maxratio, value_max = 1.0, float("inf")
-    if options.caps == "on":
-        maxratio = published["threshold_maxratio"].default
-        value_max = published["threshold_value_max"].default
-    pruned = sparsify(
-        options.file,
-        output,
-        dialect,
-        factor=options.target,
-        by=options.by,
-        maxratio=maxratio,
-        value_max=value_max,
-    )
-    facts = [fact for fact in show.blob_facts(output, dialect) if fact.counts]
-    show.show(facts, str(output), sys.stdout)
+    pruned = sparsify(options.file, output, dialect, _rule(options), options.target)
+    facts = show.blob_facts(output, dialect)
+    counted = [fact for fact in facts if fact.counts or (options.inner_products and fact.weights)]
+    show.show(counted, str(output), sys.stdout)
     print(f"pruned: {', '.join(pruned) or 'no layer; the rule leaves all of them out'}")
-    if pruned and options.caps == "on" and show.sparsity(facts).fraction < options.target - 0.01:
+    reached = show.sparsity(counted, inner_products=options.inner_products).fraction
+    if pruned and options.caps == "on" and not options.pattern and reached < options.target - 0.01:
         print(
             f"below {options.target:.0%}: the published caps keep larger weights (--caps off lifts them), "
             "and layers with fewer than 32 inputs or outputs lose half as many"
         )
     return 0
+
+
+def _rule(options: argparse.Namespace) -> SparseSettings:
+    """The pruning rule of `sparsify`; its schedule and its target play no part."""
+    from caffe_jacinto.recipes.model import FLOAT32_MAX, sparse_fields, sparse_settings
+
+    rule: dict[str, Any] = {"start_iter": 0, "target": options.target, "by": options.by}
+    rule |= {"layers": options.layers, "skip": options.skip, "min_kernel": options.min_kernel}
+    rule |= {"inner_products": options.inner_products, "pattern": options.pattern}
+    if options.caps == "off":
+        rule |= {"threshold_maxratio": 1.0, "threshold_value_max": FLOAT32_MAX}
+    fields = sparse_fields()
+    try:
+        return sparse_settings({fields[key].name: value for key, value in rule.items()}, "--")
+    except UserError as error:
+        raise UserError(str(error).replace("--sparsity_", "--")) from None
 
 
 def _merge_bn(options: argparse.Namespace) -> int:

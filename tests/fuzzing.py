@@ -44,8 +44,9 @@ from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_any_net, parse_net, parse_solver
-from caffe_jacinto.pruning.rule import sparsify
+from caffe_jacinto.pruning.sparsify import sparsify
 from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.model import SparseSettings
 
 SECONDS_A_FILE = 1.0
 """Of the processor's time: a machine that is busy with something else makes nothing slow here."""
@@ -65,6 +66,14 @@ class TooSlowError(Exception):
 
 DEPLOY, WEIGHTS = "{}_deploy.prototxt", "{}.caffemodel"
 """A sound network of each dialect, to read damaged files with."""
+
+
+RULES = (
+    SparseSettings(start_iter=0),
+    SparseSettings(start_iter=0, by="network", inner_products=True, min_kernel=1),
+    SparseSettings(start_iter=0, target=0.5, pattern="2:4", inner_products=True, min_kernel=1),
+)
+"""Pruning rules: the published one, one threshold for all weights, and a pattern."""
 
 
 def small_net(dialect: Dialect) -> Any:
@@ -210,9 +219,10 @@ def read_binary(path: Path, folder: Path) -> None:
             lambda dialect=dialect, deploy=deploy: export_onnx(deploy, "x", dialect, path),
             lambda dialect=dialect: blob_facts(path, dialect),
             lambda dialect=dialect: convert(path, folder / "out", dialect),
-            lambda dialect=dialect: sparsify(
-                path, folder / "out", dialect, factor=0.8, by="channel", maxratio=0.2, value_max=0.2
-            ),
+        ]
+        readers += [
+            lambda dialect=dialect, rule=rule: sparsify(path, folder / "out", dialect, rule, 0.8)
+            for rule in RULES
         ]
     for reader in readers:
         with contextlib.suppress(UserError):

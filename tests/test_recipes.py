@@ -268,6 +268,38 @@ def leaves(table: dict[str, Any], above: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
+    ("settings", "field", "says"),
+    [
+        (
+            ["pattern=2:4"],
+            "target",
+            "0.8 is more than the 0.5 that the pattern 2:4 makes zero; set target = 0.5",
+        ),
+        (["pattern=1:3", "target=0.7"], "target", "0.7 is more than the 0.6667 .* set target = 0.666$"),
+        (["pattern=1:8", "by=layer"], "by", "the pattern 1:8 prunes each 8 input channels by themselves"),
+        (["pattern=1:8", "targets={conv1a=0.5}"], "targets", "choose with layers or skip"),
+        (["schedule=cubic", "start_factor=0.8"], "start_factor", "0.8 is not below 0.8; make it smaller"),
+    ],
+)
+def test_pruning_settings_that_do_not_go_together(settings: list[str], field: str, says: str) -> None:
+    message = message_of("demo_digits", *(f"stages.sparse.sparse.{setting}" for setting in settings))
+    assert re.search(rf"stages\.sparse\.sparse\.{field}: .*{says}", message)
+
+
+def test_a_stage_counts_inner_products_where_the_one_that_it_continues_prunes_them() -> None:
+    sparse = "stages.sparse.sparse.inner_products=true"
+    recipe = load_recipe("demo_digits", [sparse])
+    assert [name for name in recipe.stages if recipe.counts_inner_products(name)] == ["sparse", "finetune"]
+    recipe = load_recipe("demo_digits")
+    assert not any(recipe.counts_inner_products(name) for name in recipe.stages)
+    alone = ["stages.finetune.start=", "stages.finetune.weights=sparse.caffemodel"]
+    recipe = load_recipe("demo_digits", [sparse, *alone])
+    assert not recipe.counts_inner_products("finetune")
+    recipe = load_recipe("demo_digits", [*alone, "stages.finetune.freeze_inner_products=true"])
+    assert recipe.counts_inner_products("finetune")
+
+
+@pytest.mark.parametrize(
     ("key", "table"),
     [
         *(
@@ -386,6 +418,11 @@ def test_an_override_sets_one_value() -> None:
         ("stages.initial.solver.delta=0.0", "more than 0"),
         ("stages={}", "at least one stage"),
         ("network.strides=2", "a list"),
+        ("stages.sparse.sparse.pattern=4:2", 'give "n:m" with n below m'),
+        ("stages.sparse.sparse.targets.conv1a=2", "more than 0 and less than 1"),
+        ("stages.sparse.sparse.schedule=cube", "did you mean cubic?"),
+        ("stages.sparse.sparse.skip=['a','a']", "has a name twice"),
+        ("stages.sparse.freeze_inner_products=true", "no effect without freeze_zeros"),
         ("stages.initial.solver.base_lr=1e39", "or less"),
     ],
 )

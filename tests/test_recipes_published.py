@@ -112,6 +112,26 @@ def test_the_sparse_recipes_differ_only_in_what_was_published_of_them() -> None:
     assert l1_round.stages["initial"] == channelwise.stages["initial"] == layerwise.stages["initial"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("by=network", 'by = "network": .* has no field for it; .* set it to "channel"$'),
+        ("schedule=cubic", 'schedule = "cubic": .* set it to "steps"$'),
+        ("min_kernel=1", "min_kernel = 1: .* set it to 3$"),
+        ("inner_products=true", "inner_products = true: .* or remove it$"),
+        ("skip=['conv1a']", r'skip = \["conv1a"\]: .* or remove it$'),
+    ],
+)
+def test_other_rules_cannot_be_said_to_the_fork(setting: str, says: str) -> None:
+    recipe = load_recipe("imagenet_jacintonet11", [f"stages.sparse.sparse.{setting}"])
+    with pytest.raises(UserError, match=rf"^stages\.sparse\.sparse\.{says}"):
+        texts(recipe, "sparse", FORK)
+    assert texts(recipe, "sparse", BVLC)
+    if setting == "inner_products=true":
+        with pytest.raises(UserError, match=r"^stages\.finetune: .* not hold the zeros of inner products"):
+            texts(recipe, "finetune", FORK)
+
+
 def test_thresholds_by_layer_cannot_be_said_to_the_fork() -> None:
     recipe = load_recipe("imagenet_jacintonet11_layerwise")
     with pytest.raises(UserError, match=r'^stages\.sparse\.sparse\.by = "layer": .* no field .* "channel"$'):

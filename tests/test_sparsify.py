@@ -16,16 +16,10 @@ from caffe_jacinto.engines.fork.engine import fork_start_factor
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.prototxt.solver import learning_rate
+from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of, why_not_pruned
 from caffe_jacinto.pruning.pruner import Pruner, load_masks, masks_file, save_masks
-from caffe_jacinto.pruning.rule import (
-    factor_cap,
-    is_pruned,
-    is_step,
-    layer_fraction,
-    next_factor,
-    prune,
-    small_weights,
-)
+from caffe_jacinto.pruning.rule import outside_pattern, pruned_weights, small_weights
+from caffe_jacinto.pruning.schedule import factor_cap, factors, is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings
 
 PUBLISHED = SparseSettings(start_iter=20000)
@@ -103,25 +97,28 @@ def test_no_more_than_the_fraction_of_each_channel() -> None:
     ],
 )
 def test_which_layers_are_pruned(shape: tuple[int, ...], group: int, expected: bool) -> None:
-    assert is_pruned(shape, group) is expected
+    layer = CountedLayer("a", shape, group, inner_product=len(shape) == 2)
+    counted = not layer.inner_product  # the published rule does not even count these
+    assert (counted and why_not_pruned(layer, PUBLISHED) is None) is expected
 
 
 def test_layers_with_few_inputs_or_outputs_are_pruned_by_half() -> None:
-    assert layer_fraction((32, 3, 5, 5), 1, 0.8) == 0.4
-    assert layer_fraction((16, 64, 3, 3), 1, 0.8) == 0.4
-    assert layer_fraction((32, 8, 3, 3), 4, 0.8) == 0.8
+    assert layer_fraction(CountedLayer("a", (32, 3, 5, 5)), PUBLISHED, 0.8) == 0.4
+    assert layer_fraction(CountedLayer("a", (16, 64, 3, 3)), PUBLISHED, 0.8) == 0.4
+    assert layer_fraction(CountedLayer("a", (32, 8, 3, 3), 4), PUBLISHED, 0.8) == 0.8
 
 
 @given(WEIGHTS, st.floats(0, 1), st.sampled_from(["channel", "layer"]))
-def test_pruning_a_layer_in_place_is_the_rule_applied_to_it(
-    weights: np.ndarray, factor: float, by: str
-) -> None:
+def test_pruning_a_layer_is_the_rule_applied_to_it(weights: np.ndarray, factor: float, by: str) -> None:
     wide = np.concatenate([weights] * 32)[:40]
-    pruned = wide.copy()
-    assert prune(pruned, 1, factor, by=by, maxratio=0.5, value_max=0.2) == is_pruned(wide.shape, 1)
-    fraction = layer_fraction(wide.shape, 1, factor)
+    before = wide.copy()
+    layer = CountedLayer("a", wide.shape)
+    sparse = SparseSettings(start_iter=0, by=by, threshold_maxratio=0.5)
+    ((_, pruned),) = pruned_weights([layer], sparse, factor, lambda _: wide)
+    fraction = layer_fraction(layer, sparse, factor)
     small = small_weights(wide, fraction, maxratio=0.5, value_max=0.2, by=by)
-    np.testing.assert_array_equal(pruned, np.where(small & is_pruned(wide.shape, 1), 0, wide))
+    np.testing.assert_array_equal(pruned, np.where(small, 0, wide))
+    np.testing.assert_array_equal(wide, before)
 
 
 def test_the_schedule_takes_steps_until_the_target_is_reached() -> None:
@@ -142,6 +139,159 @@ def test_the_schedule_ends_above_its_cap() -> None:
 def test_a_factor_never_passes_one() -> None:
     steep = SparseSettings(target=0.9, start_iter=0, step_factor=0.5)
     assert next_factor(steep, 0.9, achieved=0.1) == 1.0
+
+
+def pruned(
+    layers: list[CountedLayer], sparse: SparseSettings, factor: float, *weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The weights of all layers after one threshold."""
+    before = {layer.name: values for layer, values in zip(layers, weights, strict=True)}
+    return before | dict(pruned_weights(layers, sparse, factor, before.__getitem__))
+
+
+@given(WEIGHTS, WEIGHTS, st.floats(0, 1), st.sampled_from([0.2, 2.0]), st.sampled_from([0.05, 5.0]))
+def test_one_threshold_for_the_network_is_that_of_all_its_weights_in_one_row(
+    one: np.ndarray, two: np.ndarray, factor: float, maxratio: float, value_max: float
+) -> None:
+    weights = [np.concatenate([values] * 32)[:40] for values in (one, two)]
+    flat = [values.reshape(len(values), -1) for values in weights]
+    layers = [
+        CountedLayer("conv", weights[0].shape),
+        CountedLayer("ip", flat[1].shape, inner_product=True),
+        CountedLayer("frozen", weights[0].shape, learns=False),
+    ]
+    caps = {"threshold_maxratio": maxratio, "threshold_value_max": value_max}
+    sparse = SparseSettings(start_iter=0, by="network", inner_products=True, **caps)
+    after = pruned(layers, sparse, factor, weights[0], flat[1], weights[0])
+    together = np.concatenate([weights[0].ravel(), flat[1].ravel()])[np.newaxis]
+    expected = np.where(literal(together, factor, maxratio, value_max)[0], 0, together[0])
+    np.testing.assert_array_equal(np.concatenate([after["conv"].ravel(), after["ip"].ravel()]), expected)
+    np.testing.assert_array_equal(after["frozen"], weights[0])
+
+
+def literal_pattern(weights: np.ndarray, fraction: float, kept: int, together: int) -> np.ndarray:
+    """Block by block: of each run of input channels, the smallest that may go; of equal ones the first."""
+    result = np.zeros(weights.shape, bool)
+    zeros = min(together - kept, int(fraction * together + 1e-6))
+    for output, row, column in np.ndindex(weights.shape[0], *weights.shape[2:]):
+        for start in range(0, weights.shape[1], together):
+            sizes = [(abs(weights[output, start + at, row, column]), at) for at in range(together)]
+            for _, at in sorted(sizes)[:zeros]:
+                result[output, start + at, row, column] = True
+    return result
+
+
+@given(
+    st.sampled_from(["1:2", "2:4", "3:4", "1:4", "3:5"]),
+    st.integers(1, 3),
+    st.floats(0, 1),
+    st.sampled_from([FEW, ANY]),
+    st.data(),
+)
+def test_a_pattern_prunes_each_run_of_input_channels(
+    pattern: str, runs: int, factor: float, values: st.SearchStrategy[float], data: st.DataObject
+) -> None:
+    kept, together = map(int, pattern.split(":"))
+    drawn = data.draw(arrays(np.float32, (2, runs * together, 2, 1), elements=values))
+    found = outside_pattern(drawn, factor, kept, together)
+    np.testing.assert_array_equal(found, literal_pattern(drawn, factor, kept, together))
+    left = np.count_nonzero(~found.reshape(2, runs, together, 2), axis=2)
+    assert (left >= kept).all()
+    assert factor < (together - kept) / together or (left == kept).all()
+
+
+def test_a_pattern_takes_no_caps_and_leaves_out_what_it_does_not_divide() -> None:
+    sparse = SparseSettings(start_iter=0, target=0.5, pattern="2:4", threshold_value_max=1e-9)
+    weights = np.random.default_rng(0).normal(size=(64, 32, 3, 3)).astype(np.float32)
+    after = pruned([CountedLayer("a", weights.shape)], sparse, 0.5, weights)["a"]
+    assert (np.count_nonzero(after.reshape(64, 8, 4, 3, 3), axis=2) == 2).all()
+    first = CountedLayer("first", (64, 3, 7, 7))
+    assert why_not_pruned(first, sparse) == "input channels that 4 does not divide"
+
+
+@given(WEIGHTS, st.floats(0, 1), st.sampled_from(["channel", "layer", "network"]))
+def test_weights_stored_inputs_first_are_pruned_alike(weights: np.ndarray, factor: float, by: str) -> None:
+    matrix = np.concatenate([weights.reshape(len(weights), -1)] * 32)[:40]
+    sparse = SparseSettings(start_iter=0, by=by, inner_products=True)
+    plain = CountedLayer("a", matrix.shape, inner_product=True)
+    turned = CountedLayer("a", matrix.T.shape, inner_product=True, transposed=True)
+    old = CountedLayer("a", (1, 1, *matrix.shape), inner_product=True)
+    assert (plain.outputs, plain.inputs) == (turned.outputs, turned.inputs) == (old.outputs, old.inputs)
+    after = pruned([plain], sparse, factor, matrix)["a"]
+    np.testing.assert_array_equal(pruned([turned], sparse, factor, matrix.T)["a"], after.T)
+    np.testing.assert_array_equal(pruned([old], sparse, factor, matrix[None, None])["a"], after[None, None])
+
+
+def test_which_layers_the_settings_choose() -> None:
+    layers = {
+        "conv1": CountedLayer("conv1", (64, 3, 7, 7)),
+        "narrow": CountedLayer("narrow", (20, 1, 5, 5)),
+        "res/1x1": CountedLayer("res/1x1", (64, 64, 1, 1)),
+        "res/dw": CountedLayer("res/dw", (64, 1, 3, 3), 64),
+        "res/3x3": CountedLayer("res/3x3", (64, 64, 3, 3)),
+        "fc": CountedLayer("fc", (10, 64), inner_product=True),
+    }
+
+    def chosen(**settings: object) -> list[str]:
+        sparse = SparseSettings(start_iter=0, **settings)
+        return [name for name, layer in layers.items() if why_not_pruned(layer, sparse) is None]
+
+    assert chosen() == ["conv1", "res/3x3", "fc"]
+    assert chosen(min_kernel=1) == ["conv1", "res/1x1", "res/3x3", "fc"]
+    assert chosen(min_kernel=4) == ["conv1", "fc"]
+    assert chosen(min_kernel=1, layers=["res/*"]) == ["res/1x1", "res/3x3"]
+    assert chosen(min_kernel=1, layers=["res/*"], skip=["res/3x3"]) == ["res/1x1"]
+    assert chosen(skip=["fc", "conv?"]) == ["res/3x3"]
+    # A target of its own takes a layer in that has few channels.
+    assert chosen(targets={"narrow": 0.5}) == ["conv1", "narrow", "res/3x3", "fc"]
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 1), st.sampled_from(["channel", "layer", "network"]))
+def test_a_layer_with_a_target_of_its_own_gets_there_with_the_network_and_no_further(
+    own: float, factor: float, by: str
+) -> None:
+    sparse = SparseSettings(start_iter=0, by=by, targets={"b": own, "[ab]*": 0.25}, threshold_maxratio=9.0)
+    a, b, c = (CountedLayer(name, (32, 32, 3, 3)) for name in ("ab", "b", "c"))
+    assert [target_of(layer, sparse) for layer in (a, b, c)] == [0.25, own, None]
+    fraction = layer_fraction(b, sparse, factor)
+    assert fraction == pytest.approx(own * min(factor / 0.8, 1))
+    weights = (1 + np.arange(32 * 32 * 9, dtype=np.float32).reshape(32, 32, 3, 3)) * np.float32(1e-6)
+    after = pruned([a, b, c], sparse, factor, weights, weights, weights)
+    assert np.mean(after["b"] == 0) <= fraction + 1e-9
+    assert np.mean(after["b"] == 0) > fraction - 1 / 288
+    assert np.mean(after["c"] == 0) == pytest.approx(factor, abs=1 / 288)
+
+
+def test_the_schedule_goes_on_until_layers_are_at_their_own_targets() -> None:
+    sparse = SparseSettings(start_iter=0, targets={"a": 0.9})
+    assert next_factor(sparse, 0.7, achieved=0.85) == 0.71
+    assert next_factor(sparse, 0.8, achieved=0.85) is None
+
+
+@given(st.integers(1, 400), st.floats(0.05, 0.99), st.floats(0, 0.9))
+def test_the_cubic_schedule_is_that_of_zhu_and_gupta(steps: int, target: float, start: float) -> None:
+    """s_t = s_f + (s_i - s_f)(1 - (t - t_0) / (n dt))^3 at t_0 + dt, t_0 + 2 dt, ... (arXiv:1710.01878)."""
+    start *= target
+    growth = (target - start) / steps
+    sparse = SparseSettings(
+        start_iter=1000,
+        step_iter=100,
+        target=target,
+        start_factor=start,
+        step_factor=growth,
+        schedule="cubic",
+    )
+    found = list(factors(sparse))
+    t_0 = sparse.start_iter - sparse.step_iter  # the first threshold is already one step on
+    for k, factor in enumerate(found[:steps]):
+        t = sparse.start_iter + k * sparse.step_iter
+        expected = target + (start - target) * (1 - (t - t_0) / (steps * sparse.step_iter)) ** 3
+        assert factor == pytest.approx(expected)
+    assert found[steps - 1] == target
+    # Where the target is not reached, it goes on in the published steps.
+    rest = found[steps - 1 :]
+    assert rest[1:] == pytest.approx([min(factor + growth, 1) for factor in rest[:-1]], abs=1e-8)
+    assert rest[-1] > min(factor_cap(target), 1.0) - 1e-6
 
 
 def test_fork_goes_on_from_the_factor_of_its_snapshot_not_of_its_log_end() -> None:
@@ -187,12 +337,19 @@ def test_fork_start_factor_of_the_published_log(published: Path) -> None:
 class ArrayPruner(Pruner):
     """Prunes one convolution ``conv``, whose weights are an array."""
 
-    def __init__(self, weights: np.ndarray, sparse: SparseSettings | None = None, **options: object) -> None:
+    def __init__(
+        self, weights: np.ndarray, sparse: SparseSettings | None = None, *, unchanged: bool = False
+    ) -> None:
         net = messages(Dialect.BVLC).NetParameter()
         net.layer.add(name="conv", type="Convolution", top=["conv"])
         self.weights, self.held, self.reports = weights, dict[str, np.ndarray](), list[str]()
-        unchanged = ["conv"] if options.get("unchanged") else []
-        super().__init__(net.layer, sparse, unchanged, self.reports.append)
+        super().__init__(
+            net.layer,
+            lambda _: weights.shape,
+            self.reports.append,
+            sparse=sparse,
+            unchanged=["conv"] if unchanged else [],
+        )
 
     def read(self, layer: str) -> np.ndarray:
         return self.weights

@@ -164,6 +164,47 @@ def test_resumed_in_the_middle_of_the_schedule_it_ends_as_if_never_stopped(
     assert factors == [0.6, 0.6]
 
 
+def test_inner_products_too_with_one_threshold_resumed_and_finetuned(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """The rule of another kind by the same program: stopped at 10 of 20, resumed, then fine-tuned."""
+    rule = {"by": "network", "inner_products": True, "targets": {"conv1": 0.25}, "schedule": "cubic"}
+    job_of = {"sparse": sparse_settings(start_iter=8, **rule)}
+    layers = (*LAYERS, "fc")
+    ends, logs = {}, {}
+    for kind in ("straight", "resumed", "finetune"):
+        stage = SmallStage(tmp_path / kind, initial.lmdb)
+        stage.solver()
+        job = sparse_job(stage, initial)
+        if kind == "finetune":
+            start = tmp_path / "resumed" / "small_iter_20.caffemodel"
+            job = replace(job, weights=start, sparse=None, freeze_zeros=True, inner_products=True)
+        else:
+            job = replace(job, **job_of)
+        if kind == "resumed":
+            for extension in ("caffemodel", "solverstate", "masks.npz"):
+                name = f"small_iter_10.{extension}"
+                (stage.folder / name).write_bytes((tmp_path / "straight" / name).read_bytes())
+            job = replace(job, weights=None, snapshot=Path("small_iter_10.solverstate"))
+        logs[kind] = stage.run(caffe_engine.train_commands(job))
+        stored = read_weights(stage.folder / "small_iter_20.caffemodel")
+        ends[kind] = {name: stored[name][0] for name in layers}
+    applied = [re.findall(r"Finding and applying sparsity: (\S+)", logs[kind]) for kind in logs]
+    assert applied[0] == ["0.351852", "0.481481", "0.5", "0.7"]  # 0.5 - 0.5 (1 - k/3)^3
+    assert applied[1:] == [applied[0][1:], []]
+    zeros = {name: weights == 0 for name, weights in ends["straight"].items()}
+    every = np.concatenate([mask.ravel() for mask in zeros.values()])
+    assert 0.5 <= every.mean() <= 0.7
+    assert zeros["conv1"].mean() == pytest.approx(0.25, abs=1 / 288)
+    assert zeros["fc"].any()
+    for log in logs.values():
+        assert re.findall(r"Total Sparsity .* (\S+)$", log, re.MULTILINE)[-1] == f"{every.mean():.3g}"
+    for name, mask in zeros.items():
+        np.testing.assert_allclose(ends["straight"][name], ends["resumed"][name], atol=1e-5)
+        assert ((ends["finetune"][name] == 0) == mask).all()
+        assert (ends["finetune"][name] != ends["resumed"][name]).any()
+
+
 def test_zeros_of_the_start_weights_hold_before_the_schedule(
     caffe_engine: Engine, sparse: SmallStage, tmp_path: Path
 ) -> None:

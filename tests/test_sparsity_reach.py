@@ -13,12 +13,16 @@ from test_sparsify import ArrayPruner
 
 from caffe_jacinto.engines.contract import EngineInfo
 from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
+from caffe_jacinto.netspec.graph import TRAIN, messages_in
+from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.reach import CountedConvolution, no_zeros, reach, thresholds_needed
+from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.pruning.layers import CountedLayer, find_counted
+from caffe_jacinto.pruning.reach import no_zeros, reach, thresholds_needed
 from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
 from caffe_jacinto.recipes.model import SparseSettings
 from caffe_jacinto.runs.plan import plan_run
-from caffe_jacinto.runs.sparsity_check import Shortfall, shortfalls
+from caffe_jacinto.runs.sparsity_check import Shortfall, held_back, shortfalls
 
 SCHEDULES = st.builds(
     SparseSettings,
@@ -29,7 +33,15 @@ SCHEDULES = st.builds(
     start_factor=st.sampled_from([0.0, 0.3]),
     threshold_maxratio=st.sampled_from([0.2, 10.0]),
     threshold_value_max=st.sampled_from([0.2, 1e9]),
-    by=st.sampled_from(["channel", "layer"]),
+    by=st.sampled_from(["channel", "layer", "network"]),
+    schedule=st.sampled_from(["steps", "cubic"]),
+)
+PATTERNS = st.builds(
+    SparseSettings,
+    target=st.sampled_from([0.2, 0.5]),
+    start_iter=st.integers(0, 12),
+    step_factor=st.sampled_from([0.07, 0.25, 0.6]),
+    pattern=st.sampled_from(["2:4", "1:2"]),
 )
 
 
@@ -43,7 +55,7 @@ def pruned_for(weights: np.ndarray, sparse: SparseSettings, max_iter: int) -> Ar
 
 
 @given(
-    SCHEDULES,
+    st.one_of(SCHEDULES, PATTERNS),
     st.integers(1, 30),
     st.integers(1, 40),
     st.integers(0, 2**32 - 1),
@@ -55,7 +67,7 @@ def test_pruning_never_goes_beyond_it(
     random = np.random.default_rng(seed)
     weights = random.normal(0, 0.1, (32, inputs, 3, 3)).astype(np.float32)
     weights[random.random(weights.shape) < zeros * random.random((32, 1, 1, 1))] = 0
-    convolution = CountedConvolution("conv", weights.shape, 1, learns=True)
+    convolution = CountedLayer("conv", weights.shape, 1, learns=True)
     start = {"conv": (weights == 0).reshape(32, -1).sum(axis=1)}
     most = reach([convolution], sparse, max_iter, start)
     pruner = pruned_for(weights, sparse, max_iter)
@@ -75,7 +87,7 @@ def test_without_caps_pruning_reaches_all_of_it(schedule: SparseSettings, seed: 
     sparse = schedule.model_copy(update={"threshold_maxratio": 10.0, "threshold_value_max": 1e9})
     weights = np.arange(1, 32 * 32 * 9 + 1, dtype=np.float32)
     np.random.default_rng(seed).shuffle(weights)
-    convolution = CountedConvolution("conv", (32, 32, 3, 3), 1, learns=True)
+    convolution = CountedLayer("conv", (32, 32, 3, 3), 1, learns=True)
     most = reach([convolution], sparse, 40, no_zeros([convolution]))
     pruner = pruned_for(weights.reshape(convolution.shape), sparse, 40)
     if most.sparsity < sparse.target:
@@ -134,7 +146,7 @@ def test_layers_that_the_rule_leaves_alone_and_frozen_ones_are_counted() -> None
     (shortfall,) = found("demo_digits", *frozen)
     weights = [512 * 256, 512 * 128, 256 * 128, 256 * 64, 128 * 64, 128 * 32, 64 * 32, 64 * 16, 32 * 8]
     share = 512 * 256 * 9 / (9 * sum(weights) + 32 * 3 * 25)
-    assert f"(1 convolution with {share:.0%} of the weights is not pruned" in shortfall.message
+    assert f"(not pruned, frozen: 1 layer with {share:.1%} of the weights, res5a_" in shortfall.message
     assert not shortfall.useless
     way = shortfall.message.rpartition("; ")[2].partition(" ")[0]
     assert way.startswith(f"{SPARSE}.target=0.")
@@ -149,3 +161,48 @@ def test_a_stage_that_starts_from_a_sparse_one_has_its_zeros() -> None:
     assert found("demo_digits", *settings) == []
     (shortfall,) = found("demo_digits", *settings, 'stages.finetune.start="l1reg"')
     assert shortfall.message.startswith("stage finetune: the sparsity cannot reach the target of 0.7")
+
+
+def test_lenet_cannot_be_thinned_by_the_published_rule(published: Path) -> None:
+    """Its first convolution is too small, the second is pruned by half, and its weights lie elsewhere."""
+    net = parse_net((published / "networks" / "lenet_train_test.prototxt").read_text(), Dialect.BVLC, "lenet")
+    layers = messages_in(net, TRAIN)
+    shapes = blob_shapes(net, TRAIN, [(64, 1, 28, 28)])
+    rule = SparseSettings(start_iter=0)
+
+    def counted(sparse: SparseSettings) -> list[CountedLayer]:
+        return find_counted(layers, lambda name: shapes[name][0], inner_products=sparse.inner_products)
+
+    convolutions = counted(rule)
+    most = reach(convolutions, rule, None, no_zeros(convolutions))
+    assert most.sparsity == 50 * int(0.48 * 500) / (50 * 500 + 500)
+    assert held_back(convolutions, rule) == [
+        "pruned by half, fewer than 32 inputs or outputs: 1 layer with 98.0% of the weights, conv2",
+        "not pruned, fewer than 32 inputs and outputs: 1 layer with 2.0% of the weights, conv1",
+    ]
+    every = rule.model_copy(update={"inner_products": True, "by": "network"})
+    assert sum(layer.weights for layer in counted(every)) == 430_500
+    assert thresholds_needed(counted(every), every, no_zeros(counted(every))) == 81
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (['layers=["res*", "conv9"]'], 'sparse.layers: no layer that counts is called "conv9"; did you mean'),
+        (['skip=["fc10"]'], 'sparse.skip: "fc10" is an inner product; set inner_products = true'),
+        (["targets={pool4=0.5}"], 'sparse.targets: "pool4" is of the type Pooling, which is not pruned'),
+        (['layers=["conv1?"]', 'skip=["conv*"]'], "left out by layers or skip: 10 layers with 100.0%"),
+    ],
+)
+def test_names_that_choose_nothing_are_refused(settings: list[str], says: str) -> None:
+    (shortfall,) = found("demo_digits", *(f"{SPARSE}.{setting}" for setting in settings))
+    assert says in shortfall.message
+    assert shortfall.useless
+
+
+def test_skipped_layers_hold_a_target_back_and_a_pattern_may_too() -> None:
+    (shortfall,) = found("demo_digits", f'{SPARSE}.skip=["res5*"]')
+    assert "(not pruned, left out by layers or skip: 2 layers with 75." in shortfall.message
+    (shortfall,) = found("demo_digits", f"{SPARSE}.pattern=2:4", f"{SPARSE}.target=0.5")
+    assert "input channels that 4 does not divide: 1 layer" in shortfall.message
+    assert "would do" in shortfall.message

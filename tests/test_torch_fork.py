@@ -108,7 +108,8 @@ def test_gpus_that_are_not_there(fork: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("stages.sparse.sparse.by=layer", "no field for thresholds by layer"),
+        ("stages.sparse.sparse.by=layer", 'sparse.by = "layer": caffe-jacinto\'s solver has no field for it'),
+        ("stages.sparse.sparse.targets={conv1b=0.5}", 'sparse.targets = { "conv1b" = 0.5 }: caffe-jacinto'),
         ("network.frozen=['conv1a']", "no field that keeps its thresholds out of frozen layers"),
     ],
 )

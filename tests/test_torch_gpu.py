@@ -19,6 +19,7 @@ from small_stage import sparse_settings
 
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.data.mean import Mean, write_mean
+from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.pytorch import fusion
 from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry
 from caffe_jacinto.engines.pytorch.distributed import Ranks
@@ -409,8 +410,7 @@ def test_a_graph_changes_no_bit_and_a_resume_neither(run: Run, dropout: bool, pa
 def test_pruned_weights_stay_zero_in_a_graph(run: Run) -> None:
     """The masks come after the graph was recorded, and change under it."""
     sparse = sparse_settings(target=0.6, start_iter=6, step_iter=3)
-    flags = [part for name, value in sparse.by_name().items() for part in (f"-{name}", str(value))]
-    trained = run("-gpu", "0", *flags)
+    trained = run("-gpu", "0", *settings_as_flags(sparse))
     assert trained.code == 0, trained.log[-2000:]
     (before, after) = (read_weights(trained.folder / f"out_iter_{at}.caffemodel") for at in (12, 24))
     zeros = before["conv2"][0] == 0

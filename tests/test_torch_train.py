@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,16 +19,21 @@ from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.pytorch.snapshot import read_place
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.report import main as report
 
 pytestmark = pytest.mark.caffe
 
 PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
 ENOUGH = 60
-SPARSE = [part for name, value in sparse_settings().by_name().items() for part in (f"-{name}", str(value))]
+SPARSE = settings_as_flags(sparse_settings())
+EVERY_WEIGHT = sparse_settings(
+    by="network", inner_products=True, min_kernel=1, targets={"conv[1]": 0.25}, schedule="cubic"
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +111,9 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] |
         ({}, []),
         ({"iter_size": 2, "type": '"Adam"', "base_lr": 0.002}, ["-shuffle"]),
         ({"regularization_type": '"L1"'}, SPARSE),
+        ({"regularization_type": '"L1"'}, settings_as_flags(EVERY_WEIGHT)),
     ],
-    ids=["plain", "Adam, shuffled", "sparse"],
+    ids=["plain", "Adam, shuffled", "sparse", "sparse, inner products too"],
 )
 def test_killed_and_resumed_to_the_bit(
     changes: dict[str, object], arguments: list[str], digits: Path, tmp_path: Path
@@ -127,6 +134,31 @@ def test_killed_and_resumed_to_the_bit(
     assert done >= 16
     killed.run([[*PROGRAM, *arguments, *newest(killed)]])
     assert_same_bits(killed, whole, 20)
+
+
+def test_one_threshold_for_all_weights_and_zeros_of_inner_products_that_hold(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse, finetune = SmallStage(tmp_path / "sparse", digits), SmallStage(tmp_path / "finetune", digits)
+    sparse.solver()
+    log = sparse.run([[*PROGRAM, *settings_as_flags(EVERY_WEIGHT)]])
+    assert "All zero weights of convolution and inner product layers are frozen" in log
+    before = weights_of(sparse, 20)
+    zeros = {name: before[name][0] == 0 for name in (*LAYERS, "fc")}
+    assert zeros["conv1"].mean() == pytest.approx(0.25, abs=1 / 288)
+    every = np.concatenate([zeros[name].ravel() for name in zeros])
+    assert every.mean() >= 0.5
+    assert f"{every.mean():.3g}" == re.findall(r"Total Sparsity .* (\S+)$", log, re.MULTILINE)[-1]
+    assert report([str(sparse.folder / "run.log"), "--format", "json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["stages"][-1]["sparsity"] == pytest.approx(every.mean(), abs=1e-3)
+    finetune.solver()
+    held = ["-freeze_zeros", "-sparsity_inner_products"]
+    finetune.run([[*PROGRAM, "-weights", str(sparse.folder / "small_iter_20.caffemodel"), *held]])
+    after = weights_of(finetune, 20)
+    for name, mask in zeros.items():
+        assert ((after[name][0] == 0) == mask).all()
+        assert (after[name][0] != before[name][0]).any()
 
 
 def test_killed_while_statistics_are_recalibrated(digits: Path, tmp_path: Path) -> None:

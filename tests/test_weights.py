@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,32 @@ def test_sparsify_zeroes_the_smallest_and_nothing_else(tmp_path: Path, by: str) 
     for name in ("conv/bn", "conv/scale", "fc"):
         for one, other in zip(before[name], after[name], strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_sparsify_by_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = write(tmp_path / "a", stock_net()), tmp_path / "b"
+    network = ["--by", "network", "--inner-products", "--caps", "off"]
+    assert main(["sparsify", str(source), "--target", "0.5", "--output", str(target), *network]) == 0
+    before, after = blobs_of(source, STOCK), blobs_of(target, STOCK)
+    names = ("conv", "fc")
+    together = [np.concatenate([blobs[name][0].ravel() for name in names]) for blobs in (before, after)]
+    limit = np.sort(np.abs(together[0]))[together[0].size // 2 - 1]
+    np.testing.assert_array_equal(together[1], np.where(np.abs(together[0]) <= limit, 0, together[0]))
+    said = capsys.readouterr().out
+    assert "pruned: conv, fc" in said
+    zeros, every = together[0].size // 2, together[0].size
+    assert f"of all 2 convolutions and inner products: {zeros:,} of {every:,} weights, 50.0%" in said
+    pattern = ["--pattern", "2:4", "--target", "0.5", "--output", str(target)]
+    assert main(["sparsify", str(source), *pattern]) == 0
+    kept = np.count_nonzero(blobs_of(target, STOCK)["conv"][0].reshape(32, -1, 4, 3, 3), axis=2)
+    assert (kept == 2).all()
+    for arguments, says in (
+        (["--skip", "cnv"], '--skip: no layer that counts is called "cnv"; did you mean conv?'),
+        (["--layers", "fc"], '--layers: "fc" is an inner product; set inner_products = true, or remove it'),
+        (["--pattern", "4:2"], '--pattern is 4:2; give "n:m"'),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            main(["sparsify", str(source), "--target", "0.5", "--output", str(target), *arguments])
 
 
 def test_the_caps_hold_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

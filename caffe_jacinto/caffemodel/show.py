@@ -15,7 +15,7 @@ from caffe_jacinto.caffemodel.convert import norm_lacks_statistics
 from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
-from caffe_jacinto.netspec.graph import counted_convolutions, nodes_of
+from caffe_jacinto.netspec.graph import counted_layers, nodes_of
 from caffe_jacinto.netspec.layer_types import blob_name
 from caffe_jacinto.netspec.summary import Summary, summarize
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -48,6 +48,9 @@ class BlobFacts:
     counts: bool
     """Whether its zeros count as the network's sparsity: the weights of most convolutions do."""
 
+    weights: bool
+    """Whether it holds the weights of a convolution or inner product; see `graph.counted_layers`."""
+
     no_statistics: bool
     """Whether it is the factor of a batch norm that has not seen an image."""
 
@@ -57,7 +60,7 @@ class BlobFacts:
 
 
 class Sparsity(NamedTuple):
-    """The zeros among the weights of the convolutions that count."""
+    """The zeros among the weights of the layers that count."""
 
     zeros: int
     weights: int
@@ -75,12 +78,15 @@ def blob_facts(path: Path, dialect: Dialect) -> list[BlobFacts]:
         UserError: the file is missing, cut off or not a weight file.
     """
     with open_net(path, dialect) as (_, layers):
-        counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
+        nodes = nodes_of(layer.header for layer in layers)
+        counted = set(counted_layers(nodes))
+        weighted = set(counted_layers(nodes, inner_products=True))
         return [
             _facts(
                 layer,
                 index,
                 counts=index == 0 and layer.name in counted,
+                weights=index == 0 and layer.name in weighted,
                 no_statistics=index == 2 and norm_lacks_statistics(layer, dialect),
             )
             for layer in layers
@@ -88,9 +94,9 @@ def blob_facts(path: Path, dialect: Dialect) -> list[BlobFacts]:
         ]
 
 
-def sparsity(facts: Iterable[BlobFacts]) -> Sparsity:
-    """The sparsity of a network, as training and the report count it."""
-    counted = [fact for fact in facts if fact.counts]
+def sparsity(facts: Iterable[BlobFacts], *, inner_products: bool = False) -> Sparsity:
+    """The sparsity of a network, as training and the report count it: without or with inner products."""
+    counted = [fact for fact in facts if (fact.weights if inner_products else fact.counts)]
     return Sparsity(sum(fact.zeros for fact in counted), sum(fact.count for fact in counted), len(counted))
 
 
@@ -113,7 +119,7 @@ def summary_with_zeros(
     return replace(summarize(tree, where, zeros), not_loadable=tuple(not_loadable(tree, dialect_of(net))))
 
 
-def _facts(layer: NetLayer, index: int, *, counts: bool, no_statistics: bool) -> BlobFacts:
+def _facts(layer: NetLayer, index: int, *, counts: bool, weights: bool, no_statistics: bool) -> BlobFacts:
     import numpy as np
 
     values = layer.values(index)
@@ -145,6 +151,7 @@ def _facts(layer: NetLayer, index: int, *, counts: bool, no_statistics: bool) ->
         mean_magnitude=total / finite if finite else None,
         not_finite=broken,
         counts=counts,
+        weights=weights,
         no_statistics=no_statistics,
     )
 
@@ -175,6 +182,12 @@ def sparsity_line(facts: list[BlobFacts]) -> str:
     found = sparsity(facts)
     line = f"sparsity of the {found.layers} convolutions: {found.zeros:,} of {found.weights:,} weights"
     line = f"{line}, {found.fraction:.1%}" if found.weights else "no convolutions"
+    every = sparsity(facts, inner_products=True)
+    if every.layers > found.layers:
+        line += (
+            f"; of all {every.layers} convolutions and inner products: {every.zeros:,} of {every.weights:,}"
+        )
+        line += f" weights, {every.fraction:.1%}"
     broken = sum(fact.not_finite for fact in facts)
     return f"{line}; {broken:,} numbers are not finite" if broken else line
 
@@ -214,5 +227,5 @@ def as_csv(facts: list[BlobFacts]) -> str:
 
 def _plain(fact: BlobFacts) -> dict[str, Any]:
     figures = {**asdict(fact), "sparsity": fact.sparsity}
-    del figures["counts"]
+    del figures["counts"], figures["weights"]
     return figures

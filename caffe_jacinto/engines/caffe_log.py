@@ -127,10 +127,13 @@ class CaffeLog:
         for index, (name, value) in enumerate(listed):
             self.info(f"    {kind} net output #{index}: {name} = {weighted(value, weights.get(name, 0.0))}")
 
-    def sparsity(self, zeros: Mapping[str, int], counts: Mapping[str, int]) -> None:
-        """Zeros and weights of each layer by name, and over all."""
+    def sparsity(
+        self, zeros: Mapping[str, int], counts: Mapping[str, int], *, inner_products: bool = False
+    ) -> None:
+        """Zeros and weights of each layer by name, and over all; whether inner products are among them."""
         self.info("Sparsity after update:")
-        self.info(f"Num Params({len(counts)}), Sparsity (zero_weights/count): ")
+        which = ", inner products included" if inner_products else ""
+        self.info(f"Num Params({len(counts)}){which}, Sparsity (zero_weights/count): ")
         for name in sorted(counts):
             self.info(f"{name}_param_0({zeros[name] / counts[name]:.3g}) ")
         total, count = sum(zeros.values()), sum(counts.values())

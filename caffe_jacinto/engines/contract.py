@@ -11,9 +11,9 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_origin
 
-from caffe_jacinto.common.arguments import whole_number
+from caffe_jacinto.common.arguments import fraction, whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.gpus import Maker
 from caffe_jacinto.netspec import shapes
@@ -129,6 +129,9 @@ class TrainJob:
     nodes: int = 1
     cpu_ranks: int = 1
     """As in `DevicePlan`; above 1 on PyTorch only."""
+
+    inner_products: bool = False
+    """With ``freeze_zeros``: hold the zeros of inner products and count them, too."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +275,24 @@ def gpu_arguments(gpus: tuple[int, ...]) -> list[str]:
 def pruning_arguments(job: TrainJob) -> list[str]:
     """The flags for what stock Caffe's solver file has no fields for; `pruning_settings` reads them."""
     if job.sparse is None:
-        return ["-freeze_zeros"] if job.freeze_zeros else []
-    return [part for name, value in job.sparse.by_name().items() for part in (f"-{name}", str(value))]
+        held = ["-freeze_zeros", *(["-sparsity_inner_products"] if job.inner_products else [])]
+        return held if job.freeze_zeros else []
+    return settings_as_flags(job.sparse)
+
+
+def settings_as_flags(sparse: SparseSettings) -> list[str]:
+    """A pruning rule as the flags of our own programs."""
+    flags = []
+    for name, value in sparse.by_name().items():
+        if value is True:
+            flags.append(f"-{name}")
+        elif isinstance(value, dict):
+            flags += [f"-{name}={layer}={target}" for layer, target in value.items()]
+        elif isinstance(value, tuple):
+            flags += [f"-{name}={layer}" for layer in value]
+        else:
+            flags += [f"-{name}", str(value)]
+    return flags
 
 
 def recalibration_arguments(job: TrainJob) -> list[str]:
@@ -307,9 +326,28 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, batches: int) -> Non
     )
     for key, field in sparse_fields().items():
         annotation = SparseSettings.model_fields[key].annotation
-        kind: type = int if annotation is int else float if annotation is float else str
         names = (f"-{field.name}", f"--{field.name}")
-        parser.add_argument(*names, type=kind, metavar="NAME" if kind is str else "N", help=field.help)
+        if annotation is bool:
+            parser.add_argument(*names, action="store_true", default=False, help=field.help)
+        elif get_origin(annotation) is dict:
+            parser.add_argument(
+                *names, action="append", type=_layer_target, metavar="NAME=0.5", help=field.help
+            )
+        elif get_origin(annotation) is tuple:
+            parser.add_argument(
+                *names, action="append", metavar="NAME", help=f"{field.help}; may be given again"
+            )
+        else:
+            kind: type = int if annotation is int else float if annotation is float else str
+            parser.add_argument(*names, type=kind, metavar="NAME" if kind is str else "N", help=field.help)
+
+
+def _layer_target(text: str) -> tuple[str, float]:
+    """An argument type: a layer's name and its target, ``NAME=0.5``."""
+    name, equals, value = text.rpartition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not NAME=FRACTION, like conv1=0.5")
+    return name, fraction(value)
 
 
 def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
@@ -319,9 +357,13 @@ def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
         UserError: a value out of its range, or settings without a target.
     """
     names = [field.name for field in sparse_fields().values()]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    values = {name: getattr(arguments, name, None) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    if "sparsity_targets" in given:
+        given["sparsity_targets"] = dict(given["sparsity_targets"])
     if "sparsity_target" not in given:
-        alone = [name for name in given if name != "display_sparsity"]
+        fits = {"display_sparsity"} | ({"sparsity_inner_products"} if arguments.freeze_zeros else set())
+        alone = [name for name in given if name not in fits]
         if alone:
             raise UserError(f"-{alone[0]} is a pruning setting and needs -sparsity_target: add it")
         return None

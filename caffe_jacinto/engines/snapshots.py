@@ -221,8 +221,8 @@ def _check_masks(caffemodel: Path) -> None:
     """Refuse a snapshot whose masks are missing, damaged or of other weights."""
     with mapped(caffemodel) as view:
         first = {layer.name: layer.blobs[0] for layer in stored_layers(view, caffemodel)}
-        # A convolution's weights have at least three axes: outputs, inputs, positions.
-        weights = {name: blob_values(view, blob) for name, blob in first.items() if len(blob.shape) > 2}
+        # The weights of what counts have at least two axes: outputs, inputs.
+        weights = {name: blob_values(view, blob) for name, blob in first.items() if len(blob.shape) > 1}
         load_masks(caffemodel, weights)
 
 

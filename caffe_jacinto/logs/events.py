@@ -195,6 +195,8 @@ class Sparsity(NamedTuple):
     zeros: float
     weights: float
     blobs: dict[tuple[str, int], float]
+    inner_products: bool = False
+    """Whether the line says that these are inner products, too (our own programs, where they prune them)."""
 
 
 class SnapshotWritten(NamedTuple):

@@ -134,6 +134,7 @@ class MessageReader:
         """For each thread that prints the results of ``caffe test``, how many it has printed."""
         self._text_thread: int | None = None
         self._listings: dict[int, dict[tuple[str, int], float]] = {}
+        self._lists_inner_products = False
         self._start_rank: int | None = None
         self._test = (0, 0)
         self._batch = -1
@@ -385,6 +386,7 @@ class MessageReader:
     def _listing(self, line: bytes, message: bytes, thread: int) -> None:
         if b"Sparsity (zero_weights/count)" in message:
             self._listings[thread] = {}
+            self._lists_inner_products = b", inner products included, " in message
 
     def _listed(self, thread: int, message: bytes) -> bool:
         """Read a line of a thread that is listing sparsity; False if it is not part of the listing."""
@@ -396,7 +398,8 @@ class MessageReader:
         match = _TOTAL.match(message)
         if match is not None:
             zeros, count, total = (_value(group) for group in match.groups())
-            self.events.append(Sparsity(total, zeros, count, self._listings.pop(thread)))
+            blobs = self._listings.pop(thread)
+            self.events.append(Sparsity(total, zeros, count, blobs, self._lists_inner_products))
             return True
         return False
 

@@ -39,6 +39,8 @@ class Facts:
     batch: int | None
     sparsity: float | None
     sparsity_logged: float | None
+    counts_inner_products: bool
+    """The sparsity is that of inner products, too."""
     silent_tests: Sequence[int]
     """Iterations of the first and the last test that printed nothing."""
     loss: str | None
@@ -46,7 +48,10 @@ class Facts:
 
 
 def stage_notes(facts: Facts) -> tuple[str, ...]:
-    """A line for each figure that could not be found out, with the reason, and for each wrong loss."""
+    """A line for each figure that could not be found out, with the reason, and for each wrong loss.
+
+    And one where a figure counts something else than usual.
+    """
     if facts.times and not facts.trained:
         return (_benchmark(facts.times),)
     if not facts.began:
@@ -122,6 +127,8 @@ def _speed(facts: Facts) -> Iterator[str]:
 
 
 def _sparsity(facts: Facts) -> Iterator[str]:
+    if facts.counts_inner_products:
+        yield "the sparsity is that of convolutions and inner products, which the stage prunes"
     if facts.sparsity_logged is not None and facts.sparsity is None:
         yield (
             f"no sparsity of the convolutions: the log lists sparsity (total {facts.sparsity_logged:g}), but "

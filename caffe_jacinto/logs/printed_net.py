@@ -275,9 +275,13 @@ def conv_sparsity(listed: events.Sparsity, net: PrintedNet) -> float | None:
     The listing's total may count inner products too, and its fractions by layer have three digits only. So
     the zeros of the other layers are subtracted from the total; or, where the other layers have more weights
     than the convolutions, the convolutions' own fractions are added up. Either loses fewer digits.
+
+    Where the listing says that the rule prunes inner products, the total is the sparsity.
     """
     if not listed.blobs:
         return None
+    if listed.inner_products:
+        return listed.total
     costs = {cost.name: cost for cost in net.costs}
     counted = {name for name, cost in costs.items() if cost.counted}
     if any((name, 0) not in listed.blobs for name in counted):

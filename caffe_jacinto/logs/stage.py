@@ -613,6 +613,7 @@ class StageLog:
             batch=train.batch if train else None,
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
+            counts_inner_products=self._sparsity is not None and self._sparsity.inner_products,
             silent_tests=self._silent_tests,
             loss=self.losses.at_end(self.iteration or 0),
         )

@@ -155,6 +155,13 @@ def counted_convolutions(nodes: Sequence[Node]) -> list[str]:
     ]
 
 
+def counted_layers(nodes: Sequence[Node], *, inner_products: bool = False) -> list[str]:
+    """The layers whose zeros count: `counted_convolutions`, or all convolutions and inner products."""
+    if not inner_products:
+        return counted_convolutions(nodes)
+    return [node.name for node in nodes if node.type in (*CONVOLUTIONS, "InnerProduct")]
+
+
 def _scores(nodes: Sequence[Node], found: Sequence[Sequence[int]], at: int) -> bool:
     """Whether a softmax reads the output of layer ``at``, with nothing but Split layers in between.
 

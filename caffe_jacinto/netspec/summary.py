@@ -97,10 +97,17 @@ class Summary:
     @property
     def sparsity(self) -> float | None:
         """Zeros over weights of the convolutions that count; None without a weight file."""
+        return self._sparsity([row for row in self.rows if row.counted])
+
+    @property
+    def sparsity_with_inner_products(self) -> float | None:
+        """Zeros over weights of all convolutions and inner products; None without a weight file."""
+        return self._sparsity(self.rows)
+
+    def _sparsity(self, rows: Sequence[LayerRow]) -> float | None:
         if self.macs_left is None:
             return None
-        counted = [row for row in self.rows if row.counted]
-        return sum(row.zeros or 0 for row in counted) / max(sum(row.weights for row in counted), 1)
+        return sum(row.zeros or 0 for row in rows if row.weights) / max(sum(row.weights for row in rows), 1)
 
 
 def summarize(
@@ -212,7 +219,9 @@ def total_line(summary: Summary) -> str:
     if left is None:
         return line
     return (
-        f"{line}, {left / 1e9:.4f} ({left / max(summary.macs, 1):.1%}) of them left when zeros cost nothing"
+        f"{line}, {left / 1e9:.4f} ({left / max(summary.macs, 1):.1%}) of them left when zeros cost nothing; "
+        f"sparsity of the convolutions {summary.sparsity:.1%}, with inner products "
+        f"{summary.sparsity_with_inner_products:.1%}"
     )
 
 
@@ -241,6 +250,7 @@ def as_json(summary: Summary) -> str:
     }
     if summary.macs_left is not None:
         content |= {"macs_left": summary.macs_left, "sparsity": summary.sparsity}
+        content["sparsity_with_inner_products"] = summary.sparsity_with_inner_products
     if summary.not_loadable:
         content["not_loadable"] = summary.not_loadable
     layers = []

@@ -38,7 +38,7 @@ from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect, file_batch
 from caffe_jacinto.prototxt.render import Name, render
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
-from caffe_jacinto.recipes.load import built_in_recipes, load_recipe
+from caffe_jacinto.recipes.load import built_in_recipes, load_recipe, toml_value
 
 if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import Recipe, Stage
@@ -425,13 +425,22 @@ def _solver(
 
 
 def _check_fork_supports(recipe: Recipe, stage_name: str) -> None:
-    """Refuse thresholds that caffe-jacinto has no solver field for; it would silently use others."""
-    sparse, frozen = recipe.stages[stage_name].sparse, recipe.network.frozen
-    if sparse and sparse.by == "layer":
+    """Refuse a pruning rule that caffe-jacinto has no solver field for; it would silently use another."""
+    from caffe_jacinto.recipes.model import SparseSettings
+
+    stage, frozen = recipe.stages[stage_name], recipe.network.frozen
+    sparse = stage.sparse
+    elsewhere = "train with stock Caffe or PyTorch (--engine bvlc or torch, --dialect bvlc)"
+    for key, value in (sparse.beyond_published() if sparse else {}).items():
+        default = SparseSettings.model_fields[key].default
+        or_else = f"set it to {toml_value(default)}" if default else "remove it"
         raise UserError(
-            f'stages.{stage_name}.sparse.by = "layer": caffe-jacinto\'s solver has no field for thresholds '
-            "by layer; train with stock Caffe or PyTorch (--engine bvlc or torch, --dialect bvlc), or set it "
-            'to "channel"'
+            f"stages.{stage_name}.sparse.{key} = {_in_toml(value)}: caffe-jacinto's solver has no field for "
+            f"it; {elsewhere}, or {or_else}"
+        )
+    if stage.freeze_zeros and recipe.counts_inner_products(stage_name):
+        raise UserError(
+            f"stages.{stage_name}: caffe-jacinto does not hold the zeros of inner products; {elsewhere}"
         )
     if sparse and frozen:
         raise UserError(
@@ -439,3 +448,10 @@ def _check_fork_supports(recipe: Recipe, stage_name: str) -> None:
             "its thresholds out of frozen layers; train with stock Caffe or PyTorch (--engine bvlc or torch, "
             "--dialect bvlc), or freeze none"
         )
+
+
+def _in_toml(value: object) -> str:
+    """A value, or a table of one line, in TOML."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{toml_value(key)} = {toml_value(item)}' for key, item in value.items())} }}"
+    return toml_value(value)

@@ -4,7 +4,7 @@ Both training loops prune with this class. They differ only in how weights are r
 
 Snapshot file ``<prefix>_iter_N.masks.npz``: a NumPy archive of plain arrays. ``factor`` is the
 schedule's current factor; ``frozen/<layer>`` has one bit for each weight of the flattened blob (1: free).
-``snapshot`` is the name ``<prefix>_iter_N``; ``weights/<layer>`` is the SHA-256 of a convolution's weights
+``snapshot`` is the name ``<prefix>_iter_N``; ``weights/<layer>`` is the SHA-256 of a layer's weights
 there. Files of earlier versions lack these two.
 """
 
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.netspec.graph import counted_convolutions, groups_of, nodes_of
-from caffe_jacinto.pruning.rule import is_step, next_factor, prune
+from caffe_jacinto.pruning.layers import find_counted, wrong_names
+from caffe_jacinto.pruning.rule import pruned_weights
+from caffe_jacinto.pruning.schedule import is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings
 
 if TYPE_CHECKING:
@@ -36,60 +37,71 @@ _MASK, _WEIGHTS = "frozen/", "weights/"
 
 
 class Pruner(ABC):
-    """The zeros of a network's convolutions: which are held, when more are added, how many there are."""
+    """The zeros of a network: which are held, when more are added, how many there are."""
 
     def __init__(
         self,
         layers: Sequence[Any],
-        sparse: SparseSettings | None,
-        unchanged: Collection[str],
+        shape_of: Callable[[str], Sequence[int] | None],
         report: Callable[[str], None],
+        *,
+        sparse: SparseSettings | None = None,
+        inner_products: bool = False,
+        unchanged: Collection[str] = (),
     ) -> None:
-        """``layers`` are the LayerParameter messages of the network, ``sparse`` the schedule (None: no
-        thresholds), ``unchanged`` layers that training leaves as they are. ``report`` writes a log line.
+        """``layers`` are the LayerParameter messages of the network, ``shape_of`` gives the shape of a
+        layer's weights. ``report`` writes a log line. ``sparse`` is the rule and its schedule (None: no
+        thresholds); ``inner_products`` counts and holds them where there is no ``sparse`` that says it;
+        ``unchanged`` are layers that training leaves as they are.
+
+        Raises:
+            UserError: the network has no layer of a name in ``sparse``.
         """
-        counted = set(counted_convolutions(nodes_of(layers)))
-        self.groups: dict[str, int] = {
-            layer.name: groups_of(layer) for layer in layers if layer.name in counted
-        }
-        """The convolutions whose zeros count, with their groups."""
+        self.inner_products = inner_products if sparse is None else sparse.inner_products
+        """Whether inner products count, too."""
+
+        for key, what in wrong_names(layers, sparse) if sparse else ():
+            raise UserError(f"sparsity_{key}: {what}")
+        counted = find_counted(layers, shape_of, inner_products=self.inner_products, frozen=unchanged)
+        self.layers = {layer.name: layer for layer in counted}
+        """The layers whose zeros count."""
 
         self.sparse = sparse
         self.factor = sparse.start_factor if sparse else 0.0
         """The schedule's fraction of weights to zero, as last applied."""
 
         self.masks: dict[str, NDArray[np.float32]] = {}
-        """For each convolution an array of its weights' shape: 1 where a weight is free, 0 where frozen."""
+        """For each of these an array of its weights' shape: 1 where a weight is free, 0 where frozen."""
 
-        self._unchanged, self._report = unchanged, report
+        self._report = report
 
     @abstractmethod
     def read(self, layer: str) -> NDArray[np.float32]:
-        """The weights of a convolution, outputs first: a view or a copy."""
+        """The weights of a layer: a view or a copy."""
 
     @abstractmethod
     def write(self, layer: str, weights: NDArray[np.float32]) -> None:
-        """Set the weights of a convolution."""
+        """Set the weights of a layer."""
 
     @abstractmethod
     def hold(self, masks: Arrays) -> None:
         """From now on keep at zero what ``masks`` freeze."""
 
     def count_zeros(self, layer: str) -> tuple[int, int]:
-        """The zeros and the weights of a convolution."""
+        """The zeros and the weights of a layer."""
         import numpy as np
 
         weights = self.read(layer)
         return weights.size - int(np.count_nonzero(weights)), weights.size
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """The zeros and the weights of each convolution, by name."""
-        counted = {layer: self.count_zeros(layer) for layer in self.groups}
+        """The zeros and the weights of each layer that counts, by name."""
+        counted = {layer: self.count_zeros(layer) for layer in self.layers}
         zeros = {layer: count for layer, (count, _) in counted.items()}
         return zeros, {layer: count for layer, (_, count) in counted.items()}
 
     def sparsity(self) -> float:
-        """Zeros over weights of all convolutions."""
+        """Zeros over weights of all layers that count."""
         zeros, weights = self.counts()
         return sum(zeros.values()) / max(sum(weights.values()), 1)
 
@@ -97,9 +109,10 @@ class Pruner(ABC):
         """Freeze every weight that is zero now."""
         import numpy as np
 
-        self.masks = {layer: (self.read(layer) != 0).astype(np.float32) for layer in self.groups}
+        self.masks = {layer: (self.read(layer) != 0).astype(np.float32) for layer in self.layers}
         self.hold(self.masks)
-        self._report("All zero weights of convolution layers are frozen")
+        kinds = "convolution and inner product" if self.inner_products else "convolution"
+        self._report(f"All zero weights of {kinds} layers are frozen")
 
     def after_update(self, iteration: int) -> bool:
         """Apply the schedule's threshold if one is due after the update of ``iteration``; whether it was."""
@@ -114,18 +127,13 @@ class Pruner(ABC):
         return True
 
     def apply_threshold(self, sparse: SparseSettings, factor: float) -> None:
-        """Prune every layer that learns, by the published rule, and freeze the zeros."""
-        for layer, group in self.groups.items():
-            if layer in self._unchanged:
-                continue
-            weights = self.read(layer).copy()
-            caps = {"maxratio": sparse.threshold_maxratio, "value_max": sparse.threshold_value_max}
-            if prune(weights, group, factor, by=sparse.by, **caps):
-                self.write(layer, weights)
+        """Prune every layer that the rule takes, and freeze the zeros."""
+        for layer, weights in pruned_weights(list(self.layers.values()), sparse, factor, self.read):
+            self.write(layer, weights)
         self.freeze_zeros()
 
     def _counted_weights(self) -> dict[str, NDArray[np.float32]]:
-        return {layer: self.read(layer) for layer in self.groups}
+        return {layer: self.read(layer) for layer in self.layers}
 
     def save(self, snapshot: Path) -> None:
         """Write the masks and the schedule's factor to a file beside ``snapshot``, atomically."""
@@ -147,7 +155,7 @@ class Pruner(ABC):
 def save_masks(snapshot: Path, masks: Arrays, factor: float, weights: Arrays) -> None:
     """Write ``masks`` and the schedule's ``factor`` to a file beside ``snapshot``, atomically.
 
-    ``weights`` are those of every convolution in the snapshot; the file says which they were.
+    ``weights`` are those of every layer in the snapshot that counts; the file says which they were.
     """
     import numpy as np
 
@@ -165,7 +173,7 @@ def save_masks(snapshot: Path, masks: Arrays, factor: float, weights: Arrays) ->
 
 
 def load_masks(snapshot: Path, weights: Arrays) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """The masks beside ``snapshot``, whose convolutions have these ``weights``, and the schedule's factor.
+    """The masks beside ``snapshot``, whose layers have these ``weights``, and the schedule's factor.
 
     Files of earlier versions do not say which weights they belong to. Of these only the frozen weights are
     compared, which must be zero.

@@ -7,7 +7,6 @@ caps of the thresholds (`rule.small_weights`) only lower it.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caffe_jacinto.pruning.rule import factors, is_pruned, layer_fraction, most_zeros, step_iterations
+from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of, why_not_pruned
+from caffe_jacinto.pruning.rule import most_zeros
+from caffe_jacinto.pruning.schedule import factors, step_iterations
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,32 +25,10 @@ if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import SparseSettings
 
     Zeros = Mapping[str, NDArray[np.int64]]
-    """For each convolution, the zeros that each of its output channels has at most."""
+    """For each layer that counts, the zeros that each of its output channels has at most."""
 
 MOST_THRESHOLDS = 100_000
 """A schedule in finer steps than this is followed no further."""
-
-
-@dataclass(frozen=True)
-class CountedConvolution:
-    """A convolution whose weights count as sparsity."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of its weights: outputs, inputs / group, kernel."""
-
-    group: int
-    learns: bool
-    """False: training leaves it as it is, and so does pruning."""
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether thresholds zero weights of it."""
-        return self.learns and is_pruned(self.shape, self.group)
 
 
 @dataclass(frozen=True)
@@ -69,11 +48,11 @@ class Reach:
     """After the stage."""
 
     sparsity: float
-    """Zeros over weights of all convolutions, at most."""
+    """Zeros over weights of all layers that count, at most."""
 
 
 def reach(
-    convolutions: Sequence[CountedConvolution], sparse: SparseSettings, max_iter: int | None, start: Zeros
+    layers: Sequence[CountedLayer], sparse: SparseSettings, max_iter: int | None, start: Zeros
 ) -> Reach:
     """The most that ``sparse`` can reach in ``max_iter`` iterations (None: as many as it takes).
 
@@ -81,69 +60,89 @@ def reach(
     """
     steps = MOST_THRESHOLDS if max_iter is None else len(step_iterations(sparse, max_iter))
     applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
-    zeros = most_zeros_at(convolutions, sparse, applied[-1], start) if applied else dict(start)
+    zeros = most_zeros_at(layers, sparse, applied[-1], start) if applied else dict(start)
     factor = applied[-1] if applied else sparse.start_factor
-    return Reach(steps, len(applied), factor, zeros, sparsity_of(convolutions, zeros))
+    return Reach(steps, len(applied), factor, zeros, sparsity_of(layers, zeros))
 
 
-def thresholds_needed(
-    convolutions: Sequence[CountedConvolution], sparse: SparseSettings, start: Zeros
-) -> int | None:
+def thresholds_needed(layers: Sequence[CountedLayer], sparse: SparseSettings, start: Zeros) -> int | None:
     """How many thresholds the target takes at least; None where the schedule ends below it."""
-    if sparsity_of(convolutions, start) >= sparse.target:
+    if sparsity_of(layers, start) >= sparse.target:
         return 0
     applied = list(islice(factors(sparse), MOST_THRESHOLDS))
 
     def reached(factor: float) -> float:
-        return sparsity_of(convolutions, most_zeros_at(convolutions, sparse, factor, start))
+        return sparsity_of(layers, most_zeros_at(layers, sparse, factor, start))
 
     number = bisect_left(applied, sparse.target, key=reached)
     return number + 1 if number < len(applied) else None
 
 
-def sparsity_of(convolutions: Sequence[CountedConvolution], zeros: Zeros) -> float:
-    """Zeros over weights of all convolutions."""
-    found = sum(int(zeros[convolution.name].sum()) for convolution in convolutions)
-    return found / max(sum(convolution.weights for convolution in convolutions), 1)
+def sparsity_of(layers: Sequence[CountedLayer], zeros: Zeros) -> float:
+    """Zeros over weights of all layers that count."""
+    found = sum(int(zeros[layer.name].sum()) for layer in layers)
+    return found / max(sum(layer.weights for layer in layers), 1)
 
 
 def most_zeros_at(
-    convolutions: Sequence[CountedConvolution], sparse: SparseSettings, factor: float, start: Zeros
+    layers: Sequence[CountedLayer], sparse: SparseSettings, factor: float, start: Zeros
 ) -> Zeros:
     """The zeros after a threshold of ``factor``, at most; ``start`` were there before."""
     import numpy as np
 
     after = dict(start)
-    for convolution in convolutions:
-        if not convolution.is_pruned:
+    common: list[CountedLayer] = []
+    for layer in layers:
+        if why_not_pruned(layer, sparse) is not None:
             continue
-        before = start[convolution.name]
-        fraction = layer_fraction(convolution.shape, convolution.group, factor)
-        if sparse.by == "channel":
-            most = most_zeros(convolution.weights // convolution.shape[0], fraction)
-            after[convolution.name] = np.maximum(before, most)
+        before, size = start[layer.name], layer.weights // layer.outputs
+        fraction = layer_fraction(layer, sparse, factor)
+        if sparse.n_of_m is not None:
+            kept, together = sparse.n_of_m
+            most = size // together * min(together - kept, most_zeros(together, fraction))
+            # Zeros that are there already may lie together in one block, and the pattern adds to the others.
+            after[layer.name] = np.minimum(before + most, size)
+        elif sparse.by == "channel":
+            after[layer.name] = np.maximum(before, most_zeros(size, fraction))
+        elif sparse.by == "layer" or target_of(layer, sparse) is not None:
+            most = max(int(before.sum()), most_zeros(layer.weights, fraction))
+            after[layer.name] = _in_few_channels(most, layer)
         else:
-            most = max(int(before.sum()), most_zeros(convolution.weights, fraction))
-            after[convolution.name] = _in_few_channels(most, convolution)
+            common.append(layer)
+    if common:
+        after |= _most_in_common(common, factor, start)
     return after
 
 
-def _in_few_channels(zeros: int, convolution: CountedConvolution) -> NDArray[np.int64]:
+def _most_in_common(
+    layers: Sequence[CountedLayer], factor: float, start: Zeros
+) -> dict[str, NDArray[np.int64]]:
+    """The zeros of layers that share one threshold: together at most this many, in as few as possible."""
+    zeros = sum(int(start[layer.name].sum()) for layer in layers)
+    left = max(zeros, most_zeros(sum(layer.weights for layer in layers), factor))
+    after = {}
+    for layer in layers:
+        after[layer.name] = _in_few_channels(left, layer)
+        left = max(0, left - layer.weights)
+    return after
+
+
+def _in_few_channels(zeros: int, layer: CountedLayer) -> NDArray[np.int64]:
     """So many zeros in as few channels as possible: thresholds by channel then add the most."""
     import numpy as np
 
-    size = convolution.weights // convolution.shape[0]
-    return np.clip(zeros - size * np.arange(convolution.shape[0]), 0, size)
+    size = layer.weights // layer.outputs
+    return np.clip(zeros - size * np.arange(layer.outputs), 0, size)
 
 
-def no_zeros(convolutions: Sequence[CountedConvolution]) -> Zeros:
+def no_zeros(layers: Sequence[CountedLayer]) -> Zeros:
     """Of weights that are random."""
     import numpy as np
 
-    return {convolution.name: np.zeros(convolution.shape[0], np.int64) for convolution in convolutions}
+    return {layer.name: np.zeros(layer.outputs, np.int64) for layer in layers}
 
 
-def zeros_in(weights: Path, convolutions: Sequence[CountedConvolution]) -> Zeros:
+def zeros_in(weights: Path, layers: Sequence[CountedLayer]) -> Zeros:
     """The zeros in a weight file; none in a layer that it lacks or has in another shape.
 
     Raises:
@@ -153,10 +152,10 @@ def zeros_in(weights: Path, convolutions: Sequence[CountedConvolution]) -> Zeros
 
     from caffe_jacinto.caffemodel.storage import read_weights
 
-    stored, found = read_weights(weights), dict(no_zeros(convolutions))
-    for convolution in convolutions:
-        blobs = stored.get(convolution.name)
-        if blobs and blobs[0].size == convolution.weights:
-            channels = blobs[0].reshape(convolution.shape[0], -1)
-            found[convolution.name] = np.count_nonzero(channels == 0, axis=1)
+    stored, found = read_weights(weights), dict(no_zeros(layers))
+    for layer in layers:
+        blobs = stored.get(layer.name)
+        if blobs and blobs[0].size == layer.weights:
+            channels = layer.outputs_first(blobs[0].reshape(layer.shape)).reshape(layer.outputs, -1)
+            found[layer.name] = np.count_nonzero(channels == 0, axis=1)
     return found

@@ -1,72 +1,104 @@
-"""The published pruning rule: which weights a threshold zeroes, and the schedule of thresholds.
+"""The pruning rule: which weights of the layers that it takes a threshold zeroes.
 
-These are caffe-jacinto's ``sparsity_*`` solver fields. At iterations ``i >= start_iter`` that ``step_iter``
-divides, while the sparsity reached is below the target and the factor is at most min(target + 0.15, 0.95),
-the factor grows by ``step_factor``, and a threshold zeroes that fraction of the smallest weights. The
-published log's first threshold, from a ``sparsity_start_factor`` of 0, says
-``Finding and applying sparsity: 0.01``.
+The published rule has a threshold for each output channel: the largest t such that at most the schedule's
+fraction of the channel's |w| is at or below t, and t is at most two caps. Beside it, what shares a threshold
+may be a layer or the whole network; and with a pattern ``n:m`` there is none: of each m consecutive input
+channels the smallest weights go, no more than m - n, and the caps do not apply.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of, why_not_pruned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer
-    from caffe_jacinto.prototxt.dialects import Dialect
     from caffe_jacinto.recipes.model import SparseSettings
-
 
 By = Literal["channel", "layer"]
 """What has a threshold of its own."""
 
-MIN_CHANNELS = 32
-"""A layer with fewer inputs and fewer outputs than this is not pruned; with one of them fewer, by half."""
+CHUNK = 1 << 22
+"""Weights that are ranked in their patterns at a time."""
 
 
-def prune(
-    weights: NDArray[np.float32], group: int, factor: float, *, by: By, maxratio: float, value_max: float
-) -> bool:
-    """Apply a threshold of ``factor`` to the ``weights`` of a convolution, in place.
+def pruned_weights(
+    layers: Sequence[CountedLayer],
+    sparse: SparseSettings,
+    factor: float,
+    read: Callable[[str], NDArray[np.float32]],
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """The layers that the rule prunes, and copies of their weights after a threshold of ``factor``.
 
-    Returns whether the rule prunes this layer at all.
+    ``read`` gives a layer's weights. One layer's are in memory at a time; where the network has one
+    threshold, the magnitudes of all are, once.
     """
     import numpy as np
 
-    if not is_pruned(weights.shape, group):
-        return False
-    fraction = layer_fraction(weights.shape, group, factor)
+    taken = [layer for layer in layers if why_not_pruned(layer, sparse) is None]
+    caps = {"maxratio": sparse.threshold_maxratio, "value_max": sparse.threshold_value_max}
+    common = [layer for layer in taken if sparse.by == "network" and target_of(layer, sparse) is None]
     with np.errstate(invalid="ignore"):  # a weight that is not a number stays what it is
-        small = small_weights(weights, fraction, maxratio=maxratio, value_max=value_max, by=by)
-    weights[small] = 0
-    return True
-
-
-def is_pruned(shape: tuple[int, ...], group: int) -> bool:
-    """Whether the rule prunes a convolution with weights of ``shape``: outputs, inputs / group, kernel."""
-    if len(shape) != 4:
-        return False
-    outputs, inputs = shape[0], shape[1] * group
-    large_kernel = shape[2] > 2 and shape[3] > 2
-    return max(inputs, outputs) >= MIN_CHANNELS and group < outputs and large_kernel
-
-
-def layer_fraction(shape: tuple[int, ...], group: int, factor: float) -> float:
-    """The fraction of a pruned layer's weights to zero when the schedule is at ``factor``."""
-    outputs, inputs = shape[0], shape[1] * group
-    return factor / 2 if min(inputs, outputs) < MIN_CHANNELS else factor
+        threshold = None
+        if common:
+            flat = [np.abs(read(layer.name)).reshape(-1) for layer in common]
+            threshold = _thresholds(np.concatenate(flat)[np.newaxis], factor, **caps)
+            del flat
+        for layer in taken:
+            weights = np.array(read(layer.name), order="C")
+            rows = layer.outputs_first(weights)
+            fraction = layer_fraction(layer, sparse, factor)
+            if sparse.n_of_m is not None:
+                small = outside_pattern(rows, fraction, *sparse.n_of_m)
+            elif threshold is not None and layer in common:
+                small = threshold.small(np.abs(rows).reshape(1, -1)).reshape(rows.shape)
+            else:
+                small = small_weights(
+                    rows, fraction, by="channel" if sparse.by == "channel" else "layer", **caps
+                )
+            rows[small] = 0
+            yield layer.name, weights
 
 
 def most_zeros(together: int, fraction: float) -> int:
     """How many of ``together`` weights one threshold may zero: at most this ``fraction`` of them."""
     # A product such as 0.29 * 100 must not fall below 29 by its rounding.
     return int(fraction * together + 1e-6)
+
+
+class _Thresholds(NamedTuple):
+    """What the magnitudes in each row must be to become zero."""
+
+    cap: NDArray[np.float32]
+    """Not above this; one number a row."""
+
+    below: NDArray[np.float32] | None
+    """And below this, if not all may become zero."""
+
+    def small(self, magnitudes: NDArray[np.float32]) -> NDArray[np.bool_]:
+        found = magnitudes <= self.cap
+        if self.below is not None:
+            found &= magnitudes < self.below
+        return found
+
+
+def _thresholds(
+    magnitudes: NDArray[np.float32], fraction: float, *, maxratio: float, value_max: float
+) -> _Thresholds:
+    """The threshold of each row of ``magnitudes``."""
+    import numpy as np
+
+    together = magnitudes.shape[1]
+    most = most_zeros(together, fraction)
+    cap = np.minimum(np.float32(value_max), np.float32(maxratio) * magnitudes.max(axis=1, keepdims=True))
+    if most >= together:
+        return _Thresholds(cap, None)
+    # The threshold stays below the magnitude number `most`, from 0: it and its equals would be too many.
+    return _Thresholds(cap, np.partition(magnitudes, most, axis=1)[:, most : most + 1])
 
 
 def small_weights(
@@ -84,85 +116,28 @@ def small_weights(
     import numpy as np
 
     magnitudes = np.abs(weights).reshape(weights.shape[0] if by == "channel" else 1, -1)
-    together = magnitudes.shape[1]
-    most = most_zeros(together, fraction)
-    cap = np.minimum(np.float32(value_max), np.float32(maxratio) * magnitudes.max(axis=1, keepdims=True))
-    small = magnitudes <= cap
-    if most < together:
-        # The threshold stays below the magnitude number `most`, from 0: it and its equals would be too many.
-        small &= magnitudes < np.partition(magnitudes, most, axis=1)[:, most : most + 1]
-    return np.asarray(small.reshape(weights.shape))
+    found = _thresholds(magnitudes, fraction, maxratio=maxratio, value_max=value_max).small(magnitudes)
+    return np.asarray(found.reshape(weights.shape))
 
 
-def sparsify(
-    source: Path,
-    target: Path,
-    dialect: Dialect,
-    *,
-    factor: float,
-    by: By,
-    maxratio: float,
-    value_max: float,
-) -> list[str]:
-    """Write ``source`` to ``target`` with the weights set to zero that a threshold of ``factor`` zeroes.
+def outside_pattern(
+    weights: NDArray[np.float32], fraction: float, kept: int, together: int
+) -> NDArray[np.bool_]:
+    """True for the smallest weights of each ``together`` consecutive input channels.
 
-    This tries the rule on a weight file, without training. One layer's weights are in memory at a time.
-    Returns the names of the layers that were pruned.
-
-    Raises:
-        UserError: the file is missing, cut off or not a weight file.
+    These are ``fraction`` of them, rounded down, but no more than leaves ``kept``; of equal ones the first.
+    The axes of ``weights`` are outputs, inputs (a multiple of ``together``), kernel.
     """
-    from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, write_net
-    from caffe_jacinto.netspec.graph import counted_convolutions, groups_of, nodes_of
+    import numpy as np
 
-    pruned: list[str] = []
-
-    def new_layers(layers: list[NetLayer]) -> Iterator[NewLayer]:
-        counted = set(counted_convolutions(nodes_of(layer.header for layer in layers)))
-        for layer in layers:
-            blobs = [(layer.view, blob) for blob in layer.blobs]
-            group = groups_of(layer.header)
-            weights = layer.values(0) if layer.name in counted and blobs else None
-            if weights is not None and prune(
-                weights, group, factor, by=by, maxratio=maxratio, value_max=value_max
-            ):
-                pruned.append(layer.name)
-                yield NewLayer(layer.header, [weights, *blobs[1:]])
-            else:
-                yield NewLayer(layer.header, blobs)
-
-    with open_net(source, dialect) as (name, layers):
-        write_net(target, name, new_layers(layers), dialect)
-    return pruned
-
-
-def factor_cap(target: float) -> float:
-    """The factor above which no further threshold is applied."""
-    return min(target + 0.15, 0.95)
-
-
-def step_iterations(sparse: SparseSettings, max_iter: int) -> range:
-    """The iterations (counted from 0) below ``max_iter`` after whose update a threshold may be applied."""
-    first = -(-sparse.start_iter // sparse.step_iter) * sparse.step_iter
-    return range(first, max_iter, sparse.step_iter)
-
-
-def is_step(sparse: SparseSettings, iteration: int) -> bool:
-    """Whether a threshold may be applied after the update of ``iteration`` (counted from 0)."""
-    return iteration in step_iterations(sparse, iteration + 1)
-
-
-def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float | None:
-    """The factor to apply now, in [0, 1], given the one applied before; None at the end of the schedule."""
-    # The sum of many steps of 0.01 must not end above the cap by its rounding alone.
-    if achieved >= sparse.target or factor > factor_cap(sparse.target) + 1e-9:
-        return None
-    return min(round(factor + sparse.step_factor, 9), 1.0)
-
-
-def factors(sparse: SparseSettings) -> Iterator[float]:
-    """The factors of all thresholds of the schedule, in order, where the target is never reached."""
-    factor = next_factor(sparse, sparse.start_factor, 0.0)
-    while factor is not None:
-        yield factor
-        factor = next_factor(sparse, factor, 0.0)
+    zeros = min(together - kept, most_zeros(together, fraction))
+    found = np.zeros(weights.shape, bool)
+    step = max(1, CHUNK // max(weights[:1].size, 1))
+    for start in range(0, len(weights), step):
+        part = np.moveaxis(np.abs(weights[start : start + step]), 1, -1)
+        blocks = part.reshape(*part.shape[:-1], -1, together)
+        smallest = np.argsort(blocks, axis=-1, kind="stable")[..., :zeros]
+        small = np.zeros(blocks.shape, bool)
+        np.put_along_axis(small, smallest, values=True, axis=-1)
+        found[start : start + step] = np.moveaxis(small.reshape(part.shape), -1, 1)
+    return found

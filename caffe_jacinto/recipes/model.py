@@ -5,11 +5,20 @@ Types are strict: a string is never converted to a number, nor a number to a str
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUseDefault
 
 from caffe_jacinto.common.errors import UserError
@@ -213,9 +222,35 @@ class SparseField:
     in_solver: bool = True
     """Whether caffe-jacinto's solver has the field; our programs have the flag in any case."""
 
+    left_out: bool = False
+    """Whether a command line leaves it out where it has its default, the published rule."""
+
+
+def _kept_of(text: str) -> tuple[int, int]:
+    """n and m of an ``n:m`` pattern."""
+    kept, _, together = text.partition(":")
+    return int(kept), int(together)
+
+
+def _is_pattern(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d?:[1-9]\d?", text) or _kept_of(text)[0] >= _kept_of(text)[1]:
+        raise PydanticCustomError("pattern", 'give "n:m" with n below m, like "2:4"')
+    return text
+
+
+def _is_share(value: Any) -> Any:
+    """A fraction of a table of targets; without this, pydantic's message would not say what it is of."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise PydanticCustomError("share", "give a number more than 0 and less than 1, like 0.8")
+    return float(value)
+
+
+_OURS = {"in_solver": False, "left_out": True}
+_PATTERN = 'n of each m input channels keep their weights, like "2:4"'
+
 
 class SparseSettings(_Settings):
-    """The sparsity schedule and the caps of its thresholds.
+    """The pruning rule: the sparsity schedule, the layers that it takes, and the caps of its thresholds.
 
     This is the one table of these settings. The flags of our own programs, the fields of caffe-jacinto's
     solver and the order in which templates/prototxt/solver.j2 writes them follow from it.
@@ -250,16 +285,67 @@ class SparseSettings(_Settings):
         PositiveFloat, SparseField("sparsity_threshold_value_max", "no threshold above this value")
     ] = 0.2
     by: Annotated[
-        Literal["channel", "layer"],
+        Literal["channel", "layer", "network"],
         SparseField(
-            "sparsity_by", "one threshold for each output channel, or for each layer", in_solver=False
+            "sparsity_by",
+            "one threshold for each output channel, for each layer, or for the network",
+            in_solver=False,
         ),
     ] = "channel"
+    schedule: Annotated[
+        Literal["steps", "cubic"],
+        SparseField(
+            "sparsity_schedule",
+            "how the fraction grows: in equal steps, or cubic, fast at first (Zhu and Gupta 2017)",
+            **_OURS,
+        ),
+    ] = "steps"
+    layers: Annotated[
+        tuple[Text, ...], Ints, SparseField("sparsity_layers", "prune only these layers", **_OURS)
+    ] = ()
+    skip: Annotated[
+        tuple[Text, ...], Ints, SparseField("sparsity_skip", "do not prune these layers", **_OURS)
+    ] = ()
+    min_kernel: Annotated[
+        PositiveInt,
+        SparseField(
+            "sparsity_min_kernel", "prune convolutions with kernels of this size and larger", **_OURS
+        ),
+    ] = 3
+    inner_products: Annotated[
+        bool, SparseField("sparsity_inner_products", "prune and count inner products, too", **_OURS)
+    ] = False
+    targets: Annotated[
+        dict[Text, Annotated[float, BeforeValidator(_is_share)]],
+        SparseField("sparsity_targets", "a layer's own target, as NAME=0.5", **_OURS),
+    ] = {}
+    pattern: Annotated[
+        Annotated[Text, AfterValidator(_is_pattern)] | None,
+        Optional,
+        SparseField("sparsity_pattern", _PATTERN, **_OURS),
+    ] = None
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """n and m of the pattern: of each m consecutive input channels, n keep their weights."""
+        return None if self.pattern is None else _kept_of(self.pattern)
+
+    def beyond_published(self) -> dict[str, Any]:
+        """The settings by which this is another rule than the published one, by recipe key."""
+        return {
+            key: getattr(self, key)
+            for key, field in sparse_fields().items()
+            if not field.in_solver and getattr(self, key) != type(self).model_fields[key].default
+        }
 
     def by_name(self, *, solver: bool = False) -> dict[str, Any]:
         """The settings by their names outside of recipes; with ``solver``, those that a solver file has."""
-        fields = sparse_fields().items()
-        return {field.name: getattr(self, key) for key, field in fields if field.in_solver or not solver}
+        beyond = self.beyond_published()
+        return {
+            field.name: getattr(self, key)
+            for key, field in sparse_fields().items()
+            if (field.in_solver or not solver) and (key in beyond or not field.left_out)
+        }
 
 
 def sparse_fields() -> dict[str, SparseField]:
@@ -280,7 +366,7 @@ def sparse_settings(values: Mapping[str, Any], prefix: str) -> SparseSettings:
     """
     fields = sparse_fields()
     try:
-        return SparseSettings(
+        settings = SparseSettings(
             **{key: values[field.name] for key, field in fields.items() if field.name in values}
         )
     except ValidationError as error:
@@ -289,27 +375,31 @@ def sparse_settings(values: Mapping[str, Any], prefix: str) -> SparseSettings:
             "; ".join(
                 f"{prefix}{name} is missing: add it"
                 if problem["type"] == "missing"
-                else f"{prefix}{name} is {problem['input']}; it has to be {_allowed(name)}"
+                else f"{prefix}{name} is {problem['input']}; {_allowed(name) or problem['msg']}"
                 for name, problem in problems
             )
         ) from None
+    for key, what in rules.pruning_mistakes(settings.model_dump()):
+        raise UserError(f"{prefix}{fields[key].name}: {what}")
+    return settings
 
 
 def _allowed(name: str) -> str:
-    """The values that a setting may have, in words."""
+    """What to do about a setting's value, where its type says which are allowed."""
     info = next(
         SparseSettings.model_fields[key] for key, field in sparse_fields().items() if field.name == name
     )
     choices = get_args(info.annotation)
-    if choices:
-        return " or ".join(map(str, choices))
+    if get_origin(info.annotation) is Literal:
+        return f"it has to be {' or '.join(map(str, choices))}"
     words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}"}
-    return " and ".join(
+    limits = [
         text.format(getattr(limit, kind))
         for limit in info.metadata
         for kind, text in words.items()
         if getattr(limit, kind, None) is not None
-    )
+    ]
+    return f"it has to be {' and '.join(limits)}" if limits else ""
 
 
 class Stage(_Settings):
@@ -330,6 +420,9 @@ class Stage(_Settings):
     freeze_zeros: bool = False
     """Keep at zero the weights of convolutions that are zero at the start."""
 
+    freeze_inner_products: bool = False
+    """With `freeze_zeros`, keep the zeros of inner products, too."""
+
 
 class Recipe(_Settings):
     """A data set, a network and the stages that train it, in order."""
@@ -340,6 +433,29 @@ class Recipe(_Settings):
     training: TrainingSettings
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """In the order of the file, which is the order of training."""
+
+    def counts_inner_products(self, name: str) -> bool:
+        """Whether the zeros of inner products are held and counted in a stage.
+
+        They are where it prunes them itself, or holds what an earlier stage, the nearest that prunes, has
+        pruned.
+        """
+        stage = self.stages[name]
+        if stage.sparse is not None:
+            return stage.sparse.inner_products
+        if not stage.freeze_zeros:
+            return False
+        return stage.freeze_inner_products or (
+            stage.start is not None and self._pruned_inner_products(stage.start)
+        )
+
+    def _pruned_inner_products(self, name: str | None) -> bool:
+        while name is not None:
+            stage = self.stages[name]
+            if stage.sparse is not None or stage.freeze_inner_products:
+                return stage.freeze_inner_products or bool(stage.sparse and stage.sparse.inner_products)
+            name = stage.start
+        return False
 
     @model_validator(mode="after")
     def _values_agree(self) -> Recipe:

@@ -6,6 +6,7 @@ all that are certain at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -234,6 +235,51 @@ def _pruning_begins(stage: Values) -> Iterator[Mistake]:
         )
 
 
+def _pruning_settings_agree(stage: Values) -> Iterator[Mistake]:
+    if stage["sparse"]:
+        names = ("by", "pattern", "targets", "target", "schedule", "start_factor", "layers", "skip")
+        for key, what in pruning_mistakes({name: stage[f"sparse.{name}"] for name in names}):
+            yield stage.mistake(f"sparse.{key}", what)
+
+
+def pruning_mistakes(sparse: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which settings of a pruning rule, all of them given by recipe key, do not go together: key and what."""
+    pattern, target = sparse["pattern"], sparse["target"]
+    if pattern is not None:
+        kept, together = map(int, pattern.split(":"))
+        if sparse["by"] != "channel":
+            yield (
+                "by",
+                f"the pattern {pattern} prunes each {together} input channels by themselves; remove by",
+            )
+        if sparse["targets"]:
+            yield (
+                "targets",
+                f"the pattern {pattern} prunes the same share of every layer; choose with layers or skip",
+            )
+        most = (together - kept) / together
+        if target > most + 1e-9:
+            yield (
+                "target",
+                f"{target:g} is more than the {most:.4g} that the pattern {pattern} makes zero; "
+                f"set target = {math.floor(most * 1000) / 1000:g}",
+            )
+    if sparse["schedule"] == "cubic" and sparse["start_factor"] >= target:
+        yield (
+            "start_factor",
+            f"the cubic schedule goes from start_factor up to target, and {sparse['start_factor']:g} is not "
+            f"below {target:g}; make it smaller",
+        )
+    for key in ("layers", "skip"):
+        if len(set(sparse[key])) < len(sparse[key]):
+            yield key, f"{list(sparse[key])} has a name twice; name each once"
+
+
+def _inner_products_are_frozen_with_zeros(stage: Values) -> Iterator[Mistake]:
+    if stage["freeze_inner_products"] and not stage["freeze_zeros"]:
+        yield stage.mistake("freeze_inner_products", "no effect without freeze_zeros = true; add it")
+
+
 _POLICY_SETTINGS = {
     "exp": ("gamma",),
     "inv": ("gamma",),
@@ -294,6 +340,8 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _zeros_frozen_once,
     _there_are_zeros,
     _pruning_begins,
+    _pruning_settings_agree,
+    _inner_products_are_frozen_with_zeros,
     _policy_has_its_settings,
     _momentum_fits_type,
     _settings_fit_type,

@@ -154,6 +154,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
         final_weights=plan.final_weights,
         sparse=plan.stage.sparse,
         freeze_zeros=plan.stage.freeze_zeros,
+        inner_products=run.recipe.counts_inner_products(plan.name),
         reestimate_batches=batches,
         recalibrate_tests=run.recipe.training.recalibrate_tests,
         nodes=plan.devices.nodes,

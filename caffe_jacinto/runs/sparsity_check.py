@@ -6,29 +6,39 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.contract import ImageShape, StageFiles, data_shapes, stage_solver
-from caffe_jacinto.netspec.graph import TRAIN, counted_convolutions, groups_of, messages_in, nodes_of
+from caffe_jacinto.netspec.graph import TRAIN, messages_in
 from caffe_jacinto.netspec.layer_types import is_known
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.pruning.reach import (
-    CountedConvolution,
-    Reach,
-    no_zeros,
-    reach,
-    thresholds_needed,
-    zeros_in,
+from caffe_jacinto.pruning.layers import (
+    MIN_CHANNELS,
+    CountedLayer,
+    find_counted,
+    is_halved,
+    target_of,
+    why_not_pruned,
+    wrong_names,
 )
-from caffe_jacinto.pruning.rule import factor_cap, step_iterations
+from caffe_jacinto.pruning.reach import Reach, no_zeros, reach, thresholds_needed, zeros_in
+from caffe_jacinto.pruning.schedule import factor_cap, step_iterations
 from caffe_jacinto.recipes.model import SparseSettings
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 
 if TYPE_CHECKING:
     from caffe_jacinto.pruning.reach import Zeros
+
+
+NAMES = 3
+"""Layers that a message names for each reason."""
+
+
+WORTH_SAYING = 0.01
+"""Share of the weights from which on it matters that layers are pruned by less than the others."""
 
 
 class Shortfall(NamedTuple):
@@ -56,51 +66,55 @@ def shortfalls(
     for plan in stages:
         if plan.name not in texts:
             continue
-        convolutions = counted(texts[plan.name], run.engine.info.dialect, image_shapes)
-        zeros = _start(run, plan, convolutions, ends)
+        network = _Network(texts[plan.name], run.engine.info.dialect, image_shapes)
+        counted = network.counted(inner_products=run.recipe.counts_inner_products(plan.name))
+        zeros = _start(run, plan, counted, ends)
         sparse = plan.stage.sparse
         if sparse is not None:
-            reached = reach(convolutions, sparse, plan.max_iter, zeros)
+            wrong = [
+                f"stages.{plan.name}.sparse.{key}: {what}"
+                for key, what in wrong_names(network.layers, sparse)
+            ]
+            if wrong:
+                found += [Shortfall(line, useless=True) for line in wrong]
+                continue
+            reached = reach(counted, sparse, plan.max_iter, zeros)
             if reached.sparsity < sparse.target:
-                found.append(_shortfall(plan, convolutions, sparse, zeros, reached))
+                others = network if run.engine.info.own_rule else None
+                found.append(_shortfall(plan, counted, sparse, zeros, reached, others))
             zeros = reached.zeros
         ends[plan.final_weights] = zeros  # of a dense stage this is more than is likely to be left
     return found
 
 
-def counted(
-    files: StageFiles, dialect: Dialect, image_shapes: Mapping[str, ImageShape]
-) -> list[CountedConvolution]:
-    """The convolutions of a stage's training network whose zeros count as sparsity.
+class _Network:
+    """A stage's training network."""
 
-    Raises:
-        UserError: the files do not parse.
-    """
-    solver = stage_solver(files, dialect)
-    layers = {layer.name: layer for layer in messages_in(solver.train_net)}
-    shapes = blob_shapes(solver.train_net, TRAIN, data_shapes(solver.train_net, image_shapes))
-    frozen = solver.frozen_layers()
-    return [
-        CountedConvolution(
-            name,
-            tuple(dim for dim in shapes[name][0] if dim is not None),
-            groups_of(layers[name]),
-            learns=name not in frozen,
-        )
-        for name in counted_convolutions(nodes_of(layers.values()))
-        if name in shapes and is_known(shapes[name][0])
-    ]
+    def __init__(self, files: StageFiles, dialect: Dialect, image_shapes: Mapping[str, ImageShape]) -> None:
+        """Raises UserError if the files do not parse."""
+        solver = stage_solver(files, dialect)
+        self.layers = messages_in(solver.train_net)
+        self._shapes = blob_shapes(solver.train_net, TRAIN, data_shapes(solver.train_net, image_shapes))
+        self._frozen = solver.frozen_layers()
+
+    def counted(self, *, inner_products: bool) -> list[CountedLayer]:
+        """The layers whose zeros count as sparsity; those whose shape is not known are left out."""
+        return find_counted(self.layers, self._shape_of, inner_products=inner_products, frozen=self._frozen)
+
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
+        shape = self._shapes[name][0] if name in self._shapes else None
+        return tuple(dim for dim in shape if dim is not None) if shape and is_known(shape) else None
 
 
 def _start(
-    run: RunPlan, plan: StagePlan, convolutions: Sequence[CountedConvolution], ends: Mapping[Path, Zeros]
+    run: RunPlan, plan: StagePlan, counted: Sequence[CountedLayer], ends: Mapping[Path, Zeros]
 ) -> Zeros:
     """The zeros that the stage starts with, at most."""
-    none = no_zeros(convolutions)
+    none = no_zeros(counted)
     if plan.start_weights is None:
         return none
     try:
-        found = ends.get(plan.start_weights) or zeros_in(plan.start_weights, convolutions)
+        found = ends.get(plan.start_weights) or zeros_in(plan.start_weights, counted)
     except UserError:
         return none  # the check of the start weights reports it
     left_out = run.left_out(plan)
@@ -109,21 +123,24 @@ def _start(
 
 def _shortfall(
     plan: StagePlan,
-    convolutions: Sequence[CountedConvolution],
+    counted: Sequence[CountedLayer],
     sparse: SparseSettings,
     zeros: Zeros,
     reached: Reach,
+    network: _Network | None,
 ) -> Shortfall:
+    """``network``: where another rule may be suggested."""
     key = f"stages.{plan.name}"
-    pruned = [convolution for convolution in convolutions if convolution.is_pruned]
-    if not pruned:
+    reasons = "; ".join(held_back(counted, sparse))
+    back = f" ({reasons})" if reasons else ""
+    if all(why_not_pruned(layer, sparse) for layer in counted):
+        other = _another_rule(key, counted, sparse, zeros, network)
         return Shortfall(
-            f"stage {plan.name}: no weight would become zero: the pruning rule takes only convolutions that "
-            "learn, are not depthwise, have at least 32 inputs or outputs and kernels larger than 2x2, and "
-            f"the network has none; remove {key}.sparse",
+            f"stage {plan.name}: no weight would become zero: the pruning rule takes none of the network's "
+            f"layers{back}; {f'{other}, or ' if other else ''}remove {key}.sparse",
             useless=True,
         )
-    remedies = _remedies(key, plan.max_iter, convolutions, sparse, zeros)
+    remedies = _remedies(key, plan.max_iter, counted, sparse, zeros, network)
     if reached.steps and not reached.thresholds:
         return Shortfall(
             f"stage {plan.name}: no weight would become zero: {key}.sparse.start_factor "
@@ -139,66 +156,117 @@ def _shortfall(
             f"{sparse.start_iter} on, and training ends at max_iter {plan.max_iter}; {remedies}",
             useless=True,
         )
-    alone = sum(convolution.weights for convolution in convolutions if not convolution.is_pruned)
-    share = alone / sum(convolution.weights for convolution in convolutions)
-    others = len(convolutions) - len(pruned)
-    rest = (
-        f" ({count_of(others, 'convolution')} with {share:.0%} of the weights "
-        f"{'is' if others == 1 else 'are'} not pruned: see docs/sparsification.md)"
-        if others
-        else ""
-    )
+    kinds = "convolutions' and inner products'" if sparse.inner_products else "convolutions'"
     return Shortfall(
         f"stage {plan.name}: the sparsity cannot reach the target of {sparse.target:g}: "
         f"{count_of(reached.thresholds, 'threshold')} before max_iter {plan.max_iter} "
         f"{'ends' if reached.thresholds == 1 else 'end'} at a factor of {reached.factor:g}, which makes at "
-        f"most {_down(reached.sparsity)} of the convolutions' weights zero{rest}; {remedies}",
+        f"most {_down(reached.sparsity)} of the {kinds} weights zero{back}; {remedies}",
         useless=False,
     )
+
+
+def held_back(counted: Sequence[CountedLayer], sparse: SparseSettings) -> list[str]:
+    """The layers that keep the sparsity down, by the reason, the most weights first."""
+    reasons: dict[str, list[CountedLayer]] = {}
+    for layer in counted:
+        reason, own = why_not_pruned(layer, sparse), target_of(layer, sparse)
+        if reason is not None:
+            reasons.setdefault(f"not pruned, {reason}", []).append(layer)
+        elif own is not None and own < sparse.target:
+            reasons.setdefault(f"target of {own:g}", []).append(layer)
+        elif is_halved(layer, sparse):
+            reason = f"pruned by half, fewer than {MIN_CHANNELS} inputs or outputs"
+            reasons.setdefault(reason, []).append(layer)
+    every = sum(layer.weights for layer in counted)
+
+    def weights(layers: Sequence[CountedLayer]) -> int:
+        return sum(layer.weights for layer in layers)
+
+    def text(reason: str, layers: list[CountedLayer]) -> str:
+        largest = sorted(layers, key=lambda layer: -layer.weights)
+        names = ", ".join(layer.name for layer in largest[:NAMES])
+        more = f" and {len(layers) - NAMES} more" if layers[NAMES:] else ""
+        share = f"{count_of(len(layers), 'layer')} with {weights(layers) / every:.1%} of the weights"
+        return f"{reason}: {share}, {names}{more}"
+
+    ordered = sorted(reasons.items(), key=lambda item: -weights(item[1]))
+    return [
+        text(reason, layers)
+        for reason, layers in ordered
+        if reason.startswith("not pruned") or weights(layers) >= WORTH_SAYING * every
+    ]
+
+
+def _another_rule(
+    key: str,
+    counted: Sequence[CountedLayer],
+    sparse: SparseSettings,
+    zeros: Zeros,
+    network: _Network | None,
+) -> str:
+    """The smallest change of the rule that reaches the target; empty where there is none to suggest.
+
+    Where the rule chooses layers by name, a suggestion could not know what that is for.
+    """
+    if network is None or sparse.layers or sparse.skip or sparse.targets or sparse.n_of_m is not None:
+        return ""
+    wide: dict[str, Any] = {"min_kernel": 1}
+    every: dict[str, Any] = {"inner_products": True}
+    changes = [wide, every, wide | every, {"by": "network"} | every, {"by": "network"} | wide | every]
+    for change in changes:
+        changed = sparse.model_copy(update=change)
+        layers = network.counted(inner_products=changed.inner_products)
+        start = {**no_zeros(layers), **zeros}
+        if reach(layers, changed, None, start).sparsity >= changed.target:
+            ways = [f"{key}.sparse.{name}={str(value).lower()}" for name, value in change.items()]
+            return f"{' with '.join(ways)} would do"
+    return ""
 
 
 def _remedies(
     key: str,
     max_iter: int,
-    convolutions: Sequence[CountedConvolution],
+    counted: Sequence[CountedLayer],
     sparse: SparseSettings,
     zeros: Zeros,
+    network: _Network | None,
 ) -> str:
     """What reaches the target, one value changed and the others as they are."""
-    needed = thresholds_needed(convolutions, sparse, zeros)
+    needed = thresholds_needed(counted, sparse, zeros)
     if needed is None:
-        return f"{key}.sparse.target={_highest_target(convolutions, sparse, zeros):g} would do"
+        other = _another_rule(key, counted, sparse, zeros, network)
+        highest = f"{key}.sparse.target={_highest_target(counted, sparse, zeros):g} would do"
+        return f"{highest}, and {other}" if other else highest
     steps = step_iterations(sparse, 2**62)
     ways = [f"{key}.solver.max_iter={steps[needed - 1] + 1}"]
     closer = (max_iter - sparse.start_iter) // needed
     if closer:
         ways.append(f"{key}.sparse.step_iter={closer}")
-    larger = _larger_step(max_iter, convolutions, sparse, zeros)
+    larger = _larger_step(max_iter, counted, sparse, zeros)
     if larger is not None:
         ways.append(f"{key}.sparse.step_factor={larger:g}")
     *others, last = ways
     return f"{', '.join(others)} or {last} would do" if others else f"{last} would do"
 
 
-def _highest_target(
-    convolutions: Sequence[CountedConvolution], sparse: SparseSettings, zeros: Zeros
-) -> float:
+def _highest_target(counted: Sequence[CountedLayer], sparse: SparseSettings, zeros: Zeros) -> float:
     """The highest target, in thousandths, that the schedule can reach. A lower one also ends it earlier."""
     for thousandths in range(int(sparse.target * 1000), 0, -1):
         changed = sparse.model_copy(update={"target": thousandths / 1000})
-        if reach(convolutions, changed, None, zeros).sparsity >= changed.target:
+        if reach(counted, changed, None, zeros).sparsity >= changed.target:
             return changed.target
     return 0.0
 
 
 def _larger_step(
-    max_iter: int, convolutions: Sequence[CountedConvolution], sparse: SparseSettings, zeros: Zeros
+    max_iter: int, counted: Sequence[CountedLayer], sparse: SparseSettings, zeros: Zeros
 ) -> float | None:
     """The smallest ``step_factor``, in thousandths, that reaches the target before ``max_iter``."""
 
     def reached(thousandths: int) -> float:
         changed = sparse.model_copy(update={"step_factor": thousandths / 1000})
-        return reach(convolutions, changed, max_iter, zeros).sparsity
+        return reach(counted, changed, max_iter, zeros).sparsity
 
     choices = range(1, 1000)
     found = bisect_left(choices, sparse.target, key=reached)

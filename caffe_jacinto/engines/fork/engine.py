@@ -22,7 +22,7 @@ from caffe_jacinto.engines.contract import (
     stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
-from caffe_jacinto.pruning.rule import is_step, next_factor
+from caffe_jacinto.pruning.schedule import is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings, Stage
 
 

@@ -60,10 +60,19 @@ class CaffePruner(Pruner):
         layers: Sequence[Any],
         sparse: SparseSettings | None,
         log: CaffeLog,
+        *,
+        inner_products: bool = False,
     ) -> None:
         """``layers`` are the messages of the layers of ``net``, the train net of ``solver``."""
-        super().__init__(layers, sparse, solver.frozen_layers(), log.info)
-        self._blobs = {layer: net.params[layer][0] for layer in self.groups}
+        super().__init__(
+            layers,
+            lambda layer: tuple(net.params[layer][0].shape),
+            log.info,
+            sparse=sparse,
+            inner_products=inner_products,
+            unchanged=solver.frozen_layers(),
+        )
+        self._blobs = {layer: net.params[layer][0] for layer in self.layers}
 
     def read(self, layer: str) -> NDArray[np.float32]:
         return self._blobs[layer].data  # type: ignore[no-any-return]

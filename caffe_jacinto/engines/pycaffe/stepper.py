@@ -55,6 +55,9 @@ class Job:
 
     reestimate_batches: int
     recalibrate_tests: bool = False
+    inner_products: bool = False
+    """Without ``sparse``: hold the zeros of inner products, too."""
+
     gpus: tuple[int, ...] = ()
 
 
@@ -93,8 +96,11 @@ class Stepper:
         self.solver = _stepped_solver(caffe, job.solver)
         self.net = self.solver.net
         self.tests = TestNets(caffe, job.solver, self.net, log)
-        self.pruner = CaffePruner(self.net, job.solver, messages_in(job.solver.train_net), job.sparse, log)
-        if not self.pruner.groups:
+        layers = messages_in(job.solver.train_net)
+        self.pruner = CaffePruner(
+            self.net, job.solver, layers, job.sparse, log, inner_products=job.inner_products
+        )
+        if not self.pruner.layers:
             raise UserError(f"{job.solver.train_file}: has no convolution whose zeros could be held")
         self._start()
         self.statistics = Statistics(self.net, job.solver.frozen_layers())
@@ -202,7 +208,7 @@ class Stepper:
         self.log.rate(iteration, self.job.solver.rate(iteration), self.parameters.momentum)
 
     def _display_sparsity(self) -> None:
-        self.log.sparsity(*self.pruner.counts())
+        self.log.sparsity(*self.pruner.counts(), inner_products=self.pruner.inner_products)
 
 
 def _stepped_solver(caffe: Any, solver: SolverFile) -> Any:
@@ -255,6 +261,7 @@ def main(argv: Sequence[str]) -> int:
         sparse=sparse,
         reestimate_batches=arguments.reestimate_batches,
         recalibrate_tests=arguments.recalibrate_tests,
+        inner_products=arguments.sparsity_inner_products,
         gpus=tuple(arguments.gpu),
     )
     check_snapshot_folder(job.solver)

@@ -73,6 +73,9 @@ class Options:
     """Prune, where the dialect's solver file has no fields for it."""
 
     freeze_zeros: bool = False
+    sparsity_inner_products: bool = False
+    """With ``freeze_zeros``: hold the zeros of inner products, too."""
+
     graph: bool = True
     """On one GPU, record an iteration and replay it."""
 

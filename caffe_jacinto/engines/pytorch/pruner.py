@@ -30,13 +30,21 @@ class TorchPruner(Pruner):
         report: Callable[[str], None],
         *,
         sparse: SparseSettings | None = None,
+        inner_products: bool = False,
         unchanged: Collection[str] = (),
         history: Mapping[int, Sequence[Tensor]] | None = None,
     ) -> None:
         """``history`` has the tensors that the solver keeps for each blob, by the id of the blob's tensor."""
-        super().__init__(net.layers, sparse, unchanged, report)
-        self._weights = {layer: net.layer_blobs[layer][0].tensor for layer in self.groups}
-        self._history = {layer: (history or {}).get(id(self._weights[layer]), ()) for layer in self.groups}
+        super().__init__(
+            net.layers,
+            lambda layer: net.layer_blobs[layer][0].tensor.shape,
+            report,
+            sparse=sparse,
+            inner_products=inner_products,
+            unchanged=unchanged,
+        )
+        self._weights = {layer: net.layer_blobs[layer][0].tensor for layer in self.layers}
+        self._history = {layer: (history or {}).get(id(self._weights[layer]), ()) for layer in self.layers}
         self._held: dict[str, Tensor] = {}
         self.holds = 0
         """Counts the changes of which tensors `hold_gradients` reads."""

@@ -149,6 +149,7 @@ class Trainer:
             self.net,
             log.info,
             sparse=self.sparse,
+            inner_products=options.sparsity_inner_products,
             unchanged=solver.frozen_layers(),
             history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
         )
@@ -339,7 +340,7 @@ class Trainer:
         return self._requests.stop
 
     def _display_sparsity(self) -> None:
-        self.log.sparsity(*self.pruner.counts())
+        self.log.sparsity(*self.pruner.counts(), inner_products=self.pruner.inner_products)
 
     def _iterate(self) -> None:
         iteration = self.iteration
