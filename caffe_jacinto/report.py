@@ -20,6 +20,7 @@ from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import USER_ERROR, UserError, invoked_as, run_command
 from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import tables
+from caffe_jacinto.logs.curves import AXES
 from caffe_jacinto.logs.discover import Run, find_runs
 
 PROGRAM = "caffe_jacinto.report"
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     for option, path, kinds in (("--plot", plot, PLOT_KINDS), ("--html", page, PAGE_KINDS)):
         if path is not None and path.suffix.lower() not in kinds:
             raise UserError(f"{option} {path}: the name must end in {' or '.join(kinds)}")
-    runs, problems = find_runs(arguments.paths, curves=plot is not None, history=page is not None)
+    runs, problems = find_runs(arguments.paths, history=plot is not None or page is not None)
     for problem in problems:
         print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if plot is not None and runs:
         from caffe_jacinto.logs.plot import plot_runs
 
-        plot_runs(runs, plot)
+        plot_runs(runs, plot, axis=arguments.x, names=arguments.y or ())
     if page is not None and runs:
         _write_page(runs, page, arguments.published)
     return USER_ERROR if problems else 0
@@ -70,6 +71,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"draw the curves to FILE ({' or '.join(PLOT_KINDS)})"
     )
+    parser.add_argument(
+        "--y", action="append", metavar="NAME",
+        help="draw this curve in a panel of its own, instead of the usual ones; may be given several times: "
+        "train_loss, learning_rate, sparsity, images_per_second or an output of a test",
+    )  # fmt: skip
+    parser.add_argument("--x", choices=AXES, default=AXES[0], help=f"of --plot (default: {AXES[0]})")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with tables and interactive curves to FILE"
     )

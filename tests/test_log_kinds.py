@@ -23,9 +23,9 @@ WHOLE = {
 """The figures of `whole_stage`: 32 images x 2 passes, 40 iterations in the time between its lines."""
 
 
-def stages(*paths: Path, curves: bool = False) -> list[dict[str, Any]]:
+def stages(*paths: Path, history: bool = False) -> list[dict[str, Any]]:
     """The stages of the report's JSON, those of one run after the other."""
-    runs, problems = find_runs(paths, curves=curves)
+    runs, problems = find_runs(paths, history=history)
     assert not problems
     return [
         stage | {"run": run["name"]}
@@ -43,7 +43,7 @@ def write(path: Path, text: str | bytes) -> Path:
 def report(folder: Path, text: str | bytes) -> list[dict[str, Any]]:
     found = stages(write(folder / "some.log", text))
     # Skimming, which the figures alone allow, and reading every line give the same.
-    assert found == stages(folder / "some.log", curves=True)
+    assert found == stages(folder / "some.log", history=True)
     return found
 
 
@@ -166,11 +166,11 @@ def test_each_stage_of_a_file_has_its_own_curves(tmp_path: Path) -> None:
     text = (
         training("out/one", thread=7, top1=0.5).text + training("out/two", thread=9, hour=11, top1=0.25).text
     )
-    first, second = read_log(write(tmp_path / "a.log", text), curves=True)
-    assert first.log.curves is not None
-    assert second.log.curves is not None
-    assert first.log.curves.top1.all() == [(0, 0.1), (40, 0.5)]
-    assert second.log.curves.top1.all() == [(0, 0.1), (40, 0.25)]
+    first, second = read_log(write(tmp_path / "a.log", text), history=True)
+    assert first.log.history is not None
+    assert second.log.history is not None
+    assert first.log.history.outputs["right"].points() == [(0, 0.1), (40, 0.5)]
+    assert second.log.history.outputs["right"].points() == [(0, 0.1), (40, 0.25)]
 
 
 @pytest.mark.parametrize("same_thread", [False, True])

@@ -16,7 +16,6 @@ from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.logs.reader import LogReader
-from caffe_jacinto.logs.series import MOST_POINTS, Curve
 from caffe_jacinto.logs.stage import StageFigures, StageLog
 
 WHOLE = whole_stage().sparsity(0.5, 0.25).text.encode()
@@ -35,8 +34,8 @@ def plain(found: list[events.Event]) -> list[str]:
     return [repr(event) for event in found if not isinstance(event, events.SolverStarted)]
 
 
-def figures(data: bytes | str, sizes: list[int] | None = None, *, curves: bool = False) -> StageFigures:
-    log, position = StageLog(curves=curves), 0
+def figures(data: bytes | str, sizes: list[int] | None = None, *, history: bool = False) -> StageFigures:
+    log, position = StageLog(history=history), 0
     data = data.encode() if isinstance(data, str) else data
     for size in sizes or []:
         log.feed(data[position : position + size])
@@ -281,9 +280,9 @@ def test_lines_of_other_threads_change_nothing(chance: random.Random) -> None:
 @settings(max_examples=25)
 @given(st.binary(max_size=300), st.integers(0, len(WHOLE)))
 def test_garbage_never_crashes(garbage: bytes, at: int) -> None:
-    for curves in (False, True):
-        figures(WHOLE[:at] + garbage + WHOLE[at:], curves=curves)
-        figures(garbage, curves=curves)
+    for history in (False, True):
+        figures(WHOLE[:at] + garbage + WHOLE[at:], history=history)
+        figures(garbage, history=history)
 
 
 @settings(max_examples=25)
@@ -296,7 +295,7 @@ def test_lines_in_any_order_never_crash(lines: list[str]) -> None:
 @given(st.lists(st.integers(0, 300), max_size=30), st.integers(0, len(WHOLE)))
 def test_skimming_leaves_the_figures_as_they_are(sizes: list[int], cut: int) -> None:
     text = WHOLE[:cut]
-    assert figures(text, sizes) == figures(text, curves=True)
+    assert figures(text, sizes) == figures(text, history=True)
 
 
 def test_memory_for_a_line_without_end_is_bounded() -> None:
@@ -306,26 +305,12 @@ def test_memory_for_a_line_without_end_is_bounded() -> None:
     assert len(reader._lines._tail) < 1_500_000
 
 
-def test_a_curve_holds_a_bounded_number_of_points_and_drops_what_a_resume_repeats() -> None:
-    curve = Curve()
-    for number in range(50_000):
-        curve.add(number, number)
-    points = curve.all()
-    assert len(points) <= MOST_POINTS + 64
-    assert points[0][0] < 64
-    assert points[-1][0] == 49_999
-    assert all(x == y for x, y in points)
-    curve.add(100, -1)
-    assert curve.all()[-1] == (100, -1)
-    assert all(x < 100 for x, _ in curve.all()[:-1])
-
-
 def test_the_curve_of_accuracy_ends_with_the_last_test_of_the_log() -> None:
-    log = StageLog(curves=True)
+    log = StageLog(history=True)
     log.feed(whole_stage().test(40, 0.8, 0.97, 0.5).text.encode())
     log.close()
-    assert log.curves is not None
-    assert log.curves.top1.all() == [(0, 0.1), (20, 0.6), (40, 0.8)]
+    assert log.history is not None
+    assert log.history.outputs["right"].points() == [(0, 0.1), (20, 0.6), (40, 0.8)]
 
 
 @pytest.mark.parametrize(
@@ -364,8 +349,8 @@ def test_a_listing_of_sparsity_is_of_the_iteration_that_is_named_next() -> None:
     text = (
         Log().start().sparsity(0, 0).test(0, 0.1, 0.5, 2.3).iterate(0, 10).sparsity(0.25, 0).iterate(20, 30)
     )
-    log = StageLog(curves=True)
+    log = StageLog(history=True)
     log.feed(text.done(40).sparsity(0.5, 0).text.encode())
     log.close()
-    assert log.curves is not None
-    assert log.curves.sparsity.all() == [(0, 0), (20, 0.25), (40, 0.5)]
+    assert log.history is not None
+    assert log.history.sparsity.points() == [(0, 0), (20, 0.25), (40, 0.5)]

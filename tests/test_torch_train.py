@@ -71,7 +71,7 @@ def losses(log: str) -> list[float]:
 
 
 def test_it_learns_and_its_log_is_read_as_caffes(initial: SmallStage) -> None:
-    (found,) = find_runs([initial.folder / "run.log"], curves=False)[0][0].stages
+    (found,) = find_runs([initial.folder / "run.log"])[0][0].stages
     stage = found.figures
     assert stage.finished
     assert stage.iterations == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from caffe_jacinto.logs.events import moment
 from caffe_jacinto.logs.history import StageHistory
 from caffe_jacinto.logs.printed_net import PrintedNet
 from caffe_jacinto.logs.processes import LogStage, read_log
-from caffe_jacinto.logs.series import StageCurves
 from caffe_jacinto.logs.stage import StageFigures, StageLog
 
 TEST_STAGES = ("quantize", "test", "test_quantize")
@@ -39,10 +38,19 @@ class Stage:
     name: str
     log: Path
     figures: StageFigures
-    curves: StageCurves | None
+    train_images: int | None = None
+    """How many there are, by the run's record."""
     history: StageHistory | None = None
-    """What a page shows, where it was asked for; then also `net`."""
+    """The curves, where they were asked for; then also `net`."""
     net: PrintedNet | None = None
+
+    @property
+    def iterations_per_epoch(self) -> float | None:
+        """Updates in which all training images are used once, where log or record say how many there are."""
+        images, per_iteration = self.train_images, self.figures.images_per_iteration
+        if self.figures.iterations_per_epoch is None and images and per_iteration:
+            return images / per_iteration
+        return self.figures.iterations_per_epoch
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class _LogFile:
 
 
 def find_runs(
-    paths: Sequence[Path], *, curves: bool = False, history: bool = False
+    paths: Sequence[Path], *, history: bool = False, every_point: bool = False
 ) -> tuple[list[Run], list[UserError]]:
     """Read every log under ``paths``: log files, stage folders, run folders, folders of runs.
 
@@ -88,7 +96,7 @@ def find_runs(
             seen.add(real)
             found = _identify(file)
             try:
-                logs = read_log(file, curves=curves, history=history, one_stage=found.recorded)
+                logs = read_log(file, history=history, every_point=every_point, one_stage=found.recorded)
             except UserError as problem:
                 # A stage that has just begun has an empty log, which is not a mistake in a folder.
                 if file == path or _size(file) != 0:
@@ -97,7 +105,13 @@ def find_runs(
             groups.setdefault((found.folder, found.run), []).extend(_stages(found, logs))
         if files and all(_size(file) == 0 for file in files) and path not in files:
             problems.append(UserError(f"{path}: every log in it is still empty"))
-    return [Run(name, _in_order(folder, stages)) for (folder, name), stages in groups.items()], problems
+    return [_run(folder, name, stages) for (folder, name), stages in groups.items()], problems
+
+
+def _run(folder: Path, name: str, stages: list[Stage]) -> Run:
+    """The run in ``folder``, with what its record says."""
+    order, images = _recorded(folder)
+    return Run(name, [replace(stage, train_images=images) for stage in _in_order(order, stages)])
 
 
 def _log_files(path: Path) -> Iterator[Path]:
@@ -197,7 +211,7 @@ def stage_of(name: str, path: Path, log: StageLog) -> Stage:
 
 def _stage_of(name: str, path: Path, log: StageLog, figures: StageFigures) -> Stage:
     history = log.history
-    return Stage(name, path, figures, log.curves, history, log.net if history is not None else None)
+    return Stage(name, path, figures, history=history, net=log.net if history is not None else None)
 
 
 def _stage_name(figures: StageFigures, given: str | None, *, alone: bool) -> str:
@@ -222,12 +236,11 @@ def _stage_name(figures: StageFigures, given: str | None, *, alone: bool) -> str
     return given if given and given.lower() not in TEST_STAGES else "train"
 
 
-def _in_order(folder: Path, stages: list[Stage]) -> list[Stage]:
+def _in_order(recorded: list[str], stages: list[Stage]) -> list[Stage]:
     """The recipe's order where the run's record has it; else the usual order, or by time."""
     logs = [stage.log for stage in stages]
     if len(set(logs)) < len(logs):
         return sorted(stages, key=_start)  # a file with several stages has them in their order
-    recorded = _recorded_order(folder)
     names = {stage.name.lower() for stage in stages}
     if recorded and names <= set(recorded):
         return sorted(stages, key=lambda stage: recorded.index(stage.name.lower()))
@@ -236,13 +249,18 @@ def _in_order(folder: Path, stages: list[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda stage: (stage.name.lower() == "test", _start(stage)))
 
 
-def _recorded_order(folder: Path) -> list[str]:
-    """The names of the stages in run.json, if there is a readable one."""
+def _recorded(folder: Path) -> tuple[list[str], int | None]:
+    """The names of the stages in run.json and how many training images there are, as far as it says so."""
     try:
         record = parse_json((folder / RUN_RECORD).read_text(encoding="utf-8"))
-        return [str(name).lower() for name in record["stages"]]
+        order = [str(name).lower() for name in record["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], None
+    try:
+        images = record["data"]["train_lmdb"]["images"]
+    except (KeyError, TypeError):
+        images = None  # records of earlier versions
+    return order, images if isinstance(images, int) and images > 0 else None
 
 
 def _start(stage: Stage) -> datetime:

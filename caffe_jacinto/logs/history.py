@@ -45,7 +45,7 @@ class Bucket(NamedTuple):
 class Buckets:
     """A curve, as buckets in the order of their iterations; each holds one point until there are too many."""
 
-    def __init__(self, most: int = MOST_BUCKETS) -> None:
+    def __init__(self, most: float = MOST_BUCKETS) -> None:
         self._most = most
         self._width = 1
         self._found: list[Bucket] = []
@@ -71,6 +71,10 @@ class Buckets:
 
     def all(self) -> list[Bucket]:
         return self._found
+
+    def points(self) -> list[tuple[float, float]]:
+        """The middle of each bucket: iteration and value."""
+        return [((bucket.first + bucket.last) / 2, bucket.mean) for bucket in self._found]
 
 
 def thinned(buckets: list[Bucket], most: int) -> list[Bucket]:
@@ -105,9 +109,11 @@ class _Time(NamedTuple):
 class StageHistory:
     """Takes the events of a stage in order."""
 
-    loss: Buckets = field(default_factory=Buckets)
-    learning_rate: Buckets = field(default_factory=Buckets)
-    sparsity: Buckets = field(default_factory=Buckets)
+    every_point: bool = False
+    """Whether curves and times keep every point, so that memory grows with the log."""
+    loss: Buckets = field(init=False)
+    learning_rate: Buckets = field(init=False)
+    sparsity: Buckets = field(init=False)
     """Of the convolutions that count; see `StageFigures.sparsity`."""
     outputs: dict[str, Buckets] = field(default_factory=dict)
     """The outputs of the solver's tests, named as in `StageFigures.outputs`."""
@@ -126,17 +132,24 @@ class StageHistory:
     _displays: int = 0
     _process: int = 0
 
+    def __post_init__(self) -> None:
+        self.loss, self.learning_rate, self.sparsity = self._curve(), self._curve(), self._curve()
+
+    def _curve(self) -> Buckets:
+        return Buckets(math.inf) if self.every_point else Buckets()
+
     def take(self, event: events.Event, sparsity: float | None, nvcaffe: bool) -> None:
         """The next event; ``sparsity`` as of the last listing. ``nvcaffe``: whose log it is."""
         match event:
             case events.TrainProgress():
                 self._place_listing(event.iteration)
                 self.loss.add(event.iteration, event.loss)
-                self._note_time(event)
+                self._note_time(event.iteration, event.stamp)
             case events.LearningRate():
                 self.learning_rate.add(event.iteration, event.lr)
             case events.TestStarted():
                 self._place_listing(event.iteration)
+                self._note_time(event.iteration, event.stamp)
                 self._seen.clear()
             case events.TestOutput():
                 # NVCaffe's test at iteration 0 is of one batch only.
@@ -161,7 +174,7 @@ class StageHistory:
         name += f" (#{event.net})" if event.net else ""
         if name not in self.outputs and len(self.outputs) >= MOST_OUTPUTS:
             return
-        self.outputs.setdefault(name, Buckets()).add(iteration, event.value)
+        self.outputs.setdefault(name, self._curve()).add(iteration, event.value)
         if event.loss is not None:
             self.losses.add(name)
 
@@ -178,13 +191,13 @@ class StageHistory:
         if len(self.listings) > MOST_LISTINGS:
             del self.listings[1::2]
 
-    def _note_time(self, event: events.TrainProgress) -> None:
-        while self._times and self._times[-1].iteration >= event.iteration:
+    def _note_time(self, iteration: int, stamp: str) -> None:
+        while self._times and self._times[-1].iteration >= iteration:
             self._times.pop()
         if self._displays % self._apart == 0:
-            self._times.append(_Time(event.iteration, event.stamp, self._process))
+            self._times.append(_Time(iteration, stamp, self._process))
         self._displays += 1
-        if len(self._times) > MOST_TIMES:
+        if len(self._times) > MOST_TIMES and not self.every_point:
             del self._times[1::2]
             self._apart *= 2
 

@@ -34,11 +34,12 @@ class LogStage:
 
 
 def read_log(
-    path: Path, *, curves: bool = False, history: bool = False, one_stage: bool = False
+    path: Path, *, history: bool = False, every_point: bool = False, one_stage: bool = False
 ) -> list[LogStage]:
     """Read the log file at ``path`` piece by piece; memory does not grow with its length.
 
-    ``curves`` and ``history``: as for `StageLog`. ``one_stage``: all of its processes are of one stage.
+    ``history`` and ``every_point``: as for `StageLog`; with the latter, memory does grow. ``one_stage``: all
+    of its processes are of one stage.
 
     Raises:
         UserError: it cannot be read, is empty, has no line of Caffe's in it, or holds processes that wrote at
@@ -46,9 +47,9 @@ def read_log(
     """
 
     def new_stage() -> StageLog:
-        return StageLog(curves=curves, history=history)
+        return StageLog(history=history, every_point=every_point)
 
-    skim = not (curves or history)
+    skim = not (history or every_point)
     try:
         found = _read(path, LineSplitter(), lambda: _Stages(new_stage, skim, one_stage))
         processes = (

@@ -18,7 +18,7 @@ from caffe_jacinto.logs.loss import LossCheck
 from caffe_jacinto.logs.notes import Facts, stage_notes
 from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity, named_accuracies
 from caffe_jacinto.logs.reader import LogReader
-from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, StageCurves, Timing, by_name
+from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, Timing, by_name
 
 CHUNK = 1 << 20
 """Bytes of a log that are read at once."""
@@ -53,6 +53,8 @@ class StageFigures:
     """The training loss displayed last, smoothed as Caffe does."""
     outputs: dict[str, float]
     """Every output of the last complete test; those of a second test net have `` (#1)`` after the name."""
+    accuracies: dict[str, str]
+    """The names in `outputs` of each test net's accuracies, by what they are: ``top-1``, ``top-5 (#1)``."""
     sparsity: float | None
     """Zeros over weights of the convolutions, one directly before a softmax left out; three digits."""
     sparsity_logged: float | None
@@ -65,6 +67,10 @@ class StageFigures:
     """Training: iterations per second times the images behind one update."""
     images_per_second_logged: float | None
     """The closing figure of NVCaffe, which leaves out ``iter_size``."""
+    images_per_iteration: int | None
+    """Training images behind one update."""
+    iterations_per_epoch: float | None
+    """Updates in which all training images are used once, where the log says how many there are."""
     seconds: float | None
     """Time the processes of the log took; the gaps between them do not count."""
     start_stamp: str | None
@@ -93,19 +99,18 @@ class StageLog:
     def __init__(
         self,
         *,
-        curves: bool = False,
         live: bool = False,
         history: bool = False,
+        every_point: bool = False,
         test_net: str | None = None,
     ) -> None:
-        """``curves`` collects the curves; ``live`` the facts that the live line and retention need;
-        ``history`` what a page shows.
+        """``live`` collects the facts that the live line and retention need; ``history`` the curves, with
+        ``every_point`` of them.
 
         Without any, lines of training are skimmed, which is several times as fast. ``test_net`` is the
         text of the stage's test network, used where glog has cut the printed one.
         """
-        self.curves = StageCurves() if curves else None
-        self.history = StageHistory() if history else None
+        self.history = StageHistory(every_point) if history or every_point else None
         self.iteration: int | None = None
         """The iteration reached; in ``caffe test``, the batch."""
         self.loss: float | None = None
@@ -127,7 +132,7 @@ class StageLog:
         self.snapshots: set[int] = set()
         """Live: iterations whose snapshot was begun since `resume_at`."""
         self._live = live
-        self._reader = LogReader(skim=not (curves or live or history))
+        self._reader = LogReader(skim=not (live or self.history is not None))
         self.first_stamp: str | None = None
         self.last_stamp: str | None = None
         """glog's date and time of the first and the last line."""
@@ -145,6 +150,8 @@ class StageLog:
         """Whether those of the last test were."""
         self._snapshot = ""
         """The path of the last one."""
+        self._epochs: tuple[int, float] | None = None
+        """An iteration, and the epochs that were done then."""
         self._silent: events.TestStarted | None = None
         """The test that has begun and has not printed anything."""
         self._silent_tests: list[int] = []
@@ -152,8 +159,6 @@ class StageLog:
         self._times: dict[str, float] = {}
         """Of ``caffe time``: milliseconds, by name."""
         self._sparsity: events.Sparsity | None = None
-        self._unplotted_sparsity: float | None = None
-        """Of a listing whose iteration the next line names."""
         self._speed: float | None = None
         self._speed_is_overall = False
         self._finished = False
@@ -194,7 +199,6 @@ class StageLog:
 
     def end(self) -> None:
         """There are no more events, for now."""
-        self._plot_sparsity()
         if self.history is not None:
             self.history.close(self.iteration)
         tests = self._tests.get(0)
@@ -253,7 +257,7 @@ class StageLog:
             case events.TrainProgress():
                 self._progress(event)
             case events.LearningRate():
-                self._learning_rate(event)
+                self.learning_rate = event.lr
             case events.TestOutput():
                 self._test_output(event)
             case events.TestStarted():
@@ -261,7 +265,7 @@ class StageLog:
             case events.BatchTested():
                 self.iteration = event.batch + 1
             case events.Sparsity():
-                self._sparsity_listed(event)
+                self._sparsity = event
             case events.SnapshotWritten():
                 self._snapshot_written(event)
             case events.Recalibrated():
@@ -308,19 +312,12 @@ class StageLog:
         self.iteration, self.loss = event.iteration, event.loss
         self.losses.take(event.iteration, event.loss, self._nets.softmax_losses())
         self.displays += 1
+        if event.epochs:
+            self._epochs = (event.iteration, event.epochs)
         self._recalibrated = False
-        self._plot_sparsity()
         self._end_tests()
-        if self.curves is not None and event.loss == event.loss:
-            self.curves.loss.add(event.iteration, event.loss)
-
-    def _learning_rate(self, event: events.LearningRate) -> None:
-        self.learning_rate = event.lr
-        if self.curves is not None:
-            self.curves.learning_rate.add(event.iteration, event.lr)
 
     def _process_started(self, event: events.ProcessStarted) -> None:
-        self._plot_sparsity()
         self._end_tests()
         self._timing.start_process(event, self.first_stamp, self._year())
         self._nets.start_process()
@@ -356,7 +353,6 @@ class StageLog:
         self.iteration = event.iteration
         self.in_test = True
         self._test_recalibrated = self._recalibrated
-        self._plot_sparsity()
         self._tests.setdefault(event.net, NetTests()).start(None)
 
     def _statistics_recalibrated(self, event: events.Recalibrated) -> None:
@@ -382,12 +378,10 @@ class StageLog:
                 self._take_test(tests)
 
     def _take_test(self, tests: NetTests) -> None:
-        """Keep a complete test for the live view, and plot it."""
+        """Keep a complete test for the live view."""
         first = next(iter(tests.current.values()))
         if self._live and first.iteration is not None:
             self._keep_test(first.iteration, first.net, by_name(tests.current))
-        if self.curves is not None:
-            self._plot_test(self.curves, tests)
 
     def _keep_test(self, iteration: int, net: int, outputs: dict[str, float]) -> None:
         """Keep the outputs of test net number ``net``, together with those of the nets before it."""
@@ -400,30 +394,6 @@ class StageLog:
         self.tests[iteration] = SolverTest(outputs, top1, self._test_recalibrated)
         if len(self.tests) > _MOST_TESTS:
             del self.tests[next(iter(self.tests))]
-
-    def _plot_test(self, curves: StageCurves, tests: NetTests) -> None:
-        accuracies = self._accuracies(by_name(tests.current))
-        nvcaffe = self._is_nvcaffe()
-        for output in tests.current.values():
-            # NVCaffe's test at iteration 0 is of one batch only.
-            if output.net or output.iteration is None or (nvcaffe and output.iteration == 0):
-                continue
-            if output.name == accuracies.get(1):
-                curves.top1.add(output.iteration, output.value)
-            elif output.name == accuracies.get(5):
-                curves.top5.add(output.iteration, output.value)
-
-    def _sparsity_listed(self, event: events.Sparsity) -> None:
-        self._sparsity = event
-        if self.curves is not None:
-            self._unplotted_sparsity = self.sparsity
-
-    def _plot_sparsity(self) -> None:
-        """A listing comes just before the first line of its iteration; the last one has none after it."""
-        if self.curves is None or self._unplotted_sparsity is None or self.iteration is None:
-            return
-        self.curves.sparsity.add(self.iteration, self._unplotted_sparsity)
-        self._unplotted_sparsity = None
 
     def _snapshot_written(self, event: events.SnapshotWritten) -> None:
         self._end_tests()
@@ -507,6 +477,7 @@ class StageLog:
             loss=float(f"{sum(losses):.6g}") if losses else None,
             train_loss=self.loss,
             outputs=self._all_outputs(),
+            accuracies=self._all_accuracies(),
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
             gigamacs=self._gigamacs(),
@@ -514,6 +485,8 @@ class StageLog:
             image_size=main.image_size if main else None,
             images_per_second=self._images_per_second(),
             images_per_second_logged=self._speed,
+            images_per_iteration=self._images_per_iteration(),
+            iterations_per_epoch=self._iterations_per_epoch(),
             seconds=seconds,
             start_stamp=self.first_stamp,
             year=self._year(),
@@ -539,12 +512,24 @@ class StageLog:
         net = self._nets.of("TEST", number)
         return tests.last(len(net.outputs) if net and net.outputs is not None else None) if tests else {}
 
-    def _accuracies(self, outputs: Iterable[str]) -> dict[int, str]:
-        """top_k -> the output of the first test net that holds it; by its name where the net is not known."""
-        net = self._nets.of("TEST")
+    def _accuracies(self, outputs: Iterable[str], number: int = 0) -> dict[int, str]:
+        """top_k -> the output of a test net that holds it; by its name where the net is not known."""
+        net = self._nets.of("TEST", number)
         if net is not None and net.message is not None:
             return net.accuracies
         return named_accuracies(outputs)
+
+    def _all_accuracies(self) -> dict[str, str]:
+        found = {}
+        for number in sorted(self._tests):
+            ending = f" (#{number})" if number else ""
+            outputs = self._last_test(number)
+            for top_k, name in sorted(self._accuracies(by_name(outputs), number).items()):
+                found[f"top-{top_k}{ending}"] = name + ending
+            for output in outputs.values():
+                if output.mean_ap:
+                    found[f"mAP{ending}"] = output.name + ending
+        return found
 
     def _all_outputs(self) -> dict[str, float]:
         found = {}
@@ -565,16 +550,27 @@ class StageLog:
         """For the whole stage: from NVCaffe's final figure, or from the first and last line of training."""
         if self._solver is None:
             return None
-        passes = self._solver.iter_size
         if self._speed is not None and self._trained <= 1 and (self._speed_is_overall or len(self._gpus) < 2):
-            return _speed_digits(self._speed * passes)
-        net = self._nets.of("TRAIN")
-        batch = net.batch if net else None
+            return _speed_digits(self._speed * self._solver.iter_size)
+        images = self._images_per_iteration()
         spent = self._spent()
-        if batch is None or spent.training <= 0:
+        if images is None or spent.training <= 0:
+            return None
+        return _speed_digits(spent.iterations / spent.training * images)
+
+    def _images_per_iteration(self) -> int | None:
+        net = self._nets.of("TRAIN")
+        if self._solver is None or net is None or net.batch is None:
             return None
         # Both kinds of Caffe print the batch of one GPU: NVCaffe has divided it before it prints.
-        return _speed_digits(spent.iterations / spent.training * batch * max(1, len(self._gpus)) * passes)
+        return net.batch * max(1, len(self._gpus)) * self._solver.iter_size
+
+    def _iterations_per_epoch(self) -> float | None:
+        if self._epochs is not None:
+            iteration, epochs = self._epochs
+            return iteration / epochs
+        net, images = self._nets.of("TRAIN"), self._images_per_iteration()
+        return net.images / images if net is not None and net.images and images else None
 
     def _solver_paths(self) -> tuple[str, ...]:
         if self._solver is None:

@@ -424,7 +424,7 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     screen.say("")
     if sys.stdout is not None:
         with suppress(OSError):
-            tables.show(tables.tables(find_runs([run.folder], curves=False)[0]), sys.stdout)
+            tables.show(tables.tables(find_runs([run.folder])[0]), sys.stdout)
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")

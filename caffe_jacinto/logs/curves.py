@@ -1,0 +1,125 @@
+"""The curves of runs by name, their stages end to end, over iterations, epochs or time."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import printable
+from caffe_jacinto.logs.discover import Run, Stage
+
+Axis = Literal["iteration", "epoch", "time"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+TRAIN_LOSS = "train_loss"
+LEARNING_RATE = "learning_rate"
+SPARSITY = "sparsity"
+SPEED = "images_per_second"
+OF_TRAINING = (TRAIN_LOSS, LEARNING_RATE, SPARSITY, SPEED)
+"""The curves that do not come from tests. Those of tests have the names of the outputs in the JSON."""
+
+Points = list[tuple[float, float]]
+
+
+class Clock:
+    """The time of a stage's training at each of its iterations."""
+
+    def __init__(self, stage: Stage) -> None:
+        times = list(stage.history.seconds(stage.figures.year)) if stage.history is not None else []
+        self.iterations = [iteration for iteration, _ in times]
+        self._seconds = [seconds for _, seconds in times]
+
+    def seconds(self, iteration: float) -> float:
+        """Seconds from the first line of training to ``iteration``, between two lines in proportion."""
+        after = bisect_right(self.iterations, iteration)
+        if not self.iterations:
+            return 0.0
+        if after == 0 or after == len(self.iterations):
+            return self._seconds[min(after, len(self._seconds) - 1)]
+        first, last = self.iterations[after - 1 : after + 1]
+        begin, end = self._seconds[after - 1 : after + 1]
+        return begin + (end - begin) * (iteration - first) / (last - first)
+
+    def speeds(self, images: int | None) -> Iterator[tuple[int, float]]:
+        """Images per second from one line of training to the next, by the iteration of the later one."""
+        pairs = list(zip(self.iterations, self._seconds, strict=True))
+        for (first, begin), (last, end) in pairwise(pairs):
+            if images and end > begin and last > first:
+                yield last, images * (last - first) / (end - begin)
+
+
+def names_of(stage: Stage) -> list[str]:
+    """The curves that a stage has."""
+    return [name for name in (*OF_TRAINING, *_outputs(stage)) if points_of(stage, name)]
+
+
+def points_of(stage: Stage, name: str) -> Points:
+    """Iterations and values of a curve; empty where the stage has none of this name."""
+    history = stage.history
+    if history is None:
+        return []
+    if name == SPEED:
+        return [(float(at), value) for at, value in Clock(stage).speeds(stage.figures.images_per_iteration)]
+    own = {TRAIN_LOSS: history.loss, LEARNING_RATE: history.learning_rate, SPARSITY: history.sparsity}
+    buckets = own.get(name) or history.outputs.get(name)
+    return buckets.points() if buckets is not None else []
+
+
+def _outputs(stage: Stage) -> Iterable[str]:
+    return stage.history.outputs if stage.history is not None else ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of a run at its place on the common axis."""
+
+    stage: Stage
+    start: float
+    end: float
+    axis: Axis
+
+    def points(self, name: str) -> Points:
+        """A curve's points on the common axis."""
+        place = _place(self.stage, self.axis)
+        return [(self.start + place(iteration), value) for iteration, value in points_of(self.stage, name)]
+
+
+def parts_of(run: Run, axis: Axis) -> list[Part]:
+    """The stages of a run that trained, end to end.
+
+    Raises:
+        UserError: the axis is in epochs, and a log does not say how many training images there are.
+    """
+    found: list[Part] = []
+    start = 0.0
+    for stage in run.stages:
+        reached = [points[-1][0] for name in names_of(stage) if (points := points_of(stage, name))]
+        if not reached or stage.figures.tested:
+            continue
+        last = max(stage.figures.iterations or 0, *reached)
+        if axis == "epoch" and stage.iterations_per_epoch is None:
+            raise UserError(
+                f"--x epoch: {printable(str(stage.log))} does not say how many training images there are; "
+                "take --x iteration or --x time"
+            )
+        end = start + _place(stage, axis)(last)
+        found.append(Part(stage, start, end, axis))
+        start = end
+    return found
+
+
+def _place(stage: Stage, axis: Axis) -> Callable[[float], float]:
+    """From a stage's iteration to its place on the axis, counted from the stage's start."""
+    if axis == "time":
+        return Clock(stage).seconds
+    per_unit = 1.0 if axis == "iteration" else stage.iterations_per_epoch or 1.0
+    return lambda iteration: iteration / per_unit
+
+
+def known_names(runs: Sequence[Run]) -> list[str]:
+    """The curves of all runs."""
+    return list(dict.fromkeys(name for run in runs for stage in run.stages for name in names_of(stage)))
