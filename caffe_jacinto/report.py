@@ -32,14 +32,29 @@ def main(argv: Sequence[str]) -> int:
     """Print the report. Returns 2 if a path could not be reported, 0 otherwise.
 
     Raises:
-        UserError: the file of --plot or --html has an unknown kind or cannot be written.
+        UserError: the file of --plot, --html or --series has an unknown kind or cannot be written; what
+            --plot is to draw is not in the logs; a package for --series or --tensorboard is not installed.
     """
     arguments = _arguments(argv)
     plot, page = arguments.plot, arguments.html
     for option, path, kinds in (("--plot", plot, PLOT_KINDS), ("--html", page, PAGE_KINDS)):
         if path is not None and path.suffix.lower() not in kinds:
             raise UserError(f"{option} {path}: the name must end in {' or '.join(kinds)}")
-    runs, problems = find_runs(arguments.paths, history=plot is not None or page is not None)
+    if (arguments.x != AXES[0] or arguments.y) and plot is None:
+        raise UserError("--x and --y say what --plot draws; give --plot FILE, too")
+    if arguments.series is not None:
+        from caffe_jacinto.logs.export import check_series
+
+        check_series(arguments.series)
+    if arguments.tensorboard is not None:
+        from caffe_jacinto.logs.export import check_tensorboard
+
+        check_tensorboard()
+    runs, problems = find_runs(
+        arguments.paths,
+        history=plot is not None or page is not None,
+        every_point=arguments.series is not None or arguments.tensorboard is not None,
+    )
     for problem in problems:
         print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
     if runs or arguments.format == "json":
@@ -48,6 +63,14 @@ def main(argv: Sequence[str]) -> int:
         from caffe_jacinto.logs.plot import plot_runs
 
         plot_runs(runs, plot, axis=arguments.x, names=arguments.y or ())
+    if arguments.series is not None and runs:
+        from caffe_jacinto.logs.export import write_series
+
+        write_series(runs, arguments.series)
+    if arguments.tensorboard is not None and runs:
+        from caffe_jacinto.logs.export import write_tensorboard
+
+        write_tensorboard(runs, arguments.tensorboard)
     if page is not None and runs:
         _write_page(runs, page, arguments.published)
     return USER_ERROR if problems else 0
@@ -80,6 +103,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with tables and interactive curves to FILE"
     )
+    parser.add_argument(
+        "--series", type=Path, metavar="FILE",
+        help="write every point of every stage as one table (.csv, .json or .parquet; this needs pyarrow)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR",
+        help="write the curves as TensorBoard's event files, a folder for each run (needs tensorboard)",
+    )  # fmt: skip
     help_text = (
         "show the published ImageNet results, also where they do not compare (default: only where they do)"
     )

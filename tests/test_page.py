@@ -113,8 +113,8 @@ def test_a_resumed_stage_replaces_what_lay_beyond_and_the_pause_takes_no_time() 
     assert top1 == [(0, 0.1), (40, 0.3), (60, 0.7)]
     assert history.losses == {"loss"}
     seconds = list(history.seconds(None))
-    assert [iteration for iteration, _ in seconds] == [0, 10, 20, 30, 40, 50]
-    assert seconds[-1][1] == pytest.approx(5 + 15, abs=1)
+    assert [iteration for iteration, _ in seconds] == [0, 10, 20, 30, 40, 50, 60]
+    assert seconds[-1][1] == pytest.approx(5 + 20, abs=1)
 
 
 def test_sparsity_by_layer_stands_at_the_iteration_that_follows_it_in_the_log() -> None:

@@ -240,13 +240,13 @@ def _in_order(recorded: list[str], stages: list[Stage]) -> list[Stage]:
     """The recipe's order where the run's record has it; else the usual order, or by time."""
     logs = [stage.log for stage in stages]
     if len(set(logs)) < len(logs):
-        return sorted(stages, key=_start)  # a file with several stages has them in their order
+        return sorted(stages, key=start_of)  # a file with several stages has them in their order
     names = {stage.name.lower() for stage in stages}
     if recorded and names <= set(recorded):
         return sorted(stages, key=lambda stage: recorded.index(stage.name.lower()))
     if names <= set(STAGE_ORDER):
         return sorted(stages, key=lambda stage: STAGE_ORDER.index(stage.name.lower()))
-    return sorted(stages, key=lambda stage: (stage.name.lower() == "test", _start(stage)))
+    return sorted(stages, key=lambda stage: (stage.name.lower() == "test", start_of(stage)))
 
 
 def _recorded(folder: Path) -> tuple[list[str], int | None]:
@@ -263,7 +263,7 @@ def _recorded(folder: Path) -> tuple[list[str], int | None]:
     return order, images if isinstance(images, int) and images > 0 else None
 
 
-def _start(stage: Stage) -> datetime:
+def start_of(stage: Stage) -> datetime:
     """When the log begins. A log without a year is assumed to be of the year it was last written in."""
     year = stage.figures.year
     if year is None:

@@ -190,7 +190,7 @@ def as_json(runs: Sequence[Run]) -> str:
 
 
 def _run_record(run: Run) -> dict[str, Any]:
-    return {"name": _unicode(run.name), "stages": [stage_record(stage) for stage in run.stages]}
+    return {"name": as_unicode(run.name), "stages": [stage_record(stage) for stage in run.stages]}
 
 
 JSON_FIELDS = (
@@ -202,20 +202,20 @@ JSON_FIELDS = (
 
 def stage_record(stage: Stage) -> dict[str, Any]:
     """A stage as the JSON has it."""
-    figures = {name: _finite(getattr(stage.figures, name)) for name in JSON_FIELDS}
-    return {"name": _unicode(stage.name), "log": _unicode(str(stage.log)), **figures}
+    figures = {name: finite(getattr(stage.figures, name)) for name in JSON_FIELDS}
+    return {"name": as_unicode(stage.name), "log": as_unicode(str(stage.log)), **figures}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value; None for nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {_unicode(name): _finite(number) for name, number in value.items()}
+        return {as_unicode(name): finite(number) for name, number in value.items()}
     if isinstance(value, str):
-        return _unicode(value)
+        return as_unicode(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _unicode(text: str) -> str:
+def as_unicode(text: str) -> str:
     """Names of files that are not UTF-8, in a form that JSON holds."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -244,7 +244,7 @@ def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
                 f"{name} = {number:g}" for name, number in stage.figures.outputs.items()
             )
             values["notes"] = "; ".join(stage.figures.notes)
-            writer.writerow([_csv_cell(values[name]) for name in STAGE_FIELDS])
+            writer.writerow([as_cell(values[name]) for name in STAGE_FIELDS])
     writer.writerow([])
     writer.writerow(RESULT_FIELDS)
     for row in published_rows(runs, published):
@@ -252,11 +252,11 @@ def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
     for run, stage in results(runs):
         figures = stage.figures
         cells = (configuration(run, stage), figures.top1, figures.top5, figures.gigamacs, False)
-        writer.writerow([_csv_cell(cell) for cell in cells])
+        writer.writerow([as_cell(cell) for cell in cells])
     return text.getvalue()
 
 
-def _csv_cell(value: object) -> object:
+def as_cell(value: object) -> object:
     """Text that a spreadsheet would read as a formula is marked as text."""
     if isinstance(value, bool):
         return "true" if value else "false"
