@@ -6,6 +6,8 @@ written out here.
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from deploy_nets import by_caffe as outputs_of_caffe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_pair import Shape, close, inputs_text, numbers, shapes, thorough
+from small_stage import SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.build_net import main as build_net
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.classify import main as classify
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
@@ -404,6 +408,34 @@ def test_upsample_puts_pixels_where_a_mask_says(shape: Shape, fields: str, seed:
     np.testing.assert_array_equal(ran.gradients[0], gradient)
 
 
+@thorough
+@given(st.integers(1, 4), st.integers(1, 4), st.booleans(), st.data(), SEEDS)
+def test_the_mask_of_max_pooling_is_caffes(
+    pycaffe: Any, tmp_path: Path, kernel: int, stride: int, whole: bool, data: st.DataObject, seed: int
+) -> None:
+    """Its values are the places; no gradient comes through it. Equal numbers: the first one counts."""
+    pad = data.draw(st.integers(0, kernel // 2))
+    size = data.draw(st.tuples(*[st.integers(max(kernel - 2 * pad, 1), 9)] * 2))
+    rounding = data.draw(st.sampled_from(["", "round_mode: FLOOR"]))
+    fields = f"kernel_size: {kernel} stride: {min(stride, kernel)} pad: {pad} {rounding}"
+    fields = "global_pooling: true" if whole else fields
+    shape = (2, 3, *size)
+    text = inputs_text({"data": shape}) + (
+        'layer { name: "pool" type: "Pooling" bottom: "data" top: "top" top: "mask"\n'
+        f"  pooling_param {{ {fields} }} }}"
+    )
+    (tmp_path / "caffe.prototxt").write_text(text)
+    theirs = pycaffe.Net(str(tmp_path / "caffe.prototxt"), TRAIN)
+    net = Net(parse_net(text, Dialect.BVLC, "net"), TRAIN, Dialect.BVLC, where="net", seed=1)
+    values = np.random.default_rng(seed).integers(0, 5, shape).astype(np.float32)
+    theirs.blobs["data"].data[...] = values
+    theirs.forward()
+    outputs = net({"data": torch.from_numpy(values)}).outputs
+    for name in ("top", "mask"):
+        assert net.shapes[name] == theirs.blobs[name].data.shape
+        np.testing.assert_array_equal(outputs[name].numpy(), theirs.blobs[name].data)
+
+
 @pytest.mark.parametrize(
     ("layer", "bottoms", "says"),
     [
@@ -419,6 +451,7 @@ def test_upsample_puts_pixels_where_a_mask_says(shape: Shape, fields: str, seed:
             [(1, 2, 3, 3)],
             "one filter for each of the 2 channels: convolution_param.num_output 4 has to be 2",
         ),
+        ('type: "ROIPooling"', [(1, 2)], "this type of layer is not supported: it is of Fast R-CNN"),
         ('type: "ReLU6" relu_param { }', [(1, 2)], "field relu_param is not supported"),
         ('type: "Permute" permute_param { order: 0 order: 0 }', [(1, 2)], "each once at most"),
         ('type: "Permute" permute_param { order: 4 }', [(1, 2)], "has to name axes from 0 to 1"),
@@ -482,6 +515,8 @@ BEYOND = INPUT + "".join(
         layer("e", "Interp", "d", "interp_param { zoom_factor: 3 pad_beg: -1 pad_end: -2 }"),
         layer("f", "Interp", "d", "interp_param { height: 4 width: 11 }"),
         layer("g", "Upsample", "d", "upsample_param { scale: 2 }"),
+        layer("l", "Pooling", "b", 'top: "mask" pooling_param { kernel_size: 3 stride: 2 pad: 1 }'),
+        layer("m", "Upsample", "l mask", "upsample_param { upsample_h: 9 upsample_w: 8 }"),
         layer("h", "Pooling", "b", "pooling_param { pool: AVE global_pooling: true }"),
         layer("i", "Axpy", "h b d"),
         layer("j", "Flatten", "h"),
@@ -529,7 +564,6 @@ def test_onnx_and_stock_caffe_compute_the_same(text: str, caffe_root: Path, tmp_
     [
         (layer("a", "BN", "data", "bn_param { bn_mode: LEARN }"), "layer a (BN) has bn_mode: LEARN"),
         (layer("a", "Permute", "data", "permute_param { order: 1 }"), "the first axis has to stay the batch"),
-        (layer("a", "Upsample", "data data"), "ONNX does not have the masks of Caffe's pooling"),
     ],
 )
 def test_what_onnx_cannot_say_of_a_fork_is_named(text: str, says: str, tmp_path: Path) -> None:
@@ -579,6 +613,62 @@ def test_classify_and_the_summary_say_what_stock_caffe_cannot_load(
     shown = capsys.readouterr().out
     assert "stock Caffe has no type ShuffleChannel, which is of ShuffleNet's forks (layer c)" in shown
     assert "stock Caffe has no type BN, which is of SegNet, ENet and PSPNet (layers b, e and 1 more)" in shown
+
+
+KERNEL = 'kernel_size: 3 pad: 1 weight_filler { type: "msra" }'
+TRAINED = "".join(
+    [
+        layer("c1", "Convolution", "data", f"convolution_param {{ num_output: 32 {KERNEL} }}"),
+        layer("b1", "BN", "c1", "bn_param { slope_filler { value: 1 } }"),
+        layer("r1", "ReLU6", "b1"),
+        layer(
+            "p1", "Pooling", "r1", 'top: "mask" pooling_param { kernel_size: 2 stride: 2 ceil_mode: false }'
+        ),
+        layer(
+            "dw", "DepthwiseConvolution", "p1", f"convolution_param {{ num_output: 32 group: 32 {KERNEL} }}"
+        ),
+        layer("b2", "BN", "dw", "bn_param { scale_filler { value: 1 } }"),
+        layer("sh", "ShuffleChannel", "b2", "shuffle_channel_param { group: 4 }"),
+        layer("c2", "Convolution", "sh", f"convolution_param {{ num_output: 32 group: 4 {KERNEL} }}"),
+        layer("g", "Pooling", "c2", "pooling_param { pool: AVE global_pooling: true }"),
+        layer("ax", "Axpy", "g c2 sh"),
+        layer("up", "Upsample", "ax mask", "upsample_param { scale: 2 }"),
+        layer("it", "Interp", "up", "interp_param { shrink_factor: 3 }"),
+        layer("nm", "Normalize", "it", "norm_param { scale_filler { value: 20 } }"),
+        layer("pm", "Permute", "nm", "permute_param { order: 0 order: 2 order: 3 order: 1 }"),
+        layer(
+            "fc",
+            "InnerProduct",
+            "pm",
+            'inner_product_param { num_output: 10 weight_filler { type: "msra" } }',
+        ),
+        layer("loss", "SoftmaxWithLoss", "fc label"),
+    ]
+)
+
+
+def test_a_network_of_forks_layers_trains_and_goes_on_exactly(tmp_path: Path) -> None:
+    """With pruning: depthwise convolutions keep their weights. The averages of BN are recalibrated."""
+    stage = SmallStage(tmp_path, write_digits(tmp_path / "lmdb", 320))
+    text = (tmp_path / "train.prototxt").read_text()
+    data = text[: text.index('layer { name: "conv1"')]
+    for phase in ("train", "val"):
+        (tmp_path / f"{phase}.prototxt").write_text(data + TRAINED)
+    stage.solver(base_lr=0.02)
+    program = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
+    program += ["-reestimate_batches", "3"]
+    program += [
+        part for name, value in sparse_settings().by_name().items() for part in (f"-{name}", str(value))
+    ]
+    log = stage.run([program])
+    assert "Recalibrating the statistics of 1 batch-norm layers over 3 batches" in log
+    tested = [float(loss) for loss in re.findall(r"Test net output #0: loss = (\S+)", log)]
+    assert tested[-1] < tested[0]
+    whole = (tmp_path / "small_iter_20.caffemodel").read_bytes()
+    weights = read_weights(tmp_path / "small_iter_20.caffemodel")
+    assert (weights["c2"][0] == 0).any() and not (weights["dw"][0] == 0).any()
+    stage.run([[*program, "-snapshot", "small_iter_10.solverstate"]])
+    assert (tmp_path / "small_iter_20.caffemodel").read_bytes() == whole
 
 
 @pytest.mark.parametrize("form", [(1, 3), (1, 3, 1, 1), (3,)])

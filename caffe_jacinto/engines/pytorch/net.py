@@ -18,6 +18,7 @@ from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.forks import TYPES
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
 
 FED = (*READ, "Input")
@@ -288,6 +289,9 @@ class Net(nn.Module):
             if layer.type in REFUSED:
                 raise UserError(f"{where}: this type of layer is not supported: {REFUSED[layer.type]}")
             if layer.type not in FED and layer.type not in LAYERS:
+                if layer.type in TYPES:
+                    of_fork = f"it is of {TYPES[layer.type].fork}"
+                    raise UserError(f"{where}: this type of layer is not supported: {of_fork}; remove it")
                 known = ", ".join(sorted([*LAYERS, *FED]))
                 raise UserError(f"{where}: this type of layer is not supported; supported: {known}")
         at = 0

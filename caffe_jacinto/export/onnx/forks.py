@@ -70,10 +70,11 @@ def _interp(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[
 
 
 def _upsample(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
-    if len(bottoms) != 1:
-        graph.refuse(layer, "second bottom", "ONNX does not have the masks of Caffe's pooling")
     import numpy as np
 
+    if len(bottoms) == 2:
+        _unpool(graph, layer, shaped, bottoms, output)
+        return
     scales = np.array([1, 1, *upsampling(shaped.layer).scale], np.float32)
     graph.node(
         "Resize",
@@ -83,6 +84,23 @@ def _upsample(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: lis
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
     )
+
+
+def _unpool(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
+    """Zeros, and the values at the places that the mask has in the plane of each channel."""
+    _, channels, height, width = shaped.tops[0] or ()
+    steps = ("values", "mask", "places", "shape", "batch", "size", "zeros", "filled")
+    values, mask, places, shape, batch, size, zeros, filled = (graph.inner(output, step) for step in steps)
+    flat = graph.integers(layer, "flat", [0, channels, -1])
+    graph.node("Reshape", [bottoms[0], flat], values)
+    graph.node("Reshape", [bottoms[1], flat], mask)
+    graph.node("Cast", [mask], places, to=7)  # TensorProto.INT64
+    graph.node("Shape", [values], shape)
+    graph.node("Slice", [shape, graph.integers(layer, "from", [0]), graph.integers(layer, "to", [2])], batch)
+    graph.node("Concat", [batch, graph.integers(layer, "plane", [height * width])], size, axis=0)
+    graph.node("ConstantOfShape", [size], zeros)
+    graph.node("ScatterElements", [zeros, places, values], filled, axis=2)
+    graph.node("Reshape", [filled, graph.integers(layer, "image", [0, channels, height, width])], output)
 
 
 OPERATORS: dict[str, Operator] = {

@@ -28,7 +28,7 @@ IR_VERSION = 7
 """The file format that came with opset 13."""
 
 _SEVERAL_INPUTS = ("Axpy", "Concat", "Crop", "Eltwise", "Silence", "Upsample")
-_SEVERAL_OUTPUTS = ("Silence", "Slice", "Split")
+_SEVERAL_OUTPUTS = ("Pooling", "Silence", "Slice", "Split")
 """Types whose operators get the names of all the values that they give, in a list."""
 
 _BATCH = "batch"

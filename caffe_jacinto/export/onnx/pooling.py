@@ -8,11 +8,15 @@ from caffe_jacinto.netspec.layer_types import geometry
 from caffe_jacinto.netspec.shapes import LayerShapes
 
 
-def _pooling(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
-    parameters = layer.message.pooling_param
+def _pooling(
+    graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], outputs: list[str]
+) -> None:
+    parameters, output = layer.message.pooling_param, outputs[0]
     method = parameters.PoolMethod.Name(parameters.pool)
     if method not in ("MAX", "AVE"):
         graph.refuse(layer, "pooling_param.pool", "only MAX and AVE")
+    if len(outputs) > 1 and (method != "MAX" or parameters.global_pooling):
+        graph.refuse(layer, "second top", "only max pooling over windows has a mask")
     if parameters.global_pooling:
         graph.node("GlobalMaxPool" if method == "MAX" else "GlobalAveragePool", bottoms, output)
         return
@@ -28,7 +32,13 @@ def _pooling(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list
         graph.refuse(layer, "stride", "it is larger than the kernel, and a window lies outside the image")
     shape = {"kernel_shape": list(kernel), "strides": list(stride)}
     if method == "MAX":
-        graph.node("MaxPool", bottoms, output, pads=[*pad, *ends], **shape)
+        places = [graph.inner(outputs[1], "places")] if len(outputs) > 1 else []
+        graph.node("MaxPool", bottoms, [output, *places], pads=[*pad, *ends], **shape)
+        if places:
+            # ONNX counts through the whole batch, Caffe through the plane of each channel.
+            own = graph.inner(outputs[1], "own")
+            graph.node("Mod", [*places, graph.integers(layer, "plane", [sizes[0] * sizes[1]])], own)
+            graph.node("Cast", [own], outputs[1], to=1)  # TensorProto.FLOAT
         return
     # Caffe divides by the part of the window inside the image and its padding. ONNX counts all padding or
     # none, so the padding becomes zeros of the image, and only what reaches beyond it is padding to ONNX.

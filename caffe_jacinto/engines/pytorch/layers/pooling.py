@@ -12,7 +12,7 @@ from caffe_jacinto.netspec.layer_types.pooling import rounds_down
 
 
 def pooling(layer: LayerSetup) -> Forward:
-    layer.takes(1)
+    layer.takes(1, tops=2)
     fields = layer.parameters(
         "pooling_param",
         *("pool", "pad", "pad_h", "pad_w", "kernel_size", "kernel_h", "kernel_w"),
@@ -25,6 +25,10 @@ def pooling(layer: LayerSetup) -> Forward:
     if fields.pool not in (kinds.MAX, kinds.AVE):
         layer.refuse("pooling_param.pool: only MAX and AVE are supported")
     largest = fields.pool == kinds.MAX
+    if len(layer.message.top) == 2:
+        if not largest:
+            layer.refuse("only MAX has a second top, the mask")
+        return _with_mask(layer, bool(fields.global_pooling))
     if fields.global_pooling:
         size = shape[2:]
         if largest:
@@ -59,6 +63,23 @@ def pooling(layer: LayerSetup) -> Forward:
         return sums / areas.to(sums.dtype)
 
     return average
+
+
+def _with_mask(layer: LayerSetup, whole: bool) -> Forward:
+    """Max pooling whose second top has each value's place in the plane of its channel, as a number."""
+    _, _, *size = layer.bottoms[0]
+    kernel, stride, pad, _ = geometry(layer.tree)
+    if whole:
+        kernel, stride, pad = tuple(size), tuple(size), (0, 0)
+    if any(2 * before > extent for before, extent in zip(pad, kernel, strict=True)):
+        layer.refuse("with a mask, pad has to be at most half of the kernel")
+    up = not rounds_down(layer.tree.message("pooling_param"))
+
+    def forward(blobs: Blobs, images: Tensor) -> tuple[Tensor, Tensor]:
+        values, places = F.max_pool2d(images, kernel, stride, pad, ceil_mode=up, return_indices=True)
+        return values, places.to(images.dtype)
+
+    return forward
 
 
 def _edges(size: int, kernel: int, stride: int, pad: int, pooled: int) -> tuple[int, int]:
