@@ -19,7 +19,8 @@ from pathlib import Path
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import USER_ERROR, UserError, invoked_as, run_command
 from caffe_jacinto.common.text import printable
-from caffe_jacinto.logs import tables
+from caffe_jacinto.logs import compare, tables
+from caffe_jacinto.logs.compare import SORT_KEYS, in_order
 from caffe_jacinto.logs.curves import AXES
 from caffe_jacinto.logs.discover import Run, find_runs
 
@@ -37,11 +38,18 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _arguments(argv)
     plot, page = arguments.plot, arguments.html
-    for option, path, kinds in (("--plot", plot, PLOT_KINDS), ("--html", page, PAGE_KINDS)):
+    files = (
+        ("--plot", plot, PLOT_KINDS),
+        ("--scatter", arguments.scatter, PLOT_KINDS),
+        ("--html", page, PAGE_KINDS),
+    )
+    for option, path, kinds in files:
         if path is not None and path.suffix.lower() not in kinds:
             raise UserError(f"{option} {path}: the name must end in {' or '.join(kinds)}")
     if (arguments.x != AXES[0] or arguments.y) and plot is None:
         raise UserError("--x and --y say what --plot draws; give --plot FILE, too")
+    if arguments.sort is not None and not arguments.compare:
+        raise UserError("--sort orders the runs of --compare; give --compare, too")
     if arguments.series is not None:
         from caffe_jacinto.logs.export import check_series
 
@@ -57,8 +65,14 @@ def main(argv: Sequence[str]) -> int:
     )
     for problem in problems:
         print(f"{invoked_as(PROGRAM)}: error: {printable(str(problem))}", file=sys.stderr)
+    if arguments.sort is not None:
+        runs = in_order(runs, arguments.sort)
     if runs or arguments.format == "json":
-        _print(runs, arguments.format, arguments.published)
+        _print(runs, arguments)
+    if arguments.scatter is not None and runs:
+        from caffe_jacinto.logs.scatter import draw_choices
+
+        draw_choices(runs, arguments.scatter, tables.published_rows(runs, arguments.published))
     if plot is not None and runs:
         from caffe_jacinto.logs.plot import plot_runs
 
@@ -104,6 +118,18 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--html", type=Path, metavar="FILE", help="write a page with tables and interactive curves to FILE"
     )
     parser.add_argument(
+        "--compare", action="store_true",
+        help="show the runs beside each other, with differences, and the solver settings that differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sort", choices=SORT_KEYS, metavar="FIGURE",
+        help=f"order the runs of --compare, the best first: {', '.join(SORT_KEYS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scatter", type=Path, metavar="FILE",
+        help=f"draw accuracy against sparsity and complexity to FILE ({' or '.join(PLOT_KINDS)})",
+    )  # fmt: skip
+    parser.add_argument(
         "--series", type=Path, metavar="FILE",
         help="write every point of every stage as one table (.csv, .json or .parquet; this needs pyarrow)",
     )  # fmt: skip
@@ -118,15 +144,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _print(runs: Sequence[Run], form: str, published: bool) -> None:
+def _print(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    form, published = arguments.format, arguments.published
     if form == "json":
-        print(tables.as_json(runs))
+        print(compare.as_json(runs) if arguments.compare else tables.as_json(runs))
     elif form == "csv":
-        print(tables.as_csv(runs, published=published), end="")
-    elif form == "markdown":
-        print(tables.as_markdown(tables.tables(runs, published=published)))
+        text = compare.as_csv(runs) if arguments.compare else tables.as_csv(runs, published=published)
+        print(text, end="")
     else:
-        tables.show(tables.tables(runs, published=published), sys.stdout)
+        found = compare.comparison(runs) if arguments.compare else tables.tables(runs, published=published)
+        if form == "markdown":
+            print(tables.as_markdown(found))
+        else:
+            tables.show(found, sys.stdout)
 
 
 if __name__ == "__main__":

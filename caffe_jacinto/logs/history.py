@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
-from caffe_jacinto.prototxt import tree
 
 MOST_BUCKETS = 4000
 MOST_LISTINGS = 400
@@ -120,8 +119,6 @@ class StageHistory:
     losses: set[str] = field(default_factory=set)
     """The outputs that are losses."""
     listings: list[Listing] = field(default_factory=list)
-    settings: tree.Message | None = None
-    """The solver's, as the last process printed them."""
     _waiting: tuple[events.Sparsity, float | None] | None = None
     """A listing whose iteration the next line names, and the sparsity by it."""
     _seen: dict[str, int] = field(default_factory=dict)
@@ -157,8 +154,6 @@ class StageHistory:
                     self._take_output(event, event.iteration)
             case events.Sparsity():
                 self._waiting = (event, sparsity)
-            case events.SolverStarted():
-                self.settings = event.settings
             case events.ProcessStarted():
                 self._process += 1
 

@@ -305,12 +305,12 @@ class Settings:
 def settings(runs: Sequence[Run]) -> list[Settings]:
     """Of one run, its stages side by side; of several, the runs, for each stage that they have."""
     if len(runs) == 1:
-        stages = [stage for stage in runs[0].stages if _settings_of(stage) is not None]
+        stages = [stage for stage in runs[0].stages if settings_of(stage) is not None]
         columns = [(printable(stage.name), stage) for stage in stages]
-        return [_side_by_side("", columns)] if columns else []
-    names = dict.fromkeys(s.name for run in runs for s in run.stages if _settings_of(s) is not None)
+        return [side_by_side("", columns)] if columns else []
+    names = dict.fromkeys(s.name for run in runs for s in run.stages if settings_of(s) is not None)
     return [
-        _side_by_side(
+        side_by_side(
             printable(name), [(printable(run.name), stage) for run, stage in _stages_called(runs, name)]
         )
         for name in names
@@ -320,17 +320,19 @@ def settings(runs: Sequence[Run]) -> list[Settings]:
 def _stages_called(runs: Sequence[Run], name: str) -> Iterator[tuple[Run, Stage]]:
     for run in runs:
         for stage in run.stages:
-            if stage.name == name and _settings_of(stage) is not None:
+            if stage.name == name and settings_of(stage) is not None:
                 yield run, stage
 
 
-def _settings_of(stage: Stage) -> Message | None:
-    found = stage.history.settings if stage.history is not None else None
+def settings_of(stage: Stage) -> Message | None:
+    """The settings of the stage's solver, if the log holds any."""
+    found = stage.figures.settings
     return found if found is not None and found.fields else None
 
 
-def _side_by_side(title: str, columns: list[tuple[str, Stage]]) -> Settings:
-    solvers = [_settings_of(stage) or Message() for _, stage in columns]
+def side_by_side(title: str, columns: list[tuple[str, Stage]]) -> Settings:
+    """The settings of stages, with the names of their columns."""
+    solvers = [settings_of(stage) or Message() for _, stage in columns]
     names = dict.fromkeys(name for solver in solvers for name, _ in solver.fields)
     rows = [("Caffe", [printable(stage.figures.caffe_version or tables.UNKNOWN) for _, stage in columns])]
     for name in names:

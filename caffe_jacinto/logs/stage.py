@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
@@ -19,6 +19,7 @@ from caffe_jacinto.logs.notes import Facts, stage_notes
 from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity, named_accuracies
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, Timing, by_name
+from caffe_jacinto.prototxt import tree
 
 CHUNK = 1 << 20
 """Bytes of a log that are read at once."""
@@ -87,6 +88,8 @@ class StageFigures:
     """Whether it has trained: a solver with no iterations only tests."""
     fatal: str | None
     """The error that ended the last process, if any."""
+    settings: tree.Message | None = field(compare=False)
+    """The solver's, as the last process printed them."""
     solver_paths: tuple[str, ...]
     """Paths in the solver's settings that may contain the stage's name."""
     notes: tuple[str, ...]
@@ -496,6 +499,7 @@ class StageLog:
             began=self._began,
             trained=self._has_trained,
             fatal=self.fatal,
+            settings=self._solver.settings if self._solver else None,
             solver_paths=self._solver_paths(),
             notes=stage_notes(self._facts(named)),
         )
