@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect
     from caffe_jacinto.caffemodel.show import summary_with_zeros
     from caffe_jacinto.netspec import summary as summaries
 
-    summary = summary_with_zeros(text, where, dialect, arguments.weights)
+    summary = summary_with_zeros(text, where, dialect, arguments.weights, partial(_shapes_of_lists, where))
     if arguments.draw is not None:
         from caffe_jacinto.netspec.drawing import draw
 
@@ -198,6 +199,18 @@ def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect
         print(summaries.as_csv(summary), end="")
     else:
         summaries.show(summary, sys.stdout)
+
+
+def _shapes_of_lists(where: str, net: Any) -> dict[str, tuple[int, ...]]:
+    """What layers of ``net`` give that read lists of images or HDF5 files, where these can be read."""
+    from caffe_jacinto.netspec.graph import TEST
+
+    kinds = {layer.type for layer in net.layer}
+    if not kinds & {"HDF5Data", "ImageData"}:
+        return {}
+    from caffe_jacinto.data.sources import listed_shapes
+
+    return listed_shapes(net, TEST, where)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from small_stage import SmallStage, write_digits
 
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
+from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, write_net
 from caffe_jacinto.caffemodel.storage import read_weights, stored_state
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import read_text
@@ -222,9 +223,30 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     path = tmp_path_factory.getbasetemp() / "any.caffemodel"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"no layer with weights|cut off or no|file is empty|: text, such|: a solver state"
+        UserError,
+        match=r"no layer with weights|cut off or no|file is empty|: text, such|: a solver state|an HDF5 file",
     ):
         read_weights(path)
+
+
+def test_a_forks_parameters_under_a_number_of_caffes_are_left_out(tmp_path: Path) -> None:
+    """Here a text under the number of input_param, in which Caffe has a shape first."""
+    stored = messages(Dialect.BVLC).NetParameter(name="n")
+    layer = stored.layer.add(name="fc", type="InnerProduct", top=["fc"])
+    layer.inner_product_param.num_output = 2
+    blob = layer.blobs.add(data=[1, 2])
+    blob.shape.dim.extend([2, 1])
+    foreign = bytes([143 << 3 & 0x7F | 2 | 0x80, 143 >> 4, 7, 10, 5]) + b"/path"
+    content = bytes(layer.SerializeToString()) + foreign
+    with pytest.raises(DecodeError):
+        type(layer)().ParseFromString(content)
+    file = tmp_path / "f.caffemodel"
+    file.write_bytes(bytes([0xA2, 6, len(content)]) + content)
+    with open_net(file, Dialect.BVLC) as (_, (found,)):
+        assert (found.name, found.type, list(found.header.top)) == ("fc", "InnerProduct", ["fc"])
+        assert found.header.inner_product_param.num_output == 2
+        assert not found.header.HasField("input_param")
+        np.testing.assert_array_equal(found.values(0), [[1], [2]])
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from image_records import MEAN, encoded, noise, turned_by_exif
 from test_torch_data import inputs
 
+from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.mean import Mean, write_mean
@@ -280,6 +281,17 @@ def test_the_shapes_are_known_before_a_run(pictures: Path, row_files: Path) -> N
     (pictures / "list.txt").write_text("images/b.png 1\n")
     shapes = expected_shapes(parse_net(images_net(""), Dialect.BVLC, "net"), TRAIN, "net", {})
     assert shapes == {"data": (3, 3, HEIGHT, WIDTH), "label": (3,)}
+
+
+def test_the_summary_reads_lists_that_are_there(row_files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fully = 'name: "fc" type: "InnerProduct" bottom: "data" top: "fc" inner_product_param { num_output: 4 }'
+    Path("net.prototxt").write_text(f"{rows_net(2)} layer {{ {fully} }}")
+    assert build_net(["--summary", "net.prototxt"]) == 0
+    shown = capsys.readouterr().out
+    assert "3x2x2" in shown and "48" in shown
+    (row_files / "1.h5").unlink()
+    with pytest.raises(UserError, match=r"layer data \(HDF5Data\) does not say the images' size"):
+        build_net(["--summary", "net.prototxt"])
 
 
 NET = """

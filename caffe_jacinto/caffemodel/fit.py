@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_l
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import TRAIN
 from caffe_jacinto.netspec.layer_types import Shape
-from caffe_jacinto.netspec.shapes import FullShape, blob_shapes
+from caffe_jacinto.netspec.shapes import DataShapes, blob_shapes
 
 _FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
 
@@ -33,7 +32,7 @@ class Mismatch:
         return f"{self.layer}: {self.reason}"
 
 
-def check_fit(weights: Path, net: Any, data_shapes: Sequence[FullShape] = ()) -> list[Mismatch]:
+def check_fit(weights: Path, net: Any, data_shapes: DataShapes = ()) -> list[Mismatch]:
     """The layers of ``net`` (a NetParameter message, in the TRAIN phase) that ``weights`` does not fill.
 
     Caffe matches layers by name, and ignores those that the network does not have. Where the file fills no

@@ -123,11 +123,9 @@ def _header(view: memoryview, start: int, end: int, dialect: Dialect, *, v1: boo
     if len(content) > _MOST_HEADER_BYTES:
         raise NotWholeError
     schema = messages(dialect).NetParameter()
+    if not v1:
+        return _without_foreign_fields(schema.layer.add(), parts)
     try:
-        if not v1:
-            header = schema.layer.add()
-            header.ParseFromString(content)
-            return header
         old = schema.layers.add()
         old.ParseFromString(content)
     except DecodeError:
@@ -138,6 +136,23 @@ def _header(view: memoryview, start: int, end: int, dialect: Dialect, *, v1: boo
     for parameters in ("convolution_param", "inner_product_param"):
         if old.HasField(parameters):
             getattr(header, parameters).CopyFrom(getattr(old, parameters))
+    return header
+
+
+def _without_foreign_fields(header: Any, parts: Sequence[bytes]) -> Any:
+    """``header``, filled from the bytes of each of its fields.
+
+    Forks give their parameters numbers that mean something else here: what does not parse is one of them.
+    """
+    from google.protobuf.message import DecodeError
+
+    for part in parts:
+        field = type(header)()
+        try:
+            field.ParseFromString(part)
+        except DecodeError:
+            continue
+        header.MergeFrom(field)
     return header
 
 

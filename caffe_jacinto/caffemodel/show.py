@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -17,6 +17,7 @@ from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import counted_layers, nodes_of
 from caffe_jacinto.netspec.layer_types import blob_name
+from caffe_jacinto.netspec.shapes import FullShape
 from caffe_jacinto.netspec.summary import Summary, summarize
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.loadable import not_loadable
@@ -101,9 +102,15 @@ def sparsity(facts: Iterable[BlobFacts], *, inner_products: bool = False) -> Spa
 
 
 def summary_with_zeros(
-    text: str, where: str, dialect: Dialect | None = None, weights: Path | None = None
+    text: str,
+    where: str,
+    dialect: Dialect | None = None,
+    weights: Path | None = None,
+    data_shapes: Callable[[Any], Mapping[str, FullShape]] = lambda net: {},
 ) -> Summary:
     """The summary of the network ``text``, which messages call ``where``, with the zeros of a weight file.
+
+    ``data_shapes`` finds those that data layers do not state, by their names.
 
     Raises:
         UserError: the text is not a network, or the weights do not fit it.
@@ -116,7 +123,10 @@ def summary_with_zeros(
         zeros = {}
         for fact in blob_facts(weights, find_dialect(weights)):
             zeros.setdefault(fact.layer, fact.zeros)  # of its first blob, the weights
-    return replace(summarize(tree, where, zeros), not_loadable=tuple(not_loadable(tree, dialect_of(net))))
+    return replace(
+        summarize(tree, where, zeros, data_shapes(net)),
+        not_loadable=tuple(not_loadable(tree, dialect_of(net))),
+    )
 
 
 def _facts(layer: NetLayer, index: int, *, counts: bool, weights: bool, no_statistics: bool) -> BlobFacts:

@@ -38,6 +38,11 @@ _OF_RECORDS = frozenset({"force_color", "force_gray"})
 """Fields of transform_param that Caffe applies to encoded records only."""
 
 
+_EXIF = b"Exif\0\0"
+_EXIF_BEGINS = 4096
+"""Bytes of a JPEG file in which its EXIF segment begins, if there is one."""
+
+
 @dataclass(frozen=True)
 class DataLayer:
     """The settings in the message of a layer that reads a data set."""
@@ -338,9 +343,12 @@ class Images(BatchSource):
         return [datum.data for datum in datums] if all(map(self._is_colour_jpeg, datums)) else None
 
     def _is_colour_jpeg(self, datum: Any) -> bool:
-        """Whether it is a colour JPEG file of the first image's size."""
+        """Whether it is a colour JPEG file of the first image's size, which needs no turning."""
         shape = self.stored_shape
-        return shape[0] == 3 and bool(datum.encoded) and jpeg_shape(datum.data) == shape
+        if shape[0] != 3 or not datum.encoded or jpeg_shape(datum.data) != shape:
+            return False
+        # Decoding to colour, OpenCV turns an image by its EXIF orientation; nvJPEG never does.
+        return not (self.layer.transform.colour and _EXIF in datum.data[:_EXIF_BEGINS])
 
     def decode_first(self, count: int) -> None:
         """Read and decode the first images, to see how long that takes."""

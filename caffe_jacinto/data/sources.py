@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import BatchSource, Images, data_layer
 from caffe_jacinto.data.hdf5_rows import Rows, hdf5_layer
+from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
 
-READ = ("Data", "HDF5Data", "ImageData")
+LISTED = ("HDF5Data", "ImageData")
+READ = ("Data", *LISTED)
 
 
 def source_of(layer: Any, where: str, *, training: bool, seed: int = 0, shuffle: bool = False) -> BatchSource:
@@ -25,6 +29,19 @@ def source_of(layer: Any, where: str, *, training: bool, seed: int = 0, shuffle:
         return Rows(rows, rows.batch_size, seed, shuffle=shuffle)
     images = data_layer(layer, where, training=training)
     return Images(images, images.batch_size, seed, shuffle=shuffle)
+
+
+def listed_shapes(net: Any, phase: str | None, where: str) -> dict[str, tuple[int, ...]]:
+    """The shape of the first top of each layer of ``net`` that reads a list, by the layer's name.
+
+    Lists that cannot be read are left out: what reads them says why.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in messages_in(net, phase):
+        if layer.type in LISTED:
+            with suppress(UserError):
+                found[layer.name] = source_of(layer, where, training=False).top_shapes[0]
+    return found
 
 
 def parameters_of(layer: Any) -> Any:

@@ -221,18 +221,18 @@ def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShap
 
 def data_shapes(
     net: Any, image_shapes: Mapping[str, ImageShape], phase: str | None = None
-) -> list[tuple[int, ...]]:
-    """The shapes (batch of 1) that the Data layers of ``net`` give, up to the first one not known.
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that layers of ``net`` which read data give, by their names, where they are known.
 
-    They are those of ``phase``, or of the network's own state.
+    They are those of ``phase``, or of the network's own state; of Data layers for a batch of 1.
     """
-    found: list[tuple[int, ...]] = []
-    for layer in messages_in(net, phase):
-        if layer.type == "Data":
-            shape = image_shape(layer, image_shapes)
-            if shape is None:
-                break
-            found.append((1, *shape))
+    layers = messages_in(net, phase)
+    known = {layer.name: image_shape(layer, image_shapes) for layer in layers if layer.type == "Data"}
+    found: dict[str, tuple[int, ...]] = {name: (1, *shape) for name, shape in known.items() if shape}
+    if any(layer.type in ("HDF5Data", "ImageData") for layer in layers):
+        from caffe_jacinto.data.sources import listed_shapes
+
+        found |= listed_shapes(net, phase, net.name)
     return found
 
 

@@ -29,7 +29,15 @@ FIELDS: dict[str, str] = {
         (
             *("annotated_data_param", "multibox_loss_param", "prior_box_param", "detection_output_param"),
             *("detection_evaluate_param", "video_data_param", "resize_param", "noise_param", "distort_param"),
-            *("expand_param", "emit_constraint", "eval_type", "ap_version", "show_per_class_result"),
+            *(
+                "expand_param",
+                "emit_constraint",
+                "crop_h",
+                "crop_w",
+                "eval_type",
+                "ap_version",
+                "show_per_class_result",
+            ),
         ),
         SSD,
     ),
@@ -60,6 +68,12 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(("resample_param", "l1_loss_param", "flow_warp_param", "mean_param"), _FLOWNET),
     **dict.fromkeys(("center_loss_param", "large_margin_inner_product_param"), "forks for face recognition"),
     "mish_param": "forks for YOLO",
+    "channel_shuffle_param": _SHUFFLENET,
+    "deformable_convolution_param": "forks with deformable convolutions",
+    "focal_loss_param": "forks with focal loss",
+    "lstm_param": "junhyukoh's caffe-lstm",
+    "margin_inner_product_param": "SphereFace",
+    "triplet_loss_param": "forks for face recognition",
     "st_param": "forks with a spatial transformer",
 }
 """The forks that know a field which stock Caffe lacks, by its name."""
@@ -105,6 +119,11 @@ TYPES: dict[str, ForkType] = {
     "CuDNNBatchNorm": ForkType("forks with NVIDIA's batch norm", "BatchNorm and Scale"),
     "Quantization": ForkType("caffe-jacinto", field="quantization_param"),
     "ImageLabelData": ForkType("caffe-jacinto", field="image_label_data_param"),
+    "ChannelShuffle": ForkType(_SHUFFLENET),
+    "DeformableConvolution": ForkType("forks with deformable convolutions"),
+    "FocalLoss": ForkType("forks with focal loss"),
+    "MarginInnerProduct": ForkType("SphereFace"),
+    "TripletLoss": ForkType("forks for face recognition"),
     "CenterLoss": ForkType("forks for face recognition"),
     "SpatialTransformer": ForkType("forks with a spatial transformer"),
 }
