@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
@@ -122,6 +127,11 @@ def test_what_stands_before_each_line_changes_nothing(prefix: str, tmp_path: Pat
 def test_encodings_of_windows(encoding: str, end: str, tmp_path: Path) -> None:
     (stage,) = report(tmp_path, whole_stage().text.replace("\n", end).encode(encoding))
     assert (stage["finished"], stage["top1"], stage["gigamacs"]) == (True, 0.75, GIGAMACS)
+
+
+def test_a_log_that_was_emptied_while_caffe_wrote_begins_with_zeros(tmp_path: Path) -> None:
+    (stage,) = report(tmp_path, bytes(4096) + whole_stage().text.encode())
+    assert (stage["finished"], stage["top1"]) == (True, 0.75)
 
 
 def test_colours_change_nothing(tmp_path: Path) -> None:
@@ -244,6 +254,33 @@ def test_two_processes_line_by_line_with_one_thread_number_are_refused(tmp_path:
 def test_containers_that_start_with_the_same_thread_number_are_not_mixed_up(tmp_path: Path) -> None:
     text = "".join(training(f"out/{n}", thread=7, hour=10 + n, top1=0.1 * n).text for n in range(4))
     assert [stage["top1"] for stage in report(tmp_path, text)] == [0.0, 0.1, 0.2, pytest.approx(0.3)]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_lines_of_any_processes_in_any_order_never_crash(data: st.DataObject) -> None:
+    """Nor do cuts, foreign prefixes that change, or bytes that are no text."""
+    logs = [training("out/a", thread=7), training("out/b", thread=9, hour=11), caffe_test(), whole_stage()]
+    lines = [line for log in logs for line in log.text.encode().splitlines(keepends=True)]
+    chosen = data.draw(st.lists(st.sampled_from(lines), max_size=60))
+    before = st.sampled_from(
+        [b"", b"", b"> ", b"[1] ", b"[2] ", b"caffe_1 | ", b"\x1b[0m", b"10:00:00 ", b"\x00"]
+    )
+    mixed = b"".join(data.draw(before) + line for line in chosen)
+    cut = data.draw(st.integers(0, len(mixed)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "a.log", mixed[:cut] + data.draw(st.binary(max_size=20)) + mixed[cut:])
+        for history in (False, True):
+            with contextlib.suppress(UserError):
+                for part in read_log(path, history=history):
+                    part.log.figures()
+
+
+def test_many_marks_before_one_line_take_no_time(tmp_path: Path) -> None:
+    text = "> " * 400_000 + whole_stage().text
+    began = time.perf_counter()
+    read_log(write(tmp_path / "a.log", text))
+    assert time.perf_counter() - began < 5
 
 
 # Which logs belong together

@@ -59,7 +59,7 @@ def refused(read: Callable[[], object]) -> str:
 
 def read_log(content: bytes) -> StageLog:
     """The log, read in each of the ways that the commands read it."""
-    for options in ({"curves": True}, {"live": True}, {}):
+    for options in ({"history": True}, {"live": True}, {}):
         log = StageLog(**options)
         with little_time():
             for start in range(0, len(content), 1 << 20):
@@ -160,7 +160,7 @@ def test_networks_of_five_thousand_layers() -> None:
     with little_time():
         assert gigamacs(tree.parse(text)) == 5_000 * 8 * 8 * 9 * 64 / 1e9
     with little_time():
-        assert len(parse_net(text, Dialect.BVLC, "x").layer) == 5_000
+        assert len(parse_net(text, Dialect.BVLC, "x").layer) == 5_001  # the input has become a layer
     nodes = [Node(f"l{at}", "Convolution", (f"b{at}",), (f"b{at + 1}",)) for at in range(50_000)]
     with little_time():
         assert len(counted_convolutions(nodes)) == 50_000

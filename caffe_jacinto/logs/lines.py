@@ -16,6 +16,7 @@ PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) (
 
 _LINE_LIMIT = 1_000_000
 """Longer lines are not log lines. They are dropped, so that memory does not grow with them."""
+_LONGEST_PREFIX = 300
 _MOST_LABELS = 256
 """Lines of further containers or ranks are dropped."""
 
@@ -92,8 +93,8 @@ class LineSplitter:
         self._started, self._head = True, b""
         for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
             # Without its mark, UTF-16 of ASCII has a zero in every second byte.
-            zeros = head[1::2] if encoding == "utf-16-le" else head[::2]
-            if head.startswith(mark) or not any(zeros[:2]):
+            text, zeros = (head[:4:2], head[1:4:2]) if encoding == "utf-16-le" else (head[1:4:2], head[:4:2])
+            if head.startswith(mark) or (all(text) and not any(zeros)):
                 self._decoder = codecs.getincrementaldecoder(encoding)("replace")
                 return head.removeprefix(mark)
         return head.removeprefix(codecs.BOM_UTF8)
@@ -157,6 +158,8 @@ def _foreign(text: bytes) -> tuple[re.Pattern[bytes] | None, str]:
 
     None if ``text``, which stands before one, is of no known kind.
     """
+    if len(text) > _LONGEST_PREFIX:
+        return None, ""
     parts: list[bytes] = []
     label, at = "", 0
     while at < len(text):
