@@ -29,6 +29,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
     from caffe_jacinto.inference.network import NetworkFiles
+    from caffe_jacinto.quantization.record import Recorded
     from caffe_jacinto.recipes.model import SparseSettings
 
 MOST_SHOWN = 100
@@ -118,7 +119,7 @@ def _parser() -> Parser:
     )
 
     export = add("export", "write a trained network as an ONNX file", _export)
-    _add_network(export)
+    _add_network(export, optional=True)
     export.add_argument(
         "--onnx",
         type=Path,
@@ -129,6 +130,12 @@ def _parser() -> Parser:
     labels = "class names, one a line (default: labels.txt of RUN, beside DEPLOY or in the val LMDB)"
     export.add_argument("--val", type=Path, metavar="FILE", help=val)
     export.add_argument("--labels", type=Path, metavar="FILE", help=labels)
+    folder = "instead of FILE: the folder that quantize has written, for a model of 8-bit numbers (QDQ form)"
+    export.add_argument("--quantized", type=Path, metavar="DIR", help=folder)
+    opset = "version of ONNX's operators (default: 13, the oldest that suffices)"
+    export.add_argument("--opset", type=whole_number(1), metavar="N", help=opset)
+    batch = "images that the model takes at a time (default: any number)"
+    export.add_argument("--batch", type=whole_number(1), metavar="N", help=batch)
     return parser
 
 
@@ -146,8 +153,11 @@ def _weights(text: str) -> Path:
     return network_files(path, None, None).weights
 
 
-def _add_network(parser: Any) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE|RUN", help="the weights, or a run folder")
+def _add_network(parser: Any, *, optional: bool = False) -> None:
+    count = "?" if optional else None
+    parser.add_argument(
+        "file", type=Path, nargs=count, metavar="FILE|RUN", help="the weights, or a run folder"
+    )
     help_text = "with FILE: the network, its deploy.prototxt"
     parser.add_argument("deploy", type=Path, nargs="?", metavar="DEPLOY", help=help_text)
     parser.add_argument("--dialect", choices=DIALECTS, help="of DEPLOY (default: recognized from its text)")
@@ -290,18 +300,43 @@ def _merge_bn(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.onnx import export_onnx
 
-    files = _take_network(options)
+    quantized = _take_quantized(options) if options.quantized else None
+    if options.file is None:
+        raise UserError("no network: give its weights and deploy.prototxt, a run folder, or --quantized DIR")
+    files = None if quantized else _take_network(options)
     output = options.onnx or options.file.with_suffix(".onnx")
     for source in (options.file, options.deploy):
         _check_output(output, source, "--onnx")
     text = _deploy_text(options)
-    metadata = _metadata(options, files)
-    content = export_onnx(text, str(options.deploy), _named_dialect(options), options.file, metadata)
+    given = options.val or options.labels
+    metadata = dict(quantized.preprocessing) if quantized and not given else _metadata(options, files)
+    content = export_onnx(
+        text,
+        str(options.deploy),
+        _named_dialect(options),
+        options.file,
+        metadata,
+        opset=options.opset,
+        batch=options.batch,
+        quantized=quantized,
+    )
     write_whole(output, content)
     print(f"{output}: {options.deploy} with the weights of {options.file}, {len(content):,} bytes")
     for key, value in metadata.items():
         print(f"  {key}: {value if len(value) <= MOST_SHOWN else value[:MOST_SHOWN] + ' ...'}")
     return 0
+
+
+def _take_quantized(options: argparse.Namespace) -> Recorded:
+    """What a folder of quantize has; its files take the places of FILE and DEPLOY."""
+    from caffe_jacinto.export.quantized import STOCK_DEPLOY
+    from caffe_jacinto.quantization.record import read_recorded
+
+    if options.file is not None:
+        raise UserError(f"--quantized {options.quantized} has its own network; leave {options.file} out")
+    recorded = read_recorded(options.quantized, STOCK_DEPLOY)
+    options.file, options.deploy = recorded.weights, recorded.network
+    return recorded
 
 
 def _metadata(options: argparse.Namespace, run: NetworkFiles | None) -> dict[str, str]:

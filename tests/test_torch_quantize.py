@@ -6,17 +6,20 @@ import contextlib
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
-from deploy_nets import SMALL_CROPS, built, by_caffe, images, write_random
+from deploy_nets import SMALL_CROPS, built, by_caffe, by_onnx, images, write_random
 from fork_quantization import passes as fork_passes
 from image_records import write_lmdb
 from integer_network import by_integers
+from onnx import numpy_helper
 from small_stage import write_digits as write_mnist
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
@@ -34,6 +37,7 @@ from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
 from caffe_jacinto.quantize import main
+from caffe_jacinto.weights import main as weights_main
 
 MOST_DIFFERENT = 1e-4
 """Of the numbers, those on a rounding boundary, which may differ by one step."""
@@ -62,10 +66,10 @@ def samples(pixels: Any, batch: int = 4) -> Images:
     return batched("images", len(listed), batch, lambda: iter(listed))
 
 
-def quantized(net: StockNet, scheme: Scheme, pixels: Any) -> tuple[Quantizer, Result]:
+def quantized(net: StockNet, scheme: Scheme, pixels: Any, batch: int = 4) -> tuple[Quantizer, Result]:
     network = described(net, scheme, "deploy.prototxt", {}, ())
     quantizer = Quantizer(net, network, (), "deploy.prototxt", sampled=False)
-    return quantizer, quantizer.quantize(samples(pixels))
+    return quantizer, quantizer.quantize(samples(pixels, batch))
 
 
 @pytest.mark.caffe
@@ -289,6 +293,84 @@ def test_stock_caffe_and_the_forks_schema_read_what_it_writes(
     numbers = stored["fc"][0] / scales
     np.testing.assert_allclose(numbers, np.rint(numbers), atol=1e-4)
     assert (stored["conv1"][0] == 0).mean() > 0.4
+
+
+def val_pixels(trained: Trained) -> Any:
+    with LmdbReader(trained.folder / "val_lmdb") as reader:
+        return np.stack([datum_pixels(parse_datum(record)) for _, record in reader.records()]).astype(
+            np.float32
+        )
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("scheme", ["processor", "power2"])
+def test_onnxruntime_gives_what_fake_quantization_does(scheme: str, trained: Trained, tmp_path: Path) -> None:
+    """Within one step at the last layer, and 8-bit numbers for weights."""
+    assert main([*trained.arguments, "--scheme", scheme, "--output", str(tmp_path / "q")]) == 0
+    out = tmp_path / "q.onnx"
+    assert weights_main(["export", "--onnx", str(out), "--quantized", str(tmp_path / "q")]) == 0
+    model = onnx.load(out)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + 4, "weights and biases of two layers"
+    assert kinds["QuantizeLinear"] == 5, "the image, the shift, two layers and a pooling between them"
+    stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    assert stored["conv1:weights:numbers"].dtype == np.int8 and stored["conv1:bias:numbers"].dtype == np.int32
+    assert (stored["conv1:weights:numbers"] == 0).mean() > 0.4
+    assert json.loads({p.key: p.value for p in model.metadata_props}["mean"]) == [0.0]
+
+    stock = merge_bn(SMALL_NET, "deploy.prototxt", None, trained.folder / "w.caffemodel").net
+    with LmdbReader(trained.folder / "train_lmdb") as reader:
+        calibration = [
+            datum_pixels(parse_datum(record)).astype(np.float32) for _, record in reader.spread(200)
+        ]
+    quantizer, result = quantized(stock, SCHEMES[scheme], np.stack(calibration), batch=25)
+    pixels = val_pixels(trained)
+    made = {unit.name: carried for unit, carried in quantizer.net.passing(pixels, result.quantization)}
+    grid, want = made["fc"].grid, made["fc"].values.numpy()
+    found = np.log(by_onnx(out.read_bytes(), pixels)["prob"])
+    # The softmax leaves only differences.
+    apart = np.abs((found - found[:, :1]) - (want - want[:, :1]))
+    assert grid is not None and apart.max() <= 2 * grid.step * 1.001, "one step in each of the two"
+    assert (found.argmax(axis=1) == want.argmax(axis=1)).mean() >= 0.999
+
+
+@pytest.mark.caffe
+def test_onnx_of_any_bits_and_opset(trained: Trained, tmp_path: Path) -> None:
+    arguments = [*trained.arguments, "--bits", "5", "--bits-of", "fc=16", "--output", str(tmp_path / "q")]
+    assert main(arguments) == 0
+    export = ["export", "--onnx", str(tmp_path / "q.onnx"), "--quantized", str(tmp_path / "q")]
+    with pytest.raises(UserError, match="layer fc has 16 bits, and opset 13 has 8; give --opset 21"):
+        weights_main(export)
+    with pytest.raises(UserError, match="opset 12: give 13 to 21"):
+        weights_main([*export, "--opset", "12"])
+    assert not (tmp_path / "q.onnx").exists()
+    assert weights_main([*export, "--opset", "21", "--batch", "2"]) == 0
+    pixels = val_pixels(trained)[:2]
+    (found,) = by_onnx((tmp_path / "q.onnx").read_bytes(), pixels).values()
+    net = stock_net(
+        (tmp_path / "q/deploy_stock.prototxt").read_text(), "", None, tmp_path / "q/w_quantized.caffemodel"
+    )
+    assert found.shape == (2, 10) and len(net.layers) == 7
+    model = onnx.load(tmp_path / "q.onnx")
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    with pytest.raises(UserError, match="the scheme caffe_jacinto has no number for zero"):
+        main([*trained.arguments, "--scheme", "caffe_jacinto", "--output", str(tmp_path / "f")])
+        weights_main([*export[:3], "--quantized", str(tmp_path / "f")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "give the folder that quantize has written"),
+        ("{", "not JSON"),
+        ('{"format": 2}', "format 2 is not 1"),
+    ],
+)
+def test_a_folder_that_quantize_has_not_written(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "quantization.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        weights_main(["export", "--quantized", str(tmp_path)])
 
 
 @pytest.mark.caffe

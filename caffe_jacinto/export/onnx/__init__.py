@@ -22,9 +22,11 @@ from caffe_jacinto.export.onnx import (
     pooling,
     shapes,
 )
-from caffe_jacinto.export.onnx.graph import IR_VERSION, OPSET, Graph, Operator
+from caffe_jacinto.export.onnx.graph import NEWEST_OPSET, OPSET, Graph, Operator
+from caffe_jacinto.export.onnx.rounding import Rounding
 from caffe_jacinto.export.stock_net import stock_net
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.quantization.record import Recorded
 
 REQUIREMENT = "onnx>=1.15"
 """The package to install; the extra `onnx` in pyproject.toml."""
@@ -48,11 +50,20 @@ def export_onnx(
     dialect: Dialect | None,
     weights: Path,
     metadata: Mapping[str, str] | None = None,
+    *,
+    opset: int | None = None,
+    batch: int | None = None,
+    quantized: Recorded | None = None,
 ) -> bytes:
     """The bytes of a ``.onnx`` file: the deploy network ``deploy_text`` with the weights of a file.
 
     Inputs and outputs have the names of Caffe's blobs. ``where`` names the text in messages. Where
     ``dialect`` is None, the text may be in either. ``metadata`` becomes the model's ``metadata_props``.
+
+    Args:
+        opset: the version of ONNX's operators, from `OPSET`, which is the default, to `NEWEST_OPSET`.
+        batch: the number of images that the model takes at a time; None: any.
+        quantized: write numbers for weights, and round activations (QDQ form).
 
     Raises:
         UserError: as `stock_net`; a layer or field cannot be exported (it is named); onnx is missing.
@@ -64,7 +75,11 @@ def export_onnx(
             f"writing ONNX needs the Python package onnx: {sys.executable} -m pip install '{REQUIREMENT}'"
         ) from None
     net = stock_net(deploy_text, where, dialect, weights)
-    model = Graph(net, where, OPERATORS).model()
+    opset = OPSET if opset is None else opset
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise UserError(f"opset {opset}: give {OPSET} to {NEWEST_OPSET}")
+    rounding = Rounding(quantized, opset, where) if quantized is not None else None
+    model = Graph(net, where, OPERATORS, opset=opset, batch=batch, rounding=rounding).model()
     onnx.helper.set_model_props(model, dict(metadata or {}))
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -76,4 +91,4 @@ def export_onnx(
     return bytes(model.SerializeToString())
 
 
-__all__ = ["IR_VERSION", "OPERATORS", "OPSET", "REQUIREMENT", "export_onnx"]
+__all__ = ["NEWEST_OPSET", "OPERATORS", "OPSET", "REQUIREMENT", "export_onnx"]

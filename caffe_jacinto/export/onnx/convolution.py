@@ -15,10 +15,7 @@ def _convolution(
     if parameters.axis != 1 or len(input_shape(shaped)) != 4:
         graph.refuse(layer, "convolution_param.axis", "only images, of four axes")
     kernel, strides, pads, dilations = geometry(shaped.layer)
-    names = ("weights", "bias")
-    blobs = [
-        graph.constant(f"{layer.name}:{name}", blob) for name, blob in zip(names, layer.blobs, strict=False)
-    ]
+    blobs = graph.weights_and_bias(layer)
     graph.node(
         "Conv",
         [*bottoms, *blobs],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.export.onnx.rounding import Rounding
 from caffe_jacinto.export.stock_net import StockLayer, StockNet
 from caffe_jacinto.netspec.graph import nodes_of, scale_after
 from caffe_jacinto.netspec.shapes import FullShape as Shape
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 OPSET = 13
 """The oldest version of ONNX's operators that suffices: importers for embedded processors lag behind."""
 
-IR_VERSION = 7
-"""The file format that came with opset 13."""
+NEWEST_OPSET = 21
+"""The newest one that models are tested with."""
 
 _SEVERAL_INPUTS = ("Axpy", "Concat", "Crop", "Eltwise", "Silence", "Upsample")
 _SEVERAL_OUTPUTS = ("Pooling", "Silence", "Slice", "Split")
@@ -43,9 +44,25 @@ the values that it reads and the name of the value that it gives."""
 class Graph:
     """Builds the ONNX graph, layer by layer in the network's order."""
 
-    def __init__(self, net: StockNet, where: str, operators: Mapping[str, Operator]) -> None:
-        """``operators``: what adds the nodes of a layer, by its type."""
+    def __init__(
+        self,
+        net: StockNet,
+        where: str,
+        operators: Mapping[str, Operator],
+        *,
+        opset: int = OPSET,
+        batch: int | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """
+        Args:
+            operators: what adds the nodes of a layer, by its type.
+            opset: the version of ONNX's operators.
+            batch: the number of images that the model takes at a time; None: any.
+            rounding: what is quantized.
+        """
         self.operators = operators
+        self.opset, self.batch, self.rounding = opset, batch, rounding
         self.where = where
         self.net = net
         self.nodes: list[Any] = []
@@ -76,7 +93,7 @@ class Graph:
             self._add_layer(layer, shaped, scale)
 
         def info(name: str, shape: Shape) -> Any:
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [_BATCH, *shape[1:]])
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [self.batch or _BATCH, *shape[1:]])
 
         graph = helper.make_graph(
             self.nodes,
@@ -89,8 +106,8 @@ class Graph:
             graph,
             producer_name="caffe_jacinto",
             producer_version=__version__,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=helper.OP_SET_ID_VERSION_MAP["ai.onnx", self.opset],
         )
 
     def _name_free_batch(self) -> None:
@@ -114,6 +131,10 @@ class Graph:
             self.inputs[name] = shape
             self.current[name] = name
             self.taken.add(name)
+            grid = self.rounding.grid_of(name, []) if self.rounding else None
+            if self.rounding and grid is not None:
+                self.current[name] = self.inner(name, "rounded")
+                self.rounding.round(self, name, self.current[name], grid)
 
     def _scale_after(self, at: int) -> StockLayer | None:
         """The Scale that goes with a BatchNorm, where one ONNX node can do both."""
@@ -151,8 +172,15 @@ class Graph:
             self.unread.pop(bottom, None)
         writer = scale or layer
         outputs = [self._value_name(top, writer) for top in writer.message.top]
-        given = outputs if several_outputs else outputs[0]
+        grid = self.rounding.grid_of(writer.name, bottoms) if self.rounding else None
+        rounded = grid is not None and not several_outputs
+        given = outputs if several_outputs else self.inner(outputs[0], "exact") if rounded else outputs[0]
         self.operators[layer.type](self, layer, shaped, bottoms, given, *([scale] if scale else []))
+        if self.rounding and grid is not None:
+            if rounded:
+                self.rounding.round(self, str(given), outputs[0], grid)
+            for output in outputs if several_outputs else ():
+                self.rounding.stays(output, bottoms[0])
         for top, output, shape in zip(writer.message.top, outputs, shaped.tops, strict=True):
             self.current[top] = output
             self.unread[output] = shape or ()
@@ -189,6 +217,13 @@ class Graph:
         self.taken.add(name)
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
+
+    def weights_and_bias(self, layer: StockLayer) -> list[str]:
+        """The values that hold a convolution's or inner product's blobs."""
+        names = zip(("weights", "bias"), layer.blobs, strict=False)
+        if self.rounding is not None:
+            return [self.rounding.blob(self, layer.name, name, blob) for name, blob in names]
+        return [self.constant(f"{layer.name}:{name}", blob) for name, blob in names]
 
     def number(self, layer: StockLayer, name: str, value: float) -> str:
         """An initializer of one number."""

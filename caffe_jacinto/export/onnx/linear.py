@@ -17,10 +17,7 @@ def _inner_product(
     if len(input_shape(shaped)) != 2:
         flat = graph.inner(output, "flat")
         graph.node("Flatten", bottoms, flat, axis=1)
-    names = ("weights", "bias")
-    blobs = [
-        graph.constant(f"{layer.name}:{name}", blob) for name, blob in zip(names, layer.blobs, strict=False)
-    ]
+    blobs = graph.weights_and_bias(layer)
     graph.node("Gemm", [flat, *blobs], output, transB=0 if parameters.transpose else 1)
 
 
