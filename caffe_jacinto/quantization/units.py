@@ -131,6 +131,10 @@ def _output(node: Node, layer: Any, where: str) -> Output:
     """Whether a processor rounds the output of a unit that begins with this layer."""
     if node.type in _LAST:
         return "float"
+    if node.type == "Pooling" and len(node.tops) > 1:
+        raise UserError(
+            f"{where}: layer {node.name} (Pooling) cannot be quantized: its second top has places, not values"
+        )
     keeps = node.type in _KEEPING or (
         node.type == "Pooling" and layer.pooling_param.pool == layer.pooling_param.MAX
     )

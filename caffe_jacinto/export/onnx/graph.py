@@ -173,14 +173,17 @@ class Graph:
         writer = scale or layer
         outputs = [self._value_name(top, writer) for top in writer.message.top]
         grid = self.rounding.grid_of(writer.name, bottoms) if self.rounding else None
-        rounded = grid is not None and not several_outputs
-        given = outputs if several_outputs else self.inner(outputs[0], "exact") if rounded else outputs[0]
+        # What is cut into several values keeps the grid of its input.
+        rounded = grid is not None and len(outputs) == 1
+        exact = [self.inner(outputs[0], "exact")] if rounded else outputs
+        given = exact if several_outputs else exact[0]
         self.operators[layer.type](self, layer, shaped, bottoms, given, *([scale] if scale else []))
         if self.rounding and grid is not None:
             if rounded:
-                self.rounding.round(self, str(given), outputs[0], grid)
-            for output in outputs if several_outputs else ():
-                self.rounding.stays(output, bottoms[0])
+                self.rounding.round(self, exact[0], outputs[0], grid)
+            else:
+                for output in outputs:
+                    self.rounding.stays(output, bottoms[0])
         for top, output, shape in zip(writer.message.top, outputs, shaped.tops, strict=True):
             self.current[top] = output
             self.unread[output] = shape or ()
