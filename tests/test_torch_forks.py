@@ -25,7 +25,7 @@ from small_stage import SmallStage, sparse_settings, write_digits
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.classify import main as classify
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
 from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
 from caffe_jacinto.export.merge_bn import merge_bn
@@ -121,6 +121,11 @@ def compare(net: Any, ran: Ran, least: float = 1e-2) -> None:
 def stock(kind: str, more: str, bottoms: str = "data0", top: str = "top", name: str = "same") -> str:
     reads = " ".join(f'bottom: "{bottom}"' for bottom in bottoms.split())
     return f'layer {{ name: "{name}" type: "{kind}" {reads} top: "{top}" {more} }}\n'
+
+
+def layer(name: str, kind: str, bottom: str, more: str = "") -> str:
+    reads = " ".join(f'bottom: "{blob}"' for blob in bottom.split())
+    return f'layer {{ name: "{name}" type: "{kind}" {reads} top: "{name}" {more} }}\n'
 
 
 @thorough
@@ -436,8 +441,28 @@ def test_the_mask_of_max_pooling_is_caffes(
         np.testing.assert_array_equal(outputs[name].numpy(), theirs.blobs[name].data)
 
 
+def test_the_mask_is_exact_in_bfloat16_and_has_to_fit() -> None:
+    text = inputs_text({"data": (1, 1, 40, 30)}) + (
+        layer("pool", "Pooling", "data", 'top: "mask" pooling_param { kernel_size: 2 stride: 2 }')
+        + layer("up", "Upsample", "pool mask", "upsample_param { UPSAMPLED }")
+    )
+
+    def net(fields: str) -> Net:
+        definition = parse_net(text.replace("UPSAMPLED", fields), Dialect.BVLC, "net")
+        return Net(definition, TEST, Dialect.BVLC, where="net", seed=1)
+
+    data = torch.randn(1, 1, 40, 30, generator=torch.Generator().manual_seed(1))
+    pooling, unpooling = net("scale: 2").steps
+    values, mask = pooling(data.bfloat16())
+    (found,) = unpooling(values, mask)
+    assert torch.equal(found.flatten()[mask.long().flatten()], values.flatten())
+    assert torch.equal(found[found != 0], data.bfloat16()[found != 0])
+    with pytest.raises(RunFailed, match="its mask has places outside of 40x20 pixels: set upsample_h"):
+        net("scale_h: 2 scale_w: 2 upsample_h: 40 upsample_w: 20")({"data": data})
+
+
 @pytest.mark.parametrize(
-    ("layer", "bottoms", "says"),
+    ("settings", "bottoms", "says"),
     [
         ('type: "BN"', [(1, 2, 3, 3)], "its bn_param is empty, and two forks have this type: set bn_mode"),
         (BN_AVERAGES.replace("0.8", "1"), [(1, 2, 3, 3)], "bn_param.momentum 1 has to be from 0 to below 1"),
@@ -472,16 +497,11 @@ def test_the_mask_of_max_pooling_is_caffes(
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_named(layer: str, bottoms: list[Shape], says: str) -> None:
+def test_settings_that_do_not_fit_are_named(settings: str, bottoms: list[Shape], says: str) -> None:
     with pytest.raises(UserError) as caught:
-        ours(layer, bottoms)
+        ours(settings, bottoms)
     message = str(caught.value)
     assert message.startswith("net: layer tested (") and says in message and "\n" not in message
-
-
-def layer(name: str, kind: str, bottom: str, more: str = "") -> str:
-    reads = " ".join(f'bottom: "{blob}"' for blob in bottom.split())
-    return f'layer {{ name: "{name}" type: "{kind}" {reads} top: "{name}" {more} }}\n'
 
 
 INPUT = 'name: "n" input: "data" input_shape { dim: 2 dim: 4 dim: 9 dim: 8 }\n'

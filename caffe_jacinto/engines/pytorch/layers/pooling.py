@@ -77,7 +77,7 @@ def _with_mask(layer: LayerSetup, whole: bool) -> Forward:
 
     def forward(blobs: Blobs, images: Tensor) -> tuple[Tensor, Tensor]:
         values, places = F.max_pool2d(images, kernel, stride, pad, ceil_mode=up, return_indices=True)
-        return values, places.to(images.dtype)
+        return values, places.float()  # in bfloat16, places from 256 on would not be exact
 
     return forward
 
