@@ -362,7 +362,9 @@ def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
     if "sparsity_targets" in given:
         given["sparsity_targets"] = dict(given["sparsity_targets"])
     if "sparsity_target" not in given:
-        fits = {"display_sparsity"} | ({"sparsity_inner_products"} if arguments.freeze_zeros else set())
+        fits = {"display_sparsity"} | (
+            {"sparsity_inner_products"} if getattr(arguments, "freeze_zeros", False) else set()
+        )
         alone = [name for name in given if name not in fits]
         if alone:
             raise UserError(f"-{alone[0]} is a pruning setting and needs -sparsity_target: add it")
