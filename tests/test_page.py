@@ -60,12 +60,14 @@ def sparse_stage(*fractions: float) -> Log:
     return log.done(last).test(last, 0.7, 0.9, 0.75).end()
 
 
+A_TEST = Log().line("caffe.cpp", "Use CPU.").net("TEST", 50).line("caffe.cpp", "Running for 2 iterations.")
+A_TEST.line("caffe.cpp", "Loss: 0.5").line("caffe.cpp", "right = 0.8")
+
+
 def a_run(folder: Path) -> Path:
     write(folder / "initial" / "run.log", whole_stage().text)
     write(folder / "sparse" / "run.log", sparse_stage(0.1, 0.4, 0.805).text)
-    test = Log().line("caffe.cpp", "Use CPU.").net("TEST", 50).line("caffe.cpp", "Running for 2 iterations.")
-    test.line("caffe.cpp", "Loss: 0.5").line("caffe.cpp", "right = 0.8")
-    write(folder / "test" / "run.log", test.text)
+    write(folder / "test" / "run.log", A_TEST.text)
     return folder
 
 
@@ -289,6 +291,18 @@ def test_a_hostile_name_or_line_stays_text(
     main([str(folder), "--format", "markdown"])
     found = capsys.readouterr().out
     assert "\\<script\\>" in found and not re.search(r"(?<!\\)<", found)
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("number", ["nan", "inf", "-1e308", "1e308", "1e-308"])
+def test_a_page_is_drawn_whatever_the_numbers_are(browser: Browser, tmp_path: Path, number: str) -> None:
+    text = sparse_stage(0.1, 0.4).text
+    text = re.sub(r"(loss|lr|right) = [\d.e-]+", rf"\1 = {number}", text)
+    text = re.sub(r"(_param_0)\([\d.]+\)", rf"\1({number})", text)
+    write(tmp_path / "x" / "initial" / "run.log", text * 2)
+    write(tmp_path / "x" / "test" / "run.log", re.sub(r"right = [\d.]+", f"right = {number}", A_TEST.text))
+    browser.open(page(tmp_path / "x", to=tmp_path / "page.html"))
+    assert "initial" in texts(browser, "#stages tbody th")
 
 
 @pytest.mark.caffe

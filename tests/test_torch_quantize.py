@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import html
 import io
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from deploy_nets import SMALL_CROPS, built, by_caffe, by_onnx, images, write_ran
 from fork_quantization import passes as fork_passes
 from image_records import write_lmdb
 from integer_network import by_integers
+from log_text import whole_stage
 from onnx import numpy_helper
 from small_stage import write_digits as write_mnist
 
@@ -37,6 +40,7 @@ from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
 from caffe_jacinto.quantize import main
+from caffe_jacinto.report import main as report
 from caffe_jacinto.weights import main as weights_main
 
 MOST_DIFFERENT = 1e-4
@@ -465,3 +469,28 @@ def test_no_image_that_can_be_read(
         main([*arguments, "--output", str(tmp_path / "q")])
     assert "a.jpg" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.caffe
+def test_the_page_of_a_report_has_the_quantizations_in_the_runs_folder(
+    made: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "initial").mkdir(parents=True)
+    (run / "initial" / "run.log").write_text(whole_stage().text)
+    shutil.copytree(made[0], run / "quantized")
+    (run / "other").mkdir()
+    (run / "other" / "quantization.json").write_text('{"format": 1, "accuracy": 3}')
+    assert report([str(run), "--html", str(tmp_path / "page.html")]) == 0
+    text = html.unescape((tmp_path / "page.html").read_text())
+    record = json.loads((made[0] / "quantization.json").read_text())
+    before, after = (record["accuracy"][which]["top1"] for which in ("float", "quantized"))
+    cells = [f"{100 * before:.2f} %", f"{100 * after:.2f} %", f"{100 * (after - before):+.2f}"]
+    assert f'<th scope="row">Top-1</th>{"".join(f"<td>{cell}</td>" for cell in cells)}' in text
+    for unit in record["layers"]:
+        bits = unit["weights"]["bits"] if unit.get("weights") else "-"
+        shown = f'<tr><th scope="row">{unit["name"]}</th><td>{bits}</td>' in text
+        assert shown is (unit["output"] is not None)  # a pooling that keeps the scale has no figures
+        if unit.get("output_sqnr_db") is not None:
+            assert f"<span>{unit['output_sqnr_db']:.1f}</span>" in text
+    assert f"{run / 'other/quantization.json'}: is damaged, and left out" in text

@@ -34,7 +34,8 @@ class Bucket(NamedTuple):
 
     @property
     def mean(self) -> float:
-        return self.total / self.points
+        mean = self.total / self.points
+        return mean if math.isfinite(mean) else self.low / 2 + self.high / 2  # their sum is too large
 
     def joined(self, later: Bucket) -> Bucket:
         low, high = min(self.low, later.low), max(self.high, later.high)
@@ -181,7 +182,8 @@ class StageHistory:
             self.sparsity.add(iteration, sparsity)
         while self.listings and self.listings[-1].iteration >= iteration:
             self.listings.pop()
-        layers = {layer: fraction for (layer, blob), fraction in listed.blobs.items() if blob == 0}
+        blobs = listed.blobs.items()
+        layers = {layer: fraction for (layer, blob), fraction in blobs if blob == 0 and 0 <= fraction <= 1}
         self.listings.append(Listing(iteration, layers))
         if len(self.listings) > MOST_LISTINGS:
             del self.listings[1::2]

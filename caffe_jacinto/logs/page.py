@@ -20,6 +20,7 @@ from caffe_jacinto.common.files import template_folder, write_whole
 from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import page_content, tables
 from caffe_jacinto.logs.discover import Run
+from caffe_jacinto.logs.quantized import quantized_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -66,6 +67,10 @@ def page_of(
     data: dict[str, Any] = {"runs": page_content.curves(runs), "written": round(written.timestamp())}
     if state is not None and state.reload is not None:
         data["reload"] = state.reload
+    quantized = [quantized_of(run) for run in runs]
+    problems = [problem for _, found in quantized for problem in found]
+    if state is not None and state.problem:
+        problems.append(state.problem)
     title = printable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
     text = (
         _environment()
@@ -75,7 +80,7 @@ def page_of(
             runs=runs,
             state=state,
             written=written,
-            notes=page_content.notes(runs, state.problem if state is not None else ""),
+            notes=page_content.notes(runs, problems),
             cards=page_content.cards(runs[0]) if len(runs) == 1 else [],
             results=tables.result_table(runs, tables.published_rows(runs, published)),
             stages=[(tables.stage_table(run), page_content.figure_rows(run), run) for run in runs],
@@ -83,7 +88,9 @@ def page_of(
             has_curves=any(run["stages"] for run in data["runs"]),
             has_pruning=any(run["pruning"] for run in data["runs"]),
             costs=page_content.costs(runs),
+            quantized=[one for found, _ in quantized for one in found],
             settings=page_content.settings(runs),
+            percent=tables.percent,
             printable=printable,
             **_assets(),
         )

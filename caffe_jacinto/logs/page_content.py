@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
@@ -35,9 +36,9 @@ class Note:
     fatal: bool
 
 
-def notes(runs: Sequence[Run], problem: str = "") -> list[Note]:
-    """The errors and notes of all stages, errors first; before them the ``problem`` of the whole, if any."""
-    found = [Note("", printable(problem), True)] if problem else []
+def notes(runs: Sequence[Run], problems: Sequence[str] = ()) -> list[Note]:
+    """The errors and notes of all stages, errors first; before them the ``problems`` of the whole."""
+    found = [Note("", printable(problem), True) for problem in problems]
     for run in runs:
         for stage in run.stages:
             name, figures = printable(stage.name), stage.figures
@@ -154,7 +155,7 @@ def _run_curves(run: Run, most: int) -> dict[str, Any]:
 def _tested(run: Run) -> float | None:
     """The accuracy that a last ``caffe test`` found."""
     found = [stage.figures.top1 for stage in run.stages if stage.figures.tested]
-    return found[-1] if found else None
+    return found[-1] if found and found[-1] is not None and isfinite(found[-1]) else None
 
 
 def _buckets_of(stage: Stage) -> list[tuple[str, str, Buckets]]:
@@ -250,40 +251,41 @@ class Cost:
 
     runs: list[str]
     summary: Summary
+    listed: frozenset[str]
+    """The layers whose sparsity the log lists."""
 
 
 def costs(runs: Sequence[Run]) -> list[Cost]:
     """The distinct networks of the runs, with the zeros of the last listing, layer by layer."""
     found: list[Cost] = []
     for run in runs:
-        summary = _summary(run)
-        if summary is None:
+        cost = _cost(run)
+        if cost is None:
             continue
-        same = next((cost for cost in found if cost.summary == summary), None)
+        same = next((other for other in found if other.summary == cost.summary), None)
         if same is not None:
-            same.runs.append(printable(run.name))
+            same.runs.extend(cost.runs)
         else:
-            found.append(Cost([printable(run.name)], summary))
+            found.append(cost)
     return found
 
 
-def _summary(run: Run) -> Summary | None:
-    """Of the last stage whose network is known, with the last listing of sparsity."""
-    known = [stage for stage in run.stages if stage.net is not None and stage.net.message is not None]
+def _cost(run: Run) -> Cost | None:
+    """Of the last stage whose network is known, where there are listings of sparsity of the last with one."""
+    known = [(stage.net, stage.history) for stage in run.stages if stage.net and stage.net.message]
+    with_listing = [(net, history) for net, history in known if history and history.listings]
     if not known:
         return None
-    with_zeros = [stage for stage in known if stage.history is not None and stage.history.listings]
-    net = (with_zeros or known)[-1].net
+    net, history = (with_listing or known)[-1]
     assert net is not None and net.message is not None
-    zeros = None
-    if with_zeros and with_zeros[-1].history is not None:
-        fractions = with_zeros[-1].history.listings[-1].layers
-        weights = {cost.name: cost.weights or 0 for cost in net.costs}
-        zeros = {name: round(fractions.get(name, 0.0) * count) for name, count in weights.items()}
+    listed = history.listings[-1].layers if history and history.listings else {}
+    weights = {cost.name: cost.weights or 0 for cost in net.costs}
+    zeros = {name: round(listed.get(name, 0.0) * count) for name, count in weights.items()}
     try:
-        return summarize(net.message, "the log's network", zeros, net.shapes)
+        summary = summarize(net.message, "the log's network", zeros if listed else None, net.shapes)
     except UserError:
-        return None  # the log does not determine the cost; a note of the stage says so
+        return None  # the log does not determine the cost
+    return Cost([printable(run.name)], summary, frozenset(listed)) if summary.macs else None
 
 
 # --- settings -------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@
     return size >= 1e4 ? +(value / 1e3).toPrecision(4) + "k" : String(+value.toPrecision(4));
   }
   const figure = (value, percent) => percent ? value.toFixed(2) + " %" : String(+value.toPrecision(5));
+  const isRound = (value) => [1, 2, 5].includes(+(value / 10 ** Math.floor(Math.log10(value) + 1e-9)).toPrecision(6));
   function clock(seconds) {
     const s = Math.round(seconds), two = (n) => String(n).padStart(2, "0");
     return s < 3600 ? `${Math.floor(s / 60)}:${two(s % 60)} min` : `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)} h`;
@@ -227,7 +228,7 @@
       },
       axes: [
         { ...axis, size: 32, space: 70, values: (u, splits) => splits.map((value) => value === null ? "" : state.time ? clock(value) : short(value)) },
-        { ...axis, size: 58, space: 32, values: (u, splits) => splits.map((value) => value === null ? "" : short(value)) },
+        { ...axis, size: 58, space: 32, values: (u, splits) => splits.map((value) => value === null || (state.log[panel.key] && !isRound(value)) ? "" : short(value)) },
       ],
       cursor: {
         sync: { key: "x", scales: ["x", null] }, drag: { x: true, y: false },
