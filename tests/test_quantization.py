@@ -87,7 +87,7 @@ def test_powers_of_two(low: float, high: float, step: float) -> None:
 def test_the_forks_weights_reach_both_ends_and_miss_zero() -> None:
     """The offset is not rounded, so a pruned weight does not stay zero."""
     weights = np.array([-0.3, 0, 0.11, 0.7], np.float32)
-    rounded = offset_grid(weights, 8).rounded(weights)
+    rounded = offset_grid(float(weights.min()), float(weights.max()), 8).rounded(weights)
     np.testing.assert_allclose(rounded[[0, 3]], weights[[0, 3]], atol=1e-6)
     assert 1e-5 < abs(rounded[1]) < 1 / 255
 

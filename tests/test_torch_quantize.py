@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import onnx
 import pytest
 from deploy_nets import SMALL_CROPS, built, by_caffe, by_onnx, images, write_random
 from fork_quantization import passes as fork_passes
-from image_records import write_lmdb
+from image_records import datum_of, write_lmdb
 from integer_network import by_integers
 from log_text import whole_stage
 from onnx import numpy_helper
@@ -30,12 +31,15 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
 from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.quantization.fork_settings import fork_settings
+from caffe_jacinto.quantization.grids import magnitude_grid
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
@@ -159,6 +163,87 @@ def test_the_forks_arithmetic_is_that_of_an_implementation_of_its_own(tmp_path: 
         different, total = different + int(np.count_nonzero(apart > 1e-6)), total + apart.size
     assert different <= MOST_DIFFERENT * total
     assert [name for name, made in found.items() if made.grid is None] == ["data_bn"]
+
+
+FORK_TEST = """
+name: "small" quantize: true
+net_quantization_param { bitwidth_activations: 8 range_expansion_factor: 1.25 ignored_layer_names: "none" }
+layer { name: "data" type: "Data" top: "data" top: "label" include { phase: TEST }
+  transform_param { scale: 0.01 } data_param { source: "LMDB" batch_size: 6 backend: LMDB } }
+"""
+FORK_OUTPUTS = """
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+layer { name: "accuracy/top1" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy/top1" }
+"""
+
+
+def tested(
+    folder: Path, text: str, capfd: pytest.CaptureFixture[str], iterations: int
+) -> tuple[list[float], str]:
+    """The loss of each batch that `caffe-torch test` logs, and its log."""
+    (folder / "val.prototxt").write_text(text)
+    arguments = ["test", "-model", str(folder / "val.prototxt"), "-weights", str(folder / "w.caffemodel")]
+    arguments += ["-iterations", str(iterations), "-dialect", "caffe_jacinto", "-workers", "1"]
+    assert caffe_torch(arguments) == 0
+    log = capfd.readouterr().err
+    return [float(found) for found in re.findall(r"Batch \d+, loss = (\S+)", log)], log
+
+
+def test_caffe_torch_tests_a_network_that_says_quantize(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of each batch is that of the implementation apart from the package."""
+    fork = Dialect.CAFFE_JACINTO
+    path = write_random(tmp_path / "w.caffemodel", FORK_NET, fork, seed=3)
+    random = np.random.default_rng(5)
+    pixels = random.integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
+    write_lmdb(tmp_path / "lmdb", [datum_of(image, number % 5) for number, image in enumerate(pixels)])
+    body = FORK_NET[FORK_NET.index('layer { name: "data_bn"') :]
+    text = FORK_TEST.replace("LMDB", str(tmp_path / "lmdb"), 1).replace('ignored_layer_names: "none"', "")
+    losses, log = tested(tmp_path, text + body + FORK_OUTPUTS, capfd, 4)
+    assert "quantize: true" in log, "the report tells such a test by the network in its log"
+
+    net = parse_net(FORK_NET, fork, "deploy.prototxt")
+    blobs = {name: [blob.astype(np.float64) for blob in found] for name, found in read_weights(path).items()}
+    inputs = pixels.transpose(0, 3, 1, 2).astype(np.float64) * np.float32(0.01)
+    batches = [inputs[at : at + 6] for at in range(0, 24, 6)]
+    for number in range(4):
+        scores = fork_passes(net, blobs, batches[: number + 1])["fc"]
+        labels = np.arange(number * 6, number * 6 + 6) % 5
+        shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        assert losses[number] == pytest.approx(-np.log(shares[np.arange(6), labels]).mean(), rel=2e-5)
+    exact, _ = tested(tmp_path, (text + body + FORK_OUTPUTS).replace("quantize: true", ""), capfd, 4)
+    assert exact[0] == losses[0] and min(abs(np.subtract(exact, losses)[1:])) > 1e-4, (
+        "only the first is in float"
+    )
+
+    ignored = "".join(f'ignored_layer_names: "{layer.name}" ' for layer in net.layer)
+    without = (text + body + FORK_OUTPUTS).replace("range_exp", f"{ignored} range_exp")
+    assert tested(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rounding_scheme: QuantizationParameter_Rounding_STOCHASTIC", "only NEAREST is supported"),
+        ("bitwidth_weights: 40", "40 bits for weights: give 2 to 16"),
+        ("quantization_start: 0", "0 has to be 1 or more"),
+        ("update_quantization_param: false", "remove it"),
+        ("power2_scale_weights: true", "only both or neither"),
+    ],
+)
+def test_settings_that_cannot_be_carried_out(setting: str, message: str) -> None:
+    text = f"quantize: true net_quantization_param {{ {setting} }}"
+    with pytest.raises(UserError, match=rf"val.prototxt: net_quantization_param.*{message}"):
+        fork_settings(parse_net(text, Dialect.CAFFE_JACINTO, "val.prototxt"), "val.prototxt")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "step"), [(0, 1.0, 2**-8), (0, 3, 2**-6), (-1, 0.5, 2**-7), (-3, 1, 2**-5)]
+)
+def test_the_forks_powers_of_two(low: float, high: float, step: float) -> None:
+    """s = 2^(bits - bits needed); bits needed = ceil(log2 of the range), one more if signed."""
+    assert magnitude_grid(low, high, 8, power_of_two=True).step == step
 
 
 # ------------------------------------------------------------------------------------------------ the command

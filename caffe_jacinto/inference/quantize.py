@@ -84,14 +84,14 @@ class Quantizer:
         Raises:
             UserError: a layer that the engine does not support, or no such GPU.
         """
-        from caffe_jacinto.engines.pytorch.quantized import QuantizedNet
+        from caffe_jacinto.engines.pytorch.quantized import quantized_net
 
         whole: Any = type(net.message)()
         whole.CopyFrom(net.message)
         whole.layer.extend(layer.message for layer in net.layers)
         self.where = where
         self.network = network
-        self.net: QuantizedNet = QuantizedNet(whole, network, gpus, where)
+        self.net: QuantizedNet = quantized_net(whole, network, gpus, where)
         self._sampled = sampled or (
             network.scheme.moving is None and network.scheme.activation_ranges != "minmax"
         )
@@ -102,20 +102,26 @@ class Quantizer:
         Raises:
             UserError: none of them can be read, or a range is not finite.
         """
+        from caffe_jacinto.engines.pytorch.quantized import MovingPasses
+
         ranges = {
             unit.name: Range(histogram=Histogram() if self._sampled else None)
             for unit in self.network.units
             if unit.output == "quantized"
         }
-        counted = 0
-        follow = self._follow if self.network.scheme.moving else self._collect
+        counted, moving = 0, self.network.scheme.moving
+        passes = MovingPasses(self.net, moving, self.where, sampled=self._sampled) if moving else None
         with image_progress(label, images.total) as advance:
-            for number, batch in enumerate(_stacked(images)):
-                follow(ranges, batch, number)
+            for batch in _stacked(images):
+                if passes is not None:
+                    passes.run(batch)
+                else:
+                    self._collect(ranges, batch)
                 counted += len(batch)
                 advance(len(batch))
         if not counted:
             raise UserError(f"{images.what}: none of the images can be used; see the lines above")
+        ranges = passes.ranges if passes is not None else ranges
         result = Result(
             self.network, quantization_of(self.network, ranges, self.where), ranges, calibrated_on=counted
         )
@@ -123,27 +129,9 @@ class Quantizer:
             self._correct(result, images)
         return result
 
-    def _collect(self, ranges: dict[str, Range], batch: Values, number: int) -> None:
+    def _collect(self, ranges: dict[str, Range], batch: Values) -> None:
         for seen in self.net.seen(batch, None, sampled=self._sampled):
             ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
-
-    def _follow(self, ranges: dict[str, Range], batch: Values, number: int) -> None:
-        """As the fork: the ranges move after each pass, by what the blobs then hold."""
-        moving = self.network.scheme.moving
-        assert moving is not None
-        quantization = None
-        if number >= moving.start:
-            quantization = quantization_of(self.network, ranges, self.where)
-        last = {}
-        for seen in self.net.seen(batch, quantization, sampled=self._sampled):
-            last[seen.unit.blob] = seen
-            histogram = ranges[seen.unit.name].histogram
-            if histogram is not None and seen.sample is not None:
-                histogram.add(seen.sample)
-        for unit in self.network.units:
-            if unit.name in ranges:
-                final = last[unit.blob]
-                ranges[unit.name].moved(final.low, final.high, moving)
 
     def _correct(self, result: Result, images: Images) -> None:
         """Take the mean error that quantized weights make in each output channel off its bias."""

@@ -145,25 +145,30 @@ def _best_parts(
     return parts
 
 
-def offset_grid(weights: Values, bits: int) -> Grid:
-    """The fork's grid of weights: from the least to the largest; the offset is not rounded.
+def offset_grid(low: float, high: float, bits: int, *, power_of_two: bool = False) -> Grid:
+    """The fork's grid with an offset: from the least to the largest value; the offset is not rounded.
 
-    Scale s = (2^b - 1) / (max - min), offset -min x s (caffe-jacinto, branch caffe-0.17).
+    Scale s = (2^b - 1) / (max - min), or a power of two: 2^(b - ceil(log2(max - min))); offset -min x s
+    (caffe-jacinto, branch caffe-0.17).
     """
-    low, high = float(weights.min()), float(weights.max())
-    most = 2**bits - 1
-    scale = most / (high - low) if high > low else most / (abs(high) or _NO_RANGE)
+    most, size = 2**bits - 1, high - low if high > low else abs(high) or _NO_RANGE
+    scale = 2.0**bits / _power(size) if power_of_two else most / size
     return Grid(_single(1 / scale), 0, most, offset=-low * scale)
 
 
-def magnitude_grid(low: float, high: float, bits: int, *, clipped: bool = True) -> Grid:
+def magnitude_grid(
+    low: float, high: float, bits: int, *, clipped: bool = True, power_of_two: bool = False
+) -> Grid:
     """The fork's grid without an offset: s = (2^b - 1) / max|x| unsigned, (2^(b-1) - 1) / max|x| signed.
 
-    ``clipped``: biases are not.
+    A power of two: 2^(b - ceil(log2(max|x|))), and half of that where it is signed. ``clipped``: biases are
+    not.
     """
     signed = low < 0
     largest = max(abs(low), abs(high)) or _NO_RANGE
     step = largest / (2 ** (bits - 1) - 1 if signed else 2**bits - 1)
+    if power_of_two:
+        step = _power(largest) / 2.0 ** (bits - 1 if signed else bits)
     if not clipped:
         return Grid(_single(step), -inf, inf)
     if signed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.quantization.grids import (
     Grid,
     activation_grid,
@@ -114,7 +115,7 @@ def network_of(
     bits: Mapping[str, int] | None = None,
     floats: Sequence[str] = (),
 ) -> Network:
-    """The network of ``layers``, LayerParameter messages of a deploy network in stock Caffe's dialect.
+    """The network of ``layers``, LayerParameter messages of one phase.
 
     Args:
         bits: layers with another number of bits for weights and outputs than the scheme's.
@@ -130,17 +131,22 @@ def network_of(
         if not all(np.isfinite(blob).all() for blob in found):
             raise UserError(f"{where}: layer {name} has weights that are not finite; use an earlier snapshot")
     fork = scheme.moving is not None
-    inputs = [top for layer in layers if layer.type == INPUT for top in layer.top]
-    read = {name: tuple(layer.bottom) for layer in layers for name in [layer.name]}
+    given_tops = [(layer.type, list(layer.top)) for layer in layers if role_of(layer.type) == "data"]
+    inputs = [top for kind, tops in given_tops for top in (tops if kind == INPUT else tops[:1])]
+    labels = [top for kind, tops in given_tops for top in tops[1:] if kind != INPUT]
+    read = {layer.name: tuple(layer.bottom) for layer in layers}
     written = {top for layer in layers for top in layer.top}
     inputs += [name for bottoms in read.values() for name in bottoms if name not in written]
-    units = units_of(layers, list(dict.fromkeys(inputs)), fork=fork, where=where)
+    units = units_of(layers, list(dict.fromkeys(inputs)), labels, fork=fork, where=where)
     given = {}
     for name, number in (bits or {}).items():
         unit = unit_named(units, name, "--bits-of")
         changed = replace(scheme.bits, weights=number, activations=number)
         given[unit.name] = changed.checked(f"--bits-of {name}={number}: ")
-    kept = {unit_named(units, name, "--keep-float").name for name in floats}
+    kept: set[str] = set()
+    for name in floats:
+        unit = unit_named(units, name, "--keep-float")
+        kept.update((unit.name, *unit.layers))
     axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
     return Network(scheme, units, blobs, read, axes, given, kept)
 
@@ -158,21 +164,26 @@ def _channel_axis(layer: Any) -> int | None:
     return 0
 
 
-def quantization_of(network: Network, ranges: Mapping[str, Range], where: str) -> Quantization:
+def quantization_of(
+    network: Network, ranges: Mapping[str, Range], where: str, before: Quantization | None = None
+) -> Quantization:
     """The grids of ``network``.
 
     Args:
         ranges: what the calibration has seen, by unit.
         where: the network's file, for messages.
+        before: a quantization of the same network by other ranges, whose weights stay.
 
     Raises:
-        UserError: a range or a weight is not finite.
+        UserError: a range is not finite.
     """
     outputs = {
         unit.name: output_grid(network, unit, ranges[unit.name], where)
         for unit in network.units
-        if unit.output == "quantized" and unit.name not in network.floats
+        if unit.output == "quantized" and (unit.layers or (unit.name,))[-1] not in network.floats
     }
+    if before is not None and network.scheme.moving is not None:
+        return replace(before, outputs=outputs)
     inputs = _inputs(network, outputs)
     weights = {
         unit.name: _weight_grid(network, unit, where)
@@ -199,7 +210,8 @@ def output_grid(network: Network, unit: Unit, seen: Range, where: str) -> Grid:
             "the calibration images, which is no range; check its weights and the images' preprocessing"
         )
     if scheme.moving is not None:
-        return magnitude_grid(seen.low, seen.high, bits)
+        grid = offset_grid if scheme.moving.offset_activations else magnitude_grid
+        return grid(seen.low, seen.high, bits, power_of_two=scheme.power_of_two)
     low, high = seen.chosen(
         scheme.activation_ranges, scheme.percentile, bits, power_of_two=scheme.power_of_two
     )
@@ -227,8 +239,9 @@ def _inputs(network: Network, outputs: Mapping[str, Grid]) -> dict[str, Grid]:
 def _weight_grid(network: Network, unit: Unit, where: str) -> Grid:
     scheme, weights = network.scheme, network.weights(unit)
     bits = network.bits_of(unit).weights
-    if scheme.offset_weights:
-        return offset_grid(weights, bits)
+    if scheme.moving is not None:
+        grid = offset_grid if scheme.offset_weights else magnitude_grid
+        return grid(float(weights.min()), float(weights.max()), bits, power_of_two=scheme.power_of_two)
     return weight_grid(
         weights,
         bits,
@@ -246,7 +259,8 @@ def _bias_grid(network: Network, found: Quantization, unit: Unit, bias: Values) 
     """
     bits = network.bits_of(unit).bias
     if network.scheme.moving is not None:
-        return magnitude_grid(float(bias.min()), float(bias.max()), bits, clipped=False)
+        power = network.scheme.power_of_two
+        return magnitude_grid(float(bias.min()), float(bias.max()), bits, clipped=False, power_of_two=power)
     if not found.in_whole_numbers(unit.name):
         return None
     most = 2 ** (bits - 1) - 1

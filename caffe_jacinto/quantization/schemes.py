@@ -54,6 +54,9 @@ class MovingRange:
     start: int = 1
     """The pass, counted from 0, from which on values are quantized."""
 
+    offset_activations: bool = False
+    """Activations run from the least to the largest value, as weights do with `Scheme.offset_weights`."""
+
 
 @dataclass(frozen=True)
 class Scheme:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.netspec.graph import Node, nodes_of, readers_of_each, writer
+from caffe_jacinto.netspec.layer_types import role_of
 
 WEIGHTED = ("Convolution", "Deconvolution", "InnerProduct")
 """The layers whose weights and biases are quantized."""
@@ -70,23 +71,27 @@ class Unit:
         return self.type in WEIGHTED
 
 
-def units_of(layers: Sequence[Any], inputs: Sequence[str], *, fork: bool, where: str) -> list[Unit]:
+def units_of(
+    layers: Sequence[Any], inputs: Sequence[str], labels: Sequence[str] = (), *, fork: bool, where: str
+) -> list[Unit]:
     """The units of a network in the order of computation, its inputs first.
 
     Args:
         layers: LayerParameter messages of one phase.
-        inputs: the blobs that come from outside.
+        inputs: the blobs of images that come from outside.
+        labels: the other blobs that come from outside.
         fork: by the rules of caffe-jacinto's own quantization; else as a processor computes.
 
     Raises:
         UserError: a layer that the scheme does not know; ``where`` names the network.
     """
     units = [Unit(name, INPUT, (), "quantized", name) for name in inputs]
+    units += [Unit(name, INPUT, (), "float", name) for name in labels]
     nodes = nodes_of(layers)
     found = readers_of_each(nodes)
     merged: set[int] = set()
     for at, (node, layer) in enumerate(zip(nodes, layers, strict=True)):
-        if at in merged or node.type == INPUT:
+        if at in merged or role_of(node.type) == "data":
             continue
         members = [at]
         rules = _FORK_MERGED if fork else _FOLLOWERS

@@ -23,12 +23,14 @@ from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
+from caffe_jacinto.engines.pytorch.quantized import MovingPasses, moving_passes
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
+from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, parse_net_in
+from caffe_jacinto.quantization.fork_settings import FIELDS, fork_settings
 
 WARM_UP = 2
 """Passes before the clock runs: the first ones choose how to compute."""
-
 
 OnBatch = Callable[[int, dict[str, Tensor]], None]
 """Given the number of a batch and its outputs."""
@@ -37,8 +39,12 @@ OnBatch = Callable[[int, dict[str, Tensor]], None]
 class Evaluator:
     """A net of the test phase and its data."""
 
-    def __init__(self, net: Net, inputs: Inputs, ranks: Ranks, precision: str) -> None:
+    def __init__(
+        self, net: Net, inputs: Inputs, ranks: Ranks, precision: str, passes: MovingPasses | None = None
+    ) -> None:
+        """``passes``: in quantized values."""
         self.net, self._inputs, self._ranks, self._precision = net, inputs, ranks, precision
+        self._passes = passes
         inputs.fit(net)
 
     def mean_outputs(
@@ -59,7 +65,8 @@ class Evaluator:
                     stopped = True
                     break
                 with autocast(self.net.device, self._precision):
-                    outputs = self.net(self._inputs.batch()).outputs
+                    given = self._inputs.batch()
+                    outputs = self._passes.run(given) if self._passes else self.net(given).outputs
                 values = [outputs[name].reshape(-1).double() for name in self.net.output_names]
                 sums = values if sums is None else [a + b for a, b in zip(sums, values, strict=True)]
                 if on_batch is not None:
@@ -147,6 +154,11 @@ def test(options: Options) -> int:
     definition = parse_net_in(read_text(options.model), options.dialect, where, TEST)
     definition.state.level = options.level
     definition.state.stage.extend(options.stage)
+    settings = fork_settings(definition, where)
+    shown = type(definition)()
+    shown.CopyFrom(definition)
+    for field in FIELDS if options.dialect is Dialect.CAFFE_JACINTO else ():
+        definition.ClearField(field)
     device = device_of_rank(gpus, options)
     ranks = Ranks(device)
     with ExitStack() as stack:
@@ -158,7 +170,17 @@ def test(options: Options) -> int:
         for note in inputs.notes:
             log.info(note)
         shapes = inputs.shapes
-        net = Net(definition, TEST, options.dialect, where=where, seed=0, device=device, data_shapes=shapes)
+        net = Net(
+            definition,
+            TEST,
+            options.dialect,
+            where=where,
+            seed=0,
+            device=device,
+            data_shapes=shapes,
+            fused=settings is None,
+        )
+        net.definition = shown
         net.write_to(log)
         for path in options.weights:
             _, unused = load_weights(net, path)
@@ -167,7 +189,8 @@ def test(options: Options) -> int:
         if options.display_sparsity:
             log.sparsity(*TorchPruner(net, log.info).counts())
         log.info(f"Running for {options.iterations} iterations.")
-        evaluator = Evaluator(net, inputs, ranks, options.precision)
+        passes = moving_passes(net, settings, where) if settings is not None else None
+        evaluator = Evaluator(net, inputs, ranks, options.precision, passes)
         means = evaluator.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(net, log))
         if means is None:
             log.test_interrupted()

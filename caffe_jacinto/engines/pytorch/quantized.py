@@ -7,7 +7,7 @@ below 2^24 are exact, as a processor's are, and one factor for each channel make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +17,13 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.distributed import device_of_rank
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.net import TEST, Net
+from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.quantization.fork_settings import ForkSettings
 from caffe_jacinto.quantization.grids import Grid
-from caffe_jacinto.quantization.network import Network, Quantization
+from caffe_jacinto.quantization.network import Network, Quantization, network_of, quantization_of
+from caffe_jacinto.quantization.ranges import Histogram, Range
+from caffe_jacinto.quantization.schemes import MovingRange
 from caffe_jacinto.quantization.units import INPUT, Unit
 
 if TYPE_CHECKING:
@@ -59,15 +63,11 @@ class Seen:
 class QuantizedNet:
     """A network, with passes in float32 and with any quantization of it."""
 
-    def __init__(self, message: Any, network: Network, gpus: Sequence[int], where: str) -> None:
-        """``message`` is a deploy network in stock Caffe's dialect.
-
-        Raises:
-            UserError: a layer that is not supported, or a GPU that cannot be used.
-        """
-        self.device = device_of_rank(gpus, Options())
+    def __init__(self, net: Net, network: Network) -> None:
+        """``net`` has a step for each layer (not ``fused``); its weights are those of ``network``."""
+        self.device = net.device
         self.network = network
-        net = Net(message, TEST, Dialect.BVLC, where=where, seed=0, device=self.device, fused=False)
+        self._outputs = frozenset(net.output_names)
         self._functions: dict[str, Callable[..., Any]] = {}
         self._bottoms: dict[str, tuple[str, ...]] = {}
         self._tops: dict[str, tuple[str, ...]] = {}
@@ -82,25 +82,35 @@ class QuantizedNet:
         self._done_with = _last_uses(network.units, self._bottoms, self._tops)
 
     def passing(
-        self, images: Values | Tensor, quantization: Quantization | None
+        self,
+        images: Values | Tensor | Mapping[str, Tensor],
+        quantization: Quantization | None,
+        outputs: dict[str, Tensor] | None = None,
     ) -> Iterator[tuple[Unit, Carried]]:
         """One pass; each unit with its output.
 
-        ``images`` are batch x channels x height x width.
+        Args:
+            images: batch x channels x height x width; or all inputs by name.
+            outputs: takes the network's outputs by name.
         """
         blobs = self._blobs_for(quantization)
-        taken = images if isinstance(images, Tensor) else self._on_device(images)
+        if not isinstance(images, Mapping):
+            images = dict.fromkeys([self.network.units[0].blob], self._on_device(images))
         values: dict[str, Carried] = {}
         for unit in self.network.units:
             is_input = unit.type == INPUT
-            made = Carried(taken) if is_input else self._computed(unit, values, blobs, quantization)
+            made = (
+                Carried(images[unit.blob]) if is_input else self._computed(unit, values, blobs, quantization)
+            )
             grid = quantization.outputs.get(unit.name) if quantization else None
             if grid is not None:
                 made = Carried(_numbers(made.values, grid), grid)
             values[unit.blob] = made
             yield unit, made
             for name in self._done_with[unit.name]:
-                values.pop(name, None)
+                done = values.pop(name, None)
+                if outputs is not None and done is not None and name in self._outputs:
+                    outputs[name] = done.values
 
     def scores(self, images: Values, quantization: Quantization | None) -> Values:
         """The network's output, images x classes."""
@@ -115,10 +125,7 @@ class QuantizedNet:
         with torch.inference_mode():
             for unit, made in self.passing(images, quantization):
                 if unit.output == "quantized":
-                    values = made.values
-                    low, high = torch.stack(torch.aminmax(values)).tolist()
-                    sample = _sample(values).cpu().numpy() if sampled else None
-                    yield Seen(unit, low, high, sample)
+                    yield _seen(unit, made.values, sampled=sampled)
 
     def signal_and_noise(
         self, images: Values, quantization: Quantization
@@ -176,6 +183,9 @@ class QuantizedNet:
             result = sums * self._along_channels(quantization.factor(unit.name), sums)
         else:
             result = self._functions[first](blobs.get(first, []), *(carried.values for carried in given))
+        if isinstance(result, tuple):  # a layer of several tops, which runs alone
+            values.update(zip(self._tops[first], map(Carried, result), strict=True))
+            return values[unit.blob]
         for name in others:
             result = self._functions[name](blobs.get(name, []), result)
         return Carried(result)
@@ -188,7 +198,8 @@ class QuantizedNet:
         """Each layer's blobs as ``quantization`` has them; kept until another one is asked for."""
         if quantization is None:
             return self._blobs
-        if self._prepared[0] is not quantization:
+        before = self._prepared[0]
+        if before is None or not _same_weights(before, quantization):
             made = dict(self._blobs)
             for name, grid in quantization.weights.items():
                 made[name] = [
@@ -197,7 +208,9 @@ class QuantizedNet:
             self._prepared = (quantization, made)
         return self._prepared[1]
 
-    def _on_device(self, values: Values) -> Tensor:
+    def _on_device(self, values: Values | Tensor) -> Tensor:
+        if isinstance(values, Tensor):
+            return values
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
@@ -211,6 +224,109 @@ def quantized_blobs(network: Network, quantization: Quantization, name: str, gri
         return [grid.numbers(weights), *(quantization.bias_numbers(name, b).astype(np.float32) for b in bias)]
     biases = quantization.biases.get(name)
     return [grid.rounded(weights), *(biases.rounded(b) if biases else b for b in bias)]
+
+
+def quantized_net(message: Any, network: Network, gpus: Sequence[int], where: str) -> QuantizedNet:
+    """The passes of ``message``, a deploy network in stock Caffe's dialect.
+
+    Raises:
+        UserError: a layer that is not supported, or a GPU that cannot be used.
+    """
+    device = device_of_rank(gpus, Options())
+    net = Net(message, TEST, Dialect.BVLC, where=where, seed=0, device=device, fused=False)
+    return QuantizedNet(net, network)
+
+
+def moving_passes(net: Net, settings: ForkSettings, where: str) -> MovingPasses:
+    """The passes of a test network in caffe-jacinto's dialect, by its own settings and with its weights.
+
+    Raises:
+        UserError: an ignored layer that is not there, or weights that are not finite.
+    """
+    moving = settings.scheme.moving
+    assert moving is not None
+    blobs = {name: [array(blob.tensor) for blob in found] for name, found in net.layer_blobs.items()}
+    network = network_of(settings.scheme, net.layers, blobs, where, floats=settings.ignored)
+    return MovingPasses(
+        QuantizedNet(net, network),
+        moving,
+        where,
+        weights=settings.weights,
+        activations=settings.activations,
+    )
+
+
+class MovingPasses:
+    """Passes whose ranges move with what they show, as the fork's do."""
+
+    def __init__(
+        self,
+        net: QuantizedNet,
+        moving: MovingRange,
+        where: str,
+        *,
+        sampled: bool = False,
+        weights: bool = True,
+        activations: bool = True,
+    ) -> None:
+        """
+        Args:
+            where: the network's file, for messages.
+            sampled: fill histograms, too.
+            weights: quantize them.
+            activations: quantize them.
+        """
+        self._weights, self._activations = weights, activations
+        self._net, self._moving, self._where, self._sampled = net, moving, where, sampled
+        self._passes = 0
+        self._quantization: Quantization | None = None
+        self.ranges = {
+            unit.name: Range(histogram=Histogram() if sampled else None)
+            for unit in net.network.units
+            if unit.output == "quantized"
+        }
+        """By unit."""
+
+    def run(self, inputs: Values | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One pass; the network's outputs by name.
+
+        Raises:
+            UserError: a range is not finite.
+        """
+        if self._passes >= self._moving.start and self._passes:
+            found = quantization_of(self._net.network, self.ranges, self._where, self._quantization)
+            if not self._activations:
+                found = replace(found, outputs={})
+            if not self._weights and self._quantization is None:
+                found = replace(found, weights={}, biases={})
+            self._quantization = found
+        outputs: dict[str, Tensor] = {}
+        last: dict[str, Seen] = {}
+        with torch.inference_mode():
+            for unit, made in self._net.passing(inputs, self._quantization, outputs):
+                if unit.output != "quantized":
+                    # Written in place after another unit: what the blob holds at the end counts.
+                    if unit.blob in last:
+                        last[unit.blob] = _seen(unit, made.values, sampled=False)
+                    continue
+                seen = last[unit.blob] = _seen(unit, made.values, sampled=self._sampled)
+                histogram = self.ranges[unit.name].histogram
+                if histogram is not None and seen.sample is not None:
+                    histogram.add(seen.sample)
+        for unit in self._net.network.units:
+            if unit.name in self.ranges:
+                self.ranges[unit.name].moved(last[unit.blob].low, last[unit.blob].high, self._moving)
+        self._passes += 1
+        return outputs
+
+
+def _seen(unit: Unit, values: Tensor, *, sampled: bool) -> Seen:
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    return Seen(unit, low, high, _sample(values).cpu().numpy() if sampled else None)
+
+
+def _same_weights(one: Quantization, other: Quantization) -> bool:
+    return one.weights is other.weights and one.biases is other.biases and one.corrected is other.corrected
 
 
 def _numbers(values: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,82 @@
+"""What a network in caffe-jacinto's dialect says of its test in quantized values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.quantization.schemes import SCHEMES, Bits, MovingRange, Scheme
+
+FIELDS = ("quantize", "net_quantization_param")
+"""Of a NetParameter."""
+
+_FLOAT, _STOCHASTIC = 0, 1
+"""QuantizationParameter_Precision and _Rounding."""
+
+
+@dataclass(frozen=True)
+class ForkSettings:
+    """How a network is tested in quantized values."""
+
+    scheme: Scheme
+    weights: bool
+    activations: bool
+    """Whether these are quantized."""
+
+    ignored: tuple[str, ...]
+    """Layers that take no part."""
+
+
+def fork_settings(net: Any, where: str) -> ForkSettings | None:
+    """The settings of ``net``, a NetParameter; None where it is not quantized.
+
+    Raises:
+        UserError: one that cannot be carried out.
+    """
+    if not any(field.name == "quantize" for field, _ in net.ListFields()) or not net.quantize:
+        return None
+    given = net.net_quantization_param
+
+    def refuse(field: str, why: str) -> None:
+        raise UserError(f"{where}: net_quantization_param.{field}: {why}")
+
+    if given.precision == _FLOAT:
+        return None
+    if given.rounding_scheme == _STOCHASTIC:
+        refuse("rounding_scheme", "STOCHASTIC is for training; only NEAREST is supported")
+    if not given.update_quantization_param:
+        refuse(
+            "update_quantization_param",
+            "false needs ranges of an earlier test, which are not read; remove it",
+        )
+    if given.power2_scale_weights != given.power2_scale_activations:
+        refuse(
+            "power2_scale_weights", "only both or neither of it and power2_scale_activations are supported"
+        )
+    if not 0 < given.range_update_factor <= 1:
+        refuse("range_update_factor", f"{given.range_update_factor:g} is not above 0 and up to 1")
+    if not 0 < given.range_expansion_factor < float("inf"):
+        refuse("range_expansion_factor", f"{given.range_expansion_factor:g} is not above 0")
+    if given.quantization_start < 1:
+        refuse(
+            "quantization_start",
+            f"{given.quantization_start} has to be 1 or more: a pass shows the ranges first",
+        )
+    bits = Bits(given.bitwidth_weights, given.bitwidth_activations, given.bitwidth_bias)
+    moving = MovingRange(
+        given.range_update_factor,
+        given.range_expansion_factor,
+        given.quantization_start,
+        given.apply_offset_activations,
+    )
+    scheme = replace(
+        SCHEMES["caffe_jacinto"],
+        bits=bits.checked(f"{where}: net_quantization_param: "),
+        power_of_two=given.power2_scale_weights,
+        offset_weights=given.apply_offset_weights,
+        moving=moving,
+    )
+    return ForkSettings(
+        scheme, given.quantize_weights, given.quantize_activations, tuple(given.ignored_layer_names)
+    )
