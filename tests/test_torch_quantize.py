@@ -200,7 +200,7 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
     write_lmdb(tmp_path / "lmdb", [datum_of(image, number % 5) for number, image in enumerate(pixels)])
     body = FORK_NET[FORK_NET.index('layer { name: "data_bn"') :]
     text = FORK_TEST.replace("LMDB", str(tmp_path / "lmdb"), 1).replace('ignored_layer_names: "none"', "")
-    losses, log = tested(tmp_path, text + body + FORK_OUTPUTS, capfd, 4)
+    losses, log = losses_of(tmp_path, text + body + FORK_OUTPUTS, capfd, 4)
     assert "quantize: true" in log, "the report tells such a test by the network in its log"
 
     net = parse_net(FORK_NET, fork, "deploy.prototxt")
@@ -212,14 +212,14 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
         labels = np.arange(number * 6, number * 6 + 6) % 5
         shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
         assert losses[number] == pytest.approx(-np.log(shares[np.arange(6), labels]).mean(), rel=2e-5)
-    exact, _ = tested(tmp_path, (text + body + FORK_OUTPUTS).replace("quantize: true", ""), capfd, 4)
+    exact, _ = losses_of(tmp_path, (text + body + FORK_OUTPUTS).replace("quantize: true", ""), capfd, 4)
     assert exact[0] == losses[0] and min(abs(np.subtract(exact, losses)[1:])) > 1e-4, (
         "only the first is in float"
     )
 
     ignored = "".join(f'ignored_layer_names: "{layer.name}" ' for layer in net.layer)
     without = (text + body + FORK_OUTPUTS).replace("range_exp", f"{ignored} range_exp")
-    assert tested(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
+    assert losses_of(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize(
