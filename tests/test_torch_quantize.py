@@ -177,7 +177,7 @@ layer { name: "accuracy/top1" type: "Accuracy" bottom: "fc" bottom: "label" top:
 """
 
 
-def tested(
+def losses_of(
     folder: Path, text: str, capfd: pytest.CaptureFixture[str], iterations: int
 ) -> tuple[list[float], str]:
     """The loss of each batch that `caffe-torch test` logs, and its log."""
