@@ -40,7 +40,7 @@ from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.engines.gpus import requested_gpus
 from caffe_jacinto.networks import stage_files as stages
-from caffe_jacinto.networks.registry import NETWORKS, takes_strides
+from caffe_jacinto.networks.registry import NETWORKS, takes
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
@@ -93,6 +93,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _width(text: str) -> float:
+    """An argument type: a width multiplier."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a factor above 0, like 0.5")
+    return value
+
+
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.build_net", description, rest.strip("\n"))
@@ -115,9 +126,10 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     add("num-classes", "N", whole_number(2), data.num_classes)
     add("crop-size", "PIXELS", count, network.crop_size, "height and width of the network's input")
     strides_help = "of conv1a, pool1, pool2, pool3 and pool4 in jacintonet11"
-    if network.name in NETWORKS and not takes_strides(network.name):
+    if network.name in NETWORKS and not takes(network.name, "strides"):
         strides_help = f"not for {network.name}, whose strides are fixed"
     add("strides", "S,S,S,S,S", whole_numbers(1, "2,2,2,2,2"), network.strides, strides_help)
+    add("width", "FACTOR", _width, network.width, "of mobilenet_v1: multiplies the channels of every layer")
     add("train-lmdb", "PATH", not_empty, data.train_lmdb)
     add("val-lmdb", "PATH", not_empty, data.val_lmdb)
     add("mean-file", "PATH", not_empty, data.mean_file, ".binaryproto of the mean image to subtract")
@@ -171,7 +183,7 @@ def _recipe(published: Recipe, arguments: argparse.Namespace) -> Recipe:
     given = vars(arguments) | {"name": arguments.network}
     changes = {
         "data": ("num_classes", "train_lmdb", "val_lmdb", "mean_file"),
-        "network": ("name", "crop_size", "strides"),
+        "network": ("name", "crop_size", "strides", "width"),
         "training": ("batch_size", "iter_size"),
     }
     parts = {

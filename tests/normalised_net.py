@@ -30,6 +30,10 @@ def normalised_net(text: str, dialect: Dialect, phase: str, where: str = "net") 
         layer.ClearField("include")
         _normalise_data(layer)
         _normalise_convolution(layer)
+        _normalise_batch_norm(layer, phase)
+        _normalise_loss(layer)
+        if layer.type == "Input":
+            layer.name = layer.top[0]
         _drop_default_params(layer)
     return result
 
@@ -106,6 +110,27 @@ def _normalise_convolution(layer: Any) -> None:
         values = getattr(parameter, name)
         if not values:
             values.append(default)
+
+
+def _normalise_batch_norm(layer: Any, phase: str) -> None:
+    """Stock Caffe's statistics never learn, and are the stored ones in a test; Scale begins with 1, 0."""
+    norm, scale = layer.batch_norm_param, layer.scale_param
+    if layer.type == "BatchNorm" and all(param.lr_mult == 0 for param in layer.param):
+        layer.ClearField("param")
+    if layer.type == "BatchNorm" and phase == "TEST":
+        norm.ClearField("moving_average_fraction")
+        if norm.use_global_stats:
+            norm.ClearField("use_global_stats")
+    if layer.type == "Scale":
+        for name, value in (("filler", 1), ("bias_filler", 0)):
+            filler = getattr(scale, name)
+            if scale.HasField(name) and (filler.type, filler.value) == ("constant", value):
+                scale.ClearField(name)
+
+
+def _normalise_loss(layer: Any) -> None:
+    if layer.type == "SoftmaxWithLoss" and list(layer.loss_weight) == [1]:
+        layer.ClearField("loss_weight")
 
 
 def _drop_default_params(layer: Any) -> None:

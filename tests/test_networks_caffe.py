@@ -139,3 +139,90 @@ def test_the_smallest_crop_is_caffes(
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "Check failed" in refused.stderr
+
+
+OTHERS = {
+    "googlenet": 224,
+    "mobilenet_v1": 64,
+    "mobilenet_v2": 64,
+    "resnet18": 224,
+    "resnet50": 224,
+    "squeezenet_v1_1": 67,
+    "vgg16": 32,
+}
+"""Networks of other publishers, with the smallest crop, or nearly, that each can take."""
+
+IN_ONE_PROCESS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import caffe, numpy
+found = {}
+for network in sys.argv[2:]:
+    solver = caffe.SGDSolver(f"{network}/solver.prototxt")
+    solver.step(1)
+    weighted = [name for name, weight in solver.net.blob_loss_weights.items() if weight]
+    losses = [float(solver.net.blobs[name].data) for name in weighted]
+    solver.test_nets[0].share_with(solver.net)
+    solver.test_nets[0].forward()
+    solver.net.save(f"{network}/one.caffemodel")
+    deploy = caffe.Net(f"{network}/deploy.prototxt", caffe.TEST, weights=f"{network}/one.caffemodel")
+    deploy.forward()
+    macs = {}
+    for name, layer in zip(deploy._layer_names, deploy.layers):
+        if layer.type in ("Convolution", "InnerProduct"):
+            weights, top = layer.blobs[0].shape, deploy.blobs[deploy.top_names[name][0]].data.shape
+            macs[name] = int(numpy.prod(weights)) * int(numpy.prod(top[2:]))
+    found[network] = {
+        "losses": losses,
+        "parameters": sum(int(blob.count) for blobs in deploy.params.values() for blob in blobs),
+        "macs": sum(macs.values()),
+        "prob": list(deploy.blobs["prob"].data.shape),
+    }
+print(json.dumps(found))
+"""
+
+
+def test_caffe_trains_the_networks_of_others_and_counts_as_the_summary_does(
+    caffe_engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One update each, all in one process."""
+    size, lmdb_folder = max(OTHERS.values()) + 1, tmp_path / "lmdb"
+    with (
+        lmdb.open(str(lmdb_folder), map_size=1 << 24) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 255, (3, size, size), dtype=np.uint8)
+            datum = messages(Dialect.BVLC).Datum(
+                channels=3, height=size, width=size, data=pixels.tobytes(), label=index
+            )
+            transaction.put(b"%08d" % index, datum.SerializeToString())
+    summaries = {}
+    for network, crop in OTHERS.items():
+        folder = tmp_path / network
+        arguments = ["--network", network, "--dialect", "bvlc", "--cpu", "--output", str(folder)]
+        arguments += ["--num-classes", str(CLASSES), "--crop-size", str(crop), "--val-images", "1"]
+        arguments += ["--batch-size", "2", "--iter-size", "1"]
+        assert main([*arguments, "--train-lmdb", str(lmdb_folder), "--val-lmdb", str(lmdb_folder)]) == 0
+        for file, old, new in (
+            ("solver.prototxt", r"^test_initialization: .*$", "test_initialization: false"),
+            ("val.prototxt", r"batch_size: \d+", "batch_size: 1"),
+            ("deploy.prototxt", "dim: 10$", "dim: 1"),
+        ):
+            text = (folder / file).read_text()
+            (folder / file).write_text(re.sub(old, new, text, flags=re.MULTILINE))
+        capsys.readouterr()
+        assert main(["--summary", str(folder / "deploy.prototxt"), "--format", "json"]) == 0
+        summaries[network] = json.loads(capsys.readouterr().out)
+    assert caffe_engine.info.pycaffe is not None
+    command = [sys.executable, "-c", IN_ONE_PROCESS, str(caffe_engine.info.pycaffe), *OTHERS]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout)
+    for network, summary in summaries.items():
+        counted = found[network]
+        assert counted["parameters"] == summary["parameters"], network
+        assert counted["macs"] == summary["macs"], network
+        assert counted["prob"][:2] == [1, CLASSES]
+        assert len(counted["losses"]) == (3 if network == "googlenet" else 1)
+        assert np.isfinite(counted["losses"]).all(), network

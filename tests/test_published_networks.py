@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,95 @@ def test_the_solver_is_the_published_one_apart_from_paths(
             solver.ClearField(path)
         assert solver.test_iter
     assert first_difference(ours, theirs) is None
+
+
+# Of other publishers: our network and file, the phase, the published file in networks/.
+OTHERS = [
+    ("mobilenet_v1", "deploy", "TEST", "mobilenet_v1_deploy"),
+    ("mobilenet_v2", "deploy", "TEST", "mobilenet_v2_deploy"),
+    ("squeezenet_v1_1", "train", "TRAIN", "squeezenet_1.1_train_val"),
+    ("squeezenet_v1_1", "val", "TEST", "squeezenet_1.1_train_val"),
+    ("squeezenet_v1_1", "deploy", "TEST", "squeezenet_1.1_deploy"),
+    ("resnet18", "train", "TRAIN", "resnet18_holmes_train"),
+    ("resnet18", "val", "TEST", "resnet18_holmes_train"),
+    ("resnet18", "deploy", "TEST", "resnet18_holmes_deploy"),
+    ("resnet50", "deploy", "TEST", "resnet50_kaiming_deploy"),
+    ("vgg16", "deploy", "TEST", "vgg16_crowson_deploy"),
+    ("googlenet", "train", "TRAIN", "bvlc_googlenet_train_val"),
+    ("googlenet", "val", "TEST", "bvlc_googlenet_train_val"),
+    ("googlenet", "deploy", "TEST", "bvlc_googlenet_deploy"),
+]
+SETTINGS = {
+    "squeezenet_v1_1": [
+        *("network.crop_size=227", "training.batch_size=512", "training.iter_size=16"),
+        *("data.mirror=false", "training.val_batch_size=25"),
+    ],
+    "resnet18": ["training.batch_size=128", "training.iter_size=1"],
+    "googlenet": ["training.batch_size=32", "training.iter_size=1"],
+}
+
+
+@cache
+def other_files(network: str, dialect: Dialect, *settings: str) -> dict[str, str]:
+    """What `build_net` writes, with JacintoNet11's training but for what the publishers set otherwise."""
+    given = [f"network.name={network}", "network.strides=", *SETTINGS.get(network, ()), *settings]
+    recipe = load_recipe("imagenet_jacintonet11", given)
+    return stage_files(
+        recipe,
+        "initial",
+        dialect,
+        folder="out",
+        gpus=(),
+        iter_size=recipe.training.iter_size,
+        solver_mode_gpu=False,
+        val_images=1000,
+    )
+
+
+@pytest.mark.parametrize(("network", "file", "phase", "published_file"), OTHERS)
+def test_networks_of_others_are_the_published_ones(
+    published: Path, network: str, file: str, phase: str, published_file: str
+) -> None:
+    theirs = (published / "networks" / f"{published_file}.prototxt").read_text()
+    ours = other_files(network, STOCK)[f"{file}.prototxt"]
+    nets = [normalised_net(text, STOCK, phase) for text in (ours, theirs)]
+    for net in nets if file == "deploy" else ():
+        net.layer[0].input_param.shape[0].dim[0] = 1
+        for layer in net.layer:  # initial values have no effect there
+            for name in ("convolution_param", "inner_product_param"):
+                if layer.HasField(name):
+                    getattr(layer, name).ClearField("weight_filler")
+                    getattr(layer, name).ClearField("bias_filler")
+    if network == "vgg16":  # published without its inner products
+        last = next(at for at, layer in enumerate(nets[0].layer) if layer.name == "pool5")
+        del nets[0].layer[last + 1 :]
+    assert first_difference(*nets) is None
+
+
+@pytest.mark.parametrize("network", dict.fromkeys(network for network, *_ in OTHERS))
+def test_networks_of_others_say_the_same_in_both_dialects(network: str) -> None:
+    for file, phase in (("train", "TRAIN"), ("val", "TEST"), ("deploy", "TEST")):
+        found = [
+            _without_what_differs(
+                normalised_net(other_files(network, dialect)[f"{file}.prototxt"], dialect, phase, file)
+            )
+            for dialect in (FORK, STOCK)
+        ]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("width", "parameters", "megamacs"), [(1.0, 4.2, 569), (0.75, 2.6, 325), (0.5, 1.3, 149), (0.25, 0.5, 41)]
+)
+def test_the_widths_of_mobilenet_are_the_papers(width: float, parameters: float, megamacs: int) -> None:
+    """arXiv:1704.04861, table 6: million parameters and mult-adds."""
+    net = tree.parse(other_files("mobilenet_v1", STOCK, f"network.width={width}")["deploy.prototxt"])
+    costs = complexity.layer_costs(net)
+    weights = sum(cost.weights + cost.outputs for cost in costs if cost.weights)
+    assert weights / 1e6 == pytest.approx(parameters, abs=0.06)
+    assert complexity.gigamacs(net) == pytest.approx(megamacs / 1000, abs=1e-3)
+    with pytest.raises(UserError, match=r"width 0\.5: that of resnet18 is fixed; give none"):
+        other_files("resnet18", STOCK, "network.width=0.5")
 
 
 @pytest.mark.parametrize("network", DIALECTS)

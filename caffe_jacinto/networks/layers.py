@@ -57,10 +57,7 @@ ZERO = Filler("constant", value=0)
 
 @dataclass(frozen=True)
 class Convolution(Layer):
-    """Square kernels in ``group`` groups, and a bias for each output; sizes in pixels.
-
-    The learning rate of biases is twice that of weights.
-    """
+    """Square kernels in ``group`` groups, and a bias for each output; sizes in pixels."""
 
     outputs: int
     kernel: int
@@ -73,6 +70,12 @@ class Convolution(Layer):
     bias_decay: float = 0.0
     """Weight decay of the biases, as a multiple of the weights'."""
 
+    bias_lr: float = 2.0
+    """Learning rate of the biases, as a multiple of the weights'."""
+
+    caffe_engine: bool = False
+    """Whether Caffe's own convolution is chosen, not cuDNN's."""
+
     lr_mult: float = 1.0
     """Learning rate as a multiple of the published one; 0 freezes the layer, weight decay included."""
 
@@ -83,6 +86,9 @@ class BatchNorm(Layer):
 
     moving_average_fraction: float = 0.999
     eps: float = 1e-5
+    decay: float = 1.0
+    """Weight decay of scale and shift, as a multiple of the weights'."""
+
     shift_lr: float = 1.0
     """Learning rate of the shift, as a multiple of the scale's. The fork always takes 1, and decays both."""
 
@@ -103,6 +109,15 @@ class ReLU(Layer):
 @dataclass(frozen=True)
 class MaxPooling(Layer):
     """The largest value of each ``kernel`` x ``kernel`` window; the output's size is rounded up."""
+
+    kernel: int
+    stride: int
+    pad: int = 0
+
+
+@dataclass(frozen=True)
+class AveragePooling(Layer):
+    """The mean of each ``kernel`` x ``kernel`` window; the output's size is rounded up."""
 
     kernel: int
     stride: int
@@ -133,19 +148,27 @@ class Sum(Layer):
 
 
 @dataclass(frozen=True)
+class Concat(Layer):
+    """The channels of blobs of one height and width, one blob after the other."""
+
+
+@dataclass(frozen=True)
 class GlobalAveragePooling(Layer):
     """The mean of each channel: batch x channels x 1 x 1."""
 
 
 @dataclass(frozen=True)
 class InnerProduct(Layer):
-    """A fully connected layer: batch x outputs. The learning rate of biases is twice that of weights."""
+    """A fully connected layer: batch x outputs."""
 
     outputs: int
     weight_filler: Filler | None = MSRA
     bias_filler: Filler | None = ZERO
     bias_decay: float = 0.0
     """Weight decay of the biases, as a multiple of the weights'."""
+
+    bias_lr: float = 2.0
+    """Learning rate of the biases, as a multiple of the weights'."""
 
     lr_mult: float = 1.0
     """Learning rate as a multiple of the published one; 0 freezes the layer, weight decay included."""
@@ -158,12 +181,16 @@ class SoftmaxWithLoss(Layer):
     propagate_down: tuple[bool, ...] = ()
     """Whether gradients flow to each bottom; empty leaves that to Caffe."""
 
+    loss_weight: float = 1.0
+
 
 @dataclass(frozen=True)
 class Accuracy(Layer):
-    """The fraction of images whose label is among the ``top_k`` largest scores, when testing."""
+    """The fraction of images whose label is among the ``top_k`` largest scores."""
 
     top_k: int
+    in_training: bool = False
+    """Whether it is also measured when training."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +217,9 @@ class Data(Layer):
 
     mean_file: str | None = None
     """A .binaryproto with the mean image, which is subtracted before the crop."""
+
+    scale: float | None = None
+    """Every pixel is multiplied by this, once the mean is subtracted."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +253,10 @@ class Network:
     outputs: tuple[Layer, ...]
     """The loss and accuracies of training and testing, which read the scores and the labels."""
 
+    auxiliary: Mapping[str, tuple[Layer, ...]] = field(default_factory=dict)
+    """Layers of training and testing only, classifiers with a loss of their own, by the layer of `layers`
+    that they follow."""
+
     title: str | None = None
     """The ``name`` in the prototxts; without one, the network's name."""
 
@@ -232,6 +266,9 @@ class Network:
     mean_values: tuple[float, ...] = ()
     """Subtracted from the image's channels, unless a mean image is."""
 
+    scale: float | None = None
+    """The image is multiplied by this, once the mean is subtracted."""
+
     mean_image: bool = False
     """Whether the network needs the data set's mean image."""
 
@@ -240,6 +277,11 @@ class Network:
 
     deploy_fillers: bool = True
     """Whether the deploy prototxt holds fillers, which have no effect there."""
+
+    @property
+    def trained_layers(self) -> tuple[Layer, ...]:
+        """The layers of training and testing, the auxiliary ones at their places."""
+        return tuple(one for layer in self.layers for one in (layer, *self.auxiliary.get(layer.name, ())))
 
     @property
     def scores(self) -> str:

@@ -143,8 +143,8 @@ def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> Sta
     train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
     texts = {
-        TRAIN: _net(_title(network, "train"), (train, *network.layers, *network.outputs), dialect),
-        VAL: _net(_title(network, "test"), (val, *network.layers, *network.outputs), dialect),
+        TRAIN: _net(_title(network, "train"), (train, *network.trained_layers, *network.outputs), dialect),
+        VAL: _net(_title(network, "test"), (val, *network.trained_layers, *network.outputs), dialect),
         DEPLOY: _deploy(network, dialect),
     }
     return StageNets(texts, (Test(VAL, iterations_per_test(val_images, recipe.training.val_batch_size)),))
@@ -212,7 +212,9 @@ def network_of(recipe: Recipe) -> Network:
     """
     settings = recipe.network
     assert settings.crop_size is not None
-    network = build_network(settings.name, recipe.data.num_classes, settings.crop_size, settings.strides)
+    network = build_network(
+        settings.name, recipe.data.num_classes, settings.crop_size, settings.strides, settings.width
+    )
     return for_finetuning(network, settings.frozen, settings.head_lr_mult)
 
 
@@ -256,7 +258,7 @@ def published_recipe(network: str) -> Recipe:
     if f"imagenet_{network}" in built_in_recipes():
         return load_recipe(f"imagenet_{network}")
     recipe = load_recipe("imagenet_jacintonet11")
-    settings = recipe.network.model_copy(update={"name": network, "strides": None})
+    settings = recipe.network.model_copy(update={"name": network, "strides": None, "width": None})
     return recipe.model_copy(update={"network": settings})
 
 
@@ -287,6 +289,7 @@ def what_was_written(
     """What the files in ``folder`` are, in a few lines; ``device``: ``GPU 0,1`` or ``the CPU``."""
     network, data, training = recipe.network, recipe.data, recipe.training
     strides = f", strides {','.join(map(str, network.strides))}" if network.strides else ""
+    strides += f", width {network.width:g}" if network.width else ""
     tests = iterations_per_test(val_images, training.val_batch_size)
     twice = tests * training.val_batch_size - val_images
     wraps = f"; the last batch wraps round, so {twice} images count twice" if twice else ""
@@ -357,6 +360,7 @@ def _data(network: Network, source: str, batch_size: int, *, mirror: bool, mean_
         label_top=LABEL_BLOB,
         mean_values=() if mean_file else network.mean_values,  # Caffe takes one or the other.
         mean_file=mean_file,
+        scale=network.scale,
     )
 
 

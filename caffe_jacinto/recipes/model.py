@@ -124,6 +124,9 @@ class NetworkSettings(_Settings):
     """Strides of the parts of the network, from the input on, where they can be chosen; by default, the
     published ones."""
 
+    width: OptionalFloat = None
+    """Width multiplier, on the channels of every layer, where it can be chosen; by default 1."""
+
     frozen: Annotated[tuple[Text, ...], Ints] = ()
     """Layers that keep their start weights; a convolution's batch norm is frozen with it."""
 

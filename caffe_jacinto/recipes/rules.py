@@ -173,8 +173,9 @@ def _network_has_its_keys(recipe: Values) -> Iterator[Mistake]:
         if recipe["network.crop_size"] is None:
             yield recipe.mistake("network.crop_size", "missing; add it")
         return
-    if recipe["network.strides"] is not None:
-        yield recipe.mistake("network.strides", "the strides are those of network.prototxt; remove it")
+    for key, whose in (("strides", "the strides are those"), ("width", "the width is that")):
+        if recipe[f"network.{key}"] is not None:
+            yield recipe.mistake(f"network.{key}", f"{whose} of network.prototxt; remove it")
     given = {key: len(recipe[f"network.{key}"]) for key in _OF_EACH_TEST if recipe[f"network.{key}"]}
     if len(set(given.values())) > 1:
         lengths = ", ".join(f"{length} of {key}" for key, length in given.items())
