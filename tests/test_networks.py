@@ -94,7 +94,10 @@ def test_every_convolution_of_jacintonet11_is_normalised() -> None:
 def test_any_crop_is_refused_or_gives_a_network_whose_shapes_are_known(
     name: str, dialect: Dialect, classes: int, crop: int
 ) -> None:
-    recipe = load_recipe(f"imagenet_{name}", [f"data.num_classes={classes}", f"network.crop_size={crop}"])
+    settings = [f"network.name={name}", f"data.num_classes={classes}", f"network.crop_size={crop}"]
+    settings += ["network.strides="] * (name != "jacintonet11")
+    settings += ['data.mean_file="mean.binaryproto"'] * (name == "bvlc_alexnet")
+    recipe = load_recipe("imagenet_jacintonet11", settings)
     try:
         files = stage_files(
             recipe, "initial", dialect, folder="out", gpus=(), iter_size=1, solver_mode_gpu=False
@@ -102,7 +105,7 @@ def test_any_crop_is_refused_or_gives_a_network_whose_shapes_are_known(
     except UserError as error:
         smallest = re.search(r"a crop of at least (\d+)", str(error))
         assert smallest
-        assert crop < int(smallest[1]) < 50
+        assert crop < int(smallest[1]) < 224
         return
     costs = complexity.layer_costs(tree.parse(files["deploy.prototxt"]))
     assert all(cost.macs for cost in costs)
@@ -121,7 +124,7 @@ def test_strides_are_those_of_conv1a_and_the_poolings(strides: tuple[int, ...]) 
     ("name", "crop", "strides", "says"),
     [
         ("jacintonet12", 224, STRIDES, "did you mean jacintonet11?"),
-        ("vgg", 224, STRIDES, "known: bvlc_alexnet, jacintonet11, resnet10"),
+        ("vgg", 224, STRIDES, "did you mean vgg16? known: bvlc_alexnet, googlenet, jacintonet11, "),
         ("jacintonet11", 224, (2, 2, 2, 2), "five whole numbers"),
         ("jacintonet11", 224, (2, 2, 2, 2, 2, 2), "five whole numbers"),
         ("jacintonet11", 224, (2, 2, 2, 2, 0), "five whole numbers"),
@@ -155,9 +158,23 @@ def test_a_mean_image_is_asked_for_and_replaces_mean_values() -> None:
     assert "mean_value" not in with_mean  # Caffe takes one or the other.
 
 
-def test_alexnet_alone_has_no_statistics_to_estimate() -> None:
-    found = {name: build_network(name, 10, 227).has_batch_norm for name in registry.NETWORKS}
-    assert found == {"bvlc_alexnet": False, "jacintonet11": True, "resnet10": True}
+def test_which_networks_have_no_statistics_to_estimate() -> None:
+    without = [name for name in registry.NETWORKS if not build_network(name, 10, 227).has_batch_norm]
+    assert without == ["bvlc_alexnet", "googlenet", "squeezenet_v1_1", "vgg16"]
+
+
+def test_auxiliary_classifiers_are_trained_and_frozen_by_name_but_not_deployed() -> None:
+    network = build_network("googlenet", 10, 224)
+    names = [layer.name for layer in network.trained_layers]
+    assert "loss1/classifier" in names
+    assert names.index("loss2/ave_pool") == names.index("inception_4d/output") + 1
+    assert not any(layer.name.startswith(("loss1", "loss2")) for layer in network.layers)
+    found = registry.layers_to_name(network, ["loss1/classifier", "loss2/classifier", "loss3/classifier"])
+    assert found == ["loss1/classifier", "loss2/classifier", "loss3/classifier"]
+    frozen = registry.for_finetuning(network, ["loss1/conv", "conv1/7x7_s2"], 10)
+    rates = {layer.name: layer.lr_mult for layer in frozen.trained_layers if hasattr(layer, "lr_mult")}
+    assert (rates["loss1/conv"], rates["conv1/7x7_s2"], rates["loss3/classifier"]) == (0, 0, 10)
+    assert rates["loss1/classifier"] == 1
 
 
 # ------------------------------------------------------------------------------ a network of the user's own

@@ -206,3 +206,20 @@ def test_skipped_layers_hold_a_target_back_and_a_pattern_may_too() -> None:
     (shortfall,) = found("demo_digits", f"{SPARSE}.pattern=2:4", f"{SPARSE}.target=0.5")
     assert "input channels that 4 does not divide: 1 layer" in shortfall.message
     assert "would do" in shortfall.message
+
+
+def test_networks_of_1x1_convolutions_are_told_what_would_do() -> None:
+    """Half of ResNet-50's weights, and nearly all of MobileNet's, lie in kernels that it leaves alone."""
+    recipe, small = "imagenet_jacintonet11_channelwise", "not pruned, kernel smaller than 3x3: "
+    for network, left_alone, ways in (
+        ("resnet50", "36 layers with 51.7% of the weights", ["min_kernel=1", "target=0.144"]),
+        ("mobilenet_v1", "13 layers with 98.6% of the weights", ["min_kernel=1"]),
+    ):
+        settings = [f"network.name={network}", "network.strides="]
+        (shortfall,) = found(recipe, *settings)
+        assert small + left_alone in shortfall.message
+        assert not shortfall.useless
+        for way in ways:
+            assert f"{SPARSE}.{way} would do" in shortfall.message
+            assert found(recipe, *settings, f"{SPARSE}.{way}") == []
+    assert f"{SPARSE}.target" not in shortfall.message

@@ -1,9 +1,9 @@
 """MobileNet v2: inverted residual blocks, whose depthwise 3x3 convolution lies between two 1x1 ones.
 
 The numbers are those of the published network (shicai/MobileNet-Caffe, mobilenet_v2_deploy.prototxt;
-arXiv:1801.04381). It has ReLU where the paper has ReLU6, and halves the image before the blocks of 96 channels,
-where the paper does so before those of 64. Only its deploy network was published; the loss and the accuracies
-are ours.
+arXiv:1801.04381). It has ReLU where the paper has ReLU6, and halves the image before the blocks of 96
+channels, where the paper does so before those of 64. Only its deploy network was published; the loss and the
+accuracies are ours.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -229,8 +230,13 @@ def check_crop(network: Network) -> None:
     if emptied is None:
         return
     larger = range(network.crop_size + 1, LARGEST_CROP)
-    smallest = next((crop for crop in larger if emptied_layer(net, crop) is None), None)
-    hint = f"use a crop of at least {smallest}" if smallest else "give it smaller strides or kernels"
+    # What a crop leaves something of, each larger one does, too.
+    found = bisect_left(larger, True, key=lambda crop: emptied_layer(net, crop) is None)
+    hint = (
+        f"use a crop of at least {larger[found]}"
+        if found < len(larger)
+        else "give it smaller strides or kernels"
+    )
     raise UserError(
         f"{network.name} with a crop of {network.crop_size} pixels: nothing would be left of the image after "
         f"{emptied}; {hint}"

@@ -236,8 +236,9 @@ def _remedies(
     needed = thresholds_needed(counted, sparse, zeros)
     if needed is None:
         other = _another_rule(key, counted, sparse, zeros, network)
-        highest = f"{key}.sparse.target={_highest_target(counted, sparse, zeros):g} would do"
-        return f"{highest}, and {other}" if other else highest
+        highest = _highest_target(counted, sparse, zeros)
+        ways = [f"{key}.sparse.target={highest:g} would do"] if highest or not other else []
+        return ", and ".join([*ways, other] if other else ways)
     steps = step_iterations(sparse, 2**62)
     ways = [f"{key}.solver.max_iter={steps[needed - 1] + 1}"]
     closer = (max_iter - sparse.start_iter) // needed
