@@ -60,6 +60,7 @@ ITERATION = re.compile(
 TEST_OUTPUT = re.compile(
     rb" {0,8}Test net output #(\d{1,18}): (.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
 )
+_BEFORE_DEVICE = (b" ", b"[", b"(")
 DEVICE = re.compile(rb" {0,8}([\[(])([\w.]{1,20})[\])](?= )")
 """The device before a message of NVCaffe's, in square brackets for training and in round ones for tests."""
 _TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
@@ -169,7 +170,7 @@ class MessageReader:
         elif not (thread in self._listings and self._listed(thread, message)) and not (
             thread in self.results and self._result(thread, message)
         ):
-            device = DEVICE.match(message)
+            device = DEVICE.match(message) if message[:1] in _BEFORE_DEVICE else None
             if device is not None:
                 message = message[device.end() :]
                 message = message if message[:4] == b"    " else message.lstrip()
@@ -546,9 +547,10 @@ def _numbers(raw: bytes) -> tuple[int, ...]:
 
 def _value(raw: bytes) -> float:
     """A number that matched NUMBER."""
-    if b"#" in raw or b"(" in raw:
+    try:
+        return float(raw)
+    except ValueError:  # as Windows prints it
         return float("-inf" if raw[:1] == b"-" else "inf") if b"#INF" in raw else float("nan")
-    return float(raw)
 
 
 def _positive(raw: bytes | None) -> float | None:

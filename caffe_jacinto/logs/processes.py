@@ -133,7 +133,7 @@ class _Stages:
 
     def _fold(self, found: list[events.Event]) -> None:
         for event in found:
-            if isinstance(event, events.ProcessStarted):
+            if type(event) is events.ProcessStarted:
                 self._process_started(event)
             elif self._waiting:
                 self._waiting.append(event)

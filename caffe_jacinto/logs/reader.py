@@ -83,11 +83,13 @@ class LogReader:
             parts = line.split(b"] ")
             # A third part is a message of NVCaffe's, after the device that prints it; or it belongs to
             # another line, which began where this one was cut.
-            message, device = parts[-1], b""
-            if len(parts) == 3 and parts[1][:5] == b"    [":
-                device = parts[1]
-            elif len(parts) != 2:
-                message = b""
+            count = len(parts)
+            if count == 2:
+                message, device = parts[1], b""
+            elif count == 3 and parts[1][:5] == b"    [":
+                message, device = parts[2], parts[1]
+            else:
+                message, device = b"", b""
             key = message[:9]
             if key == b"Iteration" and _ZERO <= message[-1] <= _NINE and (first or of == device):
                 last = line

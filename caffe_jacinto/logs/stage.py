@@ -218,7 +218,7 @@ class StageLog:
 
     def take(self, event: events.Event) -> None:
         """Take the next event. Its caller keeps `first_stamp`, `last_stamp` and `header_year`."""
-        if isinstance(event, events.TestScore):
+        if type(event) is events.TestScore:
             event = self._named(event)
         self._take(event)
         if self.history is not None:
