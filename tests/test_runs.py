@@ -22,7 +22,7 @@ from test_snapshots import write_pair
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import is_unfinished
 from caffe_jacinto.engines.snapshots import spoiled_snapshots
-from caffe_jacinto.logs.series import SolverTest
+from caffe_jacinto.logs.solver_tests import SolverTest
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe

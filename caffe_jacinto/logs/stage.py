@@ -18,7 +18,8 @@ from caffe_jacinto.logs.loss import LossCheck
 from caffe_jacinto.logs.notes import Facts, stage_notes
 from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity, named_accuracies
 from caffe_jacinto.logs.reader import LogReader
-from caffe_jacinto.logs.series import NetTests, SolverTest, Spent, Timing, by_name
+from caffe_jacinto.logs.solver_tests import NetTests, SolverTest, by_name
+from caffe_jacinto.logs.timing import Spent, Timing
 from caffe_jacinto.prototxt import tree
 
 CHUNK = 1 << 20

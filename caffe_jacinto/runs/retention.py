@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from caffe_jacinto.engines.snapshots import complete_snapshots, weights_are_finite
-from caffe_jacinto.logs.series import SolverTest
+from caffe_jacinto.logs.solver_tests import SolverTest
 from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.prototxt.dialects import Dialect
 
