@@ -576,10 +576,8 @@ def test_layers_of_forks_are_named_before_a_caffe_is_asked(caffe_engine: Engine)
     problems = caffe_engine.check(stages_of(ReLU="ReLU6"), LMDBS)
     says = ": stock Caffe has no type ReLU6, which is of forks for MobileNet v2 (layers conv1a/relu,"
     assert problems and all(says in problem and "--engine torch" in problem for problem in problems)
-    assert [problem.partition(":")[0] for problem in problems[:2]] == [
-        "run/initial/train.prototxt",
-        "run/initial/val.prototxt",
-    ]
+    files = [problem.partition(":")[0] for problem in problems]
+    assert files == [f"run/{stage}/train.prototxt" for stage in stages_of()]
     stages = stages_of(ReLU="ReLU6", dialect=Dialect.CAFFE_JACINTO)
     assert "caffe-jacinto has no type ReLU6" in engine("caffe-jacinto").check(stages, LMDBS)[0]
 

@@ -20,7 +20,8 @@ from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.mean import Mean, write_mean
-from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.contract import Engine, TrainJob
+from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
 from caffe_jacinto.engines.pytorch.feed import expected_shapes
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -337,5 +338,16 @@ def test_a_training_from_lists_goes_on_exactly(pictures: Path, row_files: Path, 
     for name, blobs in whole.items():
         for blob, other in zip(blobs, resumed[name], strict=True):
             np.testing.assert_array_equal(blob, other)
+    job = TrainJob(
+        solver=pictures / "solver.prototxt",
+        weights=None,
+        snapshot=None,
+        gpus=(),
+        final_weights=pictures / "lists_iter_9.caffemodel",
+        sparse=None,
+        freeze_zeros=False,
+        reestimate_batches=0,
+    )
+    assert TorchEngine(describe_torch(Dialect.BVLC)).finished(job), "there is nothing to recalibrate"
     caffe = [caffe_engine.info.executable, "train", "-solver", "solver.prototxt"]
     subprocess.run(caffe, cwd=pictures, check=True, capture_output=True)

@@ -204,14 +204,13 @@ def stage_solver(files: StageFiles, dialect: Dialect) -> SolverFile:
 
 def layers_of_forks(solver: SolverFile) -> list[str]:
     """What a Caffe of the solver's dialect cannot load of its networks, a line for each kind of layer."""
-    nets = {str(test.file): test.definition for test in solver.tests}
-    nets[str(solver.train_file)] = solver.train_net
-    found = dict.fromkeys(
-        f"{file}: {line}; or train on PyTorch, which can: --engine torch"
-        for file, net in sorted(nets.items())
-        for line in not_loadable(tree_of(net), solver.dialect)
-    )
-    return list(found)
+    nets = [(solver.train_file, solver.train_net)]
+    nets += [(test.file, test.definition) for test in solver.tests]
+    found: dict[str, Path] = {}
+    for file, net in nets:
+        for line in not_loadable(tree_of(net), solver.dialect):
+            found.setdefault(line, file)
+    return [f"{file}: {line}; or train on PyTorch, which can: --engine torch" for line, file in found.items()]
 
 
 def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:

@@ -19,6 +19,7 @@ from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, included, nodes_of, readers, scale_after
 from caffe_jacinto.netspec.layer_types import blob_shapes_of, role_of
+from caffe_jacinto.netspec.layer_types.forks import keeps_averages
 from caffe_jacinto.netspec.mistakes import mistakes
 from caffe_jacinto.netspec.predictions import head_of, predictions
 from caffe_jacinto.netspec.shapes import ImageShape, image_shape
@@ -176,7 +177,10 @@ class UserNetwork:
 
     @property
     def has_batch_norm(self) -> bool:
-        return any(layer.string("type") == "BatchNorm" for layer in self.train.layers)
+        return any(
+            layer.string("type") == "BatchNorm" or (layer.string("type") == "BN" and keeps_averages(layer))
+            for layer in self.train.layers
+        )
 
     # Layers by name
 

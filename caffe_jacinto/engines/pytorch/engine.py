@@ -136,9 +136,11 @@ class TorchEngine:
         return [command + gpu_arguments(job.gpus)]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is complete and marked so."""
+        """Whether the final snapshot is complete and, if statistics are recalibrated, marked so."""
         final = job.final_weights
-        return final_is_complete(final, self.info.dialect) and is_marked_complete(final)
+        if not final_is_complete(final, self.info.dialect):
+            return False
+        return job.reestimate_batches == 0 or is_marked_complete(final)
 
     def test_command(self, job: TestJob) -> list[str]:
         command = [*self._program("test"), "-model", str(job.model), "-weights", str(job.weights)]
