@@ -5,6 +5,7 @@
     python -m caffe_jacinto.build_net --gpus 0,1 --batch-size 512
     python -m caffe_jacinto.build_net --network resnet10 --summary --draw resnet10.svg
     python -m caffe_jacinto.build_net --summary deploy.prototxt --weights trained.caffemodel
+    python -m caffe_jacinto.build_net --upgrade old_train_val.prototxt --output train_val.prototxt
     python -m caffe_jacinto.build_net --output nets/digits --dialect bvlc --num-classes 10 --crop-size 32 \\
         --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
         --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb --val-images 10000
@@ -56,6 +57,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.gpus is not None:
         arguments.gpus = requested_gpus(arguments.gpus, None)
     _check(arguments)
+    if arguments.upgrade:
+        from caffe_jacinto.caffemodel.upgrade_file import upgrade_file
+
+        output = Path(arguments.output) if arguments.output else None
+        print(*upgrade_file(arguments.upgrade, output), sep="\n")
+        return 0
     if arguments.summary:
         _look(arguments, read_text(Path(arguments.summary), "give a network's prototxt"), arguments.summary)
         return 0
@@ -142,6 +149,11 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "--gpus", type=gpu_request, metavar="0,1|all", help="GPU numbers (default: see below)"
     )
     device.add_argument("--cpu", action="store_true", help="write CPU in the solver (bvlc only)")
+    upgrade_help = (
+        "write FILE, a prototxt or .caffemodel in an older form, in today's form to NAME_upgraded beside it, "
+        "or to the file --output"
+    )
+    parser.add_argument("--upgrade", type=Path, metavar="FILE", help=upgrade_help)
     look = parser.add_argument_group("show and draw a network, with --output or without")
     look.add_argument(
         "--summary",
@@ -165,6 +177,9 @@ def _named_network(argv: Sequence[str]) -> str:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other or would do nothing."""
+    looks = arguments.summary is not None or arguments.draw or arguments.weights or arguments.format
+    if arguments.upgrade and looks:
+        raise UserError("--upgrade only writes a file; leave out --summary, --draw, --weights and --format")
     if arguments.summary and arguments.output:
         raise UserError(f"--summary {arguments.summary} shows an existing file; leave out --output")
     if arguments.format and arguments.summary is None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
-from caffe_jacinto.common.files import check_parent, read_text, write_whole
+from caffe_jacinto.common.files import check_output, read_text, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _convert(options: argparse.Namespace) -> int:
     if origin == to:
         raise UserError(f"--from and --to are both {to}; there is nothing to convert")
     output = options.output or options.file.with_name(f"{options.file.stem}_{to}.caffemodel")
-    _check_output(output, options.file)
+    check_output(output, options.file)
     done = "; ".join(convert(options.file, output, Dialect(to)))
     print(f"{output}: {options.file} in the form of {to}; {done or 'nothing to change'}")
     return 0
@@ -242,7 +242,7 @@ def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.pruning.sparsify import sparsify
 
     output = options.output or options.file.with_name(f"{options.file.stem}_sparsified.caffemodel")
-    _check_output(output, options.file)
+    check_output(output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)
     pruned = sparsify(options.file, output, dialect, _rule(options), options.target)
     facts = show.blob_facts(output, dialect)
@@ -286,7 +286,7 @@ def _merge_bn(options: argparse.Namespace) -> int:
         raise UserError(f"--output {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for output, source in ((deploy, options.deploy), (weights, options.file)):
-        _check_output(output, source)
+        check_output(output, source)
     merged.write(deploy, weights)
     for name, layers in merged.merged.items():
         print(f"merged into {name}: {', '.join(layers)}")
@@ -306,7 +306,7 @@ def _export(options: argparse.Namespace) -> int:
     files = None if quantized else _take_network(options)
     output = options.onnx or options.file.with_suffix(".onnx")
     for source in (options.file, options.deploy):
-        _check_output(output, source, "--onnx")
+        check_output(output, source, "--onnx")
     text = _deploy_text(options)
     given = options.val or options.labels
     metadata = dict(quantized.preprocessing) if quantized and not given else _metadata(options, files)
@@ -356,14 +356,6 @@ def _metadata(options: argparse.Namespace, run: NetworkFiles | None) -> dict[str
 
 def _deploy_text(options: argparse.Namespace) -> str:
     return read_text(options.deploy, "give the deploy.prototxt after the weight file")
-
-
-def _check_output(output: Path, source: Path, argument: str = "--output") -> None:
-    if output.exists() and source.exists() and output.samefile(source):
-        raise UserError(f"{argument} {output} is the file itself; name another")
-    if output.is_dir():
-        raise UserError(f"{argument} {output} is a folder; name a file in it")
-    check_parent(output, f"{argument} ")
 
 
 if __name__ == "__main__":

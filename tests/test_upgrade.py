@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, text_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caffe_jacinto.build_net import main as build_net_main
+from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.show import blob_facts
+from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.netspec.graph import messages_in
@@ -283,3 +288,92 @@ def test_networks_inside_a_solver_are_brought_up_to_date() -> None:
     solver = parse_solver(f"{text} test_net_param {{ layers {{ type: TANH }} }}", BVLC, "solver.prototxt")
     assert [layer.type for layer in solver.net_param.layer] == ["Input", "ReLU"]
     assert solver.test_net_param[0].layer[0].type == "TanH"
+
+
+# Weight files, and files written in today's form
+
+V1_NET = """
+name: "old" input: "data" input_dim: [1, 3, 9, 9]
+layers { name: "c" type: CONVOLUTION bottom: "data" top: "c"
+  convolution_param { num_output: 4 pad: 2 kernel_size: 3 } }
+layers { name: "relu" type: RELU bottom: "c" top: "c" }
+layers { name: "fc" type: INNER_PRODUCT bottom: "c" top: "fc" inner_product_param { num_output: 5 } }
+"""
+V0_NET = """
+name: "old" input: "data" input_dim: [1, 3, 9, 9]
+layers { layer { name: "p" type: "padding" pad: 2 } bottom: "data" top: "p" }
+layers { layer { name: "c" type: "conv" num_output: 4 kernelsize: 3 } bottom: "p" top: "c" }
+layers { layer { name: "relu" type: "relu" } bottom: "c" top: "c" }
+layers { layer { name: "fc" type: "innerproduct" num_output: 5 } bottom: "c" top: "fc" }
+"""
+BLOBS = {"c": [(4, 3, 3, 3), (1, 1, 1, 4)], "fc": [(1, 1, 5, 4 * 11 * 11), (1, 1, 1, 5)]}
+
+
+def write_old_weights(path: Path, text: str) -> dict[str, list[Any]]:
+    """A weight file of the network ``text`` in its own form, with drawn numbers, which are returned."""
+    net, numbers = text_format.Parse(text, SCHEMA.NetParameter()), np.random.default_rng(0)
+    drawn: dict[str, list[Any]] = {}
+    for old in net.layers:
+        holder = old.layer if old.HasField("layer") else old
+        for shape in BLOBS.get(holder.name, []):
+            values = numbers.standard_normal(shape, np.float32)
+            blob = holder.blobs.add(data=values.flat)
+            blob.num, blob.channels, blob.height, blob.width = shape
+            drawn.setdefault(holder.name, []).append(values)
+    path.write_bytes(net.SerializeToString())
+    return drawn
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("text", [V0_NET, V1_NET], ids=["V0", "V1"])
+def test_old_weights_are_read_as_caffe_reads_them(
+    pycaffe: Any, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.caffemodel", tmp_path / "new.caffemodel"
+    drawn = write_old_weights(old, text)
+    (tmp_path / "old.prototxt").write_text(text)
+    for name in ("old.prototxt", "old.caffemodel"):
+        output = tmp_path / name.replace("old", "new")
+        assert build_net_main(["--upgrade", str(tmp_path / name), "--output", str(output)]) == 0
+    capsys.readouterr()
+    for prototxt, weights in (("old.prototxt", old), ("new.prototxt", old), ("new.prototxt", new)):
+        net = pycaffe.Net(str(tmp_path / prototxt), pycaffe.TEST, weights=str(weights))
+        for name, blobs in drawn.items():
+            for index, values in enumerate(blobs):
+                assert np.array_equal(net.params[name][index].data.flat, values.flat)
+    for weights in (old, new):
+        for name, read in read_weights(weights).items():
+            assert all(np.array_equal(a, b) for a, b in zip(read, drawn[name], strict=True))
+        facts = blob_facts(weights, BVLC)
+        assert [(fact.layer, fact.type) for fact in facts[::2]] == [
+            ("c", "Convolution"),
+            ("fc", "InnerProduct"),
+        ]
+        assert check_fit(weights, parse_net(text, BVLC, "net")) == []
+    stored = SCHEMA.NetParameter.FromString(new.read_bytes())
+    assert not stored.layers
+    assert [layer.type for layer in stored.layer] == ["Input", "Convolution", "ReLU", "InnerProduct"]
+    assert stored.layer[1].convolution_param.pad == [2]
+
+
+def test_upgrade_writes_a_file_of_todays_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver = tmp_path / "solver.prototxt"
+    solver.write_text('net: "net.prototxt"  # mine\nsolver_type: ADAGRAD\n')
+    assert build_net_main(["--upgrade", str(solver)]) == 0
+    written = tmp_path / "solver_upgraded.prototxt"
+    assert written.read_text() == 'net: "net.prototxt"\ntype: "AdaGrad"\n'
+    assert "its comments are not kept" in capsys.readouterr().out
+    assert build_net_main(["--upgrade", str(written)]) == 0
+    assert "is in today's form already; nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "solver_upgraded_upgraded.prototxt").exists()
+    relu = tmp_path / "relu.prototxt"
+    relu.write_text('layers { layer { name: "r" type: "relu" num_output: 3 } }')
+    assert build_net_main(["--upgrade", str(relu)]) == 0
+    assert "layer 'r': num_output has no meaning for 'relu'; left out" in capsys.readouterr().out
+    for arguments, message in (
+        (["--upgrade", str(solver), "--output", str(solver)], "is the file itself"),
+        (["--upgrade", str(tmp_path / "none")], "No such file"),
+        (["--upgrade", str(solver), "--summary"], "--upgrade only writes a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_net_main(arguments)

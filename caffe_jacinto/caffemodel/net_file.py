@@ -20,10 +20,13 @@ from caffe_jacinto.caffemodel.storage import (
     NET_LAYER,
     NET_NAME,
     NET_V1_LAYER,
+    V0_BLOBS,
+    V1_BLOBS,
+    V1_V0_LAYER,
     Blob,
+    Field,
     NotWholeError,
     blob_values,
-    blobs_field,
     damaged,
     fields,
     layer_fields,
@@ -33,6 +36,7 @@ from caffe_jacinto.caffemodel.storage import (
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.prototxt.upgrade import upgrade_net
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +47,8 @@ if TYPE_CHECKING:
 
 Part = bytes | memoryview
 
-_V1_TYPES = {
-    **{4: "Convolution", 14: "InnerProduct", 15: "LRN", 17: "Pooling", 18: "ReLU"},
-    **{20: "Softmax", 21: "SoftmaxWithLoss", 22: "Split", 39: "Deconvolution"},
-}
-"""V1LayerParameter.LayerType, for the types that matter here."""
+_NET_INPUTS = (3, 4, 8)
+"""NetParameter's input, input_dim and input_shape."""
 
 _MOST_HEADER_BYTES = 1 << 20
 """A layer without its numbers is far smaller; anything larger is not a layer."""
@@ -87,20 +88,39 @@ class NewLayer:
 
 @contextmanager
 def open_net(path: Path, dialect: Dialect) -> Iterator[tuple[str, list[NetLayer]]]:
-    """The network's name and all its layers, those without blobs included.
+    """The network's name and all its layers in today's form, those without blobs included.
 
     Raises:
         UserError: the file is missing, cut off, or not a weight file of the dialect.
     """
     with mapped(path) as view:
-        layers: list[NetLayer] = []
-        for field, layer in layer_fields(view, path):
-            try:
-                header = _header(view, field.start, field.end, dialect, v1=field.number == NET_V1_LAYER)
-            except NotWholeError:
-                raise damaged(path) from None
-            layers.append(NetLayer(layer.name, header, list(layer.blobs), view))
+        found = list(layer_fields(view, path))
+        try:
+            if any(field.number == NET_V1_LAYER for field, _ in found):
+                headers = _upgraded_headers(view, path, [field for field, _ in found], dialect)
+                blobs = {layer.name: layer.blobs for _, layer in found if layer.blobs}
+                layers = [
+                    NetLayer(header.name, header, list(blobs.get(header.name, ())), view)
+                    for header in headers
+                ]
+            else:
+                layers = [
+                    NetLayer(layer.name, _header(view, field, dialect), list(layer.blobs), view)
+                    for field, layer in found
+                ]
+        except NotWholeError:
+            raise damaged(path) from None
         yield _net_name(view), layers
+
+
+def is_old(path: Path) -> bool:
+    """Whether a weight file has layers of the V0 or V1 form.
+
+    Raises:
+        UserError: the file is missing, cut off or not a weight file.
+    """
+    with mapped(path) as view:
+        return any(field.number == NET_V1_LAYER for field, _ in layer_fields(view, path))
 
 
 def _net_name(view: memoryview) -> str:
@@ -108,35 +128,63 @@ def _net_name(view: memoryview) -> str:
     return text(view, names[-1]._replace(end=min(names[-1].end, names[-1].start + 1000))) if names else ""
 
 
-def _header(view: memoryview, start: int, end: int, dialect: Dialect, *, v1: bool) -> Any:
-    """The layer's message without its blobs; of the V1 form, what is needed to read its weights."""
-    from google.protobuf.message import DecodeError
+def _upgraded_headers(view: memoryview, path: Path, old: list[Field], dialect: Dialect) -> list[Any]:
+    """The layers' messages without blobs, of a file with V0 or V1 layers; Caffe's Split layers stay."""
+    net = messages(dialect).NetParameter()
+    position = 0
+    for field in fields(view):
+        if field.number in _NET_INPUTS:
+            _parse_into(net, bytes(view[position : field.end]))
+        position = field.end
+    for field in old:
+        parts = _without_blobs(view, field, V1_BLOBS if field.number == NET_V1_LAYER else LAYER_BLOBS)
+        _parse_into(net, _tagged(field.number, b"".join(parts)))
+    upgrade_net(net, str(path))
+    return list(net.layer)
 
-    parts = []
-    number = blobs_field(v1=v1)
-    position = start
-    for item in fields(view, start, end):
-        if item.number != number:
+
+def _header(view: memoryview, field: Field, dialect: Dialect) -> Any:
+    """The layer's message without its blobs."""
+    parts = _without_blobs(view, field, LAYER_BLOBS)
+    return _without_foreign_fields(messages(dialect).NetParameter().layer.add(), parts)
+
+
+def _without_blobs(view: memoryview, field: Field, number: int) -> list[bytes]:
+    """The bytes of each field of a layer, but for its blobs, the fields ``number``.
+
+    Raises:
+        NotWholeError: they are longer than a layer's settings can be.
+    """
+    parts: list[bytes] = []
+    position, size = field.start, 0
+    for item in fields(view, field.start, field.end):
+        if item.number == V1_V0_LAYER and item.wire_type == LENGTH and number == V1_BLOBS:
+            parts.append(_tagged(V1_V0_LAYER, b"".join(_without_blobs(view, item, V0_BLOBS))))
+        elif item.number != number:
+            size += item.end - position
+            if size > _MOST_HEADER_BYTES:
+                raise NotWholeError
             parts.append(bytes(view[position : item.end]))
         position = item.end
-    content = b"".join(parts)
-    if len(content) > _MOST_HEADER_BYTES:
-        raise NotWholeError
-    schema = messages(dialect).NetParameter()
-    if not v1:
-        return _without_foreign_fields(schema.layer.add(), parts)
+    return parts
+
+
+def _tagged(number: int, content: Part) -> bytes:
+    return b"".join(field_parts(number, [content]))
+
+
+def _parse_into(message: Any, content: bytes) -> None:
+    """Merge serialized fields into ``message``.
+
+    Raises:
+        NotWholeError: they are not of its kind.
+    """
+    from google.protobuf.message import DecodeError
+
     try:
-        old = schema.layers.add()
-        old.ParseFromString(content)
+        message.MergeFromString(content)
     except DecodeError:
         raise NotWholeError from None
-    header = schema.layer.add(name=old.name, type=_V1_TYPES.get(old.type, f"V1 type {old.type}"))
-    header.bottom.extend(old.bottom)
-    header.top.extend(old.top)
-    for parameters in ("convolution_param", "inner_product_param"):
-        if old.HasField(parameters):
-            getattr(header, parameters).CopyFrom(getattr(old, parameters))
-    return header
 
 
 def _without_foreign_fields(header: Any, parts: Sequence[bytes]) -> Any:
@@ -176,7 +224,8 @@ def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> lis
         view, stored = blob
         if stored.number_format == "<f4":
             data: list[Part] = [view[start:end] for start, end in stored.ranges]
-            return [_shape_bytes(stored.shape, dialect), *field_parts(BLOB_DATA, data)]
+            shape = _old_shape_bytes if stored.four_axes else _shape_bytes
+            return [shape(stored.shape, dialect), *field_parts(BLOB_DATA, data)]
         blob = blob_values(view, stored)
     return array_parts(blob, dialect)
 
@@ -193,6 +242,13 @@ def _shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
     blob = messages(dialect).BlobProto()
     blob.shape.SetInParent()
     blob.shape.dim.extend(shape)
+    return bytes(blob.SerializeToString())
+
+
+def _old_shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
+    """The shape in the old form, in which leading axes of 1 may be missing axes; Caffe reads both."""
+    num, channels, height, width = shape
+    blob = messages(dialect).BlobProto(num=num, channels=channels, height=height, width=width)
     return bytes(blob.SerializeToString())
 
 

@@ -110,7 +110,11 @@ WEIGHTS, STATE = "weight file (.caffemodel)", "solver state (.solverstate)"
 
 _HDF5_START = b"\x89HDF\r\n\x1a\n"
 _LAYER_NAME = 1
-_V1_NAME, _V1_BLOBS = 4, 6
+_V1_NAME, V1_BLOBS = 4, 6
+V1_V0_LAYER, V0_BLOBS = 1, 50
+_V0_NAME = 1
+"""V1LayerParameter's field for a layer of the V0 form, and that layer's fields."""
+
 _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 7, 8, 10, 12
 _STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
 _FIRST_FIELDS = ((_STATE_ITER, VARINT), (NET_NAME, LENGTH), (NET_LAYER, LENGTH))
@@ -252,6 +256,16 @@ def check_kind(view: memoryview, path: Path, wanted: str) -> None:
             raise UserError(f"{path}: a {found}; give a {wanted}")
 
 
+def is_text_file(path: Path) -> bool:
+    """Whether a file begins as text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with mapped(path) as view:
+        return _is_text(bytes(view[:1024]))
+
+
 def _is_text(start: bytes) -> bool:
     """Whether a file that begins with ``start`` is text: UTF-8 without control characters."""
     try:
@@ -262,24 +276,27 @@ def _is_text(start: bytes) -> bool:
 
 
 def _layer_in(view: memoryview, field: Field) -> StoredLayer | None:
-    """The layer that a field of a NetParameter holds, in either form; None where it holds something else."""
+    """The layer that a field of a NetParameter holds, in any form; None where it holds something else."""
     if field.wire_type != LENGTH or field.number not in (NET_LAYER, NET_V1_LAYER):
         return None
-    v1 = field.number == NET_V1_LAYER
+    if field.number == NET_LAYER:
+        return _named_blobs(view, field, _LAYER_NAME, LAYER_BLOBS)
+    for inner in fields(view, field.start, field.end):
+        if inner.number == V1_V0_LAYER and inner.wire_type == LENGTH:
+            return _named_blobs(view, inner, _V0_NAME, V0_BLOBS)
+    return _named_blobs(view, field, _V1_NAME, V1_BLOBS)
+
+
+def _named_blobs(view: memoryview, field: Field, name_number: int, blobs_number: int) -> StoredLayer:
     name, blobs = "", []
     for inner in fields(view, field.start, field.end):
         if inner.wire_type != LENGTH:
             continue
-        if inner.number == (_V1_NAME if v1 else _LAYER_NAME):
+        if inner.number == name_number:
             name = text(view, inner)
-        elif inner.number == blobs_field(v1=v1):
+        elif inner.number == blobs_number:
             blobs.append(_blob(view, inner))
     return StoredLayer(name, tuple(blobs))
-
-
-def blobs_field(*, v1: bool) -> int:
-    """The number of the field that holds a layer's blobs."""
-    return _V1_BLOBS if v1 else LAYER_BLOBS
 
 
 def _blob(view: memoryview, field: Field) -> Blob:

@@ -193,6 +193,15 @@ def check_parent(path: Path, what: str = "") -> None:
         )
 
 
+def check_output(output: Path, source: Path, argument: str = "--output") -> None:
+    """Raise UserError where ``output``, made of ``source``, cannot be made; ``argument`` named it."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise UserError(f"{argument} {output} is the file itself; name another")
+    if output.is_dir():
+        raise UserError(f"{argument} {output} is a folder; name a file in it")
+    check_parent(output, f"{argument} ")
+
+
 def looked_for(path: Path) -> str:
     """What a message adds to a missing ``path``: the folder that a relative one is relative to."""
     return "" if path.is_absolute() else f" (looked for in {Path.cwd()})"

@@ -126,6 +126,25 @@ def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
     return solver
 
 
+def brought_up_to_date(text: str, where: str) -> tuple[str, list[str]]:
+    """A network's or solver's prototxt of any age, rewritten in today's form without its comments.
+
+    Returns the text, empty where it is in today's form already, and what could not be kept, a line for each
+    setting.
+
+    Raises:
+        UserError: it is neither, or Caffe would stop at it; as `parse_net`.
+    """
+    forms = [(kind, dialect) for kind in _OWNERS for dialect in Dialect]
+    kind, dialect = next((form for form in forms if _parses(text, *form)), forms[0])
+    message = _parse(text, kind, dialect, where)
+    before = message.SerializeToString()
+    remarks = upgrade_net(message, where) if kind == "NetParameter" else upgrade_solver(message, where)
+    if message.SerializeToString() == before:
+        return "", remarks
+    return text_format.MessageToString(message, as_utf8=True), remarks
+
+
 def dialect_of(message: Any) -> Dialect:
     """The dialect whose schema ``message`` is of."""
     name = str(message.DESCRIPTOR.full_name)

@@ -133,8 +133,8 @@ def upgrade_net(net: Any, where: str) -> list[str]:
     return remarks
 
 
-def upgrade_solver(solver: Any, where: str) -> None:
-    """Bring a SolverParameter message to today's form, with the networks inside it.
+def upgrade_solver(solver: Any, where: str) -> list[str]:
+    """Bring a SolverParameter message to today's form, with the networks inside it; as `upgrade_net`.
 
     Raises:
         UserError: it has ``solver_type`` and ``type``; as `upgrade_net`.
@@ -149,8 +149,7 @@ def upgrade_solver(solver: Any, where: str) -> None:
         solver.ClearField("solver_type")
     inside = [solver.net_param] if solver.HasField("net_param") else []
     inside += [solver.train_net_param] if solver.HasField("train_net_param") else []
-    for net in (*inside, *solver.test_net_param):
-        upgrade_net(net, where)
+    return [remark for net in (*inside, *solver.test_net_param) for remark in upgrade_net(net, where)]
 
 
 def _upgrade_v0(net: Any, where: str) -> list[str]:
