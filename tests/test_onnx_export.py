@@ -157,6 +157,31 @@ def test_every_activation(caffe_root: Path, tmp_path: Path) -> None:
     check_in_caffe(ACTIVATIONS, tmp_path, caffe_root, (1, 4, 5, 6))
 
 
+SPATIAL = declared(4, 7, 6, batch=1) + "".join(
+    [
+        layer(
+            "up",
+            "Deconvolution",
+            "data",
+            "convolution_param { num_output: 6 kernel_h: 3 kernel_w: 4 stride: 2 pad: 1 group: 2 }",
+        ),
+        layer("small", "Power", "up", "power_param { scale: 0.05 }"),
+        layer("mvn", "MVN", "small", "mvn_param { eps: 0.01 }"),
+        layer("means", "MVN", "mvn", "mvn_param { normalize_variance: false across_channels: true }"),
+        layer("pyramid", "SPP", "means", "spp_param { pyramid_height: 3 }"),
+        layer("averages", "SPP", "small", "spp_param { pyramid_height: 3 pool: AVE }"),
+        layer("places", "ArgMax", "pyramid", "argmax_param { top_k: 5 }"),
+        layer("rows", "Flatten", "places"),
+        layer("embed", "Embed", "rows", "embed_param { input_dim: 126 num_output: 3 }"),
+    ]
+)
+
+
+@pytest.mark.caffe
+def test_layers_over_space(caffe_root: Path, tmp_path: Path) -> None:
+    check_in_caffe(SPATIAL, tmp_path, caffe_root, (1, 4, 7, 6))
+
+
 @pytest.mark.caffe
 def test_layers_that_cut_and_compare(caffe_root: Path, tmp_path: Path) -> None:
     """Also the places of numbers that are equal."""

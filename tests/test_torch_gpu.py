@@ -79,21 +79,27 @@ ONE_LAYER = {
         pad: 1 group: 4 weight_filler { type: "msra" } bias_filler { type: "gaussian" } }""",
     "ContrastiveLoss": 'type: "ContrastiveLoss" bottom: "rows" bottom: "others" bottom: "label"',
     "Crop": 'type: "Crop" bottom: "images" bottom: "part" crop_param { offset: 2 }',
+    "Deconvolution": """type: "Deconvolution" bottom: "images" convolution_param { num_output: 12
+        kernel_size: 4 stride: 2 pad: 1 group: 4 weight_filler { type: "msra" } }""",
     "Dropout": 'type: "Dropout" bottom: "images" dropout_param { dropout_ratio: 0 }',
     "DummyData": """type: "DummyData" dummy_data_param { shape { dim: 4 dim: 3 }
         data_filler { type: "constant" value: 2 } }""",
     "ELU": 'type: "ELU" bottom: "images"',
     "Eltwise": 'type: "Eltwise" bottom: "images" bottom: "images" eltwise_param { operation: MAX }',
+    "Embed": """type: "Embed" bottom: "numbers" embed_param { num_output: 6 input_dim: 5
+        weight_filler { type: "gaussian" } bias_filler { type: "gaussian" } }""",
     "EuclideanLoss": 'type: "EuclideanLoss" bottom: "rows" bottom: "others"',
     "Exp": 'type: "Exp" bottom: "images" exp_param { base: 2 scale: 0.5 }',
     "Filter": 'type: "Filter" bottom: "images" bottom: "numbers"',
     "Flatten": 'type: "Flatten" bottom: "images"',
     "HingeLoss": 'type: "HingeLoss" bottom: "rows" bottom: "label"',
+    "Im2col": 'type: "Im2col" bottom: "images" convolution_param { kernel_size: 3 stride: 2 pad: 1 }',
     "InfogainLoss": 'type: "InfogainLoss" bottom: "rows" bottom: "label" bottom: "matrix"',
     "InnerProduct": """type: "InnerProduct" bottom: "images" inner_product_param { num_output: 7
         weight_filler { type: "xavier" } bias_filler { type: "gaussian" } }""",
     "LRN": 'type: "LRN" bottom: "images" lrn_param { local_size: 5 alpha: 0.1 beta: 0.75 }',
     "Log": 'type: "Log" bottom: "images" log_param { base: 2 scale: 0.1 shift: 3 }',
+    "MVN": 'type: "MVN" bottom: "images"',
     "MultinomialLogisticLoss": 'type: "MultinomialLogisticLoss" bottom: "positive" bottom: "label"',
     "Parameter": 'type: "Parameter" parameter_param { shape { dim: 3 dim: 2 } }',
     "Pooling": 'type: "Pooling" bottom: "images" pooling_param { pool: AVE kernel_size: 3 stride: 2 pad: 1 }',
@@ -102,6 +108,7 @@ ONE_LAYER = {
     "ReLU": 'type: "ReLU" bottom: "images" relu_param { negative_slope: 0.1 }',
     "Reduction": 'type: "Reduction" bottom: "images" reduction_param { operation: SUMSQ axis: 1 }',
     "Reshape": 'type: "Reshape" bottom: "images" reshape_param { shape { dim: 0 dim: -1 } }',
+    "SPP": 'type: "SPP" bottom: "images" spp_param { pyramid_height: 3 pool: AVE }',
     "Scale": """type: "Scale" bottom: "images" scale_param { bias_term: true filler { type: "gaussian" }
         bias_filler { type: "gaussian" } }""",
     "Sigmoid": 'type: "Sigmoid" bottom: "images"',

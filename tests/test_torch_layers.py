@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,39 @@ def reductions(draw: st.DrawFn) -> Case:
     return f'type: "Reduction" reduction_param {{ {fields} }}', [shape]
 
 
+@st.composite
+def deconvolutions(draw: st.DrawFn) -> Case:
+    text, ((batch, channels, height, width),) = draw(convolutions())
+    shape = (batch, channels, min(height, 3) + 4, min(width, 3) + 4)  # whose padding leaves something
+    return text.replace('"Convolution"', '"Deconvolution"'), [shape]
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Case:
+    text, bottoms = draw(convolutions())
+    fields = re.findall(r"(?:kernel|stride|pad|dilation)(?:_[hw])?: \d+", text)
+    return f'type: "Im2col" convolution_param {{ {" ".join(fields)} }}', bottoms
+
+
+@st.composite
+def pyramids(draw: st.DrawFn) -> Case:
+    height = draw(st.integers(1, 3))
+    sides = st.sampled_from([side for side in range(2, 13) if height < 3 or side not in (2, 3, 5)])
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(sides), draw(sides))
+    kind = draw(st.sampled_from(["MAX", "AVE"]))
+    return f'type: "SPP" spp_param {{ pyramid_height: {height} pool: {kind} }}', [shape]
+
+
+@st.composite
+def mean_variances(draw: st.DrawFn) -> Case:
+    shape = (*draw(shapes(2, 2)), *draw(st.sampled_from([(7,), (3, 3), (2, 5)])))
+    flags = " ".join(
+        f"{name}: {str(draw(st.booleans())).lower()}" for name in ("normalize_variance", "across_channels")
+    )
+    eps = draw(st.sampled_from(["1e-9", "0.001", "0.5"]))
+    return f'type: "MVN" mvn_param {{ {flags} eps: {eps} }}', [shape]
+
+
 ANY: dict[str, st.SearchStrategy[Any]] = {
     "convolution": convolutions(),
     "pooling": poolings(),
@@ -234,6 +268,10 @@ ANY: dict[str, st.SearchStrategy[Any]] = {
     "concat": concats(),
     "flatten, reshape": flattens_and_reshapes(),
     "activation": activations(),
+    "deconvolution": deconvolutions(),
+    "windows": windows(),
+    "pyramid": pyramids(),
+    "mean, variance": mean_variances(),
     "slice": slices(),
     "split": splits(),
     "tile": tiles(),
@@ -393,6 +431,59 @@ def test_params_that_cannot_be_shared_are_named(first: str, second: str, says: s
     assert says in str(error.value)
 
 
+def test_embedded_numbers_are_caffes(pycaffe: Any, tmp_path: Path) -> None:
+    @thorough
+    @given(shapes(1, 3), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
+    def compare(shape: Shape, outputs: int, rows: int, biased: bool, seed: int) -> None:
+        names = {"numbers": shape, "weights": (*shape, outputs)}
+        text = (
+            inputs_text(names)
+            + f"""
+            layer {{ name: "tested" type: "Embed" bottom: "numbers" top: "top" embed_param {{
+              num_output: {outputs} input_dim: {rows} bias_term: {str(biased).lower()}
+              weight_filler {{ type: "gaussian" }} bias_filler {{ type: "gaussian" }} }} }}
+            layer {{ name: "loss" type: "Eltwise" bottom: "top" bottom: "weights" top: "loss" loss_weight: 1
+              eltwise_param {{ operation: PROD }} }}"""
+        )
+        values = numbers(names, seed)
+        values["numbers"] = np.random.default_rng(seed).integers(0, rows, shape).astype(np.float32)
+        Pair(pycaffe, tmp_path, text).compare(values, only=())
+
+    compare()
+
+
+def pooled_by_chance(fields: str, phase: int, images: Any) -> Any:
+    text = (
+        inputs_text({"data": images.shape})
+        + f"""
+        layer {{ name: "tested" type: "Pooling" bottom: "data" top: "top"
+          pooling_param {{ pool: STOCHASTIC {fields} }} }}"""
+    )
+    net = Net(parse_net(text, Dialect.BVLC, "p"), phase, Dialect.BVLC, where="p", seed=0)
+    net.reseed(0)
+    return net({"data": torch.from_numpy(images)}).outputs["top"].numpy()
+
+
+def test_stochastic_pooling_draws_in_proportion() -> None:
+    """By its definition: Caffe has it on GPUs only. A window over the edge has fewer numbers."""
+    window = np.float32([[0, 1, 4], [2, 3, 0], [5, 0, 0]])
+    images = np.tile(window, (4000, 1, 1, 1))
+    found = pooled_by_chance("kernel_size: 2 stride: 2", TRAIN, images)
+    for numbers_there, drawn in (
+        ([1, 2, 3], found[:, 0, 0, 0]),
+        ([4], found[:, 0, 0, 1]),
+        ([5], found[:, 0, 1, 0]),
+    ):
+        assert set(np.unique(drawn)) == set(numbers_there)
+        for number in numbers_there:
+            assert abs((drawn == number).mean() - number / sum(numbers_there)) < 0.03
+    assert not found[:, 0, 1, 1].any()
+    tested = pooled_by_chance("kernel_size: 2 stride: 2", TEST, images[:1])
+    np.testing.assert_allclose(tested[0, 0], [[14 / 6, 4], [5, 0]], rtol=1e-6)
+    whole = pooled_by_chance("global_pooling: true", TEST, images[:1])
+    np.testing.assert_allclose(whole.item(), 55 / 15, rtol=1e-6)
+
+
 def test_a_silenced_blob_is_no_output(pycaffe: Any, tmp_path: Path) -> None:
     text = (
         inputs_text({"data": (2, 3)})
@@ -537,7 +628,10 @@ def test_fillers_draw_from_caffes_distribution(filler: str, norm: str, pycaffe: 
     ("layer", "says"),
     [
         ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; supported: AbsVal, Accuracy"),
-        ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 }', "only MAX and AVE"),
+        ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 pad: 1 }', "no padding"),
+        ('type: "SPP" spp_param { pyramid_height: 4 }', "5x5 pixels cannot be cut into 4x4 windows"),
+        ('type: "Im2col" convolution_param { kernel_size: 6 }', "6x6 windows do not fit the 5x5 pixels"),
+        ('type: "Python" python_param { module: "x" }', "not supported: its computation is Python code"),
         ('type: "ReLU" power_param { power: 2 }', "field power_param is not supported"),
         ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 9 }', "than the 5x5 pixels"),
         ('type: "Convolution" convolution_param { num_output: 4 kernel_size: 3 group: 2 }', "of group"),

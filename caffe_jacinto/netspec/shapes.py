@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from caffe_jacinto.netspec.graph import counted_convolutions, layers_in, nodes_of
 from caffe_jacinto.netspec.layer_types import (
     DATA_PARAMETERS,
+    LAYER_TYPES,
     Shape,
     blob_shapes_of,
     is_known,
@@ -95,7 +96,8 @@ def layer_costs(net: Message, data_shapes: DataShapes = (), phase: str | None = 
     return [
         _cost(item, item.layer.string("name") in counted)
         for item in shaped
-        if role_of(item.kind) in ("convolution", "inner product") or item.layer.has("convolution_param")
+        if role_of(item.kind) in ("convolution", "inner product")
+        or (item.layer.has("convolution_param") and item.kind not in LAYER_TYPES)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Convolutions."""
+"""Convolutions and deconvolutions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from caffe_jacinto.netspec.shapes import LayerShapes
 def _convolution(
     graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str
 ) -> None:
+    """The weights have one layout in Caffe and ONNX, for a deconvolution, too."""
     parameters = layer.message.convolution_param
     if parameters.axis != 1 or len(input_shape(shaped)) != 4:
         graph.refuse(layer, "convolution_param.axis", "only images, of four axes")
     kernel, strides, pads, dilations = geometry(shaped.layer)
     blobs = graph.weights_and_bias(layer)
     graph.node(
-        "Conv",
+        "ConvTranspose" if layer.type == "Deconvolution" else "Conv",
         [*bottoms, *blobs],
         output,
         kernel_shape=list(kernel),
@@ -30,4 +31,5 @@ def _convolution(
 
 OPERATORS: dict[str, Operator] = {
     "Convolution": _convolution,
+    "Deconvolution": _convolution,
 }

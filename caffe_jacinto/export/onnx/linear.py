@@ -1,4 +1,4 @@
-"""Layers that multiply by weights or add them: inner products, Scale, Bias."""
+"""Layers that multiply by weights or add them: inner products, Embed, Scale, Bias."""
 
 from __future__ import annotations
 
@@ -38,8 +38,20 @@ def _bias(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[st
     graph.node("Add", [*bottoms, graph.constant(f"{layer.name}:bias", values)], output)
 
 
+def _embed(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str) -> None:
+    from onnx import TensorProto
+
+    numbers, weights = graph.inner(output, "numbers"), layer.blobs[0]
+    graph.node("Cast", bottoms, numbers, to=TensorProto.INT64)
+    rows = graph.inner(output, "rows") if len(layer.blobs) > 1 else output
+    graph.node("Gather", [graph.constant(f"{layer.name}:weights", weights), numbers], rows)
+    if len(layer.blobs) > 1:
+        graph.node("Add", [rows, graph.constant(f"{layer.name}:bias", layer.blobs[1])], output)
+
+
 OPERATORS: dict[str, Operator] = {
     "Bias": _bias,
+    "Embed": _embed,
     "InnerProduct": _inner_product,
     "Scale": _scale,
 }

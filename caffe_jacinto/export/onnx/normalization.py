@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from caffe_jacinto.export.onnx.graph import Graph, Operator
+from typing import Any
+
+from caffe_jacinto.export.onnx.graph import Graph, Operator, input_shape
 from caffe_jacinto.export.stock_net import StockLayer
 from caffe_jacinto.netspec.shapes import LayerShapes
 
@@ -41,7 +43,32 @@ def _lrn(graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str
     )
 
 
+def _mean_variance(
+    graph: Graph, layer: StockLayer, shaped: LayerShapes, bottoms: list[str], output: str
+) -> None:
+    parameters, rank = layer.message.mvn_param, len(input_shape(shaped))
+    axes = list(range(1 if parameters.across_channels else 2, rank))
+    if rank != 4:
+        graph.refuse(layer, "input", "only images, of four axes")
+
+    def step(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        given = graph.inner(output, name)
+        graph.node(kind, inputs, given, **attributes)
+        return given
+
+    mean = step("ReduceMean", bottoms, "mean", axes=axes, keepdims=1)
+    if not parameters.normalize_variance:
+        graph.node("Sub", [*bottoms, mean], output)
+        return
+    centred = step("Sub", [*bottoms, mean], "centred")
+    squares = step("Mul", [centred, centred], "squares")
+    deviation = step("Sqrt", [step("ReduceMean", [squares], "variance", axes=axes, keepdims=1)], "deviation")
+    divisor = step("Add", [deviation, graph.number(layer, "eps", parameters.eps)], "divisor")
+    graph.node("Div", [centred, divisor], output)
+
+
 OPERATORS: dict[str, Operator] = {
     "BatchNorm": _batch_norm,
     "LRN": _lrn,
+    "MVN": _mean_variance,
 }

@@ -1,4 +1,4 @@
-"""Convolutions and deconvolutions."""
+"""Convolutions and deconvolutions, and the windows that they read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from caffe_jacinto.netspec.layer_types.base import (
     channels_of,
     first_of,
     image,
+    product,
     with_bias,
 )
 from caffe_jacinto.netspec.layer_types.geometry import geometry
@@ -43,7 +44,15 @@ def _convolution_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
     return with_bias(parameter, (outputs, None if channels is None else channels // group, *kernel))
 
 
+def _windows(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """Im2col: a convolution's, with a channel for each number that one of its outputs reads."""
+    (found,) = _convolution(layer, bottoms, 1)
+    kernel = geometry(layer, len(image(bottoms)) - 2).kernel
+    return [None if found is None else (found[0], product((channels_of(bottoms), *kernel)), *found[2:])]
+
+
 TYPES: dict[str, LayerType] = {
     "Convolution": LayerType(_convolution, _convolution_blobs, WEIGHTS, "convolution"),
+    "Im2col": LayerType(_windows),
     "Deconvolution": LayerType(_convolution, _convolution_blobs, WEIGHTS, "convolution"),
 }

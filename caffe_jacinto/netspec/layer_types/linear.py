@@ -1,4 +1,4 @@
-"""Layers that multiply by weights or add them: inner products, Scale, Bias."""
+"""Layers that multiply by weights or add them: inner products, Embed, Scale, Bias."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from caffe_jacinto.netspec.layer_types.base import (
     axis_of,
     first_of,
     product,
+    required,
     same,
     with_bias,
 )
@@ -53,7 +54,17 @@ def _from_axis(parameter: Message, bottoms: Shapes) -> Shape:
     return first[start:] if count == -1 else first[start : start + count]
 
 
+def _embed(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    return [(*required(bottoms), layer.message("embed_param").integer("num_output"))]
+
+
+def _embed_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
+    parameter = layer.message("embed_param")
+    return with_bias(parameter, (parameter.integer("input_dim"), parameter.integer("num_output")))
+
+
 TYPES: dict[str, LayerType] = {
+    "Embed": LayerType(_embed, _embed_blobs, WEIGHTS),
     "InnerProduct": LayerType(_inner_product, _inner_product_blobs, WEIGHTS, "inner product"),
     "Scale": LayerType(same, _scale_blobs, ("scale", "bias"), "follower"),
     "Bias": LayerType(same, _bias_blobs, ("bias",), "follower"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caffe_jacinto.netspec.layer_types.base import Dim, LayerType, Shapes, image
+from caffe_jacinto.netspec.layer_types.base import Dim, LayerType, Shapes, image, product
 from caffe_jacinto.netspec.layer_types.geometry import geometry
 from caffe_jacinto.prototxt.tree import Message
 
@@ -33,6 +33,19 @@ def _pooling(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     return [(*first[:2], *sizes)] * tops
 
 
+def _pyramid(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
+    """One row: of each channel 1 number, then 4, 16 ...; of one level the pooling alone."""
+    first, height = image(bottoms), layer.message("spp_param").integer("pyramid_height")
+    if height == 1:
+        return [(*first[:2], 1, 1)]
+    return [(first[0], product((first[1], sum(4**level for level in range(min(height, _MOST_LEVELS))))))]
+
+
+_MOST_LEVELS = 16
+"""More give no blob that Caffe can hold."""
+
+
 TYPES: dict[str, LayerType] = {
+    "SPP": LayerType(_pyramid),
     "Pooling": LayerType(_pooling, role="pooling"),
 }

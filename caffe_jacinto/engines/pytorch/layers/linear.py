@@ -1,4 +1,4 @@
-"""Layers that multiply by weights or add them: inner products, Scale, Bias."""
+"""Layers that multiply by weights or add them: inner products, Embed, Scale, Bias."""
 
 from __future__ import annotations
 
@@ -80,8 +80,29 @@ def _spread(layer: LayerSetup, axis: int, axes: int) -> Shape:
     return (1,) * start + size + (1,) * (len(shape) - end)
 
 
+def embed(layer: LayerSetup) -> Forward:
+    """The row of weights that each number of the bottom names, and a bias."""
+    layer.takes(1)
+    fields = layer.parameters(
+        "embed_param", "num_output", "input_dim", "bias_term", "weight_filler", "bias_filler"
+    )
+    if min(fields.num_output, fields.input_dim) < 1:
+        layer.refuse("embed_param.num_output and input_dim have to be at least 1")
+    layer.blob(fields.weight_filler)
+    if fields.bias_term:
+        layer.blob(fields.bias_filler)
+
+    def forward(blobs: Blobs, numbers: Tensor) -> Tensor:
+        weights, bias = with_bias(blobs)
+        rows = F.embedding(numbers.detach().long(), weights)
+        return rows if bias is None else rows + bias
+
+    return forward
+
+
 LAYERS: dict[str, Builder] = {
     "Bias": bias,
+    "Embed": embed,
     "InnerProduct": inner_product,
     "Scale": scale,
 }

@@ -1,6 +1,8 @@
-"""Layers that normalize their input: BatchNorm, LRN."""
+"""Layers that normalize their input: BatchNorm, LRN, MVN."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -40,7 +42,43 @@ def lrn(layer: LayerSetup) -> Forward:
     return across
 
 
+def mean_variance(layer: LayerSetup) -> Forward:
+    """MVN: x less its mean, and over its deviation + eps, for each item and channel, or each item."""
+    layer.takes(1)
+    fields = layer.parameters("mvn_param", "normalize_variance", "across_channels", "eps")
+    (shape,) = layer.bottoms
+    if not 2 <= len(shape) <= 4:
+        layer.refuse(f"normalizes blobs of two to four axes, and has {shape}")
+    first, eps, scales = 1 if fields.across_channels else 2, fields.eps, fields.normalize_variance
+
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
+        rows = values.float().reshape(*values.shape[:first], -1)
+        result = _MeanVariance.apply(rows, eps) if scales else rows - rows.mean(-1, keepdim=True)
+        return result.reshape(*values.shape, *[1] * (4 - len(shape)))
+
+    return forward
+
+
+class _MeanVariance(torch.autograd.Function):
+    """The last axis normalized. The gradient is Caffe's: as if eps were 0 but where it divides."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, eps: float) -> Tensor:
+        centred = rows - rows.mean(-1, keepdim=True)
+        divisor = centred.square().mean(-1, keepdim=True).sqrt() + eps
+        result = centred / divisor
+        ctx.save_for_backward(result, divisor)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        result, divisor = ctx.saved_tensors
+        along = result * (gradient * result).mean(-1, keepdim=True)
+        return (gradient - gradient.mean(-1, keepdim=True) - along) / divisor, None
+
+
 LAYERS: dict[str, Builder] = {
     "BatchNorm": batch_norm,
     "LRN": lrn,
+    "MVN": mean_variance,
 }
