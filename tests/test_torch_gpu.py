@@ -99,6 +99,9 @@ ONE_LAYER = {
         weight_filler { type: "xavier" } bias_filler { type: "gaussian" } }""",
     "LRN": 'type: "LRN" bottom: "images" lrn_param { local_size: 5 alpha: 0.1 beta: 0.75 }',
     "Log": 'type: "Log" bottom: "images" log_param { base: 2 scale: 0.1 shift: 3 }',
+    "LSTM": """type: "LSTM" bottom: "series" bottom: "goes_on" recurrent_param { num_output: 5
+        weight_filler { type: "gaussian" } bias_filler { type: "gaussian" } }""",
+    "LSTMUnit": 'type: "LSTMUnit" bottom: "cells" bottom: "sums" bottom: "on" top: "c"',
     "MVN": 'type: "MVN" bottom: "images"',
     "MultinomialLogisticLoss": 'type: "MultinomialLogisticLoss" bottom: "positive" bottom: "label"',
     "Parameter": 'type: "Parameter" parameter_param { shape { dim: 3 dim: 2 } }',
@@ -108,6 +111,8 @@ ONE_LAYER = {
     "ReLU": 'type: "ReLU" bottom: "images" relu_param { negative_slope: 0.1 }',
     "Reduction": 'type: "Reduction" bottom: "images" reduction_param { operation: SUMSQ axis: 1 }',
     "Reshape": 'type: "Reshape" bottom: "images" reshape_param { shape { dim: 0 dim: -1 } }',
+    "RNN": """type: "RNN" bottom: "series" bottom: "goes_on" recurrent_param { num_output: 5
+        weight_filler { type: "gaussian" } bias_filler { type: "gaussian" } }""",
     "SPP": 'type: "SPP" bottom: "images" spp_param { pyramid_height: 3 pool: AVE }',
     "Scale": """type: "Scale" bottom: "images" scale_param { bias_term: true filler { type: "gaussian" }
         bias_filler { type: "gaussian" } }""",
@@ -153,7 +158,7 @@ def one_pass(net: Net, values: dict[str, Any], precision: str = "fp32") -> dict[
         tensor = torch.from_numpy(value).to(net.device)
         if tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        given[name] = tensor.requires_grad_(name not in ("label", "numbers"))
+        given[name] = tensor.requires_grad_(name not in ("label", "numbers", "goes_on", "on"))
     weights = np.random.default_rng(7)
     with autocast(net.device, precision):
         values_of = {}
@@ -194,7 +199,7 @@ def drawn(net: Net, seed: int = 0) -> dict[str, Any]:
     values = {name: random.standard_normal(net.shapes[name]).astype(np.float32) for name in net.inputs}
     if "positive" in values:
         values["positive"] = np.abs(values["positive"])
-    for name, count in (("label", CLASSES), ("numbers", 4)):
+    for name, count in (("label", CLASSES), ("numbers", 4), ("goes_on", 2), ("on", 2)):
         if name in values:
             values[name] = random.integers(0, count, net.shapes[name]).astype(np.float32)
     return values
@@ -209,6 +214,7 @@ def test_each_layer_is_the_cpus(kind: str) -> None:
     shapes = {
         **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5)},
         **{"rows": (4, CLASSES), "others": (4, CLASSES), "positive": (4, CLASSES)},
+        **{"series": (6, 4, 7), "goes_on": (6, 4), "cells": (1, 4, 3), "sums": (1, 4, 12), "on": (1, 4)},
         **{"label": (4,), "numbers": (4,), "matrix": (CLASSES, CLASSES)},
     }
     read = {name: shape for name, shape in shapes.items() if f'bottom: "{name}"' in ONE_LAYER[kind]}

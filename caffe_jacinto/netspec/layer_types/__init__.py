@@ -16,6 +16,7 @@ from caffe_jacinto.netspec.layer_types import (
     losses,
     normalization,
     pooling,
+    recurrent,
     shapes,
     sources,
 )
@@ -33,6 +34,7 @@ LAYER_TYPES: dict[str, LayerType] = {
     **losses.TYPES,
     **normalization.TYPES,
     **pooling.TYPES,
+    **recurrent.TYPES,
     **shapes.TYPES,
     **sources.TYPES,
 }

@@ -18,6 +18,7 @@ from caffe_jacinto.engines.pytorch.layers import (
     losses,
     normalization,
     pooling,
+    recurrent,
     shapes,
     sources,
 )
@@ -31,6 +32,7 @@ LAYERS: dict[str, Builder] = {
     **losses.LAYERS,
     **normalization.LAYERS,
     **pooling.LAYERS,
+    **recurrent.LAYERS,
     **shapes.LAYERS,
     **sources.LAYERS,
 }
