@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import duration, printable
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, Stage
-from caffe_jacinto.logs.history import Bucket, Buckets, Listing, StageHistory, thinned
+from caffe_jacinto.logs.history import Bucket, Buckets, StageHistory, thinned
 from caffe_jacinto.netspec.summary import Summary, summarize
 from caffe_jacinto.prototxt.tree import Message, Value
 
@@ -21,8 +21,10 @@ MOST_NUMBERS = 240_000
 MOST_BUCKETS = 2000
 """Of a curve that is thinned: a wide screen has as many pixels."""
 FEWEST_BUCKETS = 40
-MOST_FRACTIONS = 12_000
-"""Fractions in the listings of a stage."""
+MOST_FRACTIONS = 60_000
+"""Fractions of zeros in all listings of a page."""
+MOST_TIMES = 20_000
+"""Iterations in all stages of a page whose time is in it; it is interpolated between them."""
 
 TRAINING_LOSS = "training loss"
 
@@ -122,10 +124,12 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The runs with what their charts show, as JSON takes it; stages are laid end to end."""
     count = sum(len(_buckets_of(stage)) for run in runs for stage in run.stages)
     most = max(FEWEST_BUCKETS, min(MOST_BUCKETS, MOST_NUMBERS // (4 * max(count, 1))))
-    return [_run_curves(run, most) for run in runs]
+    stages = max(1, sum(len(run.stages) for run in runs))
+    return [_run_curves(run, most, stages) for run in runs]
 
 
-def _run_curves(run: Run, most: int) -> dict[str, Any]:
+def _run_curves(run: Run, most: int, of_stages: int) -> dict[str, Any]:
+    """A run; ``most`` buckets of each curve. ``of_stages``: how many stages the page has."""
     stages: list[dict[str, Any]] = []
     start, begun = 0.0, 0.0
     for stage in run.stages:
@@ -134,7 +138,7 @@ def _run_curves(run: Run, most: int) -> dict[str, Any]:
         if history is None or not reached or stage.figures.tested:
             continue
         last = max(stage.figures.iterations or 0, *reached)
-        times = list(history.seconds(stage.figures.year))
+        times = _fewer(list(history.seconds(stage.figures.year)), MOST_TIMES // of_stages)
         seconds = stage.figures.seconds or (times[-1][1] if times else 0.0)
         stages.append(
             {
@@ -148,7 +152,9 @@ def _run_curves(run: Run, most: int) -> dict[str, Any]:
             }
         )
         start, begun = start + last, begun + seconds
-    pruning = [found for stage in run.stages if (found := _pruning(stage)) is not None]
+    pruning = [
+        found for stage in run.stages if (found := _pruning(stage, MOST_FRACTIONS // of_stages)) is not None
+    ]
     return {"name": printable(run.name), "stages": stages, "pruning": pruning, "tested": _tested(run)}
 
 
@@ -218,8 +224,11 @@ def _short(value: float) -> float:
 # --- pruning --------------------------------------------------------------------------------------------
 
 
-def _pruning(stage: Stage) -> dict[str, Any] | None:
-    """The sparsity of each convolution that counts, at each listing; None where no weight was ever zero."""
+def _pruning(stage: Stage, most: int) -> dict[str, Any] | None:
+    """The sparsity of each convolution that counts, by listing; about ``most`` numbers.
+
+    None where no weight was ever zero.
+    """
     history, net = stage.history, stage.net
     if history is None or net is None:
         return None
@@ -227,7 +236,7 @@ def _pruning(stage: Stage) -> dict[str, Any] | None:
     layers = [cost.name for cost in net.costs if cost.counted and cost.name in listed]
     if not layers or not any(any(listing.layers.values()) for listing in history.listings):
         return None
-    listings = _fewer(history.listings, MOST_FRACTIONS // len(layers))
+    listings = _fewer(history.listings, most // len(layers))
     return {
         "stage": printable(stage.name),
         "layers": [printable(layer) for layer in layers],
@@ -236,10 +245,13 @@ def _pruning(stage: Stage) -> dict[str, Any] | None:
     }
 
 
-def _fewer(listings: list[Listing], most: int) -> list[Listing]:
-    """Every n-th listing, the last one among them."""
-    step = -(-len(listings) // max(most, 1))
-    return listings[::-1][::step][::-1]
+_T = TypeVar("_T")
+
+
+def _fewer(items: list[_T], most: int) -> list[_T]:
+    """Every n-th item, the last one among them; at least two of several."""
+    step = max(1, -(-len(items) // max(most, 2)))
+    return items[::-1][::step][::-1]
 
 
 # --- cost -----------------------------------------------------------------------------------------------
