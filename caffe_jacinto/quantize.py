@@ -8,7 +8,7 @@
 
 RUN is a run folder of train, or a stage's folder in one. Ranges are calibrated on some training images (an
 LMDB, image files or folders of them); then the network is tested before and after on the validation LMDB.
-PyTorch computes both. docs/quantization.md explains the schemes and the table.
+PyTorch computes both, or stock Caffe. docs/quantization.md explains the schemes and the table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     scheme = _scheme(options)
     from caffe_jacinto.engines.gpus import requested_gpus
     from caffe_jacinto.inference.network import network_files, trained_network, validation_preprocessing
-    from caffe_jacinto.inference.quantize import Quantizer, described, loaded
+    from caffe_jacinto.inference.quantize import Quantizer, described, loaded, on_caffe, on_pytorch
 
     files = network_files(options.network, options.weights, options.preprocessing)
     trained = trained_network(files.deploy, files.weights)
@@ -51,8 +51,11 @@ def main(argv: Sequence[str]) -> int:
     where = str(files.deploy)
     net = loaded(trained, scheme)
     network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
-    gpus = requested_gpus(options.gpus, None)[:1]
-    quantizer = Quantizer(net, network, gpus, where, sampled=options.plot is not None)
+    if options.backend == "caffe":
+        passes: Any = on_caffe(net, network, options.caffe, where)
+    else:
+        passes = on_pytorch(net, network, requested_gpus(options.gpus, None)[:1], where)
+    quantizer = Quantizer(passes, network, where, sampled=options.plot is not None)
     result = quantizer.quantize(calibration)
     quantizer.measure_noise(result, calibration)
     if val is not None:
@@ -105,7 +108,10 @@ def _parser() -> Parser:
     add("--preprocessing", type=Path, metavar="FILE", help=prepared)
     resize = "size of image files before the crop (default: that of the val LMDB)"
     add("--resize", type=image_size, metavar="WIDTHxHEIGHT", help=resize)
-    gpus = "compute on the first of these GPUs (default: on the CPU)"
+    backend = "what computes: PyTorch, or stock Caffe through pycaffe, layer by layer (default: torch)"
+    add("--backend", choices=("torch", "caffe"), default="torch", help=backend)
+    add("--caffe", metavar="PATH", help="with --backend caffe: the caffe executable or its tree")
+    gpus = "compute on the first of these GPUs, on PyTorch (default: on the CPU)"
     add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0|all", help=gpus)
     return parser
 
@@ -157,6 +163,10 @@ def _check(options: Namespace) -> None:
             )
     if (options.output / "run.json").exists() or (options.output / "solver.prototxt").exists():
         raise UserError(f"--output {options.output} is a run or one of its stages; name another folder")
+    if options.backend == "caffe" and options.gpus:
+        raise UserError("--backend caffe computes on the CPU: leave --gpus out")
+    if options.backend != "caffe" and options.caffe:
+        raise UserError("--caffe goes with --backend caffe")
     if options.plot is not None:
         if options.plot.suffix.lower() not in PICTURES:
             raise UserError(f"--plot {options.plot}: the name must end in {' or '.join(PICTURES)}")

@@ -31,11 +31,12 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
+from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
-from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described
+from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described, on_caffe, on_pytorch
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.quantization.fork_settings import fork_settings
@@ -76,7 +77,7 @@ def samples(pixels: Any, batch: int = 4) -> Images:
 
 def quantized(net: StockNet, scheme: Scheme, pixels: Any, batch: int = 4) -> tuple[Quantizer, Result]:
     network = described(net, scheme, "deploy.prototxt", {}, ())
-    quantizer = Quantizer(net, network, (), "deploy.prototxt", sampled=False)
+    quantizer = Quantizer(on_pytorch(net, network, (), "deploy.prototxt"), network, "deploy.prototxt")
     return quantizer, quantizer.quantize(samples(pixels, batch))
 
 
@@ -149,7 +150,7 @@ def test_the_forks_arithmetic_is_that_of_an_implementation_of_its_own(tmp_path: 
     scheme = SCHEMES["caffe_jacinto"]
     stock = stock_net(FORK_NET, "deploy.prototxt", fork, path)
     network = described(stock, scheme, "deploy.prototxt", {}, ())
-    quantizer = Quantizer(stock, network, (), "deploy.prototxt", sampled=False)
+    quantizer = Quantizer(on_pytorch(stock, network, (), ""), network, "deploy.prototxt")
     result = quantizer.quantize(samples(np.concatenate(batches[:4]), batch=6))
     found = {unit.blob: made for unit, made in quantizer.net.passing(batches[4], result.quantization)}
     assert found.keys() == want.keys()
@@ -302,12 +303,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         write_net(weights, "small", layers, Dialect.BVLC)
         return stock_net(SMALL_NET, "deploy.prototxt", None, weights)
 
-    quantizer = Quantizer(
-        net := written(), described(net, SCHEMES["processor"], "", {}, ()), (), "", sampled=False
-    )
+    net = written()
+    passes = on_pytorch(net, described(net, SCHEMES["processor"], "", {}, ()), (), "")
     pixels = np.stack([datum_pixels(parse_datum(record)) for _, record in records[:1000]]).astype(np.float32)
     labels = [parse_datum(record).label for _, record in records[:1000]]
-    features = next(c.values.numpy() for u, c in quantizer.net.passing(pixels, None) if u.name == "pool1")
+    features = next(c.values.numpy() for u, c in passes.passing(pixels, None) if u.name == "pool1")
     rows = np.concatenate([features.reshape(1000, -1), np.ones((1000, 1))], axis=1).astype(np.float64)
     wanted = np.eye(10)[labels]
     fitted = np.linalg.solve(rows.T @ rows + 300 * np.eye(rows.shape[1]), rows.T @ wanted)
@@ -421,6 +421,64 @@ def test_onnxruntime_gives_what_fake_quantization_does(scheme: str, trained: Tra
     apart = np.abs((found - found[:, :1]) - (want - want[:, :1]))
     assert grid is not None and apart.max() <= 2 * grid.step * 1.001, "one step in each of the two"
     assert (found.argmax(axis=1) == want.argmax(axis=1)).mean() >= 0.999
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("scheme", ["processor", "power2"])
+def test_stock_caffe_layer_by_layer_gives_what_pytorch_does(
+    scheme: str, trained: Trained, caffe_engine: Engine
+) -> None:
+    """The numbers of every layer, but for those on a rounding boundary, by one step."""
+    net = merge_bn(SMALL_NET, "deploy.prototxt", None, trained.folder / "w.caffemodel").net
+    network = described(net, SCHEMES[scheme], "deploy.prototxt", {}, ())
+    pixels = val_pixels(trained)[:40]
+    by_torch, by_pycaffe = on_pytorch(net, network, (), ""), on_caffe(net, network, None, "deploy.prototxt")
+    results = [Quantizer(net, network, "").quantize(samples(pixels, 8)) for net in (by_torch, by_pycaffe)]
+    for unit, grid in results[0].quantization.outputs.items():
+        assert results[1].quantization.outputs[unit].step == pytest.approx(grid.step, rel=1e-4)
+    quantization = results[0].quantization
+    want = {unit.name: carried.values.numpy() for unit, carried in by_torch.passing(pixels, quantization)}
+    different = total = 0
+    for unit, values in by_pycaffe.passing(pixels, quantization):
+        grid = quantization.outputs.get(unit.name)
+        apart = np.abs(values - want[unit.name])
+        if grid is None:
+            assert unit.output != "quantized"
+            continue
+        assert apart.max() <= grid.step * 1.001, unit
+        different, total = different + int(np.count_nonzero(apart > grid.step / 2)), total + apart.size
+    assert different <= MOST_DIFFERENT * total
+    noise = [
+        {u.name: (s, n) for u, s, n in net.signal_and_noise(pixels, quantization)}
+        for net in (by_torch, by_pycaffe)
+    ]
+    errors = [{u.name: e for u, e in net.mean_errors(pixels, quantization)} for net in (by_torch, by_pycaffe)]
+    for unit_name, found in noise[0].items():
+        assert noise[1][unit_name] == pytest.approx(found, rel=1e-3, abs=1e-6)
+    for unit_name, mean in errors[0].items():
+        np.testing.assert_allclose(errors[1][unit_name], mean, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.caffe
+def test_the_command_on_stock_caffe(made: tuple[Path, str], trained: Trained, tmp_path: Path) -> None:
+    assert main([*trained.arguments, "--backend", "caffe", "--output", str(tmp_path / "q")]) == 0
+    records = [json.loads((folder / "quantization.json").read_text()) for folder in (made[0], tmp_path / "q")]
+    for key in ("top1", "top5"):
+        accuracies = [record["accuracy"]["quantized"][key] for record in records]
+        assert accuracies[1] == pytest.approx(accuracies[0], abs=0.003)
+    with pytest.raises(UserError, match="the scheme caffe_jacinto is computed on PyTorch only"):
+        main(
+            [
+                *trained.arguments,
+                "--backend",
+                "caffe",
+                "--scheme",
+                "caffe_jacinto",
+                "--output",
+                str(tmp_path / "f"),
+            ]
+        )
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.caffe

@@ -13,6 +13,7 @@ from caffe_jacinto.export.stock_net import StockLayer, StockNet
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, translated
 from caffe_jacinto.quantization.grids import Grid
+from caffe_jacinto.quantization.network import rounded_blobs
 from caffe_jacinto.quantization.results import Result, reach
 from caffe_jacinto.quantization.units import Unit
 
@@ -50,22 +51,18 @@ def quantized_files(net: StockNet, result: Result, last: Any | None, where: str)
     Raises:
         UserError: the fork cannot express a layer.
     """
-    rounded = [StockLayer(layer.message, _rounded(result, layer)) for layer in net.layers]
+    found = result.quantization
+    rounded = [
+        StockLayer(
+            layer.message,
+            rounded_blobs(result.network, found, layer.name) if layer.name in found.weights else layer.blobs,
+        )
+        for layer in net.layers
+    ]
     if last is not None:
         rounded.append(StockLayer(translated(last, Dialect.BVLC)[0], []))
     written = StockNet(net.message, rounded)
     return QuantizedFiles(written.text(), _fork_text(written, result, where), written)
-
-
-def _rounded(result: Result, layer: StockLayer) -> list[Any]:
-    """A layer's blobs with the values that the quantized network computes with."""
-    found, name = result.quantization, layer.name
-    if name not in found.weights:
-        return layer.blobs
-    weights, *bias = layer.blobs
-    bias = [found.corrected.get(name, values) for values in bias]
-    grid = found.biases.get(name)
-    return [found.weights[name].rounded(weights), *(grid.rounded(b) if grid else b for b in bias)]
 
 
 def _fork_text(net: StockNet, result: Result, where: str) -> str:

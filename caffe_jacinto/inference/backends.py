@@ -137,9 +137,9 @@ def _caffe(network: TrainedNetwork, path: str | None, gpu: int | None) -> tuple[
             weights = Path(scratch) / "merged.caffemodel"
             merged.write(deploy, weights)
         # In a child process, and so on the CPU: CUDA does not survive a fork.
-        last_words = _last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
-        if last_words:
-            raise UserError(f"{network.where}: Caffe cannot read it: {last_words}")
+        said = last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
+        if said:
+            raise UserError(f"{network.where}: Caffe cannot read it: {said}")
         if gpu is not None:
             caffe.set_mode_gpu()
             caffe.set_device(gpu)
@@ -174,7 +174,7 @@ def quiet_pycaffe(folder: Path) -> Any:
     return caffe
 
 
-def _last_words(action: Callable[[], object]) -> str:
+def last_words(action: Callable[[], object]) -> str:
     """Caffe's error if ``action``, tried in a child process, makes it end the process; else empty."""
     with tempfile.TemporaryFile() as said:
         with warnings.catch_warnings():

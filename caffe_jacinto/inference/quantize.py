@@ -7,9 +7,11 @@ number.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
@@ -21,12 +23,13 @@ from caffe_jacinto.inference.scores import Tally
 from caffe_jacinto.quantization.network import Network, network_of, quantization_of
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.results import Accuracy, Energy, Result
-from caffe_jacinto.quantization.schemes import Scheme
+from caffe_jacinto.quantization.schemes import MovingRange, Scheme
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from caffe_jacinto.engines.pycaffe.quantized import CaffeQuantizedNet
     from caffe_jacinto.engines.pytorch.quantized import QuantizedNet
 
     Values = NDArray[np.float32]
@@ -73,25 +76,55 @@ def described(
     return network_of(scheme, [layer.message for layer in net.layers], blobs, where, bits=bits, floats=floats)
 
 
+def on_pytorch(net: StockNet, network: Network, gpus: Sequence[int], where: str) -> QuantizedNet:
+    """The network on PyTorch, on the first of ``gpus`` or the CPU.
+
+    Raises:
+        UserError: a layer that the engine does not support, or no such GPU.
+    """
+    from caffe_jacinto.engines.pytorch.quantized import quantized_net
+
+    whole: Any = type(net.message)()
+    whole.CopyFrom(net.message)
+    whole.layer.extend(layer.message for layer in net.layers)
+    return quantized_net(whole, network, gpus, where)
+
+
+def on_caffe(net: StockNet, network: Network, path: str | None, where: str) -> CaffeQuantizedNet:
+    """The network on stock Caffe, on the CPU; ``path``: of its executable, or its tree.
+
+    Raises:
+        UserError: there is no Caffe with pycaffe, it cannot load the network, or the scheme's ranges move.
+    """
+    from caffe_jacinto.engines.discovery import find_engine
+    from caffe_jacinto.engines.pycaffe.quantized import CaffeQuantizedNet
+    from caffe_jacinto.inference.backends import last_words, quiet_pycaffe
+
+    if network.scheme.moving is not None:
+        raise UserError(f"the scheme {network.scheme.name} is computed on PyTorch only: --backend torch")
+    info = find_engine(path).info
+    if info.pycaffe is None:
+        raise UserError("this Caffe has no pycaffe that this Python can import; use --backend torch")
+    caffe = quiet_pycaffe(info.pycaffe)
+    with tempfile.TemporaryDirectory() as scratch:
+        deploy = Path(scratch) / "deploy.prototxt"
+        deploy.write_text(net.text(), encoding="utf-8")
+        said = last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
+        if said:
+            raise UserError(f"{where}: Caffe cannot read it: {said}")
+        return CaffeQuantizedNet(caffe, deploy, network)
+
+
 class Quantizer:
-    """Quantizes one network on one device."""
+    """Quantizes one network on one engine."""
 
     def __init__(
-        self, net: StockNet, network: Network, gpus: Sequence[int], where: str, *, sampled: bool
+        self, net: QuantizedNet | CaffeQuantizedNet, network: Network, where: str, *, sampled: bool = False
     ) -> None:
-        """``sampled``: keep histograms even where the scheme chooses ranges without them.
-
-        Raises:
-            UserError: a layer that the engine does not support, or no such GPU.
-        """
-        from caffe_jacinto.engines.pytorch.quantized import quantized_net
-
-        whole: Any = type(net.message)()
-        whole.CopyFrom(net.message)
-        whole.layer.extend(layer.message for layer in net.layers)
+        """``sampled``: keep histograms even where the scheme chooses ranges without them."""
         self.where = where
         self.network = network
-        self.net: QuantizedNet = quantized_net(whole, network, gpus, where)
+        self.net = net
         self._sampled = sampled or (
             network.scheme.moving is None and network.scheme.activation_ranges != "minmax"
         )
@@ -102,26 +135,12 @@ class Quantizer:
         Raises:
             UserError: none of them can be read, or a range is not finite.
         """
-        from caffe_jacinto.engines.pytorch.quantized import MovingPasses
-
-        ranges = {
-            unit.name: Range(histogram=Histogram() if self._sampled else None)
-            for unit in self.network.units
-            if unit.output == "quantized"
-        }
-        counted, moving = 0, self.network.scheme.moving
-        passes = MovingPasses(self.net, moving, self.where, sampled=self._sampled) if moving else None
-        with image_progress(label, images.total) as advance:
-            for batch in _stacked(images):
-                if passes is not None:
-                    passes.run(batch)
-                else:
-                    self._collect(ranges, batch)
-                counted += len(batch)
-                advance(len(batch))
+        if self.network.scheme.moving is not None:
+            ranges, counted = self._follow(images, self.network.scheme.moving, label)
+        else:
+            ranges, counted = self._collect(images, label)
         if not counted:
             raise UserError(f"{images.what}: none of the images can be used; see the lines above")
-        ranges = passes.ranges if passes is not None else ranges
         result = Result(
             self.network, quantization_of(self.network, ranges, self.where), ranges, calibrated_on=counted
         )
@@ -129,9 +148,34 @@ class Quantizer:
             self._correct(result, images)
         return result
 
-    def _collect(self, ranges: dict[str, Range], batch: Values) -> None:
-        for seen in self.net.seen(batch, None, sampled=self._sampled):
-            ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
+    def _follow(self, images: Images, moving: MovingRange, label: str) -> tuple[Mapping[str, Range], int]:
+        """The ranges of passes that quantize by the ranges so far, and the number of images."""
+        from caffe_jacinto.engines.pytorch.quantized import MovingPasses, QuantizedNet
+
+        assert isinstance(self.net, QuantizedNet)
+        passes, counted = MovingPasses(self.net, moving, self.where, sampled=self._sampled), 0
+        with image_progress(label, images.total) as advance:
+            for batch in _stacked(images):
+                passes.run(batch)
+                counted += len(batch)
+                advance(len(batch))
+        return passes.ranges, counted
+
+    def _collect(self, images: Images, label: str) -> tuple[Mapping[str, Range], int]:
+        """The ranges of passes in float32, and the number of images."""
+        ranges = {
+            unit.name: Range(histogram=Histogram() if self._sampled else None)
+            for unit in self.network.units
+            if unit.output == "quantized"
+        }
+        counted = 0
+        with image_progress(label, images.total) as advance:
+            for batch in _stacked(images):
+                for seen in self.net.seen(batch, None, sampled=self._sampled):
+                    ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
+                counted += len(batch)
+                advance(len(batch))
+        return ranges, counted
 
     def _correct(self, result: Result, images: Images) -> None:
         """Take the mean error that quantized weights make in each output channel off its bias."""

@@ -151,6 +151,14 @@ def network_of(
     return Network(scheme, units, blobs, read, axes, given, kept)
 
 
+def rounded_blobs(network: Network, quantization: Quantization, name: str) -> list[Values]:
+    """The blobs of a quantized layer with weights, with the values that their numbers stand for."""
+    weights, *bias = network.blobs[name]
+    bias = [quantization.corrected.get(name, values) for values in bias]
+    grid = quantization.biases.get(name)
+    return [quantization.weights[name].rounded(weights), *(grid.rounded(b) if grid else b for b in bias)]
+
+
 def _channel_axis(layer: Any) -> int | None:
     """The axis of a weight blob along which its outputs are, which are also axis 1 of what it computes."""
     if layer.type == "InnerProduct":

@@ -21,7 +21,14 @@ from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.fork_settings import ForkSettings
 from caffe_jacinto.quantization.grids import Grid
-from caffe_jacinto.quantization.network import Network, Quantization, network_of, quantization_of
+from caffe_jacinto.quantization.network import (
+    Network,
+    Quantization,
+    network_of,
+    quantization_of,
+    rounded_blobs,
+)
+from caffe_jacinto.quantization.passes import Seen, sample_step
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.schemes import MovingRange
 from caffe_jacinto.quantization.units import INPUT, Unit
@@ -30,9 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
-
-SAMPLE = 65_536
-"""Values of a blob that are taken of each batch for its histogram."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,6 @@ class Carried:
             return self.tensor
         shifted = self.tensor - self.grid.offset if self.grid.offset else self.tensor
         return shifted * self.grid.step
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one batch has shown of a blob."""
-
-    unit: Unit
-    low: float
-    high: float
-    sample: Values | None
 
 
 class QuantizedNet:
@@ -217,13 +211,11 @@ class QuantizedNet:
 
 def quantized_blobs(network: Network, quantization: Quantization, name: str, grid: Grid) -> list[Values]:
     """The weights and bias that a weighted unit computes with: whole numbers, or the values of the grids."""
+    if not quantization.in_whole_numbers(name):
+        return rounded_blobs(network, quantization, name)
     weights, *bias = network.blobs[name]
-    if name in quantization.corrected:
-        bias = [quantization.corrected[name]]
-    if quantization.in_whole_numbers(name):
-        return [grid.numbers(weights), *(quantization.bias_numbers(name, b).astype(np.float32) for b in bias)]
-    biases = quantization.biases.get(name)
-    return [grid.rounded(weights), *(biases.rounded(b) if biases else b for b in bias)]
+    bias = [quantization.corrected.get(name, values) for values in bias]
+    return [grid.numbers(weights), *(quantization.bias_numbers(name, b).astype(np.float32) for b in bias)]
 
 
 def quantized_net(message: Any, network: Network, gpus: Sequence[int], where: str) -> QuantizedNet:
@@ -338,11 +330,9 @@ def _numbers(values: Tensor, grid: Grid) -> Tensor:
 
 
 def _sample(values: Tensor) -> Tensor:
-    """At most about `SAMPLE` of the values, evenly spaced in memory."""
-    # In the order of memory, which for images is channels last.
+    """Some of the values, evenly spaced in memory, which has the channels of images last."""
     flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(-1)
-    # An odd distance meets every channel.
-    return flat[:: (flat.numel() // SAMPLE) | 1]
+    return flat[:: sample_step(flat.numel())]
 
 
 def _energy(values: Tensor) -> float:
