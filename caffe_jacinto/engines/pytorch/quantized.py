@@ -313,8 +313,10 @@ class MovingPasses:
 
 
 def _seen(unit: Unit, values: Tensor, *, sampled: bool) -> Seen:
-    low, high = torch.stack(torch.aminmax(values)).tolist()
-    return Seen(unit, low, high, _sample(values).cpu().numpy() if sampled else None)
+    # In the order of memory, channels last: in another one, PyTorch copies all of it first.
+    flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(-1)
+    low, high = torch.stack(torch.aminmax(flat)).tolist()
+    return Seen(unit, low, high, flat[:: sample_step(flat.numel())].cpu().numpy() if sampled else None)
 
 
 def _same_weights(one: Quantization, other: Quantization) -> bool:
@@ -327,12 +329,6 @@ def _numbers(values: Tensor, grid: Grid) -> Tensor:
     if grid.offset:
         scaled += grid.offset
     return scaled.round_().clamp_(grid.low, grid.high)
-
-
-def _sample(values: Tensor) -> Tensor:
-    """Some of the values, evenly spaced in memory, which has the channels of images last."""
-    flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(-1)
-    return flat[:: sample_step(flat.numel())]
 
 
 def _energy(values: Tensor) -> float:
