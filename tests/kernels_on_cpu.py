@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch import kernels
-from caffe_jacinto.engines.pytorch.kernels import NormRectifyPool, Settings, cut_windows
+from caffe_jacinto.engines.pytorch import gpu_kernels
+from caffe_jacinto.engines.pytorch.batch_norm import NormSettings
+from caffe_jacinto.engines.pytorch.gpu_kernels import NormRectifyPool, cut_windows
 
 # Small tiles and few programs: the images below take several of each.
-kernels._TILE, kernels._PROGRAMS = 512, 5
+gpu_kernels._TILE, gpu_kernels._PROGRAMS = 512, 5
 
 
 def largest(found: Tensor | None, expected: Tensor | None) -> float:
@@ -35,7 +36,7 @@ def error_of(channels: int, fork: bool, affine: bool, rectify: bool, pool: bool)
         [None if tensor is None else tensor.clone().requires_grad_() for tensor in (images, scale, shift)]
         for _ in range(2)
     )
-    settings = Settings(1e-4, 0.9, fork, rectify, pool)
+    settings = NormSettings(1e-4, 0.9, fork, rectify, pool)
     result = NormRectifyPool.apply(*mine, offset, moving, settings)
     mean, variance = torch.zeros(channels), torch.zeros(channels)
     expected = F.batch_norm(theirs[0], mean, variance, theirs[1], theirs[2], True, 1.0, 1e-4)
@@ -77,7 +78,7 @@ def main() -> None:
     errors = {" ".join(map(str, case)): error_of(*case) for case in cases}
     not_a_number = torch.full((2, 16, 4, 4), float("nan"))
     moving = (torch.zeros(16), torch.zeros(16), torch.zeros(1))
-    settings = Settings(1e-4, 0.9, False, True, True)
+    settings = NormSettings(1e-4, 0.9, False, True, True)
     passed = NormRectifyPool.apply(not_a_number, None, None, None, moving, settings)
     print(json.dumps({"errors": errors, "wrong pixels": wrong_pixels(), "nan": bool(passed.isnan().all())}))
 

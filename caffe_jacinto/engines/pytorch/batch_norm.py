@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -24,6 +24,21 @@ from caffe_jacinto.prototxt.tree import tree_of
 if TYPE_CHECKING:
     from caffe_jacinto.engines.pytorch.distributed import Ranks
     from caffe_jacinto.engines.pytorch.net import Net
+
+
+class NormSettings(NamedTuple):
+    """What a batch norm in training and the layers that run with it do."""
+
+    eps: float
+    fraction: float
+    """Of the moving average that stays at each update."""
+
+    fork: bool
+    """The statistics are plain averages (caffe-jacinto), not sums (stock Caffe)."""
+
+    rectify: bool
+    pool: bool
+    """2x2 max pooling with stride 2; the images have even sides."""
 
 
 def batch_norm(layer: LayerSetup) -> Forward:

@@ -53,6 +53,7 @@ def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
     Raises:
         UserError: the GPU does not exist, or PyTorch cannot use it.
     """
+    torch.backends.cudnn.benchmark = not options.deterministic  # all batches have one size
     if not gpus:
         if options.precision == "tf32":
             raise UserError("-precision tf32 needs a GPU: give -gpu, or leave it out for fp32")
@@ -72,7 +73,6 @@ def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
         )
     device = torch.device("cuda", gpus[local])
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = not options.deterministic  # all batches have one size
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

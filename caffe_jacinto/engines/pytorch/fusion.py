@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from caffe_jacinto.engines.pytorch.batch_norm import Normalization
+from caffe_jacinto.engines.pytorch import cpu_kernels
+from caffe_jacinto.engines.pytorch.batch_norm import Normalization, NormSettings
 from caffe_jacinto.engines.pytorch.convolutions import Convolution
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Forward, LayerSetup
 from caffe_jacinto.engines.pytorch.layers import LAYERS
@@ -31,7 +32,7 @@ _NEXT = {
 }
 """Which layers can follow which in a chain."""
 
-_ONLY_ON_GPU = ("Convolution", "Pooling")
+_ONLY_WITH_KERNELS = ("Convolution", "Pooling")
 
 _OLDEST = (7, 0)
 """Compute capability of NVIDIA's GPUs from which on Triton supports them."""
@@ -39,7 +40,7 @@ _OLDEST = (7, 0)
 
 def chain_from(layers: Sequence[Any], at: int, device: torch.device, dialect: Dialect) -> Sequence[Any]:
     """The layers from number ``at`` on that run as one on ``device``; none where that layer runs alone."""
-    left_out = () if has_kernels(device) else _ONLY_ON_GPU
+    left_out = () if has_kernels(device) else _ONLY_WITH_KERNELS
     first = layers[at]
     if first.type not in ("Convolution", "BatchNorm") or first.type in left_out:
         return ()
@@ -55,7 +56,9 @@ def chain_from(layers: Sequence[Any], at: int, device: torch.device, dialect: Di
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels of kernels.py run on ``device``."""
+    """Whether the kernels of gpu_kernels.py or cpu_kernels.py run on ``device``."""
+    if device.type == "cpu":
+        return cpu_kernels.why_not() is None
     if device.type != "cuda" or util.find_spec("triton") is None:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= _OLDEST
@@ -135,7 +138,7 @@ class Fusion:
                 weights, bias = with_bias(blobs[at["Convolution"]])
                 images = convolve(images, weights, None if kernels else bias)
             halves = pool is not None and images.shape[2] % 2 == images.shape[3] % 2 == 0
-            if kernels and images.dim() == 4 and images.numel() > images.shape[1]:
+            if kernels and images.dim() == 4 and images.numel() > images.shape[1] and _takes(images):
                 result = _by_kernels(normalize, norm, behind, images, bias, rectify, halves)
                 return result if pool is None or halves else _alone(pool, result)
             if kernels and bias is not None:
@@ -154,6 +157,10 @@ def _alone(pool: Forward, images: Tensor) -> Tensor:
     return result
 
 
+def _takes(images: Tensor) -> bool:
+    return images.is_cuda or cpu_kernels.takes(images)
+
+
 def _by_kernels(
     normalize: Normalization,
     norm: Blobs,
@@ -163,11 +170,17 @@ def _by_kernels(
     rectify: bool,
     pool: bool,
 ) -> Tensor:
-    from caffe_jacinto.engines.pytorch.kernels import NormRectifyPool, Settings
-
+    """``bias`` is the convolution's, which was not added: it shifts the mean and changes nothing else."""
     scale, shift = normalize.affine(norm, behind)
-    settings = Settings(normalize.eps, normalize.fraction, normalize.fork, rectify, pool)
-    moving = (norm[0], norm[1], norm[2])
+    settings = NormSettings(normalize.eps, normalize.fraction, normalize.fork, rectify, pool)
     images = images.contiguous(memory_format=torch.channels_last)
-    result: Tensor = NormRectifyPool.apply(images, scale, shift, bias, moving, settings)
+    if images.is_cuda:
+        from caffe_jacinto.engines.pytorch.gpu_kernels import NormRectifyPool
+
+        moving = (norm[0], norm[1], norm[2])
+        result: Tensor = NormRectifyPool.apply(images, scale, shift, bias, moving, settings)
+        return result
+    moments = norm[0].new_empty((2, images.shape[1]))
+    result = cpu_kernels.NormRectifyPool.apply(images, scale, shift, bias, moments, settings)
+    normalize.remember(norm, moments[0], moments[1])
     return result

@@ -62,7 +62,7 @@ def cut(images: Sequence[Tensor], windows: Tensor, into: Tensor) -> None:
     ``windows`` are batch x (top, left, mirrored), ``into`` is batch x height x width x 3 (blue, green, red),
     all on one GPU.
     """
-    from caffe_jacinto.engines.pytorch.kernels import cut_windows
+    from caffe_jacinto.engines.pytorch.gpu_kernels import cut_windows
 
     cut_windows(torch.stack(list(images)), windows, into)
 

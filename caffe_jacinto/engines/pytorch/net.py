@@ -92,6 +92,11 @@ class LayerModule(nn.Module):
         """The blobs with how fast they learn."""
         return [replace(blob, tensor=own) for blob, own in zip(self._blobs, self.tensors, strict=True)]
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody wants to see what it computes: then it runs alone."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
     def share(self, other: LayerModule) -> None:
         """Take the blobs of ``other``, which have the same shapes, for its own."""
         for index, tensor in enumerate(other.tensors):
@@ -112,7 +117,7 @@ class Step:
     bottoms: tuple[str, ...]
     tops: tuple[str, ...]
     fused: FusedForward | None
-    """What several layers compute together."""
+    """What several layers compute together, unless one of them has a hook of PyTorch's."""
 
     detached: tuple[bool, ...]
     """Which bottoms get no gradient (``propagate_down: false``)."""
@@ -123,11 +128,13 @@ class Step:
 
     def __call__(self, *bottoms: Tensor) -> tuple[Tensor, ...]:
         """The tops."""
-        if self.fused is not None:
-            made: Any = self.fused([module.tensors for module in self.modules], *bottoms)
-        else:
-            made = self.modules[0](*bottoms)
-        return made if isinstance(made, tuple) else (made,)
+        if self.fused is not None and not any(module.is_hooked for module in self.modules):
+            return (self.fused([module.tensors for module in self.modules], *bottoms),)
+        made = bottoms
+        for module in self.modules:
+            result = module(*made)
+            made = result if isinstance(result, tuple) else (result,)
+        return made
 
 
 class Net(nn.Module):

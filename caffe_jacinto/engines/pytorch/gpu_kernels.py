@@ -12,12 +12,14 @@ computing the sample variance", equation 1.5).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from caffe_jacinto.engines.pytorch.batch_norm import NormSettings
 
 _TILE = 4096
 """Elements that a program works on at a time."""
@@ -32,21 +34,6 @@ _CHUNK = 64
 """Partial sums that are put together at a time."""
 
 
-class Settings(NamedTuple):
-    """What a batch norm and the layers behind it do."""
-
-    eps: float
-    fraction: float
-    """Of the moving average that stays at each update."""
-
-    fork: bool
-    """The statistics are plain averages (caffe-jacinto), not sums (stock Caffe)."""
-
-    rectify: bool
-    pool: bool
-    """2x2 max pooling with stride 2; the images have even sides."""
-
-
 class NormRectifyPool(torch.autograd.Function):
     """Batch norm by the statistics of the batch, then ReLU and max pooling as the settings say."""
 
@@ -58,7 +45,7 @@ class NormRectifyPool(torch.autograd.Function):
         shift: Tensor | None,
         offset: Tensor | None,
         moving: tuple[Tensor, Tensor, Tensor],
-        settings: Settings,
+        settings: NormSettings,
     ) -> Tensor:
         """``images``: batch x channels x height x width, channels last. ``moving`` (mean, variance, factor)
         takes in the batch. ``offset``: for each channel, what a convolution's bias would have added: it
@@ -105,7 +92,7 @@ class NormRectifyPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, saved = ctx.saved_tensors
-        settings: Settings = ctx.settings
+        settings: NormSettings = ctx.settings
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = images.shape
         tile, wide = _tile(channels)
