@@ -21,6 +21,7 @@ from test_snapshots import write_pair
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import is_unfinished
+from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.engines.snapshots import spoiled_snapshots
 from caffe_jacinto.logs.solver_tests import SolverTest
 from caffe_jacinto.logs.stage import StageLog
@@ -30,7 +31,7 @@ from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import RunRecord, StageState
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import shell_script
-from caffe_jacinto.runs.process import Child, describe_exit
+from caffe_jacinto.runs.process import Child
 from caffe_jacinto.runs.progress import (
     LastingStream,
     Place,

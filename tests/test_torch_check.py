@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from test_engines import LMDBS, RMSPROP, stages_of
 
+from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
 from caffe_jacinto.prototxt.dialects import Dialect
 
 pytestmark = pytest.mark.caffe
@@ -37,3 +42,12 @@ def test_pytorch_checks_the_forks_sparsity_fields() -> None:
     files["solver.prototxt"] = files["solver.prototxt"].replace("sparsity_target: 0.8", "sparsity_target: 1")
     (problem,) = find_engine(None, "torch", Dialect.CAFFE_JACINTO).check({"sparse": files}, {})
     assert problem == "run/sparse/solver.prototxt: sparsity_target is 1.0; it has to be above 0 and below 1"
+
+
+def test_a_check_that_was_killed_says_so_and_how_to_go_on(tmp_path: Path) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    engine = TorchEngine(replace(describe_torch(Dialect.BVLC), executable=killed))
+    with pytest.raises(RunFailed, match=r"killed by SIGKILL .*; nothing was trained; start the same command"):
+        engine.check(stages_of(), LMDBS)

@@ -18,6 +18,23 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What batch systems send some time before they end a job (Slurm's ``--signal``): requests to stop."""
 
 
+EXPLAINED = {
+    "SIGKILL": " (out of memory, or killed by hand)",
+    "SIGXFSZ": " (a file has grown to the limit that ulimit -f shows)",
+}
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words: ``exit code 1``, ``killed by SIGKILL``."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}{EXPLAINED.get(name, '')}"
+
+
 class StopRequests:
     """What signals have requested: SIGHUP takes a snapshot; the others stop after the iteration."""
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from caffe_jacinto.common.errors import LOST, RunFailed, UserError, WorkLost
+from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.engines.snapshots import (
     StartPoint,
@@ -35,7 +36,7 @@ from caffe_jacinto.runs.plan import (
     write_start_weights,
     write_test,
 )
-from caffe_jacinto.runs.process import Child, StopSignals, describe_exit
+from caffe_jacinto.runs.process import Child, StopSignals
 from caffe_jacinto.runs.progress import (
     Place,
     Progress,

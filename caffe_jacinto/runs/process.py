@@ -91,23 +91,6 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
-EXPLAINED = {
-    "SIGKILL": " (out of memory, or killed by hand)",
-    "SIGXFSZ": " (a file has grown to the limit that ulimit -f shows)",
-}
-
-
-def describe_exit(code: int) -> str:
-    """An exit code in words: ``exit code 1``, ``killed by SIGKILL``."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"killed by {name}{EXPLAINED.get(name, '')}"
-
-
 class StopSignals:
     """Passes requests to stop on to the running command, escalating each time; ignores SIGHUP.
 

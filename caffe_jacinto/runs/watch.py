@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.engines.snapshots import Skipped, final_is_complete
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.discover import STAGE_LOG
@@ -13,7 +14,6 @@ from caffe_jacinto.logs.loss import USELESS, Kind
 from caffe_jacinto.logs.stage import CHUNK, StageLog
 from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
-from caffe_jacinto.runs.process import describe_exit
 
 NO_NUMBERS = "weights are not numbers"
 

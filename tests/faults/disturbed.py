@@ -18,6 +18,7 @@ from digits_run import ITERATIONS, PREFIX, Trainer, tiny
 
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.engine import NOTHING_DONE
 from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, load_masks
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import is_held
@@ -36,7 +37,7 @@ PATIENCE = 300
 
 TRACEBACK = "Traceback (most recent call last)"
 
-HOW_TO_GO_ON = "--resume"
+HOW_TO_GO_ON = ("--resume", NOTHING_DONE)
 
 KILLED = (-signal.SIGKILL,)
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
@@ -83,7 +84,7 @@ class Command(NamedTuple):
             code = -signal.SIGINT  # that Python reports itself, with any exit code
         if code not in allowed:
             raise Broken(f"exit code {code}, not {' or '.join(map(str, allowed))}, {where}")
-        if code == FAILED and HOW_TO_GO_ON not in said:
+        if code == FAILED and not any(words in said for words in HOW_TO_GO_ON):
             raise Broken(f"exit code {code} without how to go on, {where}")
         if code == REFUSED and ": error: " not in said:
             raise Broken(f"exit code {code} without an error line, {where}")

@@ -234,6 +234,7 @@ if [ "$python" = "$own_python" ]; then # another Python has what it needs, and C
   wanted=("${python_packages[@]}")
   [ -n "$caffe" ] || [ "$build_caffe" = no ] || wanted+=("${caffe_packages[@]}")
 fi
+if [ "$with_torch" = yes ]; then wanted+=(g++); fi # for the kernels of engines/pytorch/cpu_kernels.cpp
 if [ "$with_tests" = yes ]; then wanted+=("${test_packages[@]}"); fi
 if grep -q '^ID=ubuntu' /etc/os-release 2>/dev/null; then # there it is a snap
   mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | grep -vx chromium)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
@@ -97,6 +98,10 @@ class Options:
     """With ``level``: the state of the network that is evaluated."""
 
 
+NOTHING_DONE = "nothing was trained; start the same command again"
+"""How to go on after a failure before the first iteration of a command."""
+
+
 class TorchEngine:
     """The program `caffe-torch`, in this folder."""
 
@@ -116,7 +121,8 @@ class TorchEngine:
         }
         ran = subprocess.run(command, input=json.dumps(content), capture_output=True, text=True, check=False)
         if ran.returncode != 0:
-            raise RunFailed(f"{' '.join(command)} failed: {ran.stderr.strip()[-500:]}")
+            last = ran.stderr.strip()[-500:] or describe_exit(ran.returncode)
+            raise RunFailed(f"the check of the networks failed ({' '.join(command)}): {last}; {NOTHING_DONE}")
         problems: list[str] = json.loads(ran.stdout)
         return problems
 

@@ -24,6 +24,7 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
+from caffe_jacinto.engines.pytorch import cpu_kernels
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
@@ -136,6 +137,8 @@ class Trainer:
         )
         self.inputs.fit(self.net)
         self.net.write_to(log)
+        if device.type == "cpu" and (why := cpu_kernels.why_not()):
+            log.info(f"Batch norm, ReLU and pooling run one after the other, which is slower: {why}")
         self.optimizer = solver_class(self.parameters, str(solver.path))(
             self.net.learnables,
             self.parameters,
