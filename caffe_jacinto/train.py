@@ -4,6 +4,7 @@ python -m caffe_jacinto.train demo_digits
 python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
 python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
 python -m caffe_jacinto.train demo_digits --engine torch
+python -m caffe_jacinto.train --from solver.prototxt --weights trained.caffemodel
 python -m caffe_jacinto.train --new my_recipe.toml --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb
 python -m caffe_jacinto.train imagenet_jacintonet11 --engine torch --slurm --nodes 2 --gpus-per-node 8
 python -m caffe_jacinto.train --resume training/first_try
@@ -15,26 +16,37 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from caffe_jacinto.common.arguments import Parser, gpu_request, whole_number
+from caffe_jacinto.common.arguments import Parser, fraction, gpu_request, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import built_in_recipes, toml_value
 from caffe_jacinto.runs.slurm import SlurmRequest, sbatch_option, slurm_minutes
 
+if TYPE_CHECKING:
+    from caffe_jacinto.runs.start import Options
+
+DEFAULT_TARGET = 0.8
+"""As published."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Start or resume a run, or print its status; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    what = (options.recipe, options.resume, options.status, options.new)
+    what = (options.recipe, options.resume, options.status, options.new, options.solver)
     if sum(option is not None for option in what) != 1:
-        parser.error("give one of RECIPE, --resume RUN, --status RUN and --new FILE")
+        parser.error("give one of RECIPE, --from SOLVER, --resume RUN, --status RUN and --new FILE")
     if options.open and (options.dry_run or options.status is not None):
         parser.error("--open goes with a training: RECIPE or --resume RUN")
+    if options.solver is None and (options.weights or options.target is not None):
+        parser.error(
+            "--weights and --target go with --from SOLVER; a recipe has stages.NAME.weights and targets"
+        )
     if options.new is not None:
         return _new_recipe(parser, options)
     if options.status is not None:
@@ -61,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume is None:
         if options.accept_data:
             parser.error("--accept-data goes with --resume")
+        if options.solver is not None:
+            return _start_from(options, overrides, wanted)
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
         raise UserError(
@@ -69,6 +83,18 @@ def main(arguments: Sequence[str]) -> int:
         )
     with full_disks_named(Path(options.resume)):
         return resume(Path(options.resume), wanted)
+
+
+def _start_from(options: argparse.Namespace, overrides: Sequence[str], wanted: Options) -> int:
+    """Derive a recipe from a solver, write it, and start it."""
+    from caffe_jacinto.runs.from_solver import Request, write_recipe
+    from caffe_jacinto.runs.start import start
+
+    target = DEFAULT_TARGET if options.target is None else options.target
+    request = Request(Path(options.solver), options.weights, target, options.train_lmdb, options.val_lmdb)
+    recipe, folder, lines = write_recipe(request, wanted.output)
+    print("\n".join(lines), flush=True)
+    return start(str(recipe), overrides, replace(wanted, output=folder, must_reach=True))
 
 
 def _new_recipe(parser: Parser, options: argparse.Namespace) -> int:
@@ -96,6 +122,23 @@ def _parser() -> Parser:
     count = whole_number(1)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--status", metavar="RUN", help="print how far the run in this folder is")
+    parser.add_argument(
+        "--from",
+        dest="solver",
+        metavar="SOLVER",
+        help="derive a recipe from this solver and its network, write it and train (docs/your-network.md)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="with --from: trained weights to start from; without, it trains them first",
+    )
+    parser.add_argument(
+        "--target",
+        type=fraction,
+        metavar="F",
+        help=f"with --from: the fraction of the weights to become zero (default: {DEFAULT_TARGET})",
+    )
     new_help = "write a recipe for the data set in --train-lmdb and --val-lmdb, to train with and to change"
     parser.add_argument("--new", metavar="FILE", help=new_help)
     parser.add_argument(
@@ -204,7 +247,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     shortcuts = {
         "training.batch_size": options.batch_size,
         "training.iter_size": options.iter_size,
-        "training.keep": options.keep if options.recipe else None,
+        "training.keep": None if options.resume else options.keep,
         "data.train_lmdb": options.train_lmdb,
         "data.val_lmdb": options.val_lmdb,
     }

@@ -145,6 +145,17 @@ def brought_up_to_date(text: str, where: str) -> tuple[str, list[str]]:
     return text_format.MessageToString(message, as_utf8=True), remarks
 
 
+def parse_any_solver(text: str, where: str) -> Any:
+    """As `parse_solver`, by stock Caffe's schema, else by the fork's."""
+    try:
+        return parse_solver(text, Dialect.BVLC, where)
+    except UserError as error:
+        try:
+            return parse_solver(text, Dialect.CAFFE_JACINTO, where)
+        except UserError:
+            raise error from None
+
+
 def dialect_of(message: Any) -> Dialect:
     """The dialect whose schema ``message`` is of."""
     name = str(message.DESCRIPTOR.full_name)

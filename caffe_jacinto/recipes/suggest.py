@@ -10,12 +10,15 @@ import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.files import template_folder
 from caffe_jacinto.common.text import count_of, printable
 from caffe_jacinto.recipes.load import toml_value
 from caffe_jacinto.recipes.model import MOST_TESTS_APART
+
+if TYPE_CHECKING:
+    import jinja2
 
 NETWORK = "jacintonet11"
 
@@ -89,25 +92,13 @@ class Suggestion:
 
 def suggest(data: DataSet, path: Path) -> Suggestion:
     """A recipe file for ``data``, with comments; ``path`` is how it will be called."""
-    import jinja2
-
     crop = crop_for(min(data.smallest))
     strides = strides_for(crop)
     batch = _batch_for(data.train_images)
     passes = _passes_for(batch, crop)
     val_batch = val_batch_for(data.val_images)
     stages = _stages(data.train_images, batch)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template_folder() / "recipe"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_in_a_comment,
-    )
-    environment.globals["about"] = _ABOUT
-    environment.filters["toml"] = lambda value: _Toml(toml_value(value))
-    text = environment.get_template("new.toml.j2").render(
+    text = recipe_template("new.toml.j2").render(
         path=shlex.quote(str(path)),
         data={
             "dataset": data.name,
@@ -123,6 +114,23 @@ def suggest(data: DataSet, path: Path) -> Suggestion:
     iterations = sum(stage["solver"]["max_iter"] for stage in stages)
     network = f"{NETWORK} with crops of {crop}x{crop}"
     return Suggestion(text, network, iterations, iterations * batch / data.train_images)
+
+
+def recipe_template(name: str) -> jinja2.Template:
+    """A template of recipes, which prints TOML values by the filter ``toml``."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder() / "recipe"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_in_a_comment,
+    )
+    environment.globals["about"] = _ABOUT
+    environment.filters["toml"] = lambda value: _Toml(toml_value(value))
+    return environment.get_template(name)
 
 
 _ABOUT = {
@@ -197,8 +205,8 @@ def _stages(images: int, batch: int) -> list[dict[str, Any]]:
     def stage(
         name: str, about: str, epochs: float, least: int, rate: float, start: str = ""
     ) -> dict[str, Any]:
-        length = _round(max(epochs * images / batch, least / scale), 2)
-        solver = {"max_iter": int(length), "base_lr": _round(rate * scale, 2)}
+        length = rounded(max(epochs * images / batch, least / scale), 2)
+        solver = {"max_iter": int(length), "base_lr": rounded(rate * scale, 2)}
         return {
             "name": name, "about": about, "start": start, "freeze_zeros": False, "sparse": {},
             "iterations": f"{int(length):,}", "epochs": f"{length * batch / images:.3g}", "solver": solver,
@@ -225,8 +233,8 @@ def _stages(images: int, batch: int) -> list[dict[str, Any]]:
         solver["weight_decay"] = _l1_decay(solver) if is_l1 else 1e-4
         solver["regularization"] = "L1" if is_l1 else "L2"
         solver["test_interval"] = solver["snapshot"] = _test_interval(solver["max_iter"])
-        solver["display"] = int(min(_round(max(solver["max_iter"] / 50, 1), 1), 100))
-    sparse["sparse"] = _schedule(sparse["solver"]["max_iter"])
+        solver["display"] = int(min(rounded(max(solver["max_iter"] / 50, 1), 1), 100))
+    sparse["sparse"] = schedule(sparse["solver"]["max_iter"], 0.8)
     return [initial, l1reg, sparse, finetune]
 
 
@@ -238,16 +246,19 @@ def _test_interval(length: int) -> int:
 
 def _l1_decay(solver: dict[str, Any]) -> float:
     shrinkage = 10 * solver["base_lr"] / 2 * solver["max_iter"]
-    return min(_round(L1_SHRINKAGE / shrinkage, 1), MOST_L1)
+    return min(rounded(L1_SHRINKAGE / shrinkage, 1), MOST_L1)
 
 
-def _schedule(length: int) -> dict[str, Any]:
-    """The published schedule for ``length`` iterations: none in the first 1/8, then 0.8 in half of them."""
-    factor = 0.01 if length >= 1600 else 0.02
-    step = max(1, round(length * factor / 1.6))
+def schedule(length: int, target: float) -> dict[str, Any]:
+    """The published schedule for ``length`` iterations: none in the first 1/8, ``target`` after 5/8.
+
+    In fewer than 100 iterations the steps are larger.
+    """
+    factor = 0.01 if length >= 1600 else 0.02 if length >= 100 else 0.05
+    step = max(1, round(length * factor / (2 * target)))
     return {
-        "target": 0.8,
-        "start_iter": int(_round(length / 8, 2)),
+        "target": target,
+        "start_iter": int(rounded(length / 8, 2)),
         "step_iter": step,
         "step_factor": factor,
         "display": step * 10,
@@ -293,6 +304,6 @@ def _size(shape: tuple[int, int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _round(value: float, digits: int) -> float:
+def rounded(value: float, digits: int) -> float:
     """``value`` with so many significant digits."""
     return float(f"{value:.{digits}g}")

@@ -120,9 +120,9 @@ class RunRecord(BaseModel):
     """Every stage of the recipe in its order, then `test`."""
 
 
-def default_folder(recipe: Recipe) -> Path:
+def default_folder(dataset: str, network: str) -> Path:
     """A new ``training/<dataset>_<network>_<time>``."""
-    name = f"{recipe.data.dataset}_{recipe.network.name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    name = f"{dataset}_{network}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     folder = Path("training") / name
     number = 2
     while folder.exists():

@@ -89,7 +89,7 @@ def _data_set(
             f"all images in {train_lmdb} and {val_lmdb} have label 0; a classifier needs two classes"
         )
     return DataSet(
-        name=_data_set_name(train_lmdb, path),
+        name=data_set_name(train_lmdb, path),
         train_lmdb=train_lmdb,
         val_lmdb=val_lmdb,
         classes=classes,
@@ -101,7 +101,7 @@ def _data_set(
     )
 
 
-def _data_set_name(lmdb: str, recipe: Path) -> str:
+def data_set_name(lmdb: str, recipe: Path) -> str:
     """``flowers`` for ``data/flowers_train_lmdb``; for ``data/train_lmdb`` the name of the recipe."""
     of_lmdb = re.sub(r"[._-]?(lmdb|train|training)\b", "", Path(lmdb).absolute().name.replace("_", "-"))
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", of_lmdb).strip("-.") or re.sub(

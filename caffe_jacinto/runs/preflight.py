@@ -73,11 +73,12 @@ def preflight(
     *,
     resuming: bool = False,
     here: bool = True,
+    must_reach: bool = False,
 ) -> Findings:
     """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained.
 
     ``resuming``: the run has begun, and its recipe cannot be changed any more. ``here``: this process is to
-    train them, on this machine.
+    train them, on this machine. ``must_reach``: refuse stages that cannot reach their target sparsity.
     """
     findings = Findings()
     findings.attempt(lambda: check_gpus(run.engine.info, run.gpus, here=here))
@@ -91,12 +92,15 @@ def preflight(
         findings.attempt(lambda: _check_user_network(run, findings))
     run = replace(run, lmdbs=findings.lmdbs)
     texts: dict[str, dict[str, str]] = {}
+    data = run.recipe.data
     for plan in stages:
+        if run.recipe.network.prototxt is not None and not {data.train_lmdb, data.val_lmdb} <= {*run.lmdbs}:
+            break  # the sizes of the images, which are not known, are part of the stages' files
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         findings.attempt(partial(_check_solver_type, run, plan))
         if plan.name in texts and _starts_from_a_file(run, plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
-    findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, resuming=resuming))
+    findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, must_reach, resuming))
     findings.problems += run.engine.check(texts, findings.image_shapes)
     if texts:
         findings.attempt(lambda: check_space(run, stages, keep, resuming=resuming))
@@ -350,12 +354,12 @@ def _check_sparsity(
     stages: tuple[StagePlan, ...],
     texts: dict[str, dict[str, str]],
     findings: Findings,
-    *,
+    must_reach: bool,
     resuming: bool,
 ) -> None:
-    """Refuse a sparse stage that would zero nothing; note one that ends below its target."""
+    """Refuse a sparse stage that would zero nothing; note, or refuse too, one that ends below its target."""
     for shortfall in shortfalls(run, stages, texts, findings.image_shapes):
-        refused = shortfall.useless and not resuming
+        refused = (shortfall.useless or must_reach) and not resuming
         (findings.problems if refused else findings.notes).append(shortfall.message)
 
 

@@ -69,6 +69,9 @@ class Options:
     output: Path | None = None
     keep: int | None = None
     dry_run: bool = False
+    must_reach: bool = False
+    """Refuse a run whose sparse stages cannot reach their targets, instead of a note."""
+
     accept_data: bool = False
     """Resume even if an LMDB has been replaced."""
 
@@ -93,7 +96,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if options.slurm and options.gpus is None:
         # Slurm gives each job its GPUs, and programs number them from 0.
         options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
-    folder = options.output or run_folder.default_folder(recipe)
+    folder = options.output or run_folder.default_folder(recipe.data.dataset, recipe.network.name)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
@@ -103,7 +106,9 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     elif not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
-    findings = preflight(run, run.stages, recipe.training.keep, here=options.slurm is None)
+    findings = preflight(
+        run, run.stages, recipe.training.keep, here=options.slurm is None, must_reach=options.must_reach
+    )
     run = replace(run, lmdbs=findings.lmdbs)
     _show_findings(run, findings, screen)
     if not (options.dry_run and findings.files_can_be_made):
