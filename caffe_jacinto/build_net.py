@@ -1,4 +1,4 @@
-"""Write a network's train, val, deploy and solver prototxt, or show and draw a network.
+"""Write a network's train, val, deploy and solver prototxt, translate, show or draw a network.
 
     python -m caffe_jacinto.build_net
     python -m caffe_jacinto.build_net --network resnet10 --dialect bvlc --output nets/resnet10
@@ -6,6 +6,7 @@
     python -m caffe_jacinto.build_net --network resnet10 --summary --draw resnet10.svg
     python -m caffe_jacinto.build_net --summary deploy.prototxt --weights trained.caffemodel
     python -m caffe_jacinto.build_net --upgrade old_train_val.prototxt --output train_val.prototxt
+    python -m caffe_jacinto.build_net --from train_val.prototxt --dialect caffe_jacinto --output nets/fork
     python -m caffe_jacinto.build_net --output nets/digits --dialect bvlc --num-classes 10 --crop-size 32 \\
         --strides 1,2,2,2,2 --batch-size 64 --iter-size 1 \\
         --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb --val-images 10000
@@ -53,7 +54,10 @@ NETWORK = "jacintonet11"
 def main(argv: Sequence[str]) -> int:
     """Write the files and say how to train them; or show and draw a network."""
     published = stages.published_recipe(_named_network(argv))
-    arguments = _parser(published).parse_args(argv)
+    parser = _parser(published)
+    arguments = parser.parse_args(argv)
+    if arguments.source is not None:
+        return _translate(parser, arguments)
     if arguments.gpus is not None:
         arguments.gpus = requested_gpus(arguments.gpus, None)
     _check(arguments)
@@ -125,6 +129,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=not_empty, metavar="DIR", help=output_help)
     network_help = f"{', '.join(NETWORKS)} (default: {NETWORK})"
     parser.add_argument("--network", default=network.name, metavar="NAME", help=network_help)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="write this network of the other dialect in --dialect, to --output or standard output",
+    )
     dialects, published = [dialect.value for dialect in Dialect], stages.published_dialect(network.name).value
     dialect_help = f"bvlc: stock Caffe 1.0; caffe_jacinto: the fork (default: {published}, as published)"
     parser.add_argument("--dialect", default=published, choices=dialects, help=dialect_help)
@@ -166,6 +177,31 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     look.add_argument("--weights", type=Path, metavar="FILE", help="count the zeros in this .caffemodel")
     look.add_argument("--draw", type=Path, metavar="FILE", help="draw the network to FILE (.svg or .png)")
     return parser
+
+
+def _translate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Write a network's prototxt in the other dialect."""
+    from caffe_jacinto.networks.translate import translate
+
+    known = ("source", "output", "dialect")
+    others = [n for n, value in vars(arguments).items() if value != parser.get_default(n) and n not in known]
+    if others:
+        raise UserError(
+            f"--{others[0].replace('_', '-')}: --from FILE takes --dialect and --output only; leave it out"
+        )
+    source: Path = arguments.source
+    done = translate(read_text(source, "give a network's prototxt"), str(source), Dialect(arguments.dialect))
+    changes = ", ".join(f"{what}: {count}" for what, count in done.changes.items()) or "nothing differs"
+    if arguments.output is None:
+        print(done.text, end="")
+        print(changes, file=sys.stderr)
+        return 0
+    folder = Path(arguments.output)
+    if (folder / source.name).exists() and (folder / source.name).samefile(source):
+        raise UserError(f"--output {folder}: this would replace {source}; give another folder")
+    stages.write_stage_files({source.name: done.text}, folder)
+    print(f"{folder / source.name}: {source} in the dialect {arguments.dialect} ({changes})")
+    return 0
 
 
 def _named_network(argv: Sequence[str]) -> str:

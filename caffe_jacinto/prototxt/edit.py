@@ -39,6 +39,11 @@ class Edits:
         lines = "".join(f"{margin}{part}\n" for part in field.splitlines())
         self._replace(line, line, lines)
 
+    def add_after(self, message: Message, field: str) -> None:
+        """Add ``field``, protobuf text of one or more lines, after ``message``."""
+        assert message.place is not None
+        self._replace(message.place.end, message.place.end, f"\n{field}")
+
     def remove(self, place: Place) -> None:
         """Remove a field, and its line where nothing else is on it."""
         start, end = place.start, place.end
@@ -52,7 +57,9 @@ class Edits:
     def text(self) -> str:
         """The text with all changes."""
         result, last = [], 0
-        for start, end, new in sorted(self._changes, key=lambda change: change[:2]):
+        for start, end, new in sorted(self._changes, key=lambda change: (change[0], -change[1])):
+            if start < last:
+                continue  # inside of what is removed
             result += [self._original[last:start], new]
             last = end
         return "".join([*result, self._original[last:]])
