@@ -151,7 +151,7 @@ def test_lenet_is_told_before_the_training_that_the_rule_cannot_thin_it(lenet: P
     lmdbs = ["--train-lmdb", "train_lmdb", "--val-lmdb", "val_lmdb"]
     with pytest.raises(UserError, match=r"cannot reach the target of 0.8") as caught:
         train(["--from", "solver.prototxt", *lmdbs, "--engine", "torch", "--output", "run"])
-    assert "docs/sparsification.md" in str(caught.value)
+    assert "stages.sparse.sparse.inner_products=true would do" in str(caught.value)
     assert Path("run.toml").is_file()
     assert not Path("run").exists()
 
@@ -181,7 +181,7 @@ def cifar10(published: Path, caffe_engine: Engine, tmp_path_factory: pytest.Temp
         published,
         "cifar10_full",
         net='"cifar10_full_train_test.prototxt"',
-        **{"max_iter": 160, "snapshot": 160, "test_interval": 160, "test_iter": 10},
+        **{"max_iter": 160, "snapshot": 160, "test_interval": 160, "test_iter": 5},
         **{"snapshot_format": "BINARYPROTO", "snapshot_prefix": '"theirs"', "solver_mode": "CPU"},
     )
     (folder / "solver.prototxt").write_text(solver + "random_seed: 7\n")
@@ -211,3 +211,23 @@ def test_one_command_makes_somebodys_model_sparse(cifar10: Path, caffe_engine: E
     assert zeros["conv2"] > 0.8
     assert zeros["conv3"] > 0.8
     assert zeros["ip1"] == 0
+
+
+@pytest.mark.caffe
+def test_lenet_becomes_sparse_over_all_its_weights(lenet: Path, published: Path) -> None:
+    write_lmdbs(lenet)
+    net = lenet / "lenet_train_test.prototxt"
+    net.write_text(net.read_text().replace("batch_size: 100", "batch_size: 50").replace(": 64", ": 16"))
+    Path("solver.prototxt").write_text(cut(published, "lenet", max_iter=160, test_iter=1, test_interval=160))
+    code, said = Trainer(None, lenet).run(
+        *("--from", "solver.prototxt", "--train-lmdb", "train_lmdb", "--val-lmdb", "val_lmdb"),
+        *("--output", "run", "--set", "stages.sparse.sparse.inner_products=true"),
+        *("--set", "stages.sparse.sparse.by=network"),
+    )
+    assert code == 0, said
+    accuracy = re.findall(r"(?:initial|finetune): finished, .* top-1 ([\d.]+)", said)
+    assert float(accuracy[1]) >= float(accuracy[0]) - 0.005
+    weights = read_weights(next(Path("run/finetune").glob("*_LeNet_iter_16.caffemodel")))
+    blobs = [weights[name][0] for name in ("conv1", "conv2", "ip1", "ip2")]
+    zeros, size = sum(int((blob == 0).sum()) for blob in blobs), sum(blob.size for blob in blobs)
+    assert zeros / size >= 0.8
