@@ -54,8 +54,8 @@ def test_the_stages_follow_from_the_solver_by_the_documented_rule(lenet: Path, p
     assert (solver.max_iter, solver.base_lr, solver.lr_policy, solver.gamma) == (10000, 0.01, "inv", 1e-4)
     assert (solver.power, solver.momentum, solver.weight_decay) == (0.75, 0.9, 5e-4)
     middle = 0.01 * (1 + 1e-4 * 5000) ** -0.75
-    assert [stage.solver.max_iter for stage in ours] == [5000, 5000, 1000]
-    for stage, share in zip(ours, (0.4, 0.4, 0.1), strict=True):
+    assert [stage.solver.max_iter for stage in ours] == [5000, 5000, 2500]
+    for stage, share in zip(ours, (1, 1, 0.5), strict=True):
         assert stage.solver.base_lr == pytest.approx(share * middle, rel=0.01)
         assert stage.solver.lr_policy == "poly"
     assert [stage.solver.regularization for stage in ours] == ["L1", "L1", "L2"]
@@ -227,7 +227,7 @@ def test_lenet_becomes_sparse_over_all_its_weights(lenet: Path, published: Path)
     assert code == 0, said
     accuracy = re.findall(r"(?:initial|finetune): finished, .* top-1 ([\d.]+)", said)
     assert float(accuracy[1]) >= float(accuracy[0]) - 0.005
-    weights = read_weights(next(Path("run/finetune").glob("*_LeNet_iter_16.caffemodel")))
+    weights = read_weights(next(Path("run/finetune").glob("*_LeNet_iter_40.caffemodel")))
     blobs = [weights[name][0] for name in ("conv1", "conv2", "ip1", "ip2")]
     zeros, size = sum(int((blob == 0).sum()) for blob in blobs), sum(blob.size for blob in blobs)
     assert zeros / size >= 0.8

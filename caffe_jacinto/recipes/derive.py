@@ -5,12 +5,13 @@ Of a solver with `max_iter` N and the learning rate R at iteration N / 2:
 | stage | iterations | learning rate | decay |
 |---|---|---|---|
 | initial, without weights | N | theirs | theirs |
-| l1reg | N / 2 | 2/5 R, falling to 0 in a straight line | L1 |
-| sparse | N / 2 | 2/5 R, likewise | L1 |
-| finetune | N / 10 | 1/10 R, likewise | theirs |
+| l1reg | N / 2 | R, falling to 0 in a straight line | L1 |
+| sparse | N / 2 | R, likewise | L1 |
+| finetune | N / 4 | R / 2, likewise | theirs |
 
-The lengths are in the proportions of the published training of JacintoNet11. L1's decay is such that it pulls
-a weight of the usual size, the root of 2 / fan-in (He et al. 2015), as strongly as their L2 decay does.
+So each goes through the second half, or the last quarter, of a schedule that falls in a straight line. L1's
+decay is such that it pulls a weight of the usual size, the root of 2 / fan-in (He et al. 2015), as strongly
+as their L2 decay does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from typing import Any
 
 from caffe_jacinto.recipes.suggest import recipe_template, rounded, schedule
 
-HALF, TENTH = 0.5, 0.1
-PRUNING_RATE, FINETUNING_RATE = 0.4, 0.1
+HALF, QUARTER = 0.5, 0.25
+PRUNING_RATE, FINETUNING_RATE = 1.0, 0.5
 """Of the rate that their schedule has at its half."""
 
 LEAST_DECAY = 1e-5
@@ -84,7 +85,7 @@ def derived_stages(
     )
     sparse = stage("sparse", "Prunes the smallest weights, step by step.", HALF, PRUNING_RATE, l1)
     finetune = stage(
-        "finetune", "The remaining weights recover; zeros stay zero.", TENTH, FINETUNING_RATE, own
+        "finetune", "The remaining weights recover; zeros stay zero.", QUARTER, FINETUNING_RATE, own
     )
     sparse["table"] = {"start": "l1reg"}
     sparse["sparse"] = {**schedule(sparse["solver"]["max_iter"], target), **CAPS}
