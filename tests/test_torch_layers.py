@@ -25,8 +25,10 @@ from layer_pair import (
 )
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
+from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
+from caffe_jacinto.engines.pytorch.net import FED, TEST, TRAIN, Net
 from caffe_jacinto.engines.pytorch.snapshot import array, put
+from caffe_jacinto.netspec.layer_types import LAYER_TYPES
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 
@@ -622,6 +624,14 @@ def test_fillers_draw_from_caffes_distribution(filler: str, norm: str, pycaffe: 
     assert abs(float(ours.std()) - spread) < 0.03 * spread + 1e-7
     if filler in ("uniform", "xavier"):
         np.testing.assert_allclose([ours.min(), ours.max()], [theirs.min(), theirs.max()], rtol=0.01)
+
+
+def test_every_layer_of_caffe_is_computed_or_refused_with_a_reason(pycaffe: Any) -> None:
+    known = set(pycaffe.layer_type_list())
+    assert len(known) == 61
+    assert known == known & {*LAYERS, *FED, *REFUSED}
+    assert not {*LAYERS, *FED} & set(REFUSED)
+    assert {*LAYERS, *FED} <= set(LAYER_TYPES)
 
 
 @pytest.mark.parametrize(
