@@ -20,6 +20,7 @@ from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import settings_as_flags
+from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.pytorch.snapshot import read_place
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
@@ -159,6 +160,11 @@ def test_one_threshold_for_all_weights_and_zeros_of_inner_products_that_hold(
     for name, mask in zeros.items():
         assert ((after[name][0] == 0) == mask).all()
         assert (after[name][0] != before[name][0]).any()
+    # What is not to be recalibrated, as a network without batch norm, is finished with its final snapshot.
+    engine, final = find_engine(None, "torch"), finetune.folder / "small_iter_20.caffemodel"
+    for batches in (0, 5):
+        job = finetune.job(final_weights=final, reestimate_batches=batches)
+        assert engine.finished(job) == (batches == 0)
 
 
 def test_killed_while_statistics_are_recalibrated(digits: Path, tmp_path: Path) -> None:
