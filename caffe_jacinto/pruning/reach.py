@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of, why_not_pruned
-from caffe_jacinto.pruning.rule import most_zeros
+from caffe_jacinto.pruning.rule import most_zeros, zeros_in_common
 from caffe_jacinto.pruning.schedule import factors, step_iterations
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _most_in_common(
 ) -> dict[str, NDArray[np.int64]]:
     """The zeros of layers that share one threshold: together at most this many, in as few as possible."""
     zeros = sum(int(start[layer.name].sum()) for layer in layers)
-    left = max(zeros, most_zeros(sum(layer.weights for layer in layers), factor))
+    left = max(zeros, zeros_in_common(sum(layer.weights for layer in layers), factor))
     after = {}
     for layer in layers:
         after[layer.name] = _in_few_channels(left, layer)

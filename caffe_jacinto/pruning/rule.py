@@ -8,6 +8,7 @@ channels the smallest weights go, no more than m - n, and the caps do not apply.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -46,8 +47,11 @@ def pruned_weights(
         threshold = None
         if common:
             flat = [np.abs(read(layer.name)).reshape(-1) for layer in common]
-            threshold = _thresholds(np.concatenate(flat)[np.newaxis], factor, **caps)
+            together = np.concatenate(flat)[np.newaxis]
             del flat
+            share = zeros_in_common(together.size, factor) / together.size
+            threshold = _thresholds(together, share, **caps)
+            del together
         for layer in taken:
             weights = np.array(read(layer.name), order="C")
             rows = layer.outputs_first(weights)
@@ -68,6 +72,11 @@ def most_zeros(together: int, fraction: float) -> int:
     """How many of ``together`` weights one threshold may zero: at most this ``fraction`` of them."""
     # A product such as 0.29 * 100 must not fall below 29 by its rounding.
     return int(fraction * together + 1e-6)
+
+
+def zeros_in_common(together: int, factor: float) -> int:
+    """How many weights the threshold of a network zeroes: rounded up, so that ``factor`` is reached."""
+    return math.ceil(factor * together - 1e-6)
 
 
 class _Thresholds(NamedTuple):

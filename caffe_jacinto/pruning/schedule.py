@@ -10,7 +10,7 @@ log's first threshold, from a ``sparsity_start_factor`` of 0, says ``Finding and
 With ``schedule = "cubic"`` it grows from s_i = ``start_factor`` to s_f = ``target`` as
 s_f + (s_i - s_f) (1 - k / n)^3 at threshold k of n (Zhu and Gupta 2017, "To prune, or not to prune",
 arXiv:1710.01878, equation 1), where n is as many thresholds as the published schedule takes; from there on it
-grows by ``step_factor``, too.
+grows by ``step_factor``, too, to no more than that bound.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float
     on_the_way = bool(sparse.targets) and factor < sparse.target - _NEXT_TO
     if achieved >= sparse.target and not on_the_way:
         return None
-    if sparse.schedule == "cubic" and factor < sparse.target:
-        return _next_cubic(sparse, factor)
+    if sparse.schedule == "cubic":
+        if factor < sparse.target:
+            return _next_cubic(sparse, factor)
+        most = factor_cap(sparse.target)
+        return min(factor + sparse.step_factor, most) if factor < most - _NEXT_TO else None
     if factor > factor_cap(sparse.target) + _NEXT_TO:
         return None
     return min(round(factor + sparse.step_factor, 9), 1.0)
