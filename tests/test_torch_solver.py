@@ -182,7 +182,7 @@ def test_every_update_is_caffes(
         np.testing.assert_allclose(
             tensor.numpy(), values, rtol=0, atol=2e-6 * most, err_msg=f"history {number}"
         )
-    file = SolverFile(Path("solver"), Dialect.BVLC, both.parameters, Path("net"), None, ())
+    file = SolverFile(Path("solver"), Dialect.BVLC, both.parameters, Path("net"), None, (), "net")
     assert (theirs.iter, theirs.current_step) == (UPDATES, file.current_step(UPDATES))
 
 
@@ -461,3 +461,73 @@ def test_what_a_solver_cannot_compute_with_is_one_line(
     with pytest.raises(UserError) as refused:
         check_solver(read_solver(Path("solver.prototxt"), Dialect.BVLC))
     assert str(refused.value).startswith(f"solver.prototxt: {says}")
+
+
+NETWORK = """
+layer { name: "images" type: "DummyData" top: "x" dummy_data_param {
+  shape { dim: 4 dim: 3 } data_filler { type: "constant" value: 0.5 } } }
+layer { name: "labels" type: "DummyData" top: "y" dummy_data_param {
+  shape { dim: 4 } data_filler { type: "constant" value: 2 } } }
+layer { name: "fc" type: "InnerProduct" bottom: "x" top: "fc" inner_product_param {
+  num_output: 4 weight_filler { type: "constant" value: 0.1 } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "y" top: "loss" loss_weight: 0.5
+  include { phase: TRAIN } }
+layer { name: "tested" type: "SoftmaxWithLoss" bottom: "fc" bottom: "y" top: "tested" loss_weight: 2
+  include { phase: TEST } }
+"""
+
+
+@pytest.mark.caffe
+def test_networks_inside_a_solver_and_its_log_are_caffes(caffe_engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "test.prototxt").write_text(NETWORK)
+    (tmp_path / "solver.prototxt").write_text(
+        f"net_param {{ {NETWORK} }}\n"
+        'test_net: "test.prototxt" test_iter: [2, 3] test_interval: 3 test_compute_loss: true\n'
+        'base_lr: 0.5 lr_policy: "multistep" gamma: 0.5 stepvalue: 4 stepvalue: 2 max_iter: 6 display: 2\n'
+        "average_loss: 3 momentum: 0.9 solver_mode: CPU debug_info: false snapshot_diff: true\n"
+    )
+    python = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-dialect", "bvlc"]
+    lines = []
+    for command in ([str(caffe_engine.info.executable), "train"], python):
+        done = subprocess.run(
+            [*command, "-solver", "solver.prototxt"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        text = re.sub(r"^.*?\] |\(.*?iters?\), ", "", done.stderr, flags=re.MULTILINE)
+        lines.append(re.findall(r"^(?:Iteration|Creating t|Test loss|    Test net).*", text, re.MULTILINE))
+        assert (tmp_path / "solver_iter_6.caffemodel").exists()
+        (tmp_path / "solver_iter_6.caffemodel").unlink()
+    caffes, ours = lines
+    assert len(caffes) > 20
+    assert [_rounded(line) for line in ours] == [_rounded(line) for line in caffes]
+    assert "snapshot_diff: weight files do not hold the gradients" in done.stderr
+
+
+def _rounded(line: str) -> str:
+    """A log line with its numbers to four digits: the last one depends on the order of sums."""
+    return re.sub(r"\d+\.\d+(e-\d+)?", lambda number: f"{float(number[0]):.4g}", line)
+
+
+def test_which_networks_a_solver_has(tmp_path: Path) -> None:
+    (tmp_path / "net.prototxt").write_text('layer { name: "a" type: "ReLU" }')
+    net = f'"{tmp_path / "net.prototxt"}"'
+
+    def read(text: str) -> SolverFile:
+        (tmp_path / "solver.prototxt").write_text(text)
+        return read_solver(tmp_path / "solver.prototxt", Dialect.BVLC)
+
+    solver = read(f'net: {net} test_net: {net} test_net_param {{ name: "n" }} test_iter: [1, 2, 3, 4]')
+    sources = [test.source.split(" ")[0] for test in solver.tests]
+    assert sources == ["test_net_param", "test_net", "net", "net"]
+    assert [test.batches for test in solver.tests] == [1, 2, 3, 4]
+    assert solver.parameters.snapshot_prefix == str(tmp_path / "solver")
+    assert read(f'net: {net} snapshot_prefix: "{tmp_path}"').parameters.snapshot_prefix == str(
+        tmp_path / "solver"
+    )
+    for text, message in (
+        ("base_lr: 1", "has no training network; give one of net, net_param, train_net and train_net_param"),
+        (f"net: {net} train_net: {net}", "has net and train_net; give one of"),
+        (f"train_net: {net} test_iter: 3", "0 of test_net and 1 of test_iter"),
+        (f"net: {net} test_net: {net}", "1 of test_net and 0 of test_iter"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read(text)

@@ -92,6 +92,10 @@ class CaffeLog:
         shown = "" if momentum is None else f", m = {number(momentum)}"
         self.info(f"Iteration {iteration}, lr = {number(rate)}{shown}")
 
+    def test_loss(self, loss: float) -> None:
+        """The weighted loss of a test, for a solver with ``test_compute_loss``."""
+        self.info(f"Test loss: {number(loss)}")
+
     def last_loss(self, iteration: int, loss: float) -> None:
         """The loss of the final weights, over one more batch."""
         self.info(f"Iteration {iteration}, loss = {number(loss)}")

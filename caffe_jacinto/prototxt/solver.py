@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, inf, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for, read_text
@@ -30,11 +30,16 @@ class TestNet:
     __test__ = False  # not a test, whatever pytest makes of its name
 
     file: Path
+    """Its own, or the solver's where it is inside that."""
+
     definition: Any
     """Its NetParameter message, with the state that it is tested in."""
 
     batches: int
     """Batches of one test."""
+
+    source: str
+    """Where it comes from, in the words of Caffe's log: ``test_net file: val.prototxt``."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,14 @@ class SolverFile:
     """The SolverParameter message."""
 
     train_file: Path
+    """Its own, or the solver's where it is inside that."""
+
     train_net: Any
     """The training network's NetParameter message, with the state that it is trained in."""
 
     tests: tuple[TestNet, ...]
+    train_source: str
+    """As `TestNet.source`."""
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
@@ -100,35 +109,93 @@ def read_solver(path: Path, dialect: Dialect, texts: Mapping[str, str] | None = 
     ``texts`` are files that are not written yet, by path.
 
     Raises:
-        UserError: a file cannot be read or parsed, or the solver does not name its networks as files.
+        UserError: a file cannot be read or parsed, or the solver does not name its networks.
     """
     texts = texts or {}
 
     def text_of(file: Path) -> str:
         return texts[str(file)] if str(file) in texts else read_text(file)
 
-    def net(file: str, phase: int, state: Any) -> Any:
-        return parse_net_in(text_of(Path(file)), dialect, file, phase, state)
-
     parameters = parse_solver(text_of(path), dialect, str(path))
-    train_file = parameters.train_net or parameters.net
-    if not train_file or parameters.test_net_param or parameters.HasField("train_net_param"):
-        raise UserError(f"{path}: name the networks as files, by train_net and test_net, or net")
-    files = list(parameters.test_net) or [parameters.net] * len(parameters.test_iter)
-    if len(parameters.test_iter) != len(files):
-        raise UserError(
-            f"{path}: {len(files)} of test_net and {len(parameters.test_iter)} of test_iter; "
-            "give each test network its number of batches"
-        )
-    states = list(parameters.test_state) or [None] * len(files)
-    if len(states) != len(files):
-        raise UserError(f"{path}: {len(states)} of test_state for {len(files)} test networks; give each one")
+    _complete_snapshot_prefix(parameters, path)
+
+    def read(place: _Place, phase: int, state: Any) -> Any:
+        if place.file is not None:
+            return parse_net_in(text_of(place.file), dialect, str(place.file), phase, state)
+        return _in_state(place.inside, phase, state)
+
+    train = _training_place(parameters, path)
+    places = _test_places(parameters, path)
+    states = list(parameters.test_state) or [None] * len(places)
+    if len(states) != len(places):
+        raise UserError(f"{path}: {len(states)} of test_state for {len(places)} test networks; give each one")
     tests = tuple(
-        TestNet(Path(file), net(file, TEST, state), batches)
-        for file, batches, state in zip(files, parameters.test_iter, states, strict=True)
+        TestNet(place.file or path, read(place, TEST, state), batches, place.source)
+        for place, batches, state in zip(places, parameters.test_iter, states, strict=True)
     )
     train_state = parameters.train_state if parameters.HasField("train_state") else None
-    return SolverFile(path, dialect, parameters, Path(train_file), net(train_file, TRAIN, train_state), tests)
+    train_net = read(train, TRAIN, train_state)
+    return SolverFile(path, dialect, parameters, train.file or path, train_net, tests, train.source)
+
+
+class _Place(NamedTuple):
+    """Where a solver has a network: a file, or a message inside it."""
+
+    source: str
+    """As Caffe's log says it."""
+
+    file: Path | None
+    inside: Any = None
+
+
+def _training_place(parameters: Any, path: Path) -> _Place:
+    """The training network, by the one field that gives it (Solver::InitTrainNet)."""
+    given = [
+        name for name in ("net", "net_param", "train_net", "train_net_param") if parameters.HasField(name)
+    ]
+    if len(given) != 1:
+        raise UserError(
+            f"{path}: has {' and '.join(given) or 'no training network'}; give one of net, net_param, "
+            "train_net and train_net_param"
+        )
+    return _place(parameters, given[0])
+
+
+def _place(parameters: Any, name: str) -> _Place:
+    value = getattr(parameters, name)
+    return (
+        _Place(name, None, value) if name.endswith("param") else _Place(f"{name} file: {value}", Path(value))
+    )
+
+
+def _test_places(parameters: Any, path: Path) -> list[_Place]:
+    """The test networks in Caffe's order: test_net_param, test_net, and net for the rest of test_iter."""
+    batches = len(parameters.test_iter)
+    places = [_Place("test_net_param", None, net) for net in parameters.test_net_param]
+    places += [_Place(f"test_net file: {name}", Path(name)) for name in parameters.test_net]
+    for name in ("net", "net_param"):
+        if parameters.HasField(name):
+            places += [_place(parameters, name)] * (batches - len(places))
+    if len(places) != batches:
+        raise UserError(
+            f"{path}: {len(places)} of test_net and {batches} of test_iter; "
+            "give each test network its number of batches"
+        )
+    return places
+
+
+def _complete_snapshot_prefix(parameters: Any, path: Path) -> None:
+    """Name snapshots after the solver where that only names a folder, or nothing, as Caffe does."""
+    if not parameters.HasField("snapshot_prefix"):
+        parameters.snapshot_prefix = str(path.with_suffix(""))
+    elif Path(parameters.snapshot_prefix).is_dir():
+        parameters.snapshot_prefix = str(Path(parameters.snapshot_prefix) / path.stem)
+
+
+def require_network_files(solver: SolverFile) -> None:
+    """Raise UserError where a network is inside the solver, and not a file of its own."""
+    if solver.path in (solver.train_file, *(test.file for test in solver.tests)):
+        raise UserError(f"{solver.path}: name the networks as files, by train_net and test_net, or net")
 
 
 TRAIN, TEST = 0, 1
@@ -141,7 +208,12 @@ def parse_net_in(text: str, dialect: Dialect, where: str, phase: int, state: Any
     Raises:
         UserError: it cannot be parsed.
     """
-    net = parse_net(text, dialect, where)
+    return _in_state(parse_net(text, dialect, where), phase, state)
+
+
+def _in_state(given: Any, phase: int, state: Any) -> Any:
+    net = type(given)()
+    net.CopyFrom(given)
     if state is not None:
         net.state.MergeFrom(state)
     net.state.phase = phase

@@ -132,7 +132,7 @@ class TestNets:
         self._train_net, self._log = train_net, log
         self._nets = []
         for index, test in enumerate(solver.tests):
-            log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
+            log.info(f"Creating test net (#{index}) specified by {test.source}")
             self._nets.append((caffe.Net(str(test.file), caffe.TEST), test.batches))
 
     def test(self, iteration: int, stop: Callable[[], bool], recalibrated_over: int = 0) -> bool:

@@ -24,7 +24,7 @@ from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, start_caffe, use_device
 from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.solver import SolverFile, read_solver
+from caffe_jacinto.prototxt.solver import SolverFile, read_solver, require_network_files
 
 
 class Statistics:
@@ -133,6 +133,7 @@ def main(argv: Sequence[str]) -> int:
     caffe, log = start_caffe(arguments.pycaffe, arguments.gpu)
     requests.install()
     solver = read_solver(arguments.solver, Dialect.BVLC)
+    require_network_files(solver)
     if solver.parameters.random_seed >= 0:
         caffe.set_random_seed(solver.parameters.random_seed)
     net = caffe.Net(str(solver.train_file), caffe.TRAIN, weights=str(arguments.weights))

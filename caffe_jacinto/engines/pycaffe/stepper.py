@@ -39,7 +39,12 @@ from caffe_jacinto.engines.pycaffe.net import (
 from caffe_jacinto.engines.pycaffe.recalibrate import SideNet, Statistics, complete_stage
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.solver import SolverFile, check_snapshot_folder, read_solver
+from caffe_jacinto.prototxt.solver import (
+    SolverFile,
+    check_snapshot_folder,
+    read_solver,
+    require_network_files,
+)
 from caffe_jacinto.recipes.model import SparseSettings
 
 
@@ -264,6 +269,7 @@ def main(argv: Sequence[str]) -> int:
         inner_products=arguments.sparsity_inner_products,
         gpus=tuple(arguments.gpu),
     )
+    require_network_files(job.solver)
     check_snapshot_folder(job.solver)
     Stepper(caffe, job, requests, log).train()
     return 0

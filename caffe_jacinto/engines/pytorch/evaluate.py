@@ -106,9 +106,10 @@ class TestNets:
             UserError: a net that cannot be built, or layers that do not fit the train net's.
         """
         self._statistics, self._log = statistics, log
+        self._computes_loss = bool(solver.parameters.test_compute_loss)
         self._evaluators = []
         for index, (test, fed) in enumerate(zip(solver.tests, inputs, strict=True)):
-            log.info(f"Creating test net (#{index}) specified by test_net file: {test.file}")
+            log.info(f"Creating test net (#{index}) specified by {test.source}")
             net = Net(
                 test.definition,
                 TEST,
@@ -139,6 +140,9 @@ class TestNets:
             if found is None:
                 self._log.test_interrupted()
                 return False
+            if self._computes_loss:
+                weights = evaluator.net.loss_weights
+                self._log.test_loss(sum(weight * sum(found[name]) for name, weight in weights.items()))
             self._log.outputs("Test", found, evaluator.net.loss_weights)
         return True
 

@@ -14,6 +14,7 @@ from caffe_jacinto.recipes.model import sparse_fields
 _CARRIED_OUT = frozenset(
     {
         *("net", "train_net", "test_net", "train_state", "test_state", "test_iter", "test_interval"),
+        *("net_param", "train_net_param", "test_net_param", "test_compute_loss"),
         *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
@@ -30,11 +31,14 @@ _NO_EFFECT = frozenset(
         *("momentum_power", "max_momentum", "larc_policy", "larc_eta", "weight_decay_power"),
     }
 )
+_NOT_DONE = {
+    "debug_info": "the means of blobs and gradients are not logged",
+    "snapshot_diff": "weight files do not hold the gradients, which no Caffe reads",
+    "snapshot_format": "snapshots are in Caffe's binary form, which every Caffe reads, and not HDF5",
+}
+"""Fields without which the weights are the same, and what is left out."""
+
 _ONLY_DEFAULT: dict[str, Any] = {
-    "debug_info": False,
-    "test_compute_loss": False,
-    "snapshot_diff": False,
-    "snapshot_format": 1,
     "rampup_interval": 0,
     "rampup_lr": 0.0,
     "min_lr": 0.0,
@@ -60,7 +64,7 @@ def check_solver(solver: SolverFile) -> None:
         if name in _ONLY_DEFAULT:
             if value != _ONLY_DEFAULT[name]:
                 raise UserError(f"{where}: {name}: only its default is supported; remove it")
-        elif name not in _CARRIED_OUT | _NO_EFFECT:
+        elif name not in _CARRIED_OUT | _NO_EFFECT | _NOT_DONE.keys():
             raise UserError(f"{where}: {name} is not supported; remove it")
     if fields.regularization_type not in ("L1", "L2"):
         raise UserError(f"{where}: regularization_type has to be L1 or L2")
@@ -69,6 +73,16 @@ def check_solver(solver: SolverFile) -> None:
     _check_rule(fields, where)
     _check_rates(solver)
     solver.pruning()
+
+
+def solver_notes(solver: SolverFile) -> list[str]:
+    """What is not done that a solver file asks for, and changes no weights: a line for each field."""
+    fields = solver.parameters
+    return [
+        f"{solver.path}: {name}: {why}"
+        for name, why in _NOT_DONE.items()
+        if getattr(fields, name) != fields.DESCRIPTOR.fields_by_name[name].default_value
+    ]
 
 
 def _check_rule(fields: Any, where: str) -> None:

@@ -43,7 +43,7 @@ from caffe_jacinto.engines.pytorch.snapshot import (
     save_weights,
     write_state,
 )
-from caffe_jacinto.engines.pytorch.solver_fields import check_solver
+from caffe_jacinto.engines.pytorch.solver_fields import check_solver, solver_notes
 from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -113,6 +113,8 @@ class Trainer:
         self._requests, self._stopped = requests, False
         self._share_batches()
         log.solver(self.parameters)
+        for note in solver_notes(solver):
+            log.warning(note)
         place = read_place(options.snapshot) if options.snapshot else None
         self.seed = self._choose_seed(place)
         self._decode = self._choose_decode(place, device)
@@ -125,7 +127,11 @@ class Trainer:
             for note in fed.notes:
                 log.info(note)
         self.precision = self._choose_precision(place, device)
-        log.info(f"Creating training net from train_net file: {solver.train_file}")
+        inside = solver.train_file == solver.path
+        log.info(
+            "Creating training net "
+            + (f"specified in {solver.train_source}." if inside else f"from {solver.train_source}")
+        )
         self.net = Net(
             solver.train_net,
             TRAIN,
@@ -444,8 +450,8 @@ class Trainer:
         batches, place = self.options.reestimate_batches, self.iterate.block
         if display and self.iteration % display == 0:
             with torch.no_grad():
-                loss = self.iterate.forward().loss
-            (value,) = self.ranks.total([float(loss)])
+                self._losses.append(self.iterate.forward().loss.detach())
+            (value,) = self.ranks.total([float(torch.stack(list(self._losses)).mean())])
             self.log.last_loss(self.iteration, value / self.ranks.size)
         if batches:
             # The place at which a training resumed from its last snapshot would be.
