@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import xml.etree.ElementTree
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.protobuf import text_format
 
 from caffe_jacinto.build_net import main
 from caffe_jacinto.caffemodel.show import summary_with_zeros as summarize
@@ -18,7 +21,7 @@ from caffe_jacinto.netspec.drawing import boxes_of
 from caffe_jacinto.netspec.summary import Summary
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.recipes.load import load_recipe
 
 GIGAMACS = {"jacintonet11": 0.4063, "resnet10": 0.8892, "bvlc_alexnet": 0.7244}
@@ -220,3 +223,45 @@ def test_the_dialects_say_the_same_network() -> None:
     assert (
         fork.parameters - stock.parameters == 3
     )  # the input's bias, which stock Caffe's Power layer has not
+
+
+PUBLISHED_IMAGES = {
+    "bvlc_googlenet_train_val": (3, 224),
+    "cifar10_full_train_test": (3, 32),
+    "lenet_train_test": (1, 28),
+    "resnet18_holmes_train": (3, 224),
+    "squeezenet_1.1_train_val": (3, 227),
+    "v1_lenet_train_test": (1, 28),
+}
+"""Channels and pixels of a side of what their data layers give."""
+
+
+@pytest.mark.caffe
+def test_published_networks_count_as_pycaffes_blobs_do(pycaffe: Any, published: Path, tmp_path: Path) -> None:
+    seen = 0
+    for path in sorted((published / "networks").glob("*.prototxt")):
+        if "solver" in path.name:
+            continue
+        net = parse_net(path.read_text(), Dialect.BVLC, path.name)
+        for layer in net.layer:
+            if layer.type in ("Data", "ImageData"):
+                channels, side = PUBLISHED_IMAGES[path.stem]
+                for field in ("data_param", "image_data_param", "transform_param"):
+                    layer.ClearField(field)
+                layer.type = "Input"
+                layer.input_param.shape.add(dim=[1, channels, side, side])
+                layer.input_param.shape.add(dim=[1])
+        text = text_format.MessageToString(net)
+        (tmp_path / path.name).write_text(text)
+        built = pycaffe.Net(str(tmp_path / path.name), pycaffe.TEST)
+        types = {name: layer.type for name, layer in zip(built._layer_names, built.layers, strict=True)}
+        macs = 0
+        for name, tops in built.top_names.items():
+            if types[name] in ("Convolution", "InnerProduct"):
+                positions = built.blobs[tops[0]].data.shape[2:] if types[name] == "Convolution" else ()
+                macs += built.params[name][0].data.size * prod(positions)
+        found = summarize(text, path.name)
+        parameters = sum(blob.data.size for blobs in built.params.values() for blob in blobs)
+        assert (path.name, found.parameters, found.macs) == (path.name, parameters, macs)
+        seen += 1
+    assert seen >= 15
