@@ -66,6 +66,20 @@ def inputs_text(**shapes: tuple[int, ...]) -> str:
 
 IMAGES = (4, 8, 12, 12)
 ONE_LAYER = {
+    "Axpy": 'type: "Axpy" bottom: "factors" bottom: "images" bottom: "images"',
+    "BN": """type: "BN" bottom: "images" bn_param { slope_filler { type: "gaussian" mean: 1 std: 0.2 }
+        bias_filler { type: "gaussian" } momentum: 0.8 eps: 0.01 }""",
+    "ConvolutionDepthwise": """type: "ConvolutionDepthwise" bottom: "images" convolution_param { num_output: 8
+        kernel_size: 3 pad: 1 weight_filler { type: "msra" } }""",
+    "DepthwiseConvolution": """type: "DepthwiseConvolution" bottom: "images" convolution_param { num_output: 8
+        kernel_size: 3 stride: 2 group: 8 weight_filler { type: "msra" } }""",
+    "Interp": 'type: "Interp" bottom: "images" interp_param { zoom_factor: 2 }',
+    "Normalize": """type: "Normalize" bottom: "images" norm_param { across_spatial: false
+        scale_filler { type: "gaussian" mean: 10 } channel_shared: false }""",
+    "Permute": 'type: "Permute" bottom: "images" permute_param { order: 0 order: 2 order: 3 order: 1 }',
+    "ReLU6": 'type: "ReLU6" bottom: "images"',
+    "ShuffleChannel": 'type: "ShuffleChannel" bottom: "images" shuffle_channel_param { group: 4 }',
+    "Upsample": 'type: "Upsample" bottom: "images" upsample_param { scale: 2 }',
     "AbsVal": 'type: "AbsVal" bottom: "images"',
     "Accuracy": 'type: "Accuracy" bottom: "rows" bottom: "label"',
     "BatchNorm": 'type: "BatchNorm" bottom: "images"',
@@ -212,7 +226,7 @@ def test_every_layer_is_tested() -> None:
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_each_layer_is_the_cpus(kind: str) -> None:
     shapes = {
-        **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5)},
+        **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5), "factors": IMAGES[:2]},
         **{"rows": (4, CLASSES), "others": (4, CLASSES), "positive": (4, CLASSES)},
         **{"series": (6, 4, 7), "goes_on": (6, 4), "cells": (1, 4, 3), "sums": (1, 4, 12), "on": (1, 4)},
         **{"label": (4,), "numbers": (4,), "matrix": (CLASSES, CLASSES)},
