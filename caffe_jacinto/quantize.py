@@ -1,10 +1,10 @@
 """Quantize a trained network to few bits: test what that costs, and write it for a processor.
 
-    python -m caffe_jacinto.quantize training/RUN --calibrate data/train_lmdb --output quantized
+    python -m caffe_jacinto.quantize training/RUN --calibrate data/train_lmdb
     python -m caffe_jacinto.quantize training/RUN --calibrate data/train_lmdb --scheme power2 --sensitivity \\
-        --plot worst.png --output quantized
+        --plot worst.png
     python -m caffe_jacinto.quantize deploy.prototxt weights.caffemodel --calibrate images/ \\
-        --val data/val_lmdb --output quantized
+        --val data/val_lmdb
 
 RUN is a run folder of train, or a stage's folder in one. Ranges are calibrated on some training images (an
 LMDB, image files or folders of them); then the network is tested before and after on the validation LMDB.
@@ -37,6 +37,7 @@ DEPLOY, TABLE, CSV = "deploy.prototxt", "table.txt", "table.csv"
 def main(argv: Sequence[str]) -> int:
     """Calibrate, test, print the table and write the folder; returns 0."""
     options = _parser().parse_intermixed_args(list(argv))
+    options.output = options.output or _default_output(options.network)
     _check(options)
     scheme = _scheme(options)
     from caffe_jacinto.engines.gpus import requested_gpus
@@ -67,13 +68,14 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     description, _, rest = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.quantize", description, rest.strip("\n"))
-    parser.usage = "%(prog)s RUN|DEPLOY [WEIGHTS] --calibrate LMDB|IMAGES --output DIR [OPTION...]"
+    parser.usage = "%(prog)s RUN|DEPLOY [WEIGHTS] --calibrate LMDB|IMAGES [OPTION...]"
     add = parser.add_argument
     add("network", type=Path, metavar="RUN|DEPLOY", help="a run folder, or a deploy.prototxt")
     add("weights", type=Path, nargs="?", metavar="WEIGHTS", help="with DEPLOY: the .caffemodel")
     images = "training images: an LMDB, or an image file or a folder (may be repeated)"
     add("--calibrate", type=Path, action="append", required=True, metavar="LMDB|IMAGES", help=images)
-    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write; made if missing")
+    default = "the folder to write; made if missing (default: quantized, in RUN or beside DEPLOY)"
+    add("--output", type=Path, metavar="DIR", help=default)
     val = "the LMDB to test on (default: that of val.prototxt, if it is there)"
     add("--val", type=Path, metavar="LMDB", help=val)
     add("--scheme", choices=list(SCHEMES), default=next(iter(SCHEMES)), help="(default: %(default)s)")
@@ -135,6 +137,10 @@ def _percentile(text: str) -> float:
             f"{text[:40]!r} is not a percentage above 50 and up to 100, like 99.9"
         )
     return value
+
+
+def _default_output(network: Path) -> Path:
+    return (network if network.is_dir() else network.parent) / "quantized"
 
 
 def _check(options: Namespace) -> None:

@@ -318,7 +318,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def made(trained: Trained) -> tuple[Path, str]:
-    """The folder that the command writes, and what it prints."""
+    """The folder that the command writes by default, and what it prints."""
     output = trained.folder / "quantized"
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -328,8 +328,6 @@ def made(trained: Trained) -> tuple[Path, str]:
                 "--sensitivity",
                 "--plot",
                 str(output / "worst.png"),
-                "--output",
-                str(output),
             ]
         )
     assert code == 0
