@@ -456,7 +456,6 @@ def test_the_forks_files_on_two_ranks(digits: Path, tmp_path: Path) -> None:
         (lambda text: text.replace('"poly"', '"magic"'), "lr_policy 'magic' is unknown"),
         (lambda text: text + 'type: "RMSProp"\n', "solver.prototxt"),
         (lambda text: text.replace('"SGD"', '"Magic"'), "solver type 'Magic' is not supported"),
-        (lambda text: text + "debug_info: true\n", "debug_info: only its default is supported"),
         (lambda text: text.replace('"train.prototxt"', '"missing.prototxt"'), "missing.prototxt: No such"),
         (lambda text: text.replace('"small"', '"nowhere/small"'), "its folder is missing (looked for in /"),
     ],

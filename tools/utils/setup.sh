@@ -96,6 +96,12 @@ and run this again: the rest (Python packages, Caffe) needs no privileges."
   rm -f "$log"
 }
 phase_name() { if [ "$1" = dlstatus ]; then echo "downloading"; else echo "installing"; fi; }
+# Whether a compiler is worth installing: PyTorch is to train on the CPU, where engines/pytorch/cpu_kernels.cpp makes it
+# faster. It trains without one, so that nothing fails where none can be installed.
+wants_compiler() {
+  [ "$with_torch" = yes ] && [ "$gpus" = no ] && [ "$python" = "$own_python" ] || return 1
+  ! command -v c++ g++ clang++ >/dev/null && command -v apt-get >/dev/null && may_be_root
+}
 package_failure() {
   tail -n 15 "$2" >&2
   fail "$1 failed; its full output is in $2"
@@ -234,7 +240,7 @@ if [ "$python" = "$own_python" ]; then # another Python has what it needs, and C
   wanted=("${python_packages[@]}")
   [ -n "$caffe" ] || [ "$build_caffe" = no ] || wanted+=("${caffe_packages[@]}")
 fi
-if [ "$with_torch" = yes ]; then wanted+=(g++); fi # for the kernels of engines/pytorch/cpu_kernels.cpp
+if wants_compiler; then wanted+=(g++); fi
 if [ "$with_tests" = yes ]; then wanted+=("${test_packages[@]}"); fi
 if grep -q '^ID=ubuntu' /etc/os-release 2>/dev/null; then # there it is a snap
   mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | grep -vx chromium)
