@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -259,8 +260,21 @@ def test_a_choice_is_made_once_on_a_machine(tmp_path: Path) -> None:
         path.write_text(damaged)
         assert Choices(path).choose("a", ["one", "two"], lambda: "one") == "one"
     assert json.loads(path.read_text()) == {"a": "one"}
-    nowhere = Choices(tmp_path / "no folder/choices.json")
-    assert nowhere.choose("a", ["one"], lambda: "one") == "one"
+
+
+@pytest.mark.parametrize("path", [None, Path("/proc/choices.json"), Path("/nowhere/choices.json")])
+def test_where_nothing_can_be_kept_nothing_is_measured(path: Path | None) -> None:
+    """The next process, of the same training, would choose otherwise."""
+    assert Choices(path).choose("a", ["one", "two"], lambda: pytest.fail("measured")) == "one"
+
+
+def test_without_a_cache_folder_kernels_are_compiled_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert native.load(Path(cpu_kernels.__file__).with_suffix(".cpp"), *cpu_kernels._FLAGS).norm_forward
+    assert not list(tmp_path.iterdir())
 
 
 def test_convolutions_are_measured_only_where_pytorch_may_choose(

@@ -5,30 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of this project; a temporary one where that cannot be written to."""
+def cache_folder() -> Path | None:
+    """The user's cache folder of this project; None where it cannot be written to."""
     home = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(home) if home else Path("~/.cache").expanduser()
-    folder /= "caffe_jacinto"
+    folder = (Path(home) if home else Path("~/.cache").expanduser()) / "caffe_jacinto"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return _temporary()
-
-
-@cache
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="caffe_jacinto-"))
+    except (OSError, RuntimeError):  # there is no home, either
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @cache

@@ -40,10 +40,12 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
     try:
         openmp = _loaded_openmp()
         key = digest(source.read_text(), *_FLAGS, *flags, compiler, openmp or "", identity())
-        library = cache_folder() / f"{source.stem}-{key}.so"
-        if not library.exists():
-            _compile(compiler, source, library, flags, openmp)
-        return ctypes.CDLL(str(library))
+        kept = cache_folder()
+        with tempfile.TemporaryDirectory(prefix="compile-", dir=kept) as name:
+            library = (kept or Path(name)) / f"{source.stem}-{key}.so"
+            if not library.exists():
+                _compile(compiler, source, Path(name), library, flags, openmp)
+            return ctypes.CDLL(str(library))  # which stays loaded where the file is removed
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         raise CompileError(f"{compiler} failed: {(lines or ['without a message'])[0].strip()}") from None
@@ -51,13 +53,15 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
         raise CompileError(f"{compiler}: {error}") from None
 
 
-def _compile(compiler: str, source: Path, library: Path, flags: tuple[str, ...], openmp: str | None) -> None:
-    with tempfile.TemporaryDirectory(prefix="compile-", dir=library.parent) as name:
-        unlinked, linked = Path(name) / "unlinked.o", Path(name) / "linked.so"
-        _run(compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(unlinked))
-        # The threads have to be PyTorch's own: those of another OpenMP library would compete with them.
-        _run(compiler, "-shared", str(unlinked), *([openmp] if openmp else ["-fopenmp"]), "-o", str(linked))
-        linked.replace(library)
+def _compile(
+    compiler: str, source: Path, folder: Path, library: Path, flags: tuple[str, ...], openmp: str | None
+) -> None:
+    """Make ``library``, whole or not at all, by files in ``folder``."""
+    unlinked, linked = folder / "unlinked.o", folder / "linked.so"
+    _run(compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(unlinked))
+    # The threads have to be PyTorch's own: those of another OpenMP library would compete with them.
+    _run(compiler, "-shared", str(unlinked), *([openmp] if openmp else ["-fopenmp"]), "-o", str(linked))
+    linked.replace(library)
 
 
 def _run(*command: str) -> None:
