@@ -279,7 +279,8 @@ def open_log(
         if ranks.size == 1 or not _is_lost_connection(error):
             raise
         reason = re.sub(r"^\[[^\]]*\]\s*", "", _first_line(error))  # without the place in gloo's source
-        log.fatal(f"{_here()}rank {ranks.rank} lost another rank: {reason[:200]}")
+        # Not fatal: the other rank's own line says why it ended, and may come later.
+        log.warning(f"{_here()}rank {ranks.rank} lost another rank: {reason[:200]}")
         raise SystemExit(LOST) from None
 
 
