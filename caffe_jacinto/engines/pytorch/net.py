@@ -113,6 +113,8 @@ class Step:
     """A layer, or several that run as one, in the order of computation."""
 
     name: str
+    """The layer's; those of several have a + between them."""
+
     modules: tuple[LayerModule, ...]
     bottoms: tuple[str, ...]
     tops: tuple[str, ...]
@@ -372,7 +374,15 @@ class Net(nn.Module):
         first, last = chain[0], chain[-1]
         bottoms, tops = tuple(first.bottom), tuple(last.top)
         self.steps.append(
-            Step(first.name, tuple(modules), bottoms, tops, fusion.function(), (False,), (0.0,))
+            Step(
+                "+".join(layer.name for layer in chain),
+                tuple(modules),
+                bottoms,
+                tops,
+                fusion.function(),
+                (False,),
+                (0.0,),
+            )
         )
 
     def _take(self, setup: LayerSetup, function: Forward) -> LayerModule:
