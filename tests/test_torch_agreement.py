@@ -110,7 +110,8 @@ def test_twenty_iterations_agree_with_caffe(stage: tuple[Path, str], caffe_engin
     }
     theirs, ours = losses(logs["theirs"]), losses(logs["ours"])
     assert len(theirs) == len(ours) == ITERATIONS
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    # A small loss has the absolute rounding of the probabilities, which are about 1.
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
     found, expected = (
         read_weights(folder / f"{name}_iter_{ITERATIONS}.caffemodel") for name in ("ours", "theirs")
