@@ -240,7 +240,8 @@ def _write_solver(folder: Path, case: Case, batch: int, iterations: int, images:
 def _speed(command: list[str], batch: int, checkout: Path | None = None) -> float:
     """Images per second between the iterations in the program's log, without the first ones."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)} if checkout else None
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    # Python finds a module in the current folder first.
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=checkout)
     times = re.findall(r"(\d\d:\d\d:\d\d\.\d{6}) .*\] Iteration \d+ \(", ran.stderr)
     if ran.returncode != 0 or len(times) <= WARM_UP + 1:
         raise RunFailed(f"{command[0]} failed: {ran.stderr[-500:]}")
