@@ -167,6 +167,20 @@ def test_without_a_compiler_it_says_why(
     assert not list((tmp_path / "cache/caffe_jacinto").glob("*")), "nothing half-made is left"
 
 
+def test_a_kept_library_that_was_cut_off_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "seven.cpp"
+    source.write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: path)
+    kept = Path(str(native.load(source)))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert native.load(source).seven() == 7
+
+
 def test_a_net_without_compiled_kernels_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     images = {"data": torch.randn(4, 3, 8, 8)}
     losses, gradients = [], []

@@ -43,8 +43,12 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
         kept = cache_folder()
         with tempfile.TemporaryDirectory(prefix="compile-", dir=kept) as name:
             library = (kept or Path(name)) / f"{source.stem}-{key}.so"
-            if not library.exists():
-                _compile(compiler, source, Path(name), library, flags, openmp)
+            if library.exists():
+                try:
+                    return ctypes.CDLL(str(library))
+                except OSError:
+                    pass  # it was cut off, by a full disk or a power cut
+            _compile(compiler, source, Path(name), library, flags, openmp)
             return ctypes.CDLL(str(library))  # which stays loaded where the file is removed
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
