@@ -106,6 +106,7 @@ def counts(recipe: Recipe, stage: str) -> Counts:
     files = stage_files(recipe, stage, Dialect.BVLC, folder="f", gpus=(), iter_size=1, solver_mode_gpu=False)
     deploy = summary_with_zeros(files["deploy.prototxt"], "deploy.prototxt", Dialect.BVLC, None)
     solver = recipe.stages[stage].solver
+    assert solver is not None, "stage_files takes no stage without one"
     return Counts(
         macs=sum(row.macs for row in deploy.rows),
         learned=sum(row.parameters for row in deploy.rows if row.type != STATISTICS),

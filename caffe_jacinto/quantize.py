@@ -18,14 +18,21 @@ import io
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
-from caffe_jacinto.quantization.schemes import MOST_BIAS_BITS, MOST_BITS, RANGE_METHODS, SCHEMES, Scheme
+from caffe_jacinto.quantization.schemes import (
+    MOST_BIAS_BITS,
+    MOST_BITS,
+    RANGE_METHODS,
+    SCHEMES,
+    Scheme,
+    chosen_scheme,
+    scheme_mistakes,
+)
 
 if TYPE_CHECKING:
     from caffe_jacinto.inference.network import NetworkFiles, Preprocessing
@@ -182,34 +189,10 @@ def _check(options: Namespace) -> None:
 
 def _scheme(options: Namespace) -> Scheme:
     """The scheme with what the options change of it."""
-    scheme = SCHEMES[options.scheme]
-    bits = scheme.bits
-    if options.bits is not None:
-        bits = replace(bits, weights=options.bits, activations=options.bits)
-    for name, given in (
-        ("weights", options.weight_bits),
-        ("activations", options.activation_bits),
-        ("bias", options.bias_bits),
-    ):
-        bits = bits if given is None else replace(bits, **{name: given})
-    own = {
-        "--ranges": options.ranges,
-        "--weight-ranges": options.weight_ranges,
-        "--percentile": options.percentile,
-        "--bias-correction": options.bias_correction,
-    }
-    if scheme.moving is not None:
-        given_name = next((name for name, value in own.items() if value), None)
-        if given_name:
-            raise UserError(f"{given_name}: the scheme {scheme.name} has ranges of its own; leave it out")
-    return replace(
-        scheme,
-        bits=bits.checked(),
-        activation_ranges=options.ranges or scheme.activation_ranges,
-        weight_ranges=options.weight_ranges or scheme.weight_ranges,
-        percentile=options.percentile or scheme.percentile,
-        bias_correction=options.bias_correction or scheme.bias_correction,
-    )
+    settings = vars(options)
+    for key, what in scheme_mistakes(settings):
+        raise UserError(f"--{key.replace('_', '-')}: {what}")
+    return chosen_scheme(settings)
 
 
 def _calibration(options: Namespace, done: Preprocessing) -> Images:

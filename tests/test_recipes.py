@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.networks.registry import RECIPE_RULES
+from caffe_jacinto.quantization.schemes import SCHEMES, chosen_scheme
 from caffe_jacinto.recipes.load import BUILT_IN_FOLDER, built_in_recipes, load_recipe
 from caffe_jacinto.recipes.model import Recipe
 
@@ -57,6 +58,7 @@ def test_the_imagenet_recipe_holds_the_published_values() -> None:
     assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune"]
     assert (recipe.training.batch_size, recipe.training.iter_size) == (256, 2)
     initial, l1reg, sparse, finetune = recipe.stages.values()
+    assert initial.solver and finetune.solver
     assert (initial.solver.max_iter, initial.solver.base_lr, initial.solver.lr_policy) == (
         320_000,
         0.1,
@@ -348,6 +350,69 @@ def test_the_least_that_a_recipe_needs(tmp_path: Path) -> None:
     assert (again.test_interval, again.snapshot) == (100, 100)
 
 
+def quantizing(folder: Path, quantize: str, more: str = "") -> Path:
+    """The digits' recipe with a stage that quantizes its result."""
+    path = folder / "mine.toml"
+    text = DIGITS.read_text() + f'\n[stages.eight]\nstart = "finetune"\n{more}\n'
+    path.write_text(f"{text}\n[stages.eight.quantize]\n{quantize}\n")
+    return path
+
+
+def test_a_stage_without_a_solver_quantizes_an_earlier_one(tmp_path: Path) -> None:
+    path = quantizing(tmp_path, 'scheme = "power2"\nbits_of = { fc10 = 16 }')
+    recipe = load_recipe(str(path), rules=RECIPE_RULES)
+    stage = recipe.stages["eight"]
+    assert (stage.solver, stage.max_iter, stage.start) == (None, 0, "finetune")
+    assert stage.quantize is not None
+    assert (stage.quantize.scheme, stage.quantize.bits, stage.quantize.batches) == ("power2", None, 50)
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    defaults = load_recipe(str(quantizing(tmp_path, "")), rules=RECIPE_RULES).stages["eight"].quantize
+    assert defaults is not None
+    assert chosen_scheme(defaults.model_dump()) == SCHEMES["processor"]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "more", "field", "says"),
+    [
+        ('scheme = "prozessor"', "", ".quantize.scheme", "did you mean processor?"),
+        ("bits = 17", "", ".quantize.bits", "is 17; give 16 or less"),
+        ("bias_bits = 1", "", ".quantize.bias_bits", "is 1; give 2 or more"),
+        ("bits_of = { fc10 = 1 }", "", ".quantize.bits_of.fc10", "is 1; give 2 or more"),
+        ('ranges = "mean"', "", ".quantize.ranges", "known: minmax, percentile, mse"),
+        ("percentile = 50", "", ".quantize.percentile", "give more than 50"),
+        ("batches = 0", "", ".quantize.batches", "is 0; give 1 or more"),
+        ('scheme = "caffe_jacinto"\nranges = "mse"', "", ".quantize.ranges", "has ranges of its own; leave"),
+        ('keep_float = ["a", "a"]', "", ".quantize.keep_float", "has a name twice"),
+        ('keep_float = ["a"]\nbits_of = { a = 4 }', "", ".quantize.bits_of", "a is in keep_float, too"),
+        ("", "freeze_zeros = true", ".freeze_zeros", "a stage without a solver quantizes a trained network"),
+        ("", "bits = 8", ".bits", "belongs in [stages.eight.quantize]; move it there"),
+    ],
+)
+def test_mistakes_of_a_stage_that_quantizes(
+    tmp_path: Path, quantize: str, more: str, field: str, says: str
+) -> None:
+    message = message_of(quantizing(tmp_path, quantize, more))
+    assert f": stages.eight{field}: " in message
+    assert says in message
+
+
+def test_a_stage_that_quantizes_needs_a_trained_one_and_gives_no_weights(tmp_path: Path) -> None:
+    path = quantizing(tmp_path, "")
+    assert "stages.eight.start: missing; name the stage" in message_of(path, "stages.eight.start=")
+    path.write_text(path.read_text() + '[stages.nine]\nstart = "eight"\nquantize = {}\n')
+    assert 'no earlier stage produces the weights of "eight"' in message_of(path)
+    text = DIGITS.read_text()
+    path.write_text(text[: text.index("[stages.")] + '[stages.eight]\nstart = "a"\nquantize = {}\n')
+    assert any("stages: none of them has a solver" in message for message in messages_of(path))
+
+
+def test_a_stage_with_neither_solver_nor_quantize_lacks_a_solver(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    said = "stages.initial.solver: missing; add [stages.initial.solver] with max_iter, base_lr, weight_decay"
+    path.write_text(DIGITS.read_text() + "[stages.more]\nfreeze_zeros = false\n")
+    assert message_of(path).endswith(said.replace("initial", "more"))
+
+
 def test_not_utf8_and_not_a_file(tmp_path: Path) -> None:
     path = tmp_path / "bytes.toml"
     path.write_bytes(b"\xff\xfe")
@@ -477,6 +542,7 @@ def test_the_guide_names_every_key_with_its_default() -> None:
         "[stages.NAME]": model.Stage,
         "[stages.NAME.solver]": model.SolverSettings,
         "[stages.NAME.sparse]": model.SparseSettings,
+        "[stages.NAME.quantize]": model.QuantizeSettings,
     }
     computed = {
         "test_interval": "max_iter / 10",

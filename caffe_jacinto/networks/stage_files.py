@@ -305,7 +305,7 @@ def what_was_written(
         f"  network  {network.name}, {count_of(data.num_classes, 'class')}, "
         f"{network.crop_size}x{network.crop_size} crops{strides}\n"
         f"  dialect  {dialect.value} ({_CAFFE[dialect]})\n"
-        f"  stage    {stage_name}, {count_of(recipe.stages[stage_name].solver.max_iter, 'iteration')}\n"
+        f"  stage    {stage_name}, {count_of(recipe.stages[stage_name].max_iter, 'iteration')}\n"
         f"  batch    {batch}\n"
         f"  test     {count_of(val_images, 'image')} in {count_of(tests, 'batch')} of "
         f"{training.val_batch_size}{wraps}"
@@ -345,6 +345,8 @@ def _stage(recipe: Recipe, name: str) -> Stage:
         raise UserError(
             f"{name}: not a stage of the recipe {recipe.name}; {did_you_mean(name, recipe.stages)}"
         )
+    if recipe.stages[name].solver is None:
+        raise UserError(f"{name}: the stage trains nothing, so it has no solver; choose another one")
     return recipe.stages[name]
 
 

@@ -6,8 +6,9 @@ guide to post-training quantization, and ONNX's QuantizeLinear, which says what 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from caffe_jacinto.common.errors import UserError
 
@@ -16,6 +17,7 @@ LEAST_BITS, MOST_BITS = 2, 16
 
 MOST_BIAS_BITS = 32
 
+SchemeName = Literal["processor", "power2", "caffe_jacinto"]
 RangeMethod = Literal["minmax", "percentile", "mse"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 """How a range is chosen: all values, all but a few, or where the squared error is least."""
@@ -62,7 +64,7 @@ class MovingRange:
 class Scheme:
     """How a network is quantized."""
 
-    name: str
+    name: SchemeName
     bits: Bits = Bits()
     folded: bool = True
     """Batch norms are folded into the convolutions first."""
@@ -90,7 +92,7 @@ class Scheme:
         return replace(self, bits=replace(self.bits, weights=bits, activations=bits))
 
 
-SCHEMES = {
+SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("processor"),
@@ -107,3 +109,34 @@ SCHEMES = {
     )
 }
 """By name; the first is the default."""
+
+_BITS = {"weight_bits": "weights", "activation_bits": "activations", "bias_bits": "bias"}
+_OF_CHOSEN_RANGES = ("ranges", "weight_ranges", "percentile", "bias_correction")
+
+
+def scheme_mistakes(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which settings do not go with their scheme: key, as in a recipe's `quantize`, and what."""
+    scheme = SCHEMES[settings["scheme"]]
+    if scheme.moving is not None:
+        for key in _OF_CHOSEN_RANGES:
+            if settings[key]:
+                yield key, f"the scheme {scheme.name} has ranges of its own; leave it out"
+
+
+def chosen_scheme(settings: Mapping[str, Any]) -> Scheme:
+    """The scheme with what ``settings`` change of it, by the keys of a recipe's `quantize`.
+
+    Raises:
+        UserError: a number of bits is out of range.
+    """
+    scheme = SCHEMES[settings["scheme"]]
+    changed = scheme if settings["bits"] is None else scheme.with_bits(settings["bits"])
+    given = {name: settings[key] for key, name in _BITS.items() if settings[key] is not None}
+    return replace(
+        changed,
+        bits=replace(changed.bits, **given).checked(),
+        activation_ranges=settings["ranges"] or scheme.activation_ranges,
+        weight_ranges=settings["weight_ranges"] or scheme.weight_ranges,
+        percentile=settings["percentile"] or scheme.percentile,
+        bias_correction=settings["bias_correction"] or scheme.bias_correction,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -16,7 +16,11 @@ from caffe_jacinto.recipes.rules import Keys, Mistake, Place, Rule, Values, mist
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-STAGE_TABLES: dict[str, type[BaseModel]] = {"solver": models.SolverSettings, "sparse": models.SparseSettings}
+STAGE_TABLES: dict[str, type[BaseModel]] = {
+    "solver": models.SolverSettings,
+    "sparse": models.SparseSettings,
+    "quantize": models.QuantizeSettings,
+}
 TABLES: dict[str, type[BaseModel]] = {
     "data": models.DataSettings,
     "network": models.NetworkSettings,
@@ -43,7 +47,8 @@ def explain(
 def _mistakes(
     errors: Sequence[ErrorDetails], document: Mapping[str, Any], rules: Sequence[Rule]
 ) -> Iterator[Mistake]:
-    unknown, missing, wrong = [], [], set()
+    unknown, missing = [], _without_solver(document)
+    wrong = set(missing)
     for error in errors:
         keys = _keys(error)
         if error["type"] in (models.MISTAKE, "default_factory_not_called"):
@@ -61,6 +66,18 @@ def _mistakes(
     yield from _missing(missing, strays.meant)
     values = Values(_with_defaults(document), wrong | strays.meant)
     yield from mistakes(values, rules)
+
+
+def _without_solver(document: Mapping[str, Any]) -> list[Keys]:
+    """The solvers that stages lack: only a stage that quantizes needs none."""
+    stages = document.get("stages")
+    if not isinstance(stages, Mapping):
+        return []
+    return [
+        ("stages", str(name), "solver")
+        for name, stage in stages.items()
+        if isinstance(stage, Mapping) and not {"solver", "quantize"} & {*stage}
+    ]
 
 
 def _keys(error: ErrorDetails) -> Keys:
@@ -146,7 +163,7 @@ def _stage(given: Any) -> Any:
     stage = _table(models.Stage, given)
     if isinstance(stage, dict):
         for name, model in STAGE_TABLES.items():
-            if stage.get(name):
+            if isinstance(stage.get(name), Mapping):
                 stage[name] = _table(model, stage[name])
     return stage
 
@@ -174,7 +191,7 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
     """What is wrong and what to do, in the terms of a recipe."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "literal_error":
-        allowed = [str(choice) for choice in get_args(_annotation(keys))]
+        allowed = _choices(_annotation(keys))
         return f"{_shown(value)} is not allowed; {did_you_mean(str(value), allowed)}"
     if kind == "string_pattern_mismatch":
         if keys[:-1] == ("stages",):
@@ -203,6 +220,13 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
     if expected is None:
         return f"{_shown(value)}: {error['msg']}"
     return f"is {_shown(value)}; give {expected}"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, which may be one side of an optional type."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
 
 
 def _shown(value: Any) -> str:

@@ -22,6 +22,13 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUseDefault
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.quantization.schemes import (
+    LEAST_BITS,
+    MOST_BIAS_BITS,
+    MOST_BITS,
+    RangeMethod,
+    SchemeName,
+)
 from caffe_jacinto.recipes import rules
 
 INT32_MAX = 2**31 - 1
@@ -405,8 +412,47 @@ def _allowed(name: str) -> str:
     return f"it has to be {' and '.join(limits)}" if limits else ""
 
 
+Bits = Annotated[int, Field(ge=LEAST_BITS, le=MOST_BITS)]
+BiasBits = Annotated[int, Field(ge=LEAST_BITS, le=MOST_BIAS_BITS)]
+Percentile = Annotated[float, Field(gt=50, le=100, allow_inf_nan=False)]
+
+
+class QuantizeSettings(_Settings):
+    """How a network is quantized, by the names of the options of `caffe_jacinto.quantize`."""
+
+    scheme: SchemeName = "processor"
+    bits: Annotated[Bits | None, Optional] = None
+    """Of weights and activations; without it, the scheme's."""
+
+    weight_bits: Annotated[Bits | None, Optional] = None
+    activation_bits: Annotated[Bits | None, Optional] = None
+    bias_bits: Annotated[BiasBits | None, Optional] = None
+    bits_of: dict[Text, Bits] = {}
+    """Of the weights and the output of single layers."""
+
+    keep_float: Annotated[tuple[Text, ...], Ints] = ()
+    """Layers that are not quantized."""
+
+    ranges: Annotated[RangeMethod | None, Optional] = None
+    """How ranges of activations are chosen; without it, the scheme's way."""
+
+    weight_ranges: Annotated[RangeMethod | None, Optional] = None
+    percentile: Annotated[Percentile | None, Optional] = None
+    """Of the values in a range."""
+
+    bias_correction: bool = False
+    batches: PositiveInt = 50
+    """Of training images, for the calibration."""
+
+    batch: PositiveInt = 50
+    """Images of a pass."""
+
+    sensitivity: bool = False
+    """Test with each layer quantized alone, too."""
+
+
 class Stage(_Settings):
-    """One run of a solver."""
+    """One run of a solver; or without one, the quantization of an earlier stage's network."""
 
     start: OptionalText = None
     """The earlier stage whose final weights this one starts from; random weights without it and `weights`."""
@@ -418,13 +464,21 @@ class Stage(_Settings):
     """Layers that start from random values instead of `weights`, because their shape or task differs. A
     convolution's batch norm is included."""
 
-    solver: SolverSettings
+    solver: Annotated[SolverSettings | None, Optional] = None
     sparse: Annotated[SparseSettings | None, Optional] = None
+    quantize: Annotated[QuantizeSettings | None, Optional] = None
+    """Without a solver: quantize the network of `start`, and test it. With one: train for it."""
+
     freeze_zeros: bool = False
     """Keep at zero the weights of convolutions that are zero at the start."""
 
     freeze_inner_products: bool = False
     """With `freeze_zeros`, keep the zeros of inner products, too."""
+
+    @property
+    def max_iter(self) -> int:
+        """Updates of the weights; 0 without a solver."""
+        return self.solver.max_iter if self.solver is not None else 0
 
 
 class Recipe(_Settings):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from caffe_jacinto.quantization.schemes import scheme_mistakes
+
 Keys = tuple[str, ...]
 
 RESERVED_STAGE_NAMES = ("test",)
@@ -123,7 +125,26 @@ def _stages_follow(recipe: Values) -> Iterator[Mistake]:
     earlier: list[str] = []
     for stage in recipe.stages():
         yield from _found(lambda stage: _starts_after(stage, earlier), stage)
-        earlier.append(stage.table[-1])
+        if not _only_quantizes(stage):
+            earlier.append(stage.table[-1])
+
+
+def _only_quantizes(stage: Values) -> bool:
+    """Whether the stage has no solver, and is known not to lack one."""
+    try:
+        return stage["solver"] is None and bool(stage["quantize"])
+    except _UnknownValue:
+        return False
+
+
+def _some_stage_trains(recipe: Values) -> Iterator[Mistake]:
+    stages = recipe.stages()
+    if stages and all(map(_only_quantizes, stages)):
+        yield recipe.mistake(
+            "stages",
+            "none of them has a solver, so nothing is trained; a network that is trained already is "
+            "quantized by python -m caffe_jacinto.quantize",
+        )
 
 
 def _starts_after(stage: Values, earlier: list[str]) -> Iterator[Mistake]:
@@ -189,6 +210,7 @@ _RECIPE_RULES: tuple[Rule, ...] = (
     _frozen_once,
     _gpus_once,
     _names_make_folders,
+    _some_stage_trains,
     _stages_follow,
     _frozen_layers_have_weights,
 )
@@ -226,9 +248,45 @@ def _there_are_zeros(stage: Values) -> Iterator[Mistake]:
         )
 
 
+def _has_a_solver(stage: Values) -> Iterator[Mistake]:
+    if stage["solver"] is None and not stage["quantize"]:
+        yield stage.mistake("solver", "missing; add it")
+
+
+_OF_TRAINING = ("weights", "reinit", "sparse", "freeze_zeros", "freeze_inner_products")
+"""Keys of a stage that a stage without a solver cannot have."""
+
+
+def _quantizes_a_stage(stage: Values) -> Iterator[Mistake]:
+    if not _only_quantizes(stage):
+        return
+    for key in _OF_TRAINING:
+        if stage[key]:
+            yield stage.mistake(
+                key, "a stage without a solver quantizes a trained network; remove it, or add a solver"
+            )
+    if stage["start"] is None:
+        yield stage.mistake("start", "missing; name the stage whose network is quantized")
+
+
+def _quantization_settings_agree(stage: Values) -> Iterator[Mistake]:
+    if stage["quantize"]:
+        names = ("scheme", "ranges", "weight_ranges", "percentile", "bias_correction")
+        for key, what in scheme_mistakes({name: stage[f"quantize.{name}"] for name in names}):
+            yield stage.mistake(f"quantize.{key}", what)
+        kept = stage["quantize.keep_float"]
+        if len(set(kept)) < len(kept):
+            yield stage.mistake("quantize.keep_float", f"{list(kept)} has a name twice; name each once")
+        both = [layer for layer in stage["quantize.bits_of"] if layer in kept]
+        if both:
+            yield stage.mistake(
+                "quantize.bits_of", f"{both[0]} is in keep_float, too; remove it from one of them"
+            )
+
+
 def _pruning_begins(stage: Values) -> Iterator[Mistake]:
     begin, end = stage["sparse.start_iter"], stage["solver.max_iter"]
-    if begin is not None and begin >= end:
+    if begin is not None and end is not None and begin >= end:
         yield stage.mistake(
             "sparse.start_iter",
             f"{begin} is not below the stage's max_iter {end}, so no weight would become zero; make it "
@@ -330,12 +388,15 @@ def _settings_fit_type(stage: Values) -> Iterator[Mistake]:
 
 
 def _steps_grow(stage: Values) -> Iterator[Mistake]:
-    steps = list(stage["solver.stepvalue"])
+    steps = list(stage["solver.stepvalue"] or ())
     if any(later <= earlier for earlier, later in pairwise(steps)):
         yield stage.mistake("solver.stepvalue", f"{steps} does not grow; name the iterations in order")
 
 
 _STAGE_RULES: tuple[Rule, ...] = (
+    _has_a_solver,
+    _quantizes_a_stage,
+    _quantization_settings_agree,
     _one_start,
     _reinit_needs_weights,
     _zeros_frozen_once,

@@ -20,7 +20,7 @@ from caffe_jacinto.networks.stage_files import (
 )
 from caffe_jacinto.networks.user_network import LmdbSize
 from caffe_jacinto.prototxt.schema import parse_solver
-from caffe_jacinto.recipes.model import Recipe, Stage
+from caffe_jacinto.recipes.model import Recipe, SolverSettings, Stage
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
 from caffe_jacinto.runs.process import ENVIRONMENT
@@ -47,8 +47,13 @@ class StagePlan:
         return self.folder / "start.caffemodel" if self.stage.reinit else self.start_weights
 
     @property
+    def solver(self) -> SolverSettings:
+        assert self.stage.solver is not None
+        return self.stage.solver
+
+    @property
     def max_iter(self) -> int:
-        return self.stage.solver.max_iter
+        return self.solver.max_iter
 
     @property
     def final_weights(self) -> Path:
@@ -120,9 +125,15 @@ class RunPlan:
 
 
 def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]) -> RunPlan:
-    """The plan of a recipe in a run folder."""
+    """The plan of a recipe in a run folder.
+
+    Raises:
+        UserError: a stage that cannot be carried out.
+    """
     stages: dict[str, StagePlan] = {}
     for name, stage in recipe.stages.items():
+        if stage.quantize is not None:
+            _refuse_quantization(name, stage)
         if stage.start is not None:
             start: Path | None = stages[stage.start].final_weights
         else:
@@ -141,6 +152,17 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
             needs_masks=engine.info.own_rule and bool(stage.sparse or stage.freeze_zeros),
         )
     return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
+
+
+def _refuse_quantization(name: str, stage: Stage) -> None:
+    what = (
+        "quantization-aware training is not carried out yet; remove the table"
+        if stage.solver
+        else "a stage that quantizes is not carried out yet; remove the stage"
+    )
+    raise UserError(
+        f"stages.{name}.quantize: {what}, and quantize the finished run: python -m caffe_jacinto.quantize"
+    )
 
 
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:

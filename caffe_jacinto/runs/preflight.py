@@ -117,7 +117,7 @@ def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
     Stock Caffe's solver state does not hold its type. The stage's solver.prototxt does, which is written when
     the stage starts; and the number of blobs of history tells some types apart.
     """
-    snapshot, now = run.start_point(plan).snapshot, plan.stage.solver.type
+    snapshot, now = run.start_point(plan).snapshot, plan.solver.type
     if snapshot is None:
         return
     path = plan.folder / "solver.prototxt"

@@ -48,7 +48,7 @@ class Place:
 
     @property
     def max_iter(self) -> int:
-        return self.recipe.stages[self.name].solver.max_iter
+        return self.recipe.stages[self.name].max_iter
 
     def title(self) -> str:
         return f"stage {self.number}/{len(self.recipe.stages)} {self.name}"
@@ -56,7 +56,7 @@ class Place:
     def iterations_after(self) -> int:
         """Of the stages that follow."""
         following = list(self.recipe.stages.values())[self.number :]
-        return sum(stage.solver.max_iter for stage in following)
+        return sum(stage.max_iter for stage in following)
 
 
 @dataclass(frozen=True)

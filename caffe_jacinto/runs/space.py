@@ -79,13 +79,13 @@ def _weight_count(run: RunPlan, plan: StagePlan) -> int:
 
 def _snapshots_at_once(plan: StagePlan, keep: int) -> int:
     """The newest ones, the best, the last, and the one being written."""
-    solver = plan.stage.solver
+    solver = plan.solver
     return min(keep + 3, -(-solver.max_iter // solver.snapshot) + 1)
 
 
 def _snapshot_bytes(run: RunPlan, plan: StagePlan) -> int:
     """Weights and solver state: one value per weight, and its history's."""
-    return BYTES_PER_WEIGHT * _weight_count(run, plan) * (1 + histories(plan.stage.solver.type))
+    return BYTES_PER_WEIGHT * _weight_count(run, plan) * (1 + histories(plan.solver.type))
 
 
 def _bytes_there(prefix: Path) -> int:

@@ -141,7 +141,7 @@ def to_resume(run: RunPlan) -> str:
 
 def _trouble(run: RunPlan, plan: StagePlan, trouble: str, sound: int) -> str:
     good = run.start_point(plan, sound).snapshot
-    rate = plan.stage.solver.base_lr
+    rate = plan.solver.base_lr
     named = f"the last good snapshot is {good.caffemodel}" if good else "no snapshot before it is good"
     return (
         f"{trouble}, so it was stopped; {named}; a new run with a lower learning rate may train, such as "
