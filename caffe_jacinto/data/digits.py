@@ -15,7 +15,6 @@ No image of one part is in the other.
 from __future__ import annotations
 
 import random
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caffe_jacinto.common.arguments import Parser
-from caffe_jacinto.common.errors import RunFailed, UserError, run_command
-from caffe_jacinto.common.files import check_parent, sync_folder
-from caffe_jacinto.data.listing import LABELS
+from caffe_jacinto.common.errors import UserError, run_command
+from caffe_jacinto.common.files import check_parent
+from caffe_jacinto.data.image_set import Part, check_image_set, write_image_set
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("data/digits"), metavar="DIR")
     output: Path = parser.parse_args(arguments).output
     if output.exists():
-        _check_complete(output)
+        check_image_set(output, {"train": None, "val": None}, "digits")
         print(f"{output}: kept, it is complete")
         return 0
     train, held_out = write_digits(output)
@@ -77,18 +76,10 @@ def write_digits(output: Path) -> tuple[int, int]:
     check_parent(output)
     images, labels = load_digits()
     split = split_digits([image.tobytes() for image in images], [int(label) for label in labels])
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        _write_files(partial, images, labels, split)
-        partial.rename(output)
-        sync_folder(output.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(f"{output} could not be written: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    train = {f"{CLASSES[labels[n]]}/{CLASSES[labels[n]]}_{n}.JPEG": n for n in split.train}
+    held_out = {f"digits_val_{n:08d}.JPEG": index for n, index in enumerate(split.held_out, start=1)}
+    parts = {"train": _part(images, labels, train), "val": _part(images, labels, held_out)}
+    write_image_set(output, CLASSES, parts)
     return len(split.train), len(split.held_out)
 
 
@@ -123,52 +114,17 @@ def split_digits(contents: Sequence[bytes], labels: Sequence[int]) -> Split:
     return Split([index for index in used if index not in apart], held_out)
 
 
-def _write_files(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], split: Split) -> None:
-    for name in CLASSES:
-        (folder / "train" / name).mkdir(parents=True)
-    (folder / "val").mkdir()
-    train: dict[str, int] = {}
-    for index in split.train:
-        name = CLASSES[labels[index]]
-        train[f"{name}/{name}_{index}.JPEG"] = index
-    held_out = {f"digits_val_{n:08d}.JPEG": index for n, index in enumerate(split.held_out, start=1)}
-    for part, files in (("train", train), ("val", held_out)):
-        for path, index in files.items():
-            _write_jpeg(folder / part / path, images[index])
-        _write_list(folder / f"{part}.txt", {path: int(labels[index]) for path, index in files.items()})
-    (folder / LABELS).write_text("".join(f"{name}\n" for name in CLASSES))
+def _part(images: NDArray[np.uint8], labels: NDArray[np.int64], files: Mapping[str, int]) -> Part:
+    """A part of these files; each is the image of a number."""
+    by_path = {path: int(labels[index]) for path, index in files.items()}
+    return Part(by_path, lambda path: _jpeg(images[files[path]]))
 
 
-def _write_list(path: Path, labels: Mapping[str, int]) -> None:
-    path.write_text("".join(f"{image} {label}\n" for image, label in sorted(labels.items())))
-
-
-def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
+def _jpeg(image: NDArray[np.uint8]) -> bytes:
     import cv2
 
     _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    path.write_bytes(encoded.tobytes())
-
-
-def _check_complete(output: Path) -> None:
-    """Raise UserError unless every image that the lists name is there."""
-    for part in ("train", "val"):
-        try:
-            lines = (output / f"{part}.txt").read_text().splitlines()
-        except (OSError, UnicodeDecodeError):
-            lines = []
-        missing = [line for line in lines if not _has_content(output / part / line.rpartition(" ")[0])]
-        if not lines or missing:
-            what = f"{part}/{missing[0].rpartition(' ')[0]}" if missing else f"{part}.txt"
-            raise UserError(
-                f"{output} exists and is not the whole set of digits ({what} is missing): remove it"
-                " or choose another folder"
-            )
-
-
-def _has_content(path: Path) -> bool:
-    # Files are not synced one by one: after a power cut some may exist and be empty.
-    return path.is_file() and path.stat().st_size > 0
+    return encoded.tobytes()
 
 
 if __name__ == "__main__":

@@ -5,33 +5,55 @@
 #   tools/utils/demo.sh [OPTION...]     options are passed to the training,
 #                                       e.g. --set stages.initial.solver.max_iter=300
 #   tools/utils/demo.sh --engine torch  trains on PyTorch; the setup then installs that, and builds no Caffe
+#   tools/utils/demo.sh fashion [OPTION...]
+#                                       on the 70,000 images of Fashion-MNIST, which a package of Debian holds, and for
+#                                       longer: on two cores use --engine torch. The test images are looked at once, at
+#                                       the end
 #
-# The run folder is training/digits_jacintonet11_<time>. Times on two cores are in README.md.
+# The run folder is training/<data set>_jacintonet11_<time>. Times on two cores are in README.md.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
+set_name=digits recipe=demo_digits size=32 form=()
+case ${1:-} in
+  digits) shift ;;
+  fashion) set_name=fashion recipe=fashion_jacintonet11 size=36 form=(--raw) && shift ;;
+  '' | -*) ;;
+  *) fail "unknown data set '$1'; there are digits and fashion; see --help" ;;
+esac
+
 engine=()
 case " $* " in *' --engine torch '* | *' --engine=torch '*) engine=(--torch --no-caffe) ;; esac
+[ "$set_name" = digits ] || engine+=(--fashion)
 "$root/tools/utils/setup.sh" "${engine[@]}"
 cd "$root"
 mkdir -p data training
 python=$root/.venv/bin/python
 started=$EPOCHSECONDS
 
-say "1/4 Images: data/digits"
-"$python" -m caffe_jacinto.data.digits --output data/digits
+data=data/$set_name steps=4
+[ "$set_name" = digits ] || steps=5
+say "1/$steps Images: $data"
+"$python" -m "caffe_jacinto.data.$set_name" --output "$data"
 
-say "2/4 LMDBs: data/digits_train_lmdb, data/digits_val_lmdb"
-PYTHON=$python DATA=data/digits TRAIN_LMDB=data/digits_train_lmdb VAL_LMDB=data/digits_val_lmdb SIZE=32 FORCE=0 \
-  tools/utils/create_imagenet_classification_lmdb.sh
+say "2/$steps LMDBs: ${data}_train_lmdb, ${data}_val_lmdb"
+PYTHON=$python DATA=$data TRAIN_LMDB=${data}_train_lmdb VAL_LMDB=${data}_val_lmdb SIZE=$size FORCE=0 \
+  tools/utils/create_imagenet_classification_lmdb.sh "${form[@]}"
 
-run=training/digits_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
-say "3/4 Training: $run"
-"$python" -m caffe_jacinto.train demo_digits --output "$run" "$@"
+run=training/${set_name}_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
+say "3/$steps Training: $run"
+"$python" -m caffe_jacinto.train "$recipe" --output "$run" "$@"
 
-say "4/4 Curves: $run/curves.png"
+say "4/$steps Curves: $run/curves.png"
 "$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png" >/dev/null # train has printed the tables
+
+if [ "$set_name" = fashion ]; then
+  say "5/$steps Test images: ${data}_test_lmdb"
+  "$python" -m caffe_jacinto.create_lmdb --images "$data/test" --list "$data/test.txt" \
+    --labels "${data}_train_lmdb/labels.txt" --output "${data}_test_lmdb" --size "$size" "${form[@]}" --keep
+  "$python" -m caffe_jacinto.classify "$run" -- "${data}_test_lmdb"
+fi
 say "The demo took $(duration $((EPOCHSECONDS - started)))"

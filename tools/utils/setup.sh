@@ -2,13 +2,14 @@
 # Installs what the project needs: system packages, the virtual environment .venv of the distribution's Python with this
 # checkout in it, and Caffe. Whatever is already installed is skipped, so a second run takes a second.
 #
-#   tools/utils/setup.sh [--torch|--no-torch] [--no-caffe] [--tests]
+#   tools/utils/setup.sh [--torch|--no-torch] [--no-caffe] [--tests] [--fashion]
 #
 # --torch: also PyTorch, for the engine that needs no Caffe and for the tests. On a machine with an NVIDIA or AMD GPU,
 # PyTorch is installed without being asked for, in the build for that GPU, unless --no-torch forbids it. A PyTorch that
 # this Python, or the `python3` on the PATH, already has is kept: a distribution's, a container's.
 # --tests: also Slurm, whose daemons the tests start and end by themselves, and Chromium (113 MB to download, 411 MB
 # installed), which shows them the pages of `report --html`. Ubuntu has no such package: install Google Chrome there.
+# --fashion: also the images of Fashion-MNIST (31 MB to download), for tools/utils/demo.sh fashion; --tests installs them, too.
 # --no-caffe: builds no Caffe and installs none of the packages that its build needs. With --torch, PyTorch trains.
 # Run it as root or as a user with sudo (Debian 12, Ubuntu 22.04 and 24.04). If it may not install system packages, it
 # lists the missing ones with the command to install them, and exits with a nonzero code.
@@ -220,13 +221,14 @@ venv_failure() {
   fail "$1 failed; its full output is in $2"
 }
 
-with_torch=auto with_tests=no build_caffe=yes gpus=no keep_torch=no kept=
+with_torch=auto with_tests=no with_fashion=no build_caffe=yes gpus=no keep_torch=no kept=
 for argument in "$@"; do
   case $argument in
     --torch) with_torch=yes ;;
     --no-torch) with_torch=no ;;
     --no-caffe) build_caffe=no ;;
-    --tests) with_tests=yes ;;
+    --tests) with_tests=yes with_fashion=yes ;;
+    --fashion) with_fashion=yes ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument '$argument'; see --help" ;;
   esac
@@ -242,6 +244,7 @@ if [ "$python" = "$own_python" ]; then # another Python has what it needs, and C
 fi
 if wants_compiler; then wanted+=(g++); fi
 if [ "$with_tests" = yes ]; then wanted+=("${test_packages[@]}"); fi
+if [ "$with_fashion" = yes ]; then wanted+=(dataset-fashion-mnist); fi
 if grep -q '^ID=ubuntu' /etc/os-release 2>/dev/null; then # there it is a snap
   mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | grep -vx chromium)
   [ "$with_tests" = no ] || have_browser || say "Without Google Chrome, the tests that look at pages in a browser do not run"

@@ -81,6 +81,7 @@ package_by_sight() {
     slurm-client) command -v sbatch >/dev/null ;;
     slurmctld | slurmd) have_daemon "$1" ;;
     chromium) have_browser ;;
+    dataset-fashion-mnist) [ -e /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz ] ;;
     *) false ;;
   esac
 }
