@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
+from caffe_jacinto.export.input_shift import INPUT_SHIFTS
 from caffe_jacinto.quantization.schemes import (
     MOST_BIAS_BITS,
     MOST_BITS,
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     calibration = _calibration(options, done)
     val = _validation(options, done)
     where = str(files.deploy)
-    net = loaded(trained, scheme)
+    net = loaded(trained, scheme, options.input_shift or "power")
     network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
     if options.backend == "caffe":
         passes: Any = on_caffe(net, network, options.caffe, where)
@@ -117,6 +118,8 @@ def _parser() -> Parser:
     add("--preprocessing", type=Path, metavar="FILE", help=prepared)
     resize = "size of image files before the crop (default: that of the val LMDB)"
     add("--resize", type=image_size, metavar="WIDTHxHEIGHT", help=resize)
+    shift = "form of what the network adds to images; TI's importer lists bias and scale (default: power)"
+    add("--input-shift", choices=[form for form in INPUT_SHIFTS if form != "conv"], help=shift)
     backend = "what computes: PyTorch, or stock Caffe through pycaffe, layer by layer (default: torch)"
     add("--backend", choices=("torch", "caffe"), default="torch", help=backend)
     add("--caffe", metavar="PATH", help="with --backend caffe: the caffe executable or its tree")
@@ -192,7 +195,10 @@ def _scheme(options: Namespace) -> Scheme:
     settings = vars(options)
     for key, what in scheme_mistakes(settings):
         raise UserError(f"--{key.replace('_', '-')}: {what}")
-    return chosen_scheme(settings)
+    scheme = chosen_scheme(settings)
+    if options.input_shift and not scheme.folded:
+        raise UserError(f"--input-shift: the scheme {scheme.name} leaves layers as they are; leave it out")
+    return scheme
 
 
 def _calibration(options: Namespace, done: Preprocessing) -> Images:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_output, read_text, write_whole
+from caffe_jacinto.export.input_shift import INPUT_SHIFTS
 from caffe_jacinto.prototxt.dialects import Dialect
 
 if TYPE_CHECKING:
@@ -116,6 +117,14 @@ def _parser() -> Parser:
         metavar="DIR",
         help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing "
         "(default: merged, beside the weights)",
+    )
+    merge.add_argument(
+        "--input-shift",
+        choices=INPUT_SHIFTS,
+        default=INPUT_SHIFTS[0],
+        help="form of what is added to images, where it cannot be folded exactly: power, for stock Caffe and "
+        "OpenCV; bias or scale, for TI's importer; conv: into the first convolution, whose padding goes into "
+        "the images (default: %(default)s)",
     )
 
     export = add("export", "write a trained network as an ONNX file", _export)
@@ -279,7 +288,8 @@ def _merge_bn(options: argparse.Namespace) -> int:
 
     _take_network(options)
     folder = options.output or options.file.parent / "merged"
-    merged = merge_bn(_deploy_text(options), str(options.deploy), _named_dialect(options), options.file)
+    text, where = _deploy_text(options), str(options.deploy)
+    merged = merge_bn(text, where, _named_dialect(options), options.file, options.input_shift)
     deploy = folder / "deploy_merged.prototxt"
     weights = folder / f"{options.file.stem}_merged.caffemodel"
     if folder.exists() and not folder.is_dir():
@@ -292,6 +302,8 @@ def _merge_bn(options: argparse.Namespace) -> int:
         print(f"merged into {name}: {', '.join(layers)}")
     for line in merged.remarks:
         print(line)
+    if options.input_shift == "power" and any(layer.type == "Power" for layer in merged.net.layers):
+        print("TI's importer lists no Power layer: --input-shift bias, scale or conv writes another form")
     count = sum(map(len, merged.merged.values()))
     print(f"{weights}: {count} layers merged; its network is {deploy}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from deploy_nets import (
     SMALL_CROPS,
     TOLERANCE,
+    Values,
     built,
     by_caffe,
     by_onnx,
@@ -18,12 +20,13 @@ from deploy_nets import (
     images,
     write_random,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.export.input_shift import INPUT_SHIFTS, InputShift
 from caffe_jacinto.export.merge_bn import Merged, merge_bn
 from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -63,27 +66,47 @@ def fc(bottom: str) -> str:
     )
 
 
-def merged_of(text: str, folder: Path, dialect: Dialect = STOCK, **form: Any) -> tuple[Merged, Path]:
+def merged_of(
+    text: str, folder: Path, dialect: Dialect = STOCK, shift: InputShift = "power", **form: Any
+) -> tuple[Merged, Path]:
     weights = write_random(folder / "w.caffemodel", text, dialect, **form)
-    return merge_bn(text, "deploy.prototxt", dialect, weights), weights
+    return merge_bn(text, "deploy.prototxt", dialect, weights, shift), weights
 
 
 def types(merged: Merged) -> list[str]:
     return [layer.type for layer in merged.net.layers if layer.type != "Input"]
 
 
-def check(text: str, folder: Path, dialect: Dialect = STOCK, **form: Any) -> Merged:
+def surrounded(data: Values, remarks: list[str]) -> Values:
+    """The images as the lines about the merged network say that it takes them."""
+    for line in remarks:
+        said = re.search(r"with (\d+) rows above and below and (\d+) columns left and right of (.*)$", line)
+        if said:
+            rows, columns = int(said[1]), int(said[2])
+            values = [float(value) for value in said[3].removesuffix(" (by channel)").split(", ")]
+            count, channels, height, width = data.shape
+            grown = np.empty((count, channels, height + 2 * rows, width + 2 * columns), np.float32)
+            grown[:] = np.reshape(values, (-1, 1, 1))
+            grown[:, :, rows : rows + height, columns : columns + width] = data
+            data = grown
+    return data
+
+
+def check(
+    text: str, folder: Path, dialect: Dialect = STOCK, shift: InputShift = "power", **form: Any
+) -> Merged:
     """Merge a network with random weights; OpenCV and onnxruntime agree with the one that is not merged."""
-    merged, weights = merged_of(text, folder, dialect, **form)
+    merged, weights = merged_of(text, folder, dialect, shift, **form)
     data = images((2, 3, 9, 9))
     whole = by_onnx(export_onnx(text, "deploy.prototxt", dialect, weights), data)
     small = folder / "merged.caffemodel"
     small.write_bytes(merged.weight_bytes())
+    data = surrounded(data, merged.remarks)
     found = by_onnx(export_onnx(merged.deploy(), "merged.prototxt", STOCK, small), data)
     assert found.keys() == whole.keys()
     for name, values in whole.items():
         assert difference(found[name], values) < TOLERANCE
-    if len(whole) == 1:
+    if len(whole) == 1 and "Bias" not in types(merged):
         (values,) = whole.values()
         opened = by_opencv(merged.deploy(), merged.weight_bytes(), data)
         assert difference(opened.reshape(values.shape), values) < TOLERANCE
@@ -187,6 +210,75 @@ def test_an_input_bias_that_differs_by_channel_is_a_scale(tmp_path: Path) -> Non
     assert difference(by_opencv(merged.deploy(), merged.weight_bytes(), data), want) < TOLERANCE
 
 
+@pytest.mark.parametrize("source", [BIAS, POWER])
+@pytest.mark.parametrize(
+    ("form", "left"),
+    [
+        ("power", ["Power", "Convolution"]),
+        ("bias", ["Bias", "Convolution"]),
+        ("scale", ["Scale", "Convolution"]),
+        ("conv", ["Convolution"]),
+    ],
+)
+def test_an_input_shift_before_padding_in_every_form(
+    form: InputShift, left: list[str], source: str, tmp_path: Path
+) -> None:
+    merged = check(INPUT + source + conv("c", "shifted", "pad_h: 2 pad_w: 1 group: 3"), tmp_path, shift=form)
+    assert types(merged) == left
+    if form == "conv":
+        assert merged.merged == {"c": ["bias"]}
+        (line,) = merged.remarks
+        assert line == (
+            "c pads no more: data is 13x11 (height x width) now; surround the images with "
+            "2 rows above and below and 1 columns left and right of 128"
+        )
+        assert re.findall(r"pad\w*: \d", merged.deploy()) == ["pad: 0"]
+
+
+def test_a_shift_that_differs_by_channel_goes_into_the_convolution(tmp_path: Path) -> None:
+    text = INPUT + BIAS + conv("c", "shifted")
+    stored = messages(STOCK).NetParameter.FromString(write_random(tmp_path / "w", text, STOCK).read_bytes())
+    stored.layer[1].blobs[0].data[:] = [-104, -117, -123.5]
+    (tmp_path / "w").write_bytes(stored.SerializeToString())
+    merged = merge_bn(text, "deploy.prototxt", None, tmp_path / "w", "conv")
+    assert merged.remarks[0].endswith("of 104, 117, 123.5 (by channel)")
+    data = images((1, 3, 9, 9))
+    (want,) = by_onnx(export_onnx(text, "deploy.prototxt", None, tmp_path / "w"), data).values()
+    grown = surrounded(data, merged.remarks)
+    assert difference(by_opencv(merged.deploy(), merged.weight_bytes(), grown), want) < TOLERANCE
+
+
+def test_for_an_importer_without_power_other_layers_take_its_place(tmp_path: Path) -> None:
+    """What it adds goes into the convolution before it; what it multiplies by is a Scale."""
+    power = 'layer { name: "NAME" type: "Power" bottom: "BOTTOM" top: "NAME" power_param { SETTINGS } }\n'
+    text = INPUT + power.replace("NAME", "p").replace("BOTTOM", "data").replace(
+        "SETTINGS", "scale: 0.5 shift: 3"
+    )
+    text += conv("c", "p") + power.replace("NAME", "q").replace("BOTTOM", "c").replace("SETTINGS", "shift: 5")
+    text += after("q", RELU) + power.replace("NAME", "r").replace("BOTTOM", "q").replace(
+        "SETTINGS", "power: 2"
+    )
+    merged = check(text, tmp_path, shift="bias")
+    assert types(merged) == ["Scale", "Convolution", "ReLU", "Power"]
+    assert merged.remarks == ["r (Power): TI's importer does not list this type of layer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (conv("c", "shifted") + conv("d", "data"), "another layer reads data, too"),
+        (conv("c", "shifted") + conv("d", "shifted"), "not one convolution alone reads its output"),
+        (after("shifted", RELU) + conv("c", "shifted"), "not one convolution alone reads its output"),
+    ],
+)
+def test_a_shift_that_cannot_go_into_a_convolution(text: str, reason: str, tmp_path: Path) -> None:
+    message = (
+        rf"deploy.prototxt: layer bias \(Bias\) cannot go into a convolution: {reason}; .* --input-shift bias"
+    )
+    with pytest.raises(UserError, match=message):
+        merged_of(INPUT + BIAS + text, tmp_path, shift="conv")
+
+
 def test_a_bias_is_not_folded_past_a_layer_that_writes_over_its_input(tmp_path: Path) -> None:
     merged = check(INPUT + BIAS + after("data", RELU) + conv("c", "shifted", "") + fc("data"), tmp_path)
     assert types(merged)[0] == "Power"
@@ -233,9 +325,14 @@ def networks(draw: st.DrawFn) -> str:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=networks())
-def test_networks_of_any_order_give_the_same(text: str, tmp_path: Path) -> None:
-    check(text, tmp_path)
+@given(text=networks(), shift=st.sampled_from(INPUT_SHIFTS))
+def test_networks_of_any_order_give_the_same(text: str, shift: InputShift, tmp_path: Path) -> None:
+    try:
+        merged = check(text, tmp_path, shift=shift)
+    except UserError as error:
+        assume("cannot go into a convolution" not in str(error))
+        raise
+    assert shift == "power" or "Power" not in types(merged)
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
@@ -330,6 +427,19 @@ def test_the_published_networks_in_caffe_and_opencv(
     assert difference(opened.reshape(want.shape), want) < TOLERANCE
     assert ("BatchNorm" in types(merged)) == (network == "resnet10")
     assert len(merged.remarks) == {"resnet10": 5, "jacintonet11": dialect is FORK, "bvlc_alexnet": 0}[network]
+    layers = len(types(merged))
+    for shift in INPUT_SHIFTS[1:] if network == "jacintonet11" else ():
+        merged = merge_bn(text, "deploy.prototxt", None, given_weights, shift)
+        assert ("Bias" in types(merged), "Scale" in types(merged)) == (shift == "bias", shift == "scale")
+        assert len(types(merged)) == layers - (shift == "conv") and "Power" not in types(merged)
+        merged.write(tmp_path / "merged.prototxt", tmp_path / "merged.caffemodel")
+        grown = surrounded(data, merged.remarks)
+        files = tmp_path / "merged.prototxt", tmp_path / "merged.caffemodel"
+        (got,) = by_caffe(caffe_root, *files, grown).values()
+        assert difference(got, want) < TOLERANCE
+        if shift != "bias":  # which OpenCV does not read
+            opened = by_opencv(merged.deploy(), merged.weight_bytes(), grown)
+            assert difference(opened.reshape(want.shape), want) < TOLERANCE
 
 
 @pytest.mark.caffe

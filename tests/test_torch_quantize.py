@@ -531,7 +531,9 @@ def test_layers_of_their_own_bits_and_in_float(trained: Trained, tmp_path: Path)
         "percentile",
     ]
     arguments += ["--bits-of", "fc=16", "--keep-float", "conv1", "--output", str(tmp_path / "q")]
-    assert main(arguments) == 0
+    assert main([*arguments, "--input-shift", "bias"]) == 0
+    for name in ("deploy.prototxt", "deploy_stock.prototxt"):
+        assert re.findall('type: "(Power|Bias)"', (tmp_path / "q" / name).read_text()) == ["Bias"]
     record = json.loads((tmp_path / "q/quantization.json").read_text())
     layers = {unit["name"]: unit for unit in record["layers"]}
     assert layers["fc"]["weights"]["bits"] == layers["fc"]["output"]["bits"] == 16
@@ -561,6 +563,10 @@ WRONG = [
     (
         ["--scheme", "caffe_jacinto", "--ranges", "mse"],
         "--ranges: the scheme caffe_jacinto has ranges of its own",
+    ),
+    (
+        ["--scheme", "caffe_jacinto", "--input-shift", "bias"],
+        "--input-shift: the scheme caffe_jacinto leaves layers as they are; leave it out",
     ),
     (["--plot", "x.pdf"], "--plot x.pdf: the name must end in .png or .svg"),
     (["--val", "nowhere"], "nowhere"),

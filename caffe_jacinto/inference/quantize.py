@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import image_progress
+from caffe_jacinto.export.input_shift import InputShift
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample, TrainedNetwork
@@ -52,15 +53,17 @@ class Images:
     batches: Batches
 
 
-def loaded(trained: TrainedNetwork, scheme: Scheme) -> StockNet:
+def loaded(trained: TrainedNetwork, scheme: Scheme, input_shift: InputShift = "power") -> StockNet:
     """The network as ``scheme`` quantizes it: with its batch norms folded, or as it is.
+
+    ``input_shift``: as for `merge_bn`; only of use where batch norms are folded.
 
     Raises:
         UserError: as `merge_bn`.
     """
     where = str(trained.where)
     if scheme.folded:
-        return merge_bn(trained.text, where, trained.dialect, trained.weights).net
+        return merge_bn(trained.text, where, trained.dialect, trained.weights, input_shift).net
     return stock_net(trained.text, where, trained.dialect, trained.weights)
 
 
