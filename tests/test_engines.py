@@ -582,6 +582,21 @@ def test_layers_of_forks_are_named_before_a_caffe_is_asked(caffe_engine: Engine)
     assert "caffe-jacinto has no type ReLU6" in engine("caffe-jacinto").check(stages, LMDBS)[0]
 
 
+@pytest.mark.caffe
+def test_solver_settings_of_pytorch_alone_are_named_before_a_caffe_is_asked(caffe_engine: Engine) -> None:
+    solver = "stages.finetune.solver"
+    overrides = (f'{solver}.lr_policy="cosine"', f"{solver}.warmup_iter=5")
+    for dialect, asked, who in (
+        (Dialect.BVLC, caffe_engine, "stock Caffe"),
+        (Dialect.CAFFE_JACINTO, engine("caffe-jacinto"), "caffe-jacinto"),
+    ):
+        assert asked.check(stages_of(*overrides, dialect=dialect), LMDBS) == [
+            f"run/finetune/solver.prototxt: {who} has no {what}, which is of this program's engine on "
+            "PyTorch; or train on PyTorch, which can: --engine torch"
+            for what in ("field warmup_iter", "lr_policy cosine")
+        ]
+
+
 def test_the_forks_files_are_held_against_its_schema() -> None:
     fork = engine("caffe-jacinto")
     assert fork.check(stages_of(dialect=Dialect.CAFFE_JACINTO), {}) == []

@@ -476,6 +476,8 @@ def test_an_override_sets_one_value() -> None:
         ("stages.initial.freeze_zeros=true", "no zeros"),
         ("stages.sparse.freeze_zeros=true", "freezes its zeros itself"),
         ("stages.initial.solver.lr_policy=step", "needs gamma and stepsize"),
+        ("stages.initial.solver.lr_policy=one_cycle", "needs warmup_iter; add to the solver, for example,"),
+        ("stages.initial.solver.warmup_iter=200", "200 is not below the stage's max_iter 200; make it"),
         ("stages.initial.solver.lr_policy=stepp", "did you mean step?"),
         ("stages.initial.solver.type=AdaGrad", "momentum"),
         ("stages.initial.solver.rms_decay=0.9", 'no effect with type "SGD", only with RMSProp; remove it'),

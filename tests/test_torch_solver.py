@@ -16,6 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_stage import BATCH, SmallStage, write_digits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
@@ -443,6 +450,8 @@ def test_the_fork_raises_a_small_delta(kind: str, least: float) -> None:
         ({"type": '"AdaDelta"', "delta": 0}, "delta is 0; AdaDelta divides by it: it has to be above 0"),
         ({"lr_policy": '"plateau"'}, "lr_policy 'plateau' is unknown; known: fixed, step, exp, inv,"),
         ({"lr_policy": '"step"', "gamma": 0.1}, "lr_policy step needs a stepsize of at least 1"),
+        ({"lr_policy": '"one_cycle"'}, "lr_policy one_cycle needs warmup_iter, the iteration of its largest"),
+        ({"warmup_iter": 20}, "warmup_iter is 20; it has to be at least 0 and less than max_iter"),
         (
             {"lr_policy": '"inv"', "gamma": -0.5, "power": 0.5},
             "lr_policy inv gives no finite learning rate at iteration 19; check base_lr, gamma and power",
@@ -461,6 +470,50 @@ def test_what_a_solver_cannot_compute_with_is_one_line(
     with pytest.raises(UserError) as refused:
         check_solver(read_solver(Path("solver.prototxt"), Dialect.BVLC))
     assert str(refused.value).startswith(f"solver.prototxt: {says}")
+
+
+def rates_of(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    """The learning rates of the first iterations, as PyTorch's scheduler has them."""
+    found = []
+    for _ in range(count):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 60), st.floats(1e-4, 10), st.data())
+def test_policies_beyond_caffes_are_those_of_pytorch(length: int, base: float, data: st.DataObject) -> None:
+    """cosine with and without warm-up, and one_cycle, against torch.optim.lr_scheduler."""
+    warmup = data.draw(st.integers(0, length - 2))
+
+    def ours(policy: str, warmup: int) -> list[float]:
+        fields = messages(Dialect.BVLC).SolverParameter(
+            base_lr=base, lr_policy=policy, max_iter=length, warmup_iter=warmup, power=2
+        )
+        return [learning_rate(fields, iteration) for iteration in range(length)]
+
+    def fresh() -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1)], lr=float(np.float32(base)))
+
+    optimizer = fresh()
+    parts: list[LRScheduler] = [CosineAnnealingLR(optimizer, length - warmup)]
+    if warmup:
+        rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+        parts = [SequentialLR(optimizer, [rise, *parts], milestones=[warmup])]
+    near = {"rtol": 1e-5, "atol": 1e-7 * base}
+    np.testing.assert_allclose(ours("cosine", warmup), rates_of(parts[0], optimizer, length), **near)
+
+    plain, warmed = ours("poly", 0), ours("poly", warmup)
+    assert warmed[warmup:] == plain[warmup:]
+    steps = np.arange(1, warmup + 1) / (warmup + 1)
+    np.testing.assert_allclose(warmed[:warmup], plain[warmup] * steps, **near)
+
+    top = max(warmup, 1)
+    optimizer, share = fresh(), (top + 1) / length
+    cycle = OneCycleLR(optimizer, float(np.float32(base)), length, pct_start=share, cycle_momentum=False)
+    np.testing.assert_allclose(ours("one_cycle", top), rates_of(cycle, optimizer, length), **near)
 
 
 NETWORK = """

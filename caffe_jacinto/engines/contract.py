@@ -20,7 +20,7 @@ from caffe_jacinto.netspec import shapes
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.shapes import ImageShape as ImageShape
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.loadable import not_loadable
+from caffe_jacinto.prototxt.loadable import not_carried_out, not_loadable
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 from caffe_jacinto.prototxt.tree import tree_of
@@ -202,14 +202,15 @@ def stage_solver(files: StageFiles, dialect: Dialect) -> SolverFile:
     return read_solver(folder / "solver.prototxt", dialect, texts)
 
 
-def layers_of_forks(solver: SolverFile) -> list[str]:
-    """What a Caffe of the solver's dialect cannot load of its networks, a line for each kind of layer."""
+def not_of_this_caffe(solver: SolverFile) -> list[str]:
+    """What a Caffe of the solver's dialect does not know of it and its networks, a line for each kind."""
     nets = [(solver.train_file, solver.train_net)]
     nets += [(test.file, test.definition) for test in solver.tests]
     found: dict[str, Path] = {}
     for file, net in nets:
         for line in not_loadable(tree_of(net), solver.dialect):
             found.setdefault(line, file)
+    found |= dict.fromkeys(not_carried_out(solver.parameters, solver.dialect), solver.path)
     return [f"{file}: {line}; or train on PyTorch, which can: --engine torch" for line, file in found.items()]
 
 

@@ -1,6 +1,6 @@
-"""Layers and fields that forks of Caffe added: which fork knows them, and what stock Caffe says instead.
+"""Layers and fields that forks of Caffe and this project added: who knows them, what stock Caffe has instead.
 
-The one table of both. What is not in the schema either (forks.proto adds what this project computes) is an
+The one table of them. What is not in the schema either (forks.proto adds what this project computes) is an
 error that names the fork.
 """
 
@@ -15,6 +15,7 @@ SSD, SEGNET, YOLO = "SSD", "SegNet", "MobileNet-YOLO"
 _CAFFE_JACINTO, _FAST_RCNN, _RFCN = "NVCaffe and caffe-jacinto", "Fast R-CNN", "R-FCN"
 _DEEPLAB, _SHUFFLENET, _INTEL = "DeepLab", "ShuffleNet's forks", "Intel's Caffe"
 _CPM, _FLOWNET = "the forks for pose estimation (CPM)", "FlowNet's Caffe"
+_OURS = "this program's engine on PyTorch"
 
 FIELDS: dict[str, str] = {
     "ceil_mode": "forks with pull request 3057 of BVLC/caffe",
@@ -24,6 +25,7 @@ FIELDS: dict[str, str] = {
     "shuffle_channel_param": _SHUFFLENET,
     "interp_param": f"{_DEEPLAB} and PSPNet",
     "upsample_param": f"{SEGNET} and forks for YOLO",
+    "warmup_iter": _OURS,
     # From here on, fields that nothing here computes.
     **dict.fromkeys(
         (
@@ -128,6 +130,9 @@ TYPES: dict[str, ForkType] = {
     "SpatialTransformer": ForkType("forks with a spatial transformer"),
 }
 """By LayerParameter.type."""
+
+LR_POLICIES: dict[str, str] = {"cosine": _OURS, "one_cycle": _OURS}
+"""Learning-rate policies that stock Caffe and caffe-jacinto lack."""
 
 INSTEAD: dict[tuple[str, bool], str] = {
     ("ceil_mode", False): "write round_mode: FLOOR instead",

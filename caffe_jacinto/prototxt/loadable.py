@@ -1,14 +1,17 @@
-"""Whether a Caffe can load a network that has layers and fields of forks."""
+"""Whether a Caffe can load a network or carry out a solver that has what forks or this project added."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.forks import FIELDS, INSTEAD, TYPES
+from caffe_jacinto.prototxt.forks import FIELDS, INSTEAD, LR_POLICIES, TYPES
 from caffe_jacinto.prototxt.schema import own_field_names
 from caffe_jacinto.prototxt.tree import Message
+
+_WHO = {Dialect.BVLC: "stock Caffe", Dialect.CAFFE_JACINTO: "caffe-jacinto"}
 
 _SHOWN = 2
 """Layers that a line names."""
@@ -32,11 +35,22 @@ def not_loadable(net: Message, dialect: Dialect) -> list[str]:
             if field not in own:
                 advice = INSTEAD.get((field, value), "") if isinstance(value, bool) else ""
                 found.setdefault((f"field {path}, which is of {FIELDS[field]}", advice), []).append(name)
-    who = "stock Caffe" if dialect is Dialect.BVLC else "caffe-jacinto"
     return [
-        f"{who} has no {what} ({_layers(names)})" + (f"; {advice}" if advice else "")
+        f"{_WHO[dialect]} has no {what} ({_layers(names)})" + (f"; {advice}" if advice else "")
         for (what, advice), names in found.items()
     ]
+
+
+def not_carried_out(solver: Any, dialect: Dialect) -> list[str]:
+    """What a Caffe of ``dialect`` does not know of a SolverParameter message, a line for each setting."""
+    own, policy = _own_fields(dialect), solver.lr_policy
+    names = [descriptor.name for descriptor, _ in solver.ListFields()]
+    found = [
+        f"field {name}, which is of {FIELDS[name]}" for name in names if name in FIELDS and name not in own
+    ]
+    if policy in LR_POLICIES:
+        found.append(f"lr_policy {policy}, which is of {LR_POLICIES[policy]}")
+    return [f"{_WHO[dialect]} has no {what}" for what in found]
 
 
 def _layers(names: list[str]) -> str:

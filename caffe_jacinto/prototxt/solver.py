@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import exp, inf, nan
+from math import cos, exp, inf, nan, pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for, read_text
+from caffe_jacinto.prototxt import forks
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.model import SparseSettings, sparse_fields, sparse_settings
@@ -239,16 +240,50 @@ def is_frozen(layer: Any) -> bool:
     return bool(layer.param) and all(parameter.lr_mult == 0 for parameter in layer.param)
 
 
-LR_POLICIES = ("fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid")
-"""The learning-rate policies of Caffe 1.0."""
+LR_POLICIES = ("fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid", *forks.LR_POLICIES)
+"""The learning-rate policies: of Caffe 1.0, and of the engine on PyTorch."""
+
+ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
+"""Where one_cycle begins, as a part of base_lr, and where it ends, as a part of that."""
 
 
 def learning_rate(solver: Any, iteration: int) -> float:
     """The learning rate of the update of ``iteration``; ``solver`` is a SolverParameter message.
 
-    Formulas: SolverParameter.lr_policy in Caffe's schema. NaN for a policy that Caffe 1.0 does not have, and
-    where a formula gives no real number.
+    Caffe's policies: SolverParameter.lr_policy in its schema. Beyond Caffe, with W = warmup_iter:
+
+    - In the first W iterations of any policy but one_cycle, the rate of iteration W times (iteration + 1) /
+      (W + 1): the gradual warm-up of Goyal et al. 2017 (arXiv:1706.02677), section 2.2.
+    - cosine: from base_lr at iteration W to 0 at max_iter along half a cosine (Loshchilov and Hutter 2017,
+      arXiv:1608.03983, equation 5, without restarts).
+    - one_cycle: up to base_lr at iteration W and down again to the last one (Smith and Topin 2017,
+      arXiv:1708.07120, section 3). It begins at `ONE_CYCLE_START`, ends at `ONE_CYCLE_END`, and goes along
+      half cosines, as torch.optim.lr_scheduler.OneCycleLR does; momentum stays as it is.
+
+    NaN for a policy that is unknown, and where a formula gives no real number.
     """
+    warmup = int(solver.warmup_iter)
+    if solver.lr_policy == "one_cycle":
+        return _one_cycle(float(solver.base_lr), iteration, warmup, solver.max_iter - 1)
+    if iteration < warmup:
+        return _policy_rate(solver, warmup) * (iteration + 1) / (warmup + 1)
+    return _policy_rate(solver, iteration)
+
+
+def _one_cycle(most: float, iteration: int, top: int, last: int) -> float:
+    start = most * ONE_CYCLE_START
+    if iteration < top:
+        return _half_cosine(start, most, iteration / top)
+    return _half_cosine(most, start * ONE_CYCLE_END, (iteration - top) / max(last - top, 1))
+
+
+def _half_cosine(start: float, end: float, part: float) -> float:
+    """Between ``start`` and ``end``, ``part`` of the way along half a cosine."""
+    return end + (start - end) * (1 + cos(pi * part)) / 2
+
+
+def _policy_rate(solver: Any, iteration: int) -> float:
+    """The learning rate after the warm-up."""
     base, gamma, power = float(solver.base_lr), float(solver.gamma), float(solver.power)
     policy = solver.lr_policy
     if policy == "fixed":
@@ -261,6 +296,9 @@ def learning_rate(solver: Any, iteration: int) -> float:
         return base * _power(1 + gamma * iteration, -power)
     if policy == "poly":
         return base * _power(1 - iteration / solver.max_iter, power)
+    if policy == "cosine":
+        warmup = int(solver.warmup_iter)
+        return _half_cosine(base, 0.0, (iteration - warmup) / max(solver.max_iter - warmup, 1))
     if policy == "sigmoid":
         exponent = gamma * (iteration - solver.stepsize)
         small = exp(-abs(exponent))  # exp of the other sign could overflow

@@ -196,7 +196,14 @@ class SolverSettings(_Settings):
 
     max_iter: PositiveInt
     base_lr: PositiveFloat
-    lr_policy: Literal["fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid"] = "poly"
+    lr_policy: Literal[
+        "fixed", "step", "exp", "inv", "multistep", "poly", "sigmoid", "cosine", "one_cycle"
+    ] = "poly"
+    """Caffe's; `cosine` and `one_cycle` on PyTorch only."""
+
+    warmup_iter: NaturalInt = 0
+    """Iterations in which the learning rate rises to the policy's (PyTorch only)."""
+
     power: NaturalFloat = 1.0
     gamma: OptionalFloat = None
     stepsize: OptionalInt = None

@@ -345,10 +345,16 @@ _POLICY_SETTINGS = {
     "step": ("gamma", "stepsize"),
     "sigmoid": ("gamma", "stepsize"),
     "multistep": ("gamma", "stepvalue"),
+    "one_cycle": ("warmup_iter",),
 }
-"""What a learning-rate policy needs besides the rate itself (GetLearningRate in Caffe's sgd_solver.cpp)."""
+"""What a learning-rate policy needs besides the rate itself (`prototxt.solver.learning_rate`)."""
 
-_EXAMPLES = {"gamma": "gamma = 0.1", "stepsize": "stepsize = 1000", "stepvalue": "stepvalue = [1000, 2000]"}
+_EXAMPLES = {
+    "gamma": "gamma = 0.1",
+    "stepsize": "stepsize = 1000",
+    "stepvalue": "stepvalue = [1000, 2000]",
+    "warmup_iter": "warmup_iter = 1000",
+}
 
 
 def _policy_has_its_settings(stage: Values) -> Iterator[Mistake]:
@@ -359,6 +365,14 @@ def _policy_has_its_settings(stage: Values) -> Iterator[Mistake]:
         yield stage.mistake(
             "solver.lr_policy",
             f'"{policy}" needs {" and ".join(lacking)}; add to the solver, for example, {examples}',
+        )
+
+
+def _warmup_ends(stage: Values) -> Iterator[Mistake]:
+    warmup, end = stage["solver.warmup_iter"], stage["solver.max_iter"]
+    if warmup and warmup >= end:
+        yield stage.mistake(
+            "solver.warmup_iter", f"{warmup} is not below the stage's max_iter {end}; make it smaller"
         )
 
 
@@ -405,6 +419,7 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _pruning_settings_agree,
     _inner_products_are_frozen_with_zeros,
     _policy_has_its_settings,
+    _warmup_ends,
     _momentum_fits_type,
     _settings_fit_type,
     _steps_grow,

@@ -26,7 +26,7 @@ from caffe_jacinto.runs.new_recipe import data_set_name
 _TAKEN = (
     *("max_iter", "base_lr", "lr_policy", "power", "gamma", "stepsize", "momentum", "momentum2", "rms_decay"),
     *("delta", "weight_decay", "test_interval", "test_initialization", "snapshot", "display", "type"),
-    *("clip_gradients", "average_loss"),
+    *("clip_gradients", "average_loss", "warmup_iter"),
 )
 """Fields of a solver that are keys of a stage's."""
 

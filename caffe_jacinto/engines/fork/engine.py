@@ -18,7 +18,7 @@ from caffe_jacinto.engines.contract import (
     TrainJob,
     caffe_test,
     caffe_train,
-    layers_of_forks,
+    not_of_this_caffe,
     stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
@@ -46,7 +46,7 @@ class CaffeJacintoEngine:
             except UserError as error:
                 problems.append(str(error))
                 continue
-            problems += [line for line in layers_of_forks(solver) if line not in problems]
+            problems += [line for line in not_of_this_caffe(solver) if line not in problems]
         return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:

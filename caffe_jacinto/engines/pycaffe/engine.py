@@ -25,7 +25,7 @@ from caffe_jacinto.engines.contract import (
     caffe_train,
     gpu_arguments,
     image_shape,
-    layers_of_forks,
+    not_of_this_caffe,
     pruning_arguments,
     recalibration_arguments,
     stage_solver,
@@ -69,9 +69,9 @@ class BvlcEngine:
                 except UserError as error:
                     problems[str(error)] = None
                     continue
-                of_forks = layers_of_forks(solver)
-                problems.update(dict.fromkeys(of_forks))
-                if of_forks:
+                unknown = not_of_this_caffe(solver)
+                problems.update(dict.fromkeys(unknown))
+                if unknown:
                     continue
                 trial = _write_trial(solver, image_shapes, Path(name))
                 if trial is not None and trial not in seen:

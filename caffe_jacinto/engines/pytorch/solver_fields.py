@@ -19,6 +19,7 @@ _CARRIED_OUT = frozenset(
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
         *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode"),
+        "warmup_iter",
         *(field.name for field in sparse_fields().values()),
     }
 )
@@ -107,6 +108,12 @@ def _check_rates(solver: SolverFile) -> None:
     policy = fields.lr_policy
     if policy not in LR_POLICIES:
         raise UserError(f"{where}: lr_policy {policy!r} is unknown; known: {', '.join(LR_POLICIES)}")
+    if not 0 <= fields.warmup_iter < fields.max_iter:
+        raise UserError(
+            f"{where}: warmup_iter is {fields.warmup_iter}; it has to be at least 0 and less than max_iter"
+        )
+    if policy == "one_cycle" and not fields.warmup_iter:
+        raise UserError(f"{where}: lr_policy one_cycle needs warmup_iter, the iteration of its largest rate")
     if policy == "step" and fields.stepsize < 1:
         raise UserError(f"{where}: lr_policy step needs a stepsize of at least 1")
     for iteration in (0, fields.max_iter - 1):
