@@ -1,9 +1,10 @@
-"""Show, compare, convert, sparsify and export weight files; Caffe is not needed.
+"""Show, compare, convert, sparsify, shrink and export weight files; Caffe is not needed.
 
     python -m caffe_jacinto.weights show training/RUN
     python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
     python -m caffe_jacinto.weights convert training/RUN --to caffe_jacinto
     python -m caffe_jacinto.weights sparsify dense.caffemodel --target 0.8 --output sparse.caffemodel
+    python -m caffe_jacinto.weights shrink training/RUN
     python -m caffe_jacinto.weights merge-bn trained.caffemodel deploy.prototxt --output merged
     python -m caffe_jacinto.weights export training/RUN --onnx trained.onnx
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_output, read_text, write_whole
+from caffe_jacinto.common.text import count_of
 from caffe_jacinto.export.input_shift import INPUT_SHIFTS
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 100
 """Characters of a value that `export` prints."""
+
+_OTHER_FORMS = ("train.prototxt", "val.prototxt")
+"""The same network with its data and its loss, beside a deploy prototxt."""
 
 DIALECTS = [dialect.value for dialect in Dialect]
 
@@ -108,6 +113,18 @@ def _parser() -> Parser:
     )
     _add_output(sparsify, "NAME_sparsified.caffemodel")
     _add_dialect(sparsify)
+
+    shrink = add("shrink", "remove the channels that have no effect, such as those without weights", _shrink)
+    _add_network(shrink)
+    shrink.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for deploy.prototxt and NAME_shrunk.caffemodel, and for train.prototxt and val.prototxt"
+        " if they are beside DEPLOY; made if missing (default: shrunk, beside the weights)",
+    )
+    check = "compute random images with both networks and print the largest difference"
+    shrink.add_argument("--check", action="store_true", help=check)
 
     merge = add("merge-bn", "fold batch norms into the convolutions, for stock Caffe and OpenCV", _merge_bn)
     _add_network(merge)
@@ -283,6 +300,46 @@ def _rule(options: argparse.Namespace) -> SparseSettings:
         raise UserError(str(error).replace("--sparsity_", "--")) from None
 
 
+def _shrink(options: argparse.Namespace) -> int:
+    from caffe_jacinto.export.shrink import show, shrink
+
+    _take_network(options)
+    folder = options.output or options.file.parent / "shrunk"
+    shrunk = shrink(_deploy_text(options), str(options.deploy), _named_dialect(options), options.file)
+    deploy, weights = folder / options.deploy.name, folder / f"{options.file.stem}_shrunk.caffemodel"
+    others = {}
+    for source in (options.deploy.parent / name for name in _OTHER_FORMS):
+        if source.is_file() and source.name != options.deploy.name:
+            others[source] = shrunk.other_form(read_text(source), str(source))
+    _make_folder(folder)
+    for output, source in ((deploy, options.deploy), (weights, options.file)):
+        check_output(output, source)
+    shrunk.write(deploy, weights)
+    for source, text in others.items():
+        if text is None:
+            print(f"{source}: not written, it is of another network")
+        else:
+            check_output(folder / source.name, source)
+            write_whole(folder / source.name, text)
+    show(shrunk, sys.stdout)
+    removed = sum(shrunk.removed.values())
+    if not removed:
+        print("no channel can be removed: each has an effect, or the constant that it is must stay")
+    print(f"{weights}: {count_of(removed, 'channel')} removed; its network is {deploy}")
+    if options.check:
+        from caffe_jacinto.inference.agreement import largest_difference
+
+        label, difference = largest_difference((options.deploy, options.file), (deploy, weights))
+        print(f"{label}: the scores of both networks differ by at most {difference:.2g} of the largest score")
+    return 0
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _merge_bn(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.merge_bn import merge_bn
 
@@ -292,9 +349,7 @@ def _merge_bn(options: argparse.Namespace) -> int:
     merged = merge_bn(text, where, _named_dialect(options), options.file, options.input_shift)
     deploy = folder / "deploy_merged.prototxt"
     weights = folder / f"{options.file.stem}_merged.caffemodel"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     for output, source in ((deploy, options.deploy), (weights, options.file)):
         check_output(output, source)
     merged.write(deploy, weights)

@@ -34,6 +34,19 @@ def by_channel(layer: StockLayer) -> bool:
     return bool(parameters.axis == 1 and parameters.num_axes == 1)
 
 
+def gain_and_shift(layer: StockLayer) -> tuple[Doubles, Doubles]:
+    """The factor by which a BatchNorm, Scale or Bias multiplies each channel, and what it then adds."""
+    import numpy as np
+
+    values = [blob.reshape(-1).astype(np.float64) for blob in layer.blobs]
+    if layer.type == "BatchNorm":
+        gain = 1 / np.sqrt(values[1] + layer.message.batch_norm_param.eps)
+        return gain, -values[0] * gain
+    if layer.type == "Bias":
+        return np.ones_like(values[0]), values[0]
+    return values[0], values[1] if len(values) > 1 else np.zeros_like(values[0])
+
+
 def along_channels(layer: StockLayer) -> bool:
     """Whether axis 1 of what a convolution or inner product gives has a place for each of its outputs."""
     parameters = (

@@ -20,6 +20,7 @@ from caffe_jacinto.export.channelwise import (
     bias_of,
     by_channel,
     check_finite,
+    gain_and_shift,
     graph,
     set_bias,
 )
@@ -140,7 +141,7 @@ def _fold_backward(result: Merged, layer: StockLayer, weights: Path) -> None:
         return
     producer = layers[_producer(graph(layers), layers.index(layer))]
     with np.errstate(all="ignore"):
-        _scale_outputs(producer, *_gain_and_shift(layer))
+        _scale_outputs(producer, *gain_and_shift(layer))
     check_finite(producer, layer, weights)
     producer.message.top[:] = layer.message.top
     layers.remove(layer)
@@ -164,19 +165,6 @@ def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
     if others:
         return f"{others[0]} also reads {message.bottom[0]}"
     return None
-
-
-def _gain_and_shift(layer: StockLayer) -> tuple[Doubles, Doubles]:
-    """The factor by which ``layer`` multiplies each channel, and what it then adds."""
-    import numpy as np
-
-    values = [blob.reshape(-1).astype(np.float64) for blob in layer.blobs]
-    if layer.type == "BatchNorm":
-        gain = 1 / np.sqrt(values[1] + layer.message.batch_norm_param.eps)
-        return gain, -values[0] * gain
-    if layer.type == "Bias":
-        return np.ones_like(values[0]), values[0]
-    return values[0], values[1] if len(values) > 1 else np.zeros_like(values[0])
 
 
 def _scale_outputs(layer: StockLayer, gain: Doubles, shift: Doubles) -> None:

@@ -1,7 +1,7 @@
 """A deploy network of either dialect with its weights, in stock Caffe's form.
 
-`merge_bn.py` and `onnx.py` start from it: there is one form of every layer, and each blob has the shape that
-the network gives it.
+`merge_bn.py`, `shrink.py` and `onnx/` start from it: there is one form of every layer, and each blob has the
+shape that the network gives it.
 """
 
 from __future__ import annotations
