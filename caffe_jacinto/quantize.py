@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
+from caffe_jacinto.common.text import image_progress
 from caffe_jacinto.export.input_shift import INPUT_SHIFTS
 from caffe_jacinto.quantization.schemes import (
     MOST_BIAS_BITS,
@@ -38,6 +39,7 @@ from caffe_jacinto.quantization.schemes import (
 if TYPE_CHECKING:
     from caffe_jacinto.inference.network import NetworkFiles, Preprocessing
     from caffe_jacinto.inference.quantize import Images
+    from caffe_jacinto.inference.quantize_log import QuantizeLog
 
 DEPLOY, TABLE, CSV = "deploy.prototxt", "table.txt", "table.csv"
 
@@ -48,6 +50,22 @@ def main(argv: Sequence[str]) -> int:
     options.output = options.output or _default_output(options.network)
     _check(options)
     scheme = _scheme(options)
+    if not options.log:
+        _quantize(options, scheme, None)
+        return 0
+    from caffe_jacinto.inference.quantize_log import QuantizeLog
+
+    log = QuantizeLog(f"{options.backend}, scheme {scheme.name}", options.gpus)
+    try:
+        _quantize(options, scheme, log)
+    except UserError as error:
+        log.fatal(error)
+        raise
+    return 0
+
+
+def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> None:
+    """Everything after the checks of the arguments."""
     from caffe_jacinto.engines.gpus import requested_gpus
     from caffe_jacinto.inference.network import network_files, trained_network, validation_preprocessing
     from caffe_jacinto.inference.quantize import Quantizer, described, loaded, on_caffe, on_pytorch
@@ -64,13 +82,21 @@ def main(argv: Sequence[str]) -> int:
         passes: Any = on_caffe(net, network, options.caffe, where)
     else:
         passes = on_pytorch(net, network, requested_gpus(options.gpus, None)[:1], where)
-    quantizer = Quantizer(passes, network, where, sampled=options.plot is not None)
+    sampled, progress = options.plot is not None, image_progress if log is None else log.progress
+    quantizer = Quantizer(passes, network, where, sampled=sampled, progress=progress)
+    if log is not None:
+        log.network(files.val, network, trained.shape, options.batch)
+        log.sparsity(files.weights)
     result = quantizer.quantize(calibration)
     quantizer.measure_noise(result, calibration)
     if val is not None:
-        quantizer.test(result, val, sensitivity=options.sensitivity)
+        if log is not None:
+            log.test_begins(val.total, options.batch)
+        on_batch = None if log is None else log.batch
+        quantizer.test(result, val, sensitivity=options.sensitivity, on_batch=on_batch)
     _write(options, files, net, result)
-    return 0
+    if log is not None:
+        log.results(result)
 
 
 def _parser() -> Parser:
@@ -123,6 +149,8 @@ def _parser() -> Parser:
     backend = "what computes: PyTorch, or stock Caffe through pycaffe, layer by layer (default: torch)"
     add("--backend", choices=("torch", "caffe"), default="torch", help=backend)
     add("--caffe", metavar="PATH", help="with --backend caffe: the caffe executable or its tree")
+    log = "write a log in Caffe's form to stderr, which the report reads, instead of progress and table"
+    add("--log", action="store_true", help=log)
     gpus = "compute on the first of these GPUs, on PyTorch (default: on the CPU)"
     add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0|all", help=gpus)
     return parser
@@ -179,6 +207,8 @@ def _check(options: Namespace) -> None:
             )
     if (options.output / "run.json").exists() or (options.output / "solver.prototxt").exists():
         raise UserError(f"--output {options.output} is a run or one of its stages; name another folder")
+    if options.log and options.val is None:
+        raise UserError("--log writes the log of a test: give its LMDB with --val")
     if options.backend == "caffe" and options.gpus:
         raise UserError("--backend caffe computes on the CPU: leave --gpus out")
     if options.backend != "caffe" and options.caffe:
@@ -195,10 +225,7 @@ def _scheme(options: Namespace) -> Scheme:
     settings = vars(options)
     for key, what in scheme_mistakes(settings):
         raise UserError(f"--{key.replace('_', '-')}: {what}")
-    scheme = chosen_scheme(settings)
-    if options.input_shift and not scheme.folded:
-        raise UserError(f"--input-shift: the scheme {scheme.name} leaves layers as they are; leave it out")
-    return scheme
+    return chosen_scheme(settings)
 
 
 def _calibration(options: Namespace, done: Preprocessing) -> Images:
@@ -273,6 +300,8 @@ def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> No
     write_whole(folder / RECORD, record_text(record_of(result, names, _preprocessing(files))))
     if options.plot is not None:
         write_whole(options.plot, picture(result, options.plot.suffix.lower().lstrip(".")))
+    if options.log:
+        return
     write_text(result, sys.stdout)
     print(f"{folder}: {RECORD}, {DEPLOY}, {STOCK_DEPLOY}, {weights}, {TABLE}, {CSV}")
 

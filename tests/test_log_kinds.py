@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import re
@@ -14,10 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from log_text import GIGAMACS, Log, whole_stage
+from log_text import CONV_WEIGHTS, FC_WEIGHTS, GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.logs import tables
+from caffe_jacinto.logs import page_content, tables
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.logs.processes import read_log
 
@@ -297,6 +299,41 @@ def test_the_layouts_of_published_runs(tmp_path: Path) -> None:
     assert [(stage["run"], stage["name"]) for stage in found] == [
         ("RUN", "initial"), ("RUN", "sparse"), ("RUN", "test"), ("RUN", "test_quantize"),
     ]  # fmt: skip
+
+
+def test_a_test_in_quantized_values_is_a_result_beside_the_float_one(tmp_path: Path) -> None:
+    """Its change is that against the float network; the complexity is also shown without the zeros' part."""
+    write(tmp_path / "RUN/initial/run.log", training("out/initial/net", top1=0.75).text)
+    sparse = training("out/sparse/net", top1=0.71).sparsity(0.8, 0.5)
+    write(tmp_path / "RUN/sparse/run.log", sparse.text)
+    write(tmp_path / "RUN/test/run.log", caffe_test().text)
+    write(tmp_path / "RUN/test_quantize/run.log", caffe_test(quantized=True).text)
+    runs, _ = find_runs([tmp_path])
+    of_stages, results = tables.tables(runs)
+    change = of_stages.headers.index(tables.CHANGE_HEADER)
+    assert [row.cells[change] for row in of_stages.rows] == ["-", "-4.00", "-5.00", "+0.00"]
+    left = (CONV_WEIGHTS * 64 * 0.2 + FC_WEIGHTS * 0.5) / 1e9
+    costs = [tables.complexity(GIGAMACS), tables.complexity(left)]
+    assert results.headers[-1] == tables.LEFT_HEADER
+    assert [row.cells for row in results.rows] == [
+        ["RUN, initial", "75.00 %", "95.00 %", costs[0], "-"],
+        ["RUN, sparse (80.0 % sparse)", "71.00 %", "95.00 %", *costs],
+        [
+            "RUN, test_quantize (80.0 % sparse, 12-bit weights, 8-bit activations)",
+            *("70.00 %", "-", costs[0], "-"),
+        ],
+    ]
+    of_stages_csv, results_csv = tables.as_csv(runs).split("\n\n")
+    last = list(csv.DictReader(io.StringIO(of_stages_csv)))[-1]
+    assert (last["weight_bits"], last["activation_bits"], last["top1_change"]) == ("12", "8", "0.0")
+    row = list(csv.DictReader(io.StringIO(results_csv)))[1]
+    assert float(row["gigamacs_left"]) == pytest.approx(left, rel=1e-3)
+    labels = [card.label for card in page_content.cards(runs[0])]
+    assert labels[:2] == ["Top-1", "Top-5"] and labels[2].startswith("Top-1 with 12-bit weights, 8-bit")
+
+    write(tmp_path / "alone/RUN/test_quantize/run.log", caffe_test(quantized=True).text)
+    alone = tables.tables(find_runs([tmp_path / "alone"])[0])[1]
+    assert [row.cells[0].split(" (")[0] for row in alone.rows] == ["RUN, test_quantize"]
 
 
 def test_the_log_of_the_forks_script_alone(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from caffe_jacinto.report import main
 KEYS = [
     "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss",
     "outputs", "sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged",
-    "seconds", "classes", "image_size", "notes",
+    "seconds", "classes", "image_size", "gigamacs_left", "weight_bits", "activation_bits", "float_top1",
+    "notes",
 ]  # fmt: skip
 
 

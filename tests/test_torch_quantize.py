@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,13 @@ from caffe_jacinto.inference.network import Sample
 from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described, on_caffe, on_pytorch
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
-from caffe_jacinto.quantization.fork_settings import fork_settings
+from caffe_jacinto.quantization.fork_settings import fields_of, fork_settings
 from caffe_jacinto.quantization.grids import magnitude_grid
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
-from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
-from caffe_jacinto.quantize import main
+from caffe_jacinto.quantization.schemes import SCHEMES, Scheme, chosen_scheme
+from caffe_jacinto.quantize import _parser, main
+from caffe_jacinto.recipes.model import QuantizeSettings
 from caffe_jacinto.report import main as report
 from caffe_jacinto.weights import main as weights_main
 
@@ -241,6 +242,30 @@ def test_settings_that_cannot_be_carried_out(setting: str, message: str) -> None
 
 
 @pytest.mark.parametrize(
+    "changes", [{}, {"bits": 4}, {"weight_bits": 8, "activation_bits": 16, "bias_bits": 32}]
+)
+def test_the_fields_of_a_scheme_are_read_as_that_scheme(changes: dict[str, int]) -> None:
+    scheme = chosen_scheme(QuantizeSettings(scheme="caffe_jacinto", **changes).model_dump())
+    text = fields_of(scheme, ["conv 1"])
+    found = fork_settings(parse_net(text, Dialect.CAFFE_JACINTO, "val.prototxt"), "val.prototxt")
+    assert found is not None
+    assert (found.scheme, found.ignored) == (replace(scheme, moving=found.scheme.moving), ("conv 1",))
+    assert found.scheme.moving is not None and scheme.moving is not None
+    assert vars(found.scheme.moving) == pytest.approx(vars(scheme.moving))
+
+
+def test_a_recipes_table_has_the_commands_options() -> None:
+    options = vars(_parser().parse_args(["RUN", "--calibrate", "L"]))
+    defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in QuantizeSettings()}
+    defaults["bits_of"] = list(defaults["bits_of"])
+    of_the_command = {
+        *("network", "weights", "calibrate", "output", "val", "plot", "preprocessing", "resize")
+    }
+    of_the_command |= {"backend", "caffe", "gpus", "log"}
+    assert {key: value for key, value in options.items() if key not in of_the_command} == defaults
+
+
+@pytest.mark.parametrize(
     ("low", "high", "step"), [(0, 1.0, 2**-8), (0, 3, 2**-6), (-1, 0.5, 2**-7), (-3, 1, 2**-5)]
 )
 def test_the_forks_powers_of_two(low: float, high: float, step: float) -> None:
@@ -381,6 +406,58 @@ def test_stock_caffe_and_the_forks_schema_read_what_it_writes(
     numbers = stored["fc"][0] / scales
     np.testing.assert_allclose(numbers, np.rint(numbers), atol=1e-4)
     assert (stored["conv1"][0] == 0).mean() > 0.4
+
+
+LOSSES = """
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+layer { name: "accuracy/top1" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy/top1" }
+layer { name: "accuracy/top5" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy/top5"
+  accuracy_param { top_k: 5 } }
+"""
+
+
+def test_its_log_is_a_test_that_the_report_reads(
+    trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    val, output = tmp_path / "val.prototxt", tmp_path / "RUN" / "quantize"
+    output.parent.mkdir()
+    data = VAL_NET.replace("val_lmdb", str(trained.folder / "val_lmdb"))
+    body = SMALL_NET[SMALL_NET.index('layer { name: "shift"') : SMALL_NET.index('layer { name: "prob"')]
+    val.write_text(data + body + LOSSES)
+    arguments = [*trained.arguments, "--preprocessing", str(val), "--val", str(trained.folder / "val_lmdb")]
+    arguments += ["--bits", "6", "--weight-bits", "4", "--sensitivity", "--output", str(output), "--log"]
+    assert main(arguments) == 0
+    out, log = capfd.readouterr()
+    assert out == ""
+    (output / "run.log").write_text(log)
+    assert "Quantizing: calibrate, 200 of 200 images" in log
+    assert report([str(output.parent), "--format", "json"]) == 0
+    (run,) = json.loads(capfd.readouterr().out)["runs"]
+    (stage,) = run["stages"]
+    record = json.loads((output / "quantization.json").read_text())["accuracy"]
+    digits = pytest.approx
+    assert (stage["name"], stage["finished"]) == ("quantize", True)
+    assert stage["iterations"] == record["images"] / 25
+    assert stage["top1"] == digits(record["quantized"]["top1"], rel=1e-5)
+    assert stage["top5"] == digits(record["quantized"]["top5"], rel=1e-5)
+    assert stage["float_top1"] == digits(record["float"]["top1"], rel=1e-5)
+    assert (stage["weight_bits"], stage["activation_bits"]) == (4, 6)
+    weights = read_weights(trained.folder / "w.caffemodel")["conv1"][0]
+    assert stage["sparsity"] == digits((weights == 0).mean(), abs=5e-4)
+    conv1, fc = 24 * 25 * 14 * 14, 24 * 7 * 7 * 10
+    assert stage["gigamacs"] == digits((conv1 + fc) / 1e9, rel=1e-3)
+    assert stage["gigamacs_left"] == digits((conv1 * (1 - stage["sparsity"]) + fc) / 1e9, rel=1e-3)
+    assert report([str(output.parent)]) == 0
+    shown = capfd.readouterr().out
+    sparse = f"{100 * stage['sparsity']:.1f} % sparse"
+    assert f"RUN, quantize ({sparse}, 4-bit weights, 6-bit activations)" in shown
+    assert f"{100 * (stage['top1'] - stage['float_top1']):+.2f} " in shown
+
+    passed = [float(found) for found in re.findall(r"Batch \d+, accuracy/top1 = (\S+)", log)]
+    assert np.mean(passed) == digits(stage["top1"], rel=1e-4)  # all batches are whole
+    wrong = [*trained.arguments, "--output", str(output), "--log"]
+    with pytest.raises(UserError, match="--log writes the log of a test: give its LMDB with --val"):
+        main(wrong)
 
 
 def val_images(trained: Trained) -> tuple[Any, list[int]]:

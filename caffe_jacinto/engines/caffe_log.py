@@ -12,6 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+CAFFE_SOURCE = "caffe.cpp:0"
+"""The file that Caffe's own command line logs from: readers of logs know it by that."""
+
 
 def number(value: float) -> str:
     """A float as C++ streams print it: six digits, no trailing zeros."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from caffe_jacinto.export.input_shift import InputShift
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample, TrainedNetwork
-from caffe_jacinto.inference.scores import Tally
+from caffe_jacinto.inference.scores import Tally, softmax_loss
 from caffe_jacinto.quantization.network import Network, network_of, quantization_of
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.results import Accuracy, Energy, Result
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 NOISE_BATCHES = 4
 """Batches over which the noise of each layer's output, and a bias correction, is measured."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+"""What is done, of how many images; the block is given a function that takes how many more are done."""
 
 Batches = Callable[[], Iterator[list[Sample]]]
 """The batches of a set of images, from its beginning each time."""
@@ -122,9 +126,16 @@ class Quantizer:
     """Quantizes one network on one engine."""
 
     def __init__(
-        self, net: QuantizedNet | CaffeQuantizedNet, network: Network, where: str, *, sampled: bool = False
+        self,
+        net: QuantizedNet | CaffeQuantizedNet,
+        network: Network,
+        where: str,
+        *,
+        sampled: bool = False,
+        progress: Progress = image_progress,
     ) -> None:
         """``sampled``: keep histograms even where the scheme chooses ranges without them."""
+        self._progress = progress
         self.where = where
         self.network = network
         self.net = net
@@ -157,7 +168,7 @@ class Quantizer:
 
         assert isinstance(self.net, QuantizedNet)
         passes, counted = MovingPasses(self.net, moving, self.where, sampled=self._sampled), 0
-        with image_progress(label, images.total) as advance:
+        with self._progress(label, images.total) as advance:
             for batch in _stacked(images):
                 passes.run(batch)
                 counted += len(batch)
@@ -172,7 +183,7 @@ class Quantizer:
             if unit.output == "quantized"
         }
         counted = 0
-        with image_progress(label, images.total) as advance:
+        with self._progress(label, images.total) as advance:
             for batch in _stacked(images):
                 for seen in self.net.seen(batch, None, sampled=self._sampled):
                     ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
@@ -203,14 +214,23 @@ class Quantizer:
             for unit, signal, noise in self.net.signal_and_noise(batch, result.quantization):
                 result.noise.setdefault(unit.name, Energy()).add(signal, noise)
 
-    def test(self, result: Result, images: Images, *, sensitivity: bool) -> None:
+    def test(
+        self,
+        result: Result,
+        images: Images,
+        *,
+        sensitivity: bool,
+        on_batch: Callable[[Accuracy], None] | None = None,
+    ) -> None:
         """Test the network before and after; with ``sensitivity``, with each unit quantized alone.
+
+        ``on_batch`` is given what each batch has shown of the quantized network.
 
         Raises:
             UserError: no image can be used, or a label is not one of the network's.
         """
         before, after, same, tested = Tallied(), Tallied(), 0, 0
-        with image_progress("test", images.total) as advance:
+        with self._progress("test", images.total) as advance:
             for batch, labels in _labelled(images):
                 exact = self.net.scores(batch, None)
                 rounded = self.net.scores(batch, result.quantization)
@@ -218,6 +238,10 @@ class Quantizer:
                 after.add(rounded, labels)
                 same += int((exact.argmax(axis=1) == rounded.argmax(axis=1)).sum())
                 tested += len(labels)
+                if on_batch is not None:
+                    one = Tallied()
+                    one.add(rounded, labels)
+                    on_batch(one.accuracy(images.what))
                 advance(len(labels))
         result.before, result.after = before.accuracy(images.what), after.accuracy(images.what)
         result.agreement = same / tested
@@ -229,7 +253,7 @@ class Quantizer:
         names = [
             u.name for u in self.network.units if u.name in {*quantization.weights, *quantization.outputs}
         ]
-        with image_progress("sensitivity", images.total * len(names)) as advance:
+        with self._progress("sensitivity", images.total * len(names)) as advance:
             for name in names:
                 alone, tally = quantization.only(name), Tallied()
                 for batch, labels in _labelled(images):
@@ -243,17 +267,19 @@ class Tallied:
 
     def __init__(self) -> None:
         self._tally: Tally | None = None
+        self._loss = 0.0
 
     def add(self, scores: Values, labels: list[int]) -> None:
         self._tally = self._tally or Tally(scores.shape[1])
         self._tally.add(scores, labels)
+        self._loss += softmax_loss(scores, labels)
 
     def accuracy(self, what: str) -> Accuracy:
         tally = self._tally
         if tally is None:
             raise UserError(f"{what}: none of the images can be used; see the lines above")
         top5 = tally.top5 / tally.images if tally.has_top5 else None
-        return Accuracy(tally.top1 / tally.images, top5, tally.images)
+        return Accuracy(tally.top1 / tally.images, top5, tally.images, self._loss / tally.images)
 
 
 def batched(what: str, total: int, batch: int, samples: Callable[[], Iterator[Sample]]) -> Images:

@@ -29,6 +29,15 @@ def softmax(scores: Values) -> NDArray[np.float64]:
     return result
 
 
+def softmax_loss(scores: Values, labels: Sequence[int]) -> float:
+    """The sum of -log(probability of the label) over images, for scores, images x classes."""
+    import numpy as np
+
+    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
+    logs = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    return float(logs.sum())
+
+
 class Tally:
     """Top-1, top-5 and the confusion matrix of labelled images, counted as they come."""
 

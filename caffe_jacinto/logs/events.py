@@ -159,6 +159,21 @@ class Recalibrated(NamedTuple):
     this_test: bool
 
 
+class Quantizing(NamedTuple):
+    """Our quantize command has done ``done`` of ``total`` images of ``what`` (calibrate, sensitivity)."""
+
+    what: str
+    done: int
+    total: int
+
+
+class FloatOutput(NamedTuple):
+    """One number of the test of the network that our quantize command quantizes, before that."""
+
+    name: str
+    value: float
+
+
 class TestPlanned(NamedTuple):
     """``caffe test`` will run this many batches."""
 
@@ -245,6 +260,8 @@ Event: TypeAlias = (
     | TestOutput
     | TestScore
     | Recalibrated
+    | Quantizing
+    | FloatOutput
     | TestPlanned
     | BatchTested
     | TestLoss

@@ -22,10 +22,12 @@ from caffe_jacinto.logs.events import (
     Event,
     Fatal,
     Finished,
+    FloatOutput,
     GpusUsed,
     LearningRate,
     NetPrinted,
     ProcessStarted,
+    Quantizing,
     Recalibrated,
     Restored,
     SnapshotWritten,
@@ -107,6 +109,8 @@ _RECALIBRATED = re.compile(
     rb"    Test statistics: recalibrated over (\d{1,18}) batches$"
     rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d{1,18}) batches$"
 )
+_QUANTIZING = re.compile(rb"Quantizing: (\w{1,20}), (\d{1,18}) of (\d{1,18}) images$")
+_FLOAT = re.compile(rb"Float network: (.*) = (%b)$" % NUMBER)
 _PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
 
 _CLASS_OUTPUTS = 1_000_000
@@ -451,6 +455,17 @@ class MessageReader:
         elif (match := _BENCHMARK.match(message)) is not None:
             self.events.append(Benchmarked(_text(match.group(1)), _value(match.group(2))))
 
+    def _quantizing(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _QUANTIZING.match(message)
+        if match is not None:
+            what, done, total = match.groups()
+            self.events.append(Quantizing(_text(what), int(done), int(total)))
+
+    def _float(self, line: bytes, message: bytes, thread: int) -> None:
+        match = _FLOAT.match(message)
+        if match is not None:
+            self.events.append(FloatOutput(_text(match.group(1)), _value(match.group(2))))
+
     def _planned(self, line: bytes, message: bytes, thread: int) -> None:
         match = re.match(rb"Running for (\d{1,18}) iterations\.$", message)
         if match is not None:
@@ -531,6 +546,8 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"Over": MessageReader._speed,
     b"Opti": MessageReader._done,
     b"Test": MessageReader._interrupted,
+    b"Quan": MessageReader._quantizing,
+    b"Floa": MessageReader._float,
     b"Runn": MessageReader._planned,
     b"Batc": MessageReader._batch_line,
     b"Loss": MessageReader._loss,

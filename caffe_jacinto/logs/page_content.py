@@ -75,6 +75,13 @@ def cards(run: Run) -> list[Card]:
         found.append(Card("Top-1", tables.percent(last.top1, 2), detail))
         if last.top5 is not None:
             found.append(Card("Top-5", tables.percent(last.top5, 2)))
+    for _, stage in tables.quantized(run):
+        lost = tables.difference(run, stage)
+        words = "" if lost is None else f"{100 * lost:+.2f} points to float"
+        bits = f"Top-1 with {tables.bits_of(stage)}"
+        found.append(
+            Card(bits, tables.percent(stage.figures.top1, 2), words.replace("-", "\N{MINUS SIGN}", 1))
+        )
     sparsity = next((s.figures.sparsity for s in reversed(run.stages) if s.figures.sparsity), None)
     if sparsity is not None:
         found.append(Card("Sparsity", tables.percent(sparsity, 1), "of the convolutions' weights"))
@@ -159,8 +166,9 @@ def _run_curves(run: Run, most: int, of_stages: int) -> dict[str, Any]:
 
 
 def _tested(run: Run) -> float | None:
-    """The accuracy that a last ``caffe test`` found."""
-    found = [stage.figures.top1 for stage in run.stages if stage.figures.tested]
+    """The accuracy that a last ``caffe test`` found, in float."""
+    tests = [stage.figures for stage in run.stages if stage.figures.tested]
+    found = [figures.top1 for figures in tests if not figures.quantized]
     return found[-1] if found and found[-1] is not None and isfinite(found[-1]) else None
 
 

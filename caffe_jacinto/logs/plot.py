@@ -56,8 +56,9 @@ class _Line:
 
     @property
     def tested(self) -> float | None:
-        """Top-1 of the last ``caffe test``."""
-        found = [stage.figures.top1 for stage in self.run.stages if stage.figures.tested]
+        """Top-1 of the last ``caffe test`` in float."""
+        tests = [stage.figures for stage in self.run.stages if stage.figures.tested]
+        found = [figures.top1 for figures in tests if not figures.quantized]
         return found[-1] if found else None
 
 

@@ -156,8 +156,16 @@ class PrintedNet:
 
     @property
     def quantized(self) -> bool:
-        """Whether the fork computes it in quantized values."""
+        """Whether it is computed in quantized values."""
         return self._head is not None and self._head.flag("quantize")
+
+    @property
+    def bits(self) -> tuple[int, int] | None:
+        """Of weights and of activations, where it is quantized; defaults as in the fork's schema."""
+        if not self.quantized or self._head is None:
+            return None
+        settings = self._head.message("net_quantization_param")
+        return settings.integer("bitwidth_weights", 12), settings.integer("bitwidth_activations", 8)
 
 
 def _of_today(net: tree.Message) -> tree.Message:

@@ -62,6 +62,8 @@ class StageFigures:
     sparsity_logged: float | None
     """The total that the log states, whatever it counts."""
     gigamacs: float | None
+    gigamacs_left: float | None
+    """Of `gigamacs`, when weights that are zero cost nothing, by the last listing of sparsity."""
     classes: int | None
     image_size: tuple[int, int] | None
     """Height and width of the network's images, after the crop."""
@@ -80,7 +82,12 @@ class StageFigures:
     tested: bool
     """Whether this is ``caffe test`` and no training."""
     quantized: bool
-    """Whether that was a test of the fork in quantized values."""
+    """Whether that was a test in quantized values."""
+    weight_bits: int | None
+    activation_bits: int | None
+    """Of a test in quantized values."""
+    float_top1: float | None
+    """Top-1 of the network before it was quantized, on the same images."""
     timed: bool
     """Whether this is ``caffe time``."""
     began: bool
@@ -129,6 +136,10 @@ class StageLog:
         """Whether a test has begun, and no line of the solver has come after it."""
         self.batches: int | None = None
         """Batches that ``caffe test`` runs."""
+        self.quantizing: events.Quantizing | None = None
+        """How far a calibration, or what else comes before or after a test of ours, is."""
+        self._float: dict[str, float] = {}
+        """The outputs of the network before it was quantized."""
         self.fatal: str | None = None
         """The error that ended the last process, if any."""
         self.tests: dict[int, SolverTest] = {}
@@ -247,7 +258,8 @@ class StageLog:
         self._new_process()
 
     def _new_process(self) -> None:
-        self.fatal = None
+        self.fatal = self.quantizing = None
+        self._float.clear()
         self._silent = None
         self.in_test = False
         self._recalibrated = False
@@ -268,6 +280,7 @@ class StageLog:
                 self._test_started(event)
             case events.BatchTested():
                 self.iteration = event.batch + 1
+                self.quantizing = None
             case events.Sparsity():
                 self._sparsity = event
             case events.SnapshotWritten():
@@ -292,6 +305,10 @@ class StageLog:
                 self._restored(event)
             case events.TrainingBegan():
                 self._training_began()
+            case events.Quantizing():
+                self.quantizing = event
+            case events.FloatOutput():
+                self._float[event.name] = event.value
             case events.TestPlanned():
                 self.batches, self.iteration, self._finished = event.batches, 0, False
             case events.TestLoss():
@@ -469,6 +486,7 @@ class StageLog:
         main = self._nets.main()
         named = by_name(outputs)
         accuracies = self._accuracies(named)
+        bits = main.bits if main else None
         losses = [output.loss for output in outputs.values() if output.loss is not None]
         seconds = None if self.last_stamp is None else round(self._spent().seconds, 3)
         return StageFigures(
@@ -484,7 +502,8 @@ class StageLog:
             accuracies=self._all_accuracies(),
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
-            gigamacs=self._gigamacs(),
+            gigamacs=_cost_digits(main.gigamacs if main else None),
+            gigamacs_left=_cost_digits(self._gigamacs_left()),
             classes=main.classes if main else None,
             image_size=main.image_size if main else None,
             images_per_second=self._images_per_second(),
@@ -495,7 +514,10 @@ class StageLog:
             start_stamp=self.first_stamp,
             year=self._year(),
             tested=self.batches is not None and not self._trained,
-            quantized=bool(main and main.quantized),
+            quantized=bits is not None,
+            weight_bits=bits[0] if bits else None,
+            activation_bits=bits[1] if bits else None,
+            float_top1=self._float.get(accuracies.get(1, "")),
             timed=bool(self._times) and not self._trained,
             began=self._began,
             trained=self._has_trained,
@@ -544,12 +566,13 @@ class StageLog:
                 found[name + ending] = value
         return found
 
-    def _gigamacs(self) -> float | None:
-        net = self._nets.main()
-        total = net.gigamacs if net else None
-        if total is None:
+    def _gigamacs_left(self) -> float | None:
+        """Each weight of a layer has the same share of its cost. None where the sparsity is not known."""
+        net, listed = self._nets.main(), self._sparsity
+        if net is None or net.gigamacs is None or listed is None or self.sparsity is None:
             return None
-        return round(total, 4) if total >= 0.1 else float(f"{total:.4g}")
+        saved = sum((cost.macs or 0) * listed.blobs.get((cost.name, 0), 0.0) for cost in net.costs)
+        return net.gigamacs - saved / 1e9
 
     def _images_per_second(self) -> float | None:
         """For the whole stage: from NVCaffe's final figure, or from the first and last line of training."""
@@ -618,6 +641,12 @@ class StageLog:
             silent_tests=self._silent_tests,
             loss=self.losses.at_end(self.iteration or 0),
         )
+
+
+def _cost_digits(gigamacs: float | None) -> float | None:
+    if gigamacs is None:
+        return None
+    return round(gigamacs, 4) if gigamacs >= 0.1 else float(f"{gigamacs:.4g}")
 
 
 def _speed_digits(speed: float) -> float:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, TextIO
 
 from caffe_jacinto.common.text import Column, Line, duration, printable, show_table
@@ -74,6 +75,8 @@ STAGE_HEADERS = (
     "Time",
 )
 RESULT_HEADERS = ("Configuration", "Top-1 accuracy", "Top-5 accuracy", "Complexity (GigaMACs)")
+LEFT_HEADER = "Left without zeros"
+"""Of the complexity, when weights that are zero cost nothing."""
 
 
 def tables(runs: Sequence[Run], *, published: bool = False) -> list[Table]:
@@ -96,7 +99,7 @@ def stage_table(run: Run) -> Table:
     headers = [*STAGE_HEADERS[:4], MEAN_AP_HEADER, *STAGE_HEADERS[4:]] if detects else STAGE_HEADERS
     table = Table(printable(run.name), headers)
     for stage in run.stages:
-        figures, difference = stage.figures, _difference(run, stage)
+        figures, change = stage.figures, difference(run, stage)
         name = printable(stage.name)
         cells = [
             name if figures.finished else f"{name} (unfinished)",
@@ -106,7 +109,7 @@ def stage_table(run: Run) -> Table:
             *([percent(figures.mean_ap, 2)] if detects else []),
             UNKNOWN if figures.loss is None else f"{figures.loss:.4g}",
             percent(figures.sparsity, 1),
-            UNKNOWN if difference is None else f"{100 * difference:+.2f}",
+            UNKNOWN if change is None else f"{100 * change:+.2f}",
             speed(figures.images_per_second),
             UNKNOWN if figures.seconds is None else duration(figures.seconds, exact=True),
         ]
@@ -118,20 +121,24 @@ def stage_table(run: Run) -> Table:
 
 
 def result_table(runs: Sequence[Run], published: Sequence[Published]) -> Table:
-    """Each run's first and last stage, below the ``published`` rows."""
-    table = Table("Results", RESULT_HEADERS)
+    """Each run's first and last stage and its quantized networks, below the ``published`` rows."""
+    shown = shown_results(runs)
+    with_left = any(stage.figures.gigamacs_left is not None for _, stage in shown)
+    table = Table("Results", (*RESULT_HEADERS, LEFT_HEADER) if with_left else RESULT_HEADERS)
     for row in published:
         cells = [
             f"{row.name} (published, ImageNet)",
             percent(row.top1, row.decimals),
             percent(row.top5, row.decimals),
             f"{row.gigamacs:.3f}",
+            *([UNKNOWN] if with_left else []),
         ]
         table.rows.append(Row(cells, "published"))
-    for run, stage in results(runs):
+    for run, stage in shown:
         figures = stage.figures
         cells = [configuration(run, stage), percent(figures.top1, 2), percent(figures.top5, 2)]
-        table.rows.append(Row([*cells, complexity(figures.gigamacs)]))
+        left = [complexity(figures.gigamacs_left)] if with_left else []
+        table.rows.append(Row([*cells, complexity(figures.gigamacs), *left]))
     return table
 
 
@@ -139,10 +146,12 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
     """Of each run, the first and the last stage with an accuracy; else the last whose network is known.
 
     Where stages have a sparsity, the last of those is the result: stock Caffe's test does not report it.
+    Tests in quantized values count only where nothing else has an accuracy; see `quantized`.
     """
     found: list[tuple[Run, Stage]] = []
     for run in runs:
         scored = [stage for stage in run.stages if stage.figures.top1 is not None]
+        scored = [stage for stage in scored if not stage.figures.quantized] or scored[:1]
         scored = scored or [stage for stage in run.stages if stage.figures.gigamacs is not None][-1:]
         later = [stage for stage in scored[1:] if stage.figures.sparsity is not None] or scored[1:]
         ends = scored[:1] + later[-1:]
@@ -150,11 +159,50 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
     return found
 
 
+def shown_results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
+    """The rows of the result table."""
+    return [pair for run in runs for pair in (*results([run]), *quantized(run))]
+
+
+def quantized(run: Run) -> list[tuple[Run, Stage]]:
+    """The run's tests in quantized values that are not among its `results`."""
+    shown = [stage for _, stage in results([run])]
+    tests = [stage for stage in run.stages if stage.figures.quantized and stage.figures.top1 is not None]
+    return [(run, stage) for stage in tests if not any(stage is one for one in shown)]
+
+
 def configuration(run: Run, stage: Stage) -> str:
     """The name of a row of the result table."""
-    sparsity = stage.figures.sparsity
-    ending = f" ({percent(sparsity, 1)} sparse)" if sparsity else ""
+    sparsity, bits = _sparsity(run, stage), bits_of(stage)
+    what = [f"{percent(sparsity, 1)} sparse"] if sparsity else []
+    what += [bits] if bits else []
+    ending = f" ({', '.join(what)})" if what else ""
     return f"{printable(run.name)}, {printable(stage.name)}{ending}"
+
+
+def bits_of(stage: Stage) -> str:
+    """The bits of a test in quantized values, in words; else nothing."""
+    weights, activations = stage.figures.weight_bits, stage.figures.activation_bits
+    if weights is None:
+        return ""
+    return (
+        f"{weights} bits"
+        if weights == activations
+        else f"{weights}-bit weights, {activations}-bit activations"
+    )
+
+
+def _sparsity(run: Run, stage: Stage) -> float | None:
+    """That of the stage; of a test in quantized values that does not report it, that of the last before."""
+    known = stage.figures.sparsity
+    if known is not None or not stage.figures.quantized:
+        return known
+    return next((one.figures.sparsity for one in _before(run, stage) if one.figures.sparsity), None)
+
+
+def _before(run: Run, stage: Stage) -> list[Stage]:
+    """The stages before one, the nearest first."""
+    return list(takewhile(lambda one: one is not stage, run.stages))[::-1]
 
 
 def percent(value: float | None, decimals: int) -> str:
@@ -169,12 +217,21 @@ def complexity(gigamacs: float | None) -> str:
     return f"{gigamacs:.4f}" if gigamacs >= 0.001 else f"{gigamacs:.3g}"
 
 
-def _difference(run: Run, stage: Stage) -> float | None:
-    """Top-1 of the stage minus that of the run's first stage."""
-    base, value = run.stages[0].figures.top1, stage.figures.top1
-    if stage is run.stages[0] or base is None or value is None:
+def difference(run: Run, stage: Stage) -> float | None:
+    """Top-1 of the stage minus that of the run's first stage; in quantized values, that of the float one."""
+    figures = stage.figures
+    base = _before_quantization(run, stage) if figures.quantized else run.stages[0].figures.top1
+    if base is None or figures.top1 is None or (stage is run.stages[0] and not figures.quantized):
         return None
-    return round(value - base, 6)
+    return round(figures.top1 - base, 6)
+
+
+def _before_quantization(run: Run, stage: Stage) -> float | None:
+    """By the same log, or else of the last stage before that is not quantized."""
+    if stage.figures.float_top1 is not None:
+        return stage.figures.float_top1
+    scored = [one.figures.top1 for one in _before(run, stage) if not one.figures.quantized]
+    return next((value for value in scored if value is not None), None)
 
 
 def speed(value: float | None) -> str:
@@ -196,7 +253,7 @@ def _run_record(run: Run) -> dict[str, Any]:
 JSON_FIELDS = (
     *("caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss", "outputs"),
     *("sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
-    *("classes", "image_size", "notes"),
+    *("classes", "image_size", "gigamacs_left", "weight_bits", "activation_bits", "float_top1", "notes"),
 )
 
 
@@ -224,8 +281,9 @@ STAGE_FIELDS = (
     *("run", "stage", "finished", "iterations", "top1", "top5", "loss", "sparsity", "top1_change"),
     *("images_per_second", "seconds", "gigamacs", "sparsity_logged", "images_per_second_logged"),
     *("caffe_version", "log", "mean_ap", "train_loss", "outputs", "notes"),
+    *("gigamacs_left", "weight_bits", "activation_bits", "float_top1"),
 )
-RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published")
+RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published", "gigamacs_left")
 
 
 def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
@@ -239,7 +297,7 @@ def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
     for run in runs:
         for stage in run.stages:
             values = vars(stage.figures) | {"run": run.name, "stage": stage.name, "log": str(stage.log)}
-            values["top1_change"] = _difference(run, stage)
+            values["top1_change"] = difference(run, stage)
             values["outputs"] = "; ".join(
                 f"{name} = {number:g}" for name, number in stage.figures.outputs.items()
             )
@@ -248,10 +306,11 @@ def as_csv(runs: Sequence[Run], *, published: bool = False) -> str:
     writer.writerow([])
     writer.writerow(RESULT_FIELDS)
     for row in published_rows(runs, published):
-        writer.writerow([row.name, row.top1, row.top5, row.gigamacs, "true"])
-    for run, stage in results(runs):
+        writer.writerow([row.name, row.top1, row.top5, row.gigamacs, "true", None])
+    for run, stage in shown_results(runs):
         figures = stage.figures
-        cells = (configuration(run, stage), figures.top1, figures.top5, figures.gigamacs, False)
+        costs = (figures.gigamacs, False, figures.gigamacs_left)
+        cells = (configuration(run, stage), figures.top1, figures.top5, *costs)
         writer.writerow([as_cell(cell) for cell in cells])
     return text.getvalue()
 

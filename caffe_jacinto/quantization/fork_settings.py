@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.quantization.schemes import SCHEMES, Bits, MovingRange, Scheme
 
 FIELDS = ("quantize", "net_quantization_param")
@@ -80,3 +83,27 @@ def fork_settings(net: Any, where: str) -> ForkSettings | None:
     return ForkSettings(
         scheme, given.quantize_weights, given.quantize_activations, tuple(given.ignored_layer_names)
     )
+
+
+def fields_of(scheme: Scheme, ignored: Sequence[str]) -> str:
+    """The lines at the top of a network that say how it is tested in quantized values.
+
+    caffe-jacinto computes by them where the scheme is its own; the bits are those of any. ``ignored``: layers
+    that take no part.
+    """
+    from google.protobuf import text_format
+
+    net = messages(Dialect.CAFFE_JACINTO).NetParameter(quantize=True)
+    settings = net.net_quantization_param
+    settings.bitwidth_weights = scheme.bits.weights
+    settings.bitwidth_activations = scheme.bits.activations
+    settings.bitwidth_bias = scheme.bits.bias
+    settings.power2_scale_weights = settings.power2_scale_activations = scheme.power_of_two
+    settings.apply_offset_weights = scheme.offset_weights
+    if scheme.moving is not None:
+        settings.apply_offset_activations = scheme.moving.offset_activations
+        settings.range_update_factor = scheme.moving.pace
+        settings.range_expansion_factor = scheme.moving.expansion
+        settings.quantization_start = scheme.moving.start
+    settings.ignored_layer_names.extend(ignored)
+    return str(text_format.MessageToString(net, as_utf8=True))

@@ -27,6 +27,8 @@ class Accuracy:
     """None where there are fewer than five classes."""
 
     images: int
+    loss: float
+    """The mean softmax loss."""
 
 
 @dataclass

@@ -457,6 +457,9 @@ class QuantizeSettings(_Settings):
     sensitivity: bool = False
     """Test with each layer quantized alone, too."""
 
+    input_shift: Annotated[Literal["power", "bias", "scale"] | None, Optional] = None
+    """The layer that is written for what the network adds to images; without it, power."""
+
 
 class Stage(_Settings):
     """One run of a solver; or without one, the quantization of an earlier stage's network."""

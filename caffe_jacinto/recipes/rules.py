@@ -271,7 +271,7 @@ def _quantizes_a_stage(stage: Values) -> Iterator[Mistake]:
 
 def _quantization_settings_agree(stage: Values) -> Iterator[Mistake]:
     if stage["quantize"]:
-        names = ("scheme", "ranges", "weight_ranges", "percentile", "bias_correction")
+        names = ("scheme", "ranges", "weight_ranges", "percentile", "bias_correction", "input_shift")
         for key, what in scheme_mistakes({name: stage[f"quantize.{name}"] for name in names}):
             yield stage.mistake(f"quantize.{key}", what)
         kept = stage["quantize.keep_float"]

@@ -33,7 +33,7 @@ from caffe_jacinto.common.errors import (
     exit_code,
 )
 from caffe_jacinto.common.processes import WARNINGS, keep_freed_memory
-from caffe_jacinto.engines.caffe_log import CaffeLog, write_line
+from caffe_jacinto.engines.caffe_log import CAFFE_SOURCE, CaffeLog, write_line
 from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import allow_tf32
@@ -233,10 +233,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-SOURCE = "caffe.cpp:0"
-"""The file that Caffe's own command line logs from: readers of logs know it by that."""
-
-
 @contextmanager
 def open_log(
     ranks: Ranks,
@@ -249,7 +245,7 @@ def open_log(
     A `UserError` inside becomes a fatal line, as readers of the log expect it, and the exit code.
     ``batch_that_fits`` is asked where the GPU's memory is too small.
     """
-    log = CaffeLog(_write_info if ranks.first else lambda message: None, SOURCE)
+    log = CaffeLog(_write_info if ranks.first else lambda message: None, CAFFE_SOURCE)
     log.info(
         f"This is caffe-torch {__version__} (PyTorch {torch.__version__}, files of dialect "
         f"{options.dialect.value}, {options.precision})"
@@ -285,7 +281,7 @@ def open_log(
 
 
 def _write_info(message: str) -> None:
-    write_line("I", message, SOURCE)
+    write_line("I", message, CAFFE_SOURCE)
 
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
