@@ -5,6 +5,7 @@
     python -m caffe_jacinto.build_net --gpus 0,1 --batch-size 512
     python -m caffe_jacinto.build_net --network resnet10 --summary --draw resnet10.svg
     python -m caffe_jacinto.build_net --summary deploy.prototxt --weights trained.caffemodel
+    python -m caffe_jacinto.build_net --summary train_val.prototxt --input 3x224x224
     python -m caffe_jacinto.build_net --upgrade old_train_val.prototxt --output train_val.prototxt
     python -m caffe_jacinto.build_net --from train_val.prototxt --dialect caffe_jacinto --output nets/fork
     python -m caffe_jacinto.build_net --output nets/digits --dialect bvlc --num-classes 10 --crop-size 32 \\
@@ -37,7 +38,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.arguments import Parser, gpu_request, not_empty, whole_number, whole_numbers
+from caffe_jacinto.common.arguments import (
+    Parser,
+    blob_shape,
+    gpu_request,
+    not_empty,
+    whole_number,
+    whole_numbers,
+)
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.engines.gpus import requested_gpus
@@ -173,6 +181,8 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="PROTOTXT",
         help="list layers, shapes, parameters and MACs of PROTOTXT, or of the network of the other arguments",
     )
+    input_help = "the images' size, where PROTOTXT and its data do not say it, or another than they say"
+    look.add_argument("--input", type=blob_shape, metavar="CxHxW", help=input_help)
     look.add_argument("--format", choices=["text", "csv", "json"], help="of the summary (default: text)")
     look.add_argument("--weights", type=Path, metavar="FILE", help="count the zeros in this .caffemodel")
     look.add_argument("--draw", type=Path, metavar="FILE", help="draw the network to FILE (.svg or .png)")
@@ -214,6 +224,8 @@ def _named_network(argv: Sequence[str]) -> str:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other or would do nothing."""
     looks = arguments.summary is not None or arguments.draw or arguments.weights or arguments.format
+    if arguments.input and not arguments.summary:
+        raise UserError("--input gives the images' size of --summary PROTOTXT; without it, give --crop-size")
     if arguments.upgrade and looks:
         raise UserError("--upgrade only writes a file; leave out --summary, --draw, --weights and --format")
     if arguments.summary and arguments.output:
@@ -249,7 +261,8 @@ def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect
     from caffe_jacinto.caffemodel.show import summary_with_zeros
     from caffe_jacinto.netspec import summary as summaries
 
-    summary = summary_with_zeros(text, where, dialect, arguments.weights, partial(_shapes_of_lists, where))
+    shapes = partial(_shapes_of_data, where, arguments.input)
+    summary = summary_with_zeros(text, where, dialect, arguments.weights, shapes)
     if arguments.draw is not None:
         from caffe_jacinto.netspec.drawing import draw
 
@@ -264,16 +277,25 @@ def _look(arguments: argparse.Namespace, text: str, where: str, dialect: Dialect
         summaries.show(summary, sys.stdout)
 
 
-def _shapes_of_lists(where: str, net: Any) -> dict[str, tuple[int, ...]]:
-    """What layers of ``net`` give that read lists of images or HDF5 files, where these can be read."""
-    from caffe_jacinto.netspec.graph import TEST
+def _shapes_of_data(where: str, given: tuple[int, int, int] | None, net: Any) -> dict[str, tuple[int, ...]]:
+    """What the layers of ``net`` that read data give, by their names, where it can be found out.
 
-    kinds = {layer.type for layer in net.layer}
-    if not kinds & {"HDF5Data", "ImageData"}:
-        return {}
-    from caffe_jacinto.data.sources import listed_shapes
+    ``given``, channels x height x width, is that of the first such layer or declared input. The others' comes
+    from their LMDBs and lists, where these are there.
+    """
+    from caffe_jacinto.netspec.graph import TEST, messages_in
+    from caffe_jacinto.netspec.layer_types import role_of
 
-    return listed_shapes(net, TEST, where)
+    phase = None if net.state.HasField("phase") else TEST
+    readers = [layer for layer in messages_in(net, phase) if role_of(layer.type) == "data"]
+    found: dict[str, tuple[int, ...]] = {}
+    if any(layer.type in ("Data", "HDF5Data", "ImageData") for layer in readers[1 if given else 0 :]):
+        from caffe_jacinto.data.sources import shapes_of_data
+
+        found = shapes_of_data(net, phase, where)
+    if given and not readers:
+        raise UserError(f"--input: {where} has no layer that gives images; leave it out")
+    return found | ({readers[0].name: (1, *given)} if given else {})
 
 
 if __name__ == "__main__":

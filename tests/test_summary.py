@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 from google.protobuf import text_format
 
@@ -185,6 +186,44 @@ def test_arguments_that_do_not_go_together(
         main(arguments)
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+FROM_DATA = TINY.replace(
+    'type: "Input" top: "data" input_param { shape { dim: 4 dim: 3 dim: 8 dim: 8 } }',
+    'type: "Data" top: "data" top: "label" data_param { source: "lmdb" batch_size: 4 }',
+)
+
+
+def test_a_network_without_a_crop_has_the_size_of_its_lmdb_or_the_one_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.prototxt").write_text(FROM_DATA)
+    says = (
+        r"layer data \(Data\) does not say the images' size, and lmdb, which it reads, cannot be read; "
+        "give it with --input CxHxW"
+    )
+    with pytest.raises(UserError, match=says):
+        main(["--summary", "net.prototxt"])
+
+    def shown(*arguments: str) -> tuple[list[int], int]:
+        assert main(["--summary", *arguments, "--format", "json"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        return content["layers"][0]["output"], content["macs"]
+
+    assert shown("net.prototxt", "--input", "3x8x8") == ([3, 8, 8], summarize(TINY, "x").macs)
+    Path("tiny.prototxt").write_text(TINY)
+    assert shown("tiny.prototxt", "--input", "3x16x8")[0] == [3, 16, 8]
+    image = messages(Dialect.BVLC).Datum(channels=1, height=7, width=9, data=bytes(63), label=0)
+    with lmdb.open("lmdb") as environment, environment.begin(write=True) as records:
+        records.put(b"00000000", image.SerializeToString())
+    assert shown("net.prototxt")[0] == [1, 7, 9]
+    Path("net.prototxt").write_text(
+        FROM_DATA.replace("data_param", "transform_param { crop_size: 5 } data_param")
+    )
+    assert shown("net.prototxt")[0] == [1, 5, 5]
+    with pytest.raises(UserError, match="without it, give --crop-size"):
+        main(["--summary", "--input", "3x8x8"])
 
 
 def test_a_picture_is_the_same_twice_and_escapes_what_it_prints(tmp_path: Path) -> None:

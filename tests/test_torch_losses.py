@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_pair import (
@@ -22,6 +24,7 @@ from layer_pair import (
 )
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
@@ -257,3 +260,66 @@ def test_bottoms_that_do_not_fit_are_named(layer: str, says: str) -> None:
     with pytest.raises(UserError, match=r"net\.prototxt: layer tested|infogain matrix") as error:
         Net(parse_net(text, Dialect.BVLC, "net.prototxt"), TRAIN, Dialect.BVLC, where="net.prototxt")
     assert says in str(error.value)
+
+
+# --------------------------------------------------------------------------- labels and indices out of range
+
+LABELLED = {
+    "Accuracy": "",
+    "HingeLoss": "",
+    "InfogainLoss": "",
+    "MultinomialLogisticLoss": "",
+    "SoftmaxWithLoss": "loss_param { ignore_label: 255 }",
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+@pytest.mark.parametrize("label", [-1, 4, 255])
+def test_a_label_out_of_range_is_one_line(kind: str, label: int) -> None:
+    """It is computed by a layer before, so that nothing sees it before the pass."""
+    matrix = 'bottom: "h"' if kind == "InfogainLoss" else ""
+    text = (
+        inputs_text({"data": (2, 4), "number": (2,), "h": (1, 1, 4, 4)})
+        + 'layer { name: "more" type: "Power" bottom: "number" top: "label" power_param { shift: 1 } }'
+        + f'layer {{ name: "last" type: "{kind}" bottom: "data" bottom: "label" {matrix} top: "loss" '
+        + f"{LABELLED[kind]} }}"
+    )
+    net = Net(parse_net(text, Dialect.BVLC, "net"), TRAIN, Dialect.BVLC, where="net.prototxt", seed=1)
+    values = {"data": torch.full((2, 4), 0.25), "h": torch.eye(4).reshape(1, 1, 4, 4)}
+    net({**values, "number": torch.tensor([2.0, -1.0])})
+    given = {**values, "number": torch.tensor([1.0, label - 1.0])}
+    if label == 255 and kind == "SoftmaxWithLoss":
+        net(given)
+        return
+    says = (
+        f"net.prototxt: layer last ({kind}): the label {label} in its bottom label: it has to be from 0 to 3"
+    )
+    with pytest.raises(UserError, match=re.escape(says)):
+        net(given)
+
+
+def test_an_index_out_of_range_is_one_line() -> None:
+    text = (
+        inputs_text({"numbers": (3,), "data": (2, 4)})
+        + 'layer { name: "words" type: "Embed" bottom: "numbers" top: "rows"'
+        + " embed_param { input_dim: 5 num_output: 2 } }"
+        + 'layer { name: "again" type: "BatchReindex" bottom: "data" bottom: "numbers" top: "some" }'
+    )
+    net = Net(parse_net(text, Dialect.BVLC, "net"), TRAIN, Dialect.BVLC, where="net.prototxt", seed=1)
+    data = torch.zeros(2, 4)
+    with pytest.raises(UserError, match=r"layer words \(Embed\): the index 5 in its bottom numbers: .* to 4"):
+        net({"numbers": torch.tensor([0.0, 4, 5]), "data": data})
+    with pytest.raises(UserError, match=r"layer again \(BatchReindex\): the number of an item 2 in its"):
+        net({"numbers": torch.tensor([0.0, 1, 2]), "data": data})
+
+
+def test_what_would_wait_for_a_gpu_is_kept_and_named_later() -> None:
+    """The computation of a GPU, here on a CPU."""
+    kept = torch.zeros((), dtype=torch.int64)
+    indices = Indices("net.prototxt: layer last (SoftmaxWithLoss)", "label", LABEL, 4, 255, kept)
+    assert indices(torch.tensor([[0.0, 3.0], [255.0, 1.0]])).tolist() == [[0, 3], [255, 1]]
+    indices.check()
+    assert indices(torch.tensor([0.0, -7.0, 1.0])).tolist() == [0, 0, 1]
+    assert indices(torch.tensor([9.0, 1.0, 1.0])).tolist() == [0, 1, 1]
+    with pytest.raises(UserError, match="the label -7 in its bottom label: it has to be from 0 to 3, or 255"):
+        indices.check()

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
+from caffe_jacinto.netspec.data_fit import LmdbSize
 from caffe_jacinto.netspec.graph import TEST, layers_in, nodes_of
 from caffe_jacinto.netspec.summary import summarize
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.networks.stage_files import stage_files
-from caffe_jacinto.networks.user_network import LmdbSize
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.edit import Edits
@@ -84,6 +85,10 @@ layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "
 CROPPED = SMALL.replace(
     "include { phase: TRAIN }", "include { phase: TRAIN }\n  transform_param { crop_size: 28 }"
 )
+
+SMALL_SOLVER = """net: "net.prototxt" test_iter: 2 test_interval: 2 base_lr: 0.01 lr_policy: "fixed"
+max_iter: 4 snapshot_prefix: "small" solver_mode: CPU
+"""
 
 SOLVER = """
 [stages.initial.solver]
@@ -333,23 +338,56 @@ layer { name: "age_loss" type: "EuclideanLoss" bottom: "age" bottom: "years" top
         ('top: "ip"\n  param', 'top: "data"\n  param', r":33: layer ip: top: data is made by an earlier"),
     ],
 )
+@pytest.mark.parametrize("way", ["recipe", "--from", "caffe-torch"])
 def test_a_mistake_in_the_file_is_one_line_before_anything_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
     before: str,
     after: str,
     message: str,
+    way: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lmdbs(tmp_path)
     assert before in SMALL
     Path("net.prototxt").write_text(SMALL.replace(before, after, 1))
-    recipe_file(tmp_path, "net.prototxt")
+    if way == "recipe":
+        recipe_file(tmp_path, "net.prototxt")
+    else:
+        Path("solver.prototxt").write_text(SMALL_SOLVER)
     with pytest.raises(UserError) as caught:
-        train(["recipe.toml", "--engine", "torch", "--output", "run"])
+        if way == "caffe-torch":
+            caffe_torch(["train", "-solver", "solver.prototxt"])
+        else:
+            source = ["recipe.toml"] if way == "recipe" else ["--from", "solver.prototxt"]
+            train([*source, "--engine", "torch", "--output", "run"])
     assert len([line for line in caught.value.lines() if re.search(message, line)]) == 1
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("num_output: 10\n", "num_output: 9\n", r":124: layer ip2: num_output: 9 outputs are for labels 0"),
+        ('bottom: "ip1"\n  top: "ip2"', 'bottom: "ip3"\n  top: "ip2"', r":119: layer ip2: bottom: no layer"),
+        ('source: "', 'batch: 3 source: "', r":8: not a NetParameter"),
+    ],
+)
+def test_a_mistake_in_an_older_file_has_its_line_there(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    text = re.sub(r'source: "[^"]*"', 'source: "train_lmdb"', text_of(published, "v1_lenet_train_test"))
+    assert before in text
+    Path("net.prototxt").write_text(text.replace(before, after, 1))
+    Path("solver.prototxt").write_text(SMALL_SOLVER)
+    for run in (
+        lambda: caffe_torch(["train", "-solver", "solver.prototxt"]),
+        lambda: train(["--from", "solver.prototxt", "--engine", "torch", "--output", "run"]),
+    ):
+        with pytest.raises(UserError, match=message):
+            run()
 
 
 # ---------------------------------------------------------------------------------------------------- edits

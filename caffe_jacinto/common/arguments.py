@@ -102,6 +102,18 @@ def image_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def blob_shape(text: str) -> tuple[int, int, int]:
+    """An argument type: channels, height and width of a network's input, ``3x224x224``."""
+    sides = [
+        int(side) if side.isascii() and side.isdigit() and len(side) < 6 else 0 for side in text.split("x")
+    ]
+    if len(sides) != 3 or not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not an input's size: give 3x224x224 (channels x height x width)"
+        )
+    return sides[0], sides[1], sides[2]
+
+
 def fraction(text: str) -> float:
     """An argument type: a number between 0 and 1, both excluded."""
     try:

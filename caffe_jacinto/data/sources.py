@@ -9,8 +9,11 @@ from typing import Any
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import BatchSource, Images, data_layer
 from caffe_jacinto.data.hdf5_rows import Rows, hdf5_layer
+from caffe_jacinto.data.lmdb_reader import check_lmdb
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
+from caffe_jacinto.netspec.shapes import image_shape
+from caffe_jacinto.prototxt.tree import tree_of
 
 LISTED = ("HDF5Data", "ImageData")
 READ = ("Data", *LISTED)
@@ -41,6 +44,24 @@ def listed_shapes(net: Any, phase: str | None, where: str) -> dict[str, tuple[in
         if layer.type in LISTED:
             with suppress(UserError):
                 found[layer.name] = source_of(layer, where, training=False).top_shapes[0]
+    return found
+
+
+def shapes_of_data(net: Any, phase: str | None, where: str) -> dict[str, tuple[int, ...]]:
+    """As `listed_shapes`, with the layers that read LMDBs, for a batch of 1.
+
+    One that has a crop and names no channels gets those of its LMDB.
+    """
+    found = listed_shapes(net, phase, where)
+    for layer in messages_in(net, phase):
+        if layer.type == "Data":
+            with suppress(UserError, OSError):
+                source = layer.data_param.source
+                facts = check_lmdb(source, num_classes=None, min_images=1, min_size=1, channels=None)
+                size = (facts.channels, facts.height, facts.width)
+                shape = image_shape(tree_of(layer), {source: size})
+                if shape is not None:
+                    found[layer.name] = (1, *shape)
     return found
 
 

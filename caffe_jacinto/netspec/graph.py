@@ -60,6 +60,17 @@ def layers_in(net: Message, phase: str | None = None) -> list[Message]:
     return layers if state is None else [layer for layer in layers if included(layer, state)]
 
 
+def alone(net: Message, state: NetState) -> Message:
+    """``net`` with the layers only that it has in ``state``, to which its own state adds."""
+    own = net.message("state")
+    stages = state.stages | set(own.strings("stage"))
+    state = NetState(state.phase, state.level or own.integer("level"), stages)
+    found = Message()
+    found.fields = [(name, value) for name, value in net.fields if name not in ("layer", "state")]
+    found.fields += [("layer", layer) for layer in net.messages("layer") if included(layer, state)]
+    return found
+
+
 def messages_in(net: Any, phase: str | None = None) -> list[Any]:
     """As `layers_in`, for a NetParameter message: its LayerParameter messages."""
     header = tree_of(net)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from caffe_jacinto.common.text import did_you_mean
-from caffe_jacinto.netspec.shapes import FullShape, layer_shapes
+from caffe_jacinto.netspec.shapes import DataShapes, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
 
 
-def mistakes(net: Message, where: str, data_shapes: Sequence[FullShape] = ()) -> Iterator[str]:
+def mistakes(net: Message, where: str, data_shapes: DataShapes = ()) -> Iterator[str]:
     """Each mistake in ``net``, which has the layers of one phase, as ``FILE:LINE: layer NAME: FIELD: ...``.
 
     ``where`` is the file; ``data_shapes`` as in `layer_shapes`.
@@ -56,7 +56,7 @@ def _blobs(layers: Sequence[Message], inputs: Sequence[str], where: str) -> Iter
             made[top] = place.line
 
 
-def _top_k(net: Message, where: str, data_shapes: Sequence[FullShape]) -> Iterator[str]:
+def _top_k(net: Message, where: str, data_shapes: DataShapes) -> Iterator[str]:
     for item in layer_shapes(net, data_shapes):
         parameter = item.layer.message("accuracy_param")
         scores = item.bottoms[0] if item.bottoms else None

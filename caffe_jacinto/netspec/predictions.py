@@ -66,6 +66,12 @@ def head_of(layers: Sequence[Message], prediction: Prediction) -> Message | None
     return layers[max(found)] if found else None
 
 
+def parameters_of(head: Message) -> Message:
+    """The message with a convolution's or inner product's ``num_output``."""
+    inner = role_of(head.string("type")) == "inner product"
+    return head.message("inner_product_param" if inner else "convolution_param")
+
+
 def _labels(layer: Message) -> str:
     bottoms = layer.strings("bottom")
     return bottoms[1] if len(bottoms) > 1 else ""

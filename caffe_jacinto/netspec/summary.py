@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import TEST
-from caffe_jacinto.netspec.layer_types import Shape, geometry, role_of
+from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, Shape, geometry, role_of
 from caffe_jacinto.netspec.shapes import DataShapes, LayerCost, LayerShapes, layer_costs, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
 
@@ -173,7 +173,14 @@ def _why_unknown(shaped: list[LayerShapes], item: LayerShapes) -> str:
     culprit = next(other for other in shaped if other is item or any(shape is None for shape in other.tops))
     name, kind = culprit.layer.string("name"), culprit.kind
     if role_of(kind) == "data":
-        return f"layer {name} ({kind}) does not say the images' size; give the deploy network"
+        source = (
+            culprit.layer.message(DATA_PARAMETERS[kind]).string("source") if kind in DATA_PARAMETERS else ""
+        )
+        tried = f", and {source}, which it reads, cannot be read" if source else ""
+        return (
+            f"layer {name} ({kind}) does not say the images' size{tried}; give it with --input CxHxW, "
+            "or give the deploy network"
+        )
     if culprit is item:
         return "the size of its input is not known; give the deploy network, with its input's shape"
     return f"the size of its input is not known, since that of layer {name} ({kind}) is not"

@@ -8,7 +8,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import Node, nodes_of
 from caffe_jacinto.netspec.predictions import leading_to, predictions
 from caffe_jacinto.netspec.shapes import ImageShape, image_shape
-from caffe_jacinto.networks.user_network import NetFile
+from caffe_jacinto.networks.prototxt_file import NetFile
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.edit import Edits
 from caffe_jacinto.prototxt.render import quote

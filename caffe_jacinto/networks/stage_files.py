@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import count_of, did_you_mean
+from caffe_jacinto.netspec.data_fit import LmdbSize
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.derived_deploy import deploy_text
@@ -26,9 +27,9 @@ from caffe_jacinto.networks.layers import (
     Network,
     Softmax,
 )
+from caffe_jacinto.networks.prototxt_file import net_file
 from caffe_jacinto.networks.registry import PUBLISHED_WITH_THE_FORK, build_network, for_finetuning
 from caffe_jacinto.networks.user_network import (
-    LmdbSize,
     UserNetwork,
     read_user_network,
     test_batches,
@@ -164,7 +165,7 @@ def _users(recipe: Recipe, dialect: Dialect, batch: int, lmdbs: Mapping[str, Lmd
         Test(names[text], number or 1, State(net.state.level, tuple(sorted(net.state.stages))))
         for text, number, net in zip(test_texts(network, recipe), batches, network.tests, strict=True)
     ]
-    val = replace(network.tests[0], text=next(iter(names)))
+    val = net_file(network.tests[0].path, next(iter(names)), network.tests[0].state)
     texts = {
         TRAIN: train_text(network, recipe, batch),
         **{name: text for text, name in names.items()},

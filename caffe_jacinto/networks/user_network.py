@@ -5,133 +5,31 @@ The text stays as it was written, comments included; `prototxt.edit` changes sin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from google.protobuf import text_format
-
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.text import did_you_mean
-from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, included, nodes_of, readers, scale_after
-from caffe_jacinto.netspec.layer_types import blob_shapes_of, role_of
+from caffe_jacinto.netspec.data_fit import LmdbSize, Reading, mistakes_with_data, source_of
+from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, nodes_of, readers, scale_after
+from caffe_jacinto.netspec.layer_types import blob_shapes_of
 from caffe_jacinto.netspec.layer_types.forks import keeps_averages
 from caffe_jacinto.netspec.mistakes import mistakes
-from caffe_jacinto.netspec.predictions import head_of, predictions
-from caffe_jacinto.netspec.shapes import ImageShape, image_shape
-from caffe_jacinto.prototxt import tree
+from caffe_jacinto.netspec.predictions import head_of, parameters_of, predictions
+from caffe_jacinto.networks.prototxt_file import NetFile, net_file
 from caffe_jacinto.prototxt.edit import Edits
 from caffe_jacinto.prototxt.render import number, quote
-from caffe_jacinto.prototxt.schema import parse_any_net
 from caffe_jacinto.prototxt.tree import Message
 
 if TYPE_CHECKING:
     from caffe_jacinto.recipes.model import NetworkSettings, Recipe
 
 KEY = "network.prototxt"
-
-DECLARED = ("Input", "DummyData", "MemoryData", "Parameter")
-"""Layers without bottoms that read no data set."""
-
-
-@dataclass(frozen=True)
-class LmdbSize:
-    """What an LMDB holds."""
-
-    images: int
-    shape: ImageShape
-    """Channels, height and width of the smallest image."""
-
-    largest: tuple[int, int]
-    """Height and width of the largest."""
-
-    highest_label: int
-
-
-@dataclass(frozen=True)
-class NetFile:
-    """A prototxt and the state in which it is used."""
-
-    path: str
-    text: str
-    """As the file has it; of a file of an older form (`layers`), the same in today's."""
-
-    state: NetState
-
-    @cached_property
-    def tree(self) -> Message:
-        return tree.parse(self.text, self.path)
-
-    @cached_property
-    def layers(self) -> list[Message]:
-        """The layers that the network has in this state."""
-        header = self.tree.message("state")
-        level = self.state.level or header.integer("level")
-        state = NetState(self.state.phase, level, self.state.stages | set(header.strings("stage")))
-        return [layer for layer in self.tree.messages("layer") if included(layer, state)]
-
-    @property
-    def alone(self) -> Message:
-        """The network with the layers of this state only."""
-        net = Message()
-        net.fields = [(name, value) for name, value in self.tree.fields if name not in ("layer", "state")]
-        net.fields += [("layer", layer) for layer in self.layers]
-        return net
-
-    @cached_property
-    def sources(self) -> list[Message]:
-        """The layers that read a data set."""
-        return [
-            layer
-            for layer in self.layers
-            if role_of(layer.string("type")) == "data" and layer.string("type") not in DECLARED
-        ]
-
-    @property
-    def data(self) -> Message:
-        """The layer that gives the images: the first that reads a data set.
-
-        Raises:
-            UserError: there is none, or it is not a Data layer.
-        """
-        if not self.sources:
-            raise UserError(
-                f"{self.path}: the network has no layer that reads images in the phase {self.state.phase}; "
-                "add a Data layer"
-            )
-        first = self.sources[0]
-        if first.string("type") != "Data":
-            raise UserError(
-                f"{self.where(first)}: type {first.string('type')}: train reads images from LMDBs, by Data "
-                "layers; make one (python -m caffe_jacinto.create_lmdb) and a Data layer for it"
-            )
-        return first
-
-    @property
-    def source(self) -> str:
-        """The LMDB of the images."""
-        return _source(self.data)
-
-    @property
-    def batch(self) -> int:
-        return self.data.message("data_param").integer("batch_size")
-
-    @property
-    def crop(self) -> int | None:
-        """Height and width in pixels; None where whole images are taken."""
-        return self.data.message("transform_param").integer("crop_size") or None
-
-    @property
-    def mean_file(self) -> str | None:
-        return self.data.message("transform_param").string("mean_file") or None
-
-    def where(self, layer: Message, line: int | None = None) -> str:
-        """``FILE:LINE: layer NAME``."""
-        return f"{self.path}:{line or layer.line}: layer {layer.string('name')}"
 
 
 @dataclass(frozen=True)
@@ -173,7 +71,7 @@ class UserNetwork:
     @property
     def classes(self) -> int:
         """The outputs of the head."""
-        return _parameters(self.head).integer("num_output")
+        return parameters_of(self.head).integer("num_output")
 
     @property
     def has_batch_norm(self) -> bool:
@@ -242,17 +140,11 @@ def _net_file(path: str, phase: str, level: int, stages: Sequence[str]) -> NetFi
 
 @lru_cache(maxsize=16)
 def _checked(path: str, text: str, state: NetState) -> NetFile:
-    message = parse_any_net(text, path)
-    if tree.parse(text, path).has("layers"):
-        text = text_format.MessageToString(message, as_utf8=True)
-    net = NetFile(path, text, state)
+    net = net_file(path, text, state)
     wrong = list(mistakes(net.alone, path))
     if wrong:
         raise UserErrors(wrong)
     return net
-
-
-# --------------------------------------------------------------------- before the training: mistakes
 
 
 def mistakes_of(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSize]) -> list[str]:
@@ -260,65 +152,20 @@ def mistakes_of(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSi
 
     ``lmdbs`` are the LMDBs that are known, by their paths.
     """
-    found: dict[str, None] = {}
-    for net in (network.train, *network.tests):
-        same, lmdb = (
-            (network.train, recipe.data.train_lmdb)
-            if net is network.train
-            else (network.tests[0], recipe.data.val_lmdb)
-        )
-        used = [lmdb if path == same.source else path for path in map(_source, net.sources)]
-        shapes = []
-        for layer, path in zip(net.sources, used, strict=True):
-            known = {_source(layer): lmdbs[path].shape} if path in lmdbs else {}
-            shape = image_shape(layer, known)
-            if shape is None:
-                break
-            shapes.append((1, *shape))
-        found.update(dict.fromkeys(mistakes(net.alone, net.path, shapes)))
-        for layer, path in zip(net.sources, used, strict=True):
-            if path in lmdbs:
-                found.update(dict.fromkeys(_does_not_fit(network, net, layer, path, lmdbs[path], recipe)))
-    labelled = [lmdb for lmdb in (recipe.data.train_lmdb, recipe.data.val_lmdb) if lmdb in lmdbs]
-    if labelled:
-        highest = max(labelled, key=lambda lmdb: lmdbs[lmdb].highest_label)
-        found.update(dict.fromkeys(_label_beyond_outputs(network, highest, lmdbs[highest])))
-    return list(found)
+    crop = recipe.network.crop_size if recipe.network.crop_size != network.train.crop else None
 
+    def reading(net: NetFile, replaced: str, lmdb: str) -> Reading:
+        used = {source: lmdb if source == replaced else source for source in map(source_of, net.sources)}
+        known = {source: (path, lmdbs[path]) for source, path in used.items() if path in lmdbs}
+        return Reading(net.alone, net.path, known, crop)
 
-def _does_not_fit(
-    network: UserNetwork, net: NetFile, layer: Message, lmdb: str, size: LmdbSize, recipe: Recipe
-) -> Iterator[str]:
-    """What of a Data layer's LMDB does not fit it."""
-    transform = layer.message("transform_param")
-    crop = transform.integer("crop_size")
-    if crop and recipe.network.crop_size != network.train.crop:
-        crop = recipe.network.crop_size or crop
-    height, width = size.shape[1:]
-    images = f"the images in {lmdb}"
-    if crop > min(height, width):
-        yield (
-            f"{net.where(layer, transform.line_of('crop_size'))}: transform_param.crop_size: {crop} pixels, "
-            f"and {images} have {width}x{height}; make it smaller, or the LMDB with larger images"
-        )
-    elif not crop and size.largest != (height, width):
-        yield (
-            f"{net.where(layer, transform.line)}: transform_param.crop_size: missing, and {images} have "
-            f"{width}x{height} to {size.largest[1]}x{size.largest[0]} pixels; add it"
-        )
-
-
-def _label_beyond_outputs(network: UserNetwork, lmdb: str, size: LmdbSize) -> Iterator[str]:
-    """Labels that the network has no output for."""
-    outputs = network.classes
-    classifies = any(layer.string("type") == "SoftmaxWithLoss" for layer in network.train.layers)
-    if classifies and size.highest_label >= outputs:
-        line = _parameters(network.head).line_of("num_output")
-        yield (
-            f"{network.train.where(network.head, line)}: num_output: {outputs} outputs are for "
-            f"labels 0 to {outputs - 1}, and the images in {lmdb} have label {size.highest_label}; "
-            f"make it {size.highest_label + 1}"
-        )
+    first = network.tests[0].source
+    return mistakes_with_data(
+        [
+            reading(network.train, network.train.source, recipe.data.train_lmdb),
+            *(reading(net, first, recipe.data.val_lmdb) for net in network.tests),
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------- the texts of a stage
@@ -437,12 +284,3 @@ def _blobs(layer: Message) -> int:
     """How many blobs a layer has."""
     bottoms = [None] * len(layer.strings("bottom"))
     return len(blob_shapes_of(layer, bottoms))
-
-
-def _source(layer: Message) -> str:
-    return layer.message("data_param").string("source")
-
-
-def _parameters(layer: Message) -> Message:
-    inner = layer.string("type") == "InnerProduct"
-    return layer.message("inner_product_param" if inner else "convolution_param")

@@ -16,12 +16,35 @@ from caffe_jacinto.common.files import looked_for, read_text
 from caffe_jacinto.prototxt import forks
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.prototxt.tree import Message, parse, tree_of
+from caffe_jacinto.prototxt.upgrade import keep_lines
 from caffe_jacinto.recipes.model import SparseSettings, sparse_fields, sparse_settings
 
 
 def histories(kind: str) -> int:
     """How many blobs of history a solver of this type keeps for each blob of weights (solvers/*.cpp)."""
     return 2 if kind in ("AdaDelta", "Adam") else 1
+
+
+class Written(NamedTuple):
+    """Where a network is written: a file's text, and the field where it is inside a solver."""
+
+    file: Path
+    text: str
+    field: str = ""
+    number: int = 0
+    """Of several such fields."""
+
+    def tree(self, today: Any) -> Message:
+        """The network, with the lines of the file. ``today`` is its message, brought up to date."""
+        found = parse(self.text, str(self.file))
+        if self.field:
+            found = found.messages(self.field)[self.number]
+        if not found.has("layers"):
+            return found
+        tree = tree_of(today)
+        keep_lines(tree, found)
+        return tree
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class TestNet:
     source: str
     """Where it comes from, in the words of Caffe's log: ``test_net file: val.prototxt``."""
 
+    written: Written
+
 
 @dataclass(frozen=True)
 class SolverFile:
@@ -61,6 +86,9 @@ class SolverFile:
     tests: tuple[TestNet, ...]
     train_source: str
     """As `TestNet.source`."""
+
+    written: Written
+    """The training network's text."""
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
@@ -117,7 +145,8 @@ def read_solver(path: Path, dialect: Dialect, texts: Mapping[str, str] | None = 
     def text_of(file: Path) -> str:
         return texts[str(file)] if str(file) in texts else read_text(file)
 
-    parameters = parse_solver(text_of(path), dialect, str(path))
+    own = text_of(path)
+    parameters = parse_solver(own, dialect, str(path))
     _complete_snapshot_prefix(parameters, path)
 
     def read(place: _Place, phase: int, state: Any) -> Any:
@@ -125,18 +154,25 @@ def read_solver(path: Path, dialect: Dialect, texts: Mapping[str, str] | None = 
             return parse_net_in(text_of(place.file), dialect, str(place.file), phase, state)
         return _in_state(place.inside, phase, state)
 
+    def written(place: _Place) -> Written:
+        if place.file is not None:
+            return Written(place.file, text_of(place.file))
+        return Written(path, own, place.source, place.number)
+
     train = _training_place(parameters, path)
     places = _test_places(parameters, path)
     states = list(parameters.test_state) or [None] * len(places)
     if len(states) != len(places):
         raise UserError(f"{path}: {len(states)} of test_state for {len(places)} test networks; give each one")
     tests = tuple(
-        TestNet(place.file or path, read(place, TEST, state), batches, place.source)
+        TestNet(place.file or path, read(place, TEST, state), batches, place.source, written(place))
         for place, batches, state in zip(places, parameters.test_iter, states, strict=True)
     )
     train_state = parameters.train_state if parameters.HasField("train_state") else None
     train_net = read(train, TRAIN, train_state)
-    return SolverFile(path, dialect, parameters, train.file or path, train_net, tests, train.source)
+    return SolverFile(
+        path, dialect, parameters, train.file or path, train_net, tests, train.source, written(train)
+    )
 
 
 class _Place(NamedTuple):
@@ -147,6 +183,7 @@ class _Place(NamedTuple):
 
     file: Path | None
     inside: Any = None
+    number: int = 0
 
 
 def _training_place(parameters: Any, path: Path) -> _Place:
@@ -172,7 +209,9 @@ def _place(parameters: Any, name: str) -> _Place:
 def _test_places(parameters: Any, path: Path) -> list[_Place]:
     """The test networks in Caffe's order: test_net_param, test_net, and net for the rest of test_iter."""
     batches = len(parameters.test_iter)
-    places = [_Place("test_net_param", None, net) for net in parameters.test_net_param]
+    places = [
+        _Place("test_net_param", None, net, number) for number, net in enumerate(parameters.test_net_param)
+    ]
     places += [_Place(f"test_net file: {name}", Path(name)) for name in parameters.test_net]
     for name in ("net", "net_param"):
         if parameters.HasField(name):

@@ -11,9 +11,12 @@ out with a warning is returned.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.prototxt.tree import Message, Place
 
 SOLVER_TYPES = {
     "SGD": "SGD",
@@ -329,3 +332,47 @@ def _upgrade_inputs(net: Any, where: str) -> None:
         net.layer.extend(layers)
     for field in ("input", "input_shape", "input_dim"):
         net.ClearField(field)
+
+
+def keep_lines(today: Message, older: Message) -> None:
+    """Give the layers of ``today`` and their fields the lines that they have in ``older``, the same network.
+
+    A field that has another name there gets its layer's line.
+    """
+    layers = older.messages("layers")
+    at = 0
+    for layer in today.messages("layer"):
+        name = layer.string("name")
+        found = next((n for n in range(at, len(layers)) if name in _names(layers[n])), None)
+        if found is None:
+            continue
+        at = found + 1
+        lines: dict[str, list[int]] = {}
+        for field, line in _lines(layers[found]):
+            lines.setdefault(field, []).append(line)
+        _set_lines(layer, layers[found].line, lines, Counter())
+
+
+def _names(layer: Message) -> set[str]:
+    return {layer.string("name"), layer.message("layer").string("name")}
+
+
+def _lines(message: Message) -> Iterator[tuple[str, int]]:
+    for (name, value), place in zip(message.fields, message.places, strict=True):
+        yield name, place.line
+        if isinstance(value, Message):
+            yield from _lines(value)
+
+
+def _set_lines(message: Message, line: int, lines: dict[str, list[int]], seen: Counter[str]) -> None:
+    own = message.place or Place(line, 0, 0, 0)
+    message.place = own._replace(line=line)
+    places = message.places or [Place(line, 0, 0, 0)] * len(message.fields)
+    message.places = []
+    for (name, value), place in zip(message.fields, places, strict=True):
+        known = lines.get(name, [line])
+        here = known[min(seen[name], len(known) - 1)]
+        seen[name] += 1
+        message.places.append(place._replace(line=here))
+        if isinstance(value, Message):
+            _set_lines(value, here, lines, seen)

@@ -12,13 +12,13 @@ from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
+from caffe_jacinto.netspec.data_fit import LmdbSize
 from caffe_jacinto.networks.stage_files import (
     has_batch_norm,
     names_in_weights,
     stage_files,
     write_stage_files,
 )
-from caffe_jacinto.networks.user_network import LmdbSize
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.recipes.model import Recipe, SolverSettings, Stage
 from caffe_jacinto.runs.folder import TEST

@@ -18,9 +18,10 @@ from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import ImageShape, data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.logs.discover import RUN_RECORD
+from caffe_jacinto.netspec.data_fit import LmdbSize
 from caffe_jacinto.netspec.graph import TRAIN
 from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
-from caffe_jacinto.networks.user_network import LmdbSize, mistakes_of
+from caffe_jacinto.networks.user_network import mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from difflib import unified_diff
 from pathlib import Path
 
+from caffe_jacinto.networks.prototxt_file import NetFile
 from caffe_jacinto.networks.stage_files import TRAIN, VAL, user_network
-from caffe_jacinto.networks.user_network import NetFile
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.folder import NETWORK_COPY
 from caffe_jacinto.runs.plan import RunPlan

@@ -29,6 +29,7 @@ from caffe_jacinto.common.errors import (
     LOST,
     RunFailed,
     UserError,
+    UserErrors,
     WorkLost,
     exit_code,
 )
@@ -319,7 +320,7 @@ def report_of_rank(error: Exception) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
             time.sleep(_FIRST_REPORTS_SECONDS)
-        raise UserError(_here() + str(error)) from None
+        raise UserErrors([_here() + line for line in error.lines()]) from None
     raise error
 
 

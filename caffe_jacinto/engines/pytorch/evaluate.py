@@ -75,6 +75,7 @@ class Evaluator:
             return None
         shapes = [self.net.shapes[name] for name in self.net.output_names]
         flat = torch.cat(sums).tolist() if sums else [0.0] * sum(map(prod, shapes))
+        self.net.check_indices()
         means = [total / batches for total in self._ranks.total(flat)]
         return named(self.net.output_names, [prod(shape) for shape in shapes], means)
 

@@ -19,6 +19,7 @@ from caffe_jacinto.engines.contract import ImageShape, image_shape
 from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice
 from caffe_jacinto.engines.pytorch.gpu_decode import DECODERS, Decode, can_decode, faster_decode
+from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
 from caffe_jacinto.engines.pytorch.loading import Feed, slots_of
 from caffe_jacinto.engines.pytorch.net import Net
@@ -127,11 +128,13 @@ class Inputs:
         for name in net.inputs:
             if name not in self.shapes:
                 self._zeros[name] = torch.zeros(net.shapes[name], device=self._device)
-        limits = _label_limits(net)
+        labels = _labels_of_data(net)
         for feed in self._feeds:
             for top, name in enumerate(feed.layer.tops):
-                if name in limits:
-                    feed.limit_labels(top, *limits[name])
+                for indices in labels.get(name, ()):
+                    first = labels[name][0]
+                    indices.checked_before = (indices.count, indices.ignored) == (first.count, first.ignored)
+                    feed.limit_labels(top, first.count, first.ignored)
 
     def start_at(self, block: int, stride: int = 1, count: int | None = None) -> None:
         """Continue with batch number ``block`` and then every ``stride``-th, ``count`` of them."""
@@ -167,17 +170,14 @@ class Inputs:
             feed.close()
 
 
-def _label_limits(net: Net) -> dict[str, tuple[int, int | None]]:
-    """For each blob of labels, the number of classes and the label that is ignored."""
-    limits: dict[str, tuple[int, int | None]] = {}
-    for layer in net.layers:
-        if layer.type not in ("SoftmaxWithLoss", "Accuracy"):
-            continue
-        fields = layer.accuracy_param if layer.type == "Accuracy" else layer.loss_param
-        axis = layer.accuracy_param.axis if layer.type == "Accuracy" else layer.softmax_param.axis
-        ignore = fields.ignore_label if fields.HasField("ignore_label") else None
-        limits.setdefault(layer.bottom[1], (net.shapes[layer.bottom[0]][axis], ignore))
-    return limits
+def _labels_of_data(net: Net) -> dict[str, list[Indices]]:
+    """The labels of ``net`` that come as its data have them, by their blob."""
+    changed = {name for step in net.steps for name in step.tops}
+    found: dict[str, list[Indices]] = {}
+    for indices in net.indices:
+        if indices.what == LABEL and indices.blob not in changed:
+            found.setdefault(indices.blob, []).append(indices)
+    return found
 
 
 def expected_shapes(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.indices import Indices
 from caffe_jacinto.netspec.layer_types import blob_shapes_of, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TRAIN
@@ -174,6 +175,9 @@ class LayerSetup:
     """Whether a pass can be recorded as a CUDA graph: not if it draws on the CPU, or if the sizes of its tops
     depend on values."""
 
+    indices: list[Indices] = field(default_factory=list)
+    """Of its bottoms."""
+
     @cached_property
     def tree(self) -> Message:
         """The message in the form that netspec reads."""
@@ -234,6 +238,13 @@ class LayerSetup:
             self.refuse(f"takes {wanted} bottom(s), and has {len(self.bottoms)}")
         if not min(tops, 1) <= len(self.message.top) <= tops:
             self.refuse(f"gives {tops} top(s), and has {len(self.message.top)}")
+
+    def indices_of(self, bottom: int, what: str, count: int, ignored: int | None = None) -> Indices:
+        """The numbers of a bottom, which choose one of ``count``; ``what`` is one of them in words."""
+        on_cpu = self.device.type == "cpu"
+        kept = None if on_cpu else torch.zeros((), dtype=torch.int64, device=self.device)
+        self.indices.append(Indices(self.where, self.message.bottom[bottom], what, count, ignored, kept))
+        return self.indices[-1]
 
     def axis(self, value: int, bottom: int = 0) -> int:
         """``value``, counted from the end if it is negative, as an axis of a bottom."""

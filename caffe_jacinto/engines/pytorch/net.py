@@ -13,6 +13,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.sources import READ
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
+from caffe_jacinto.engines.pytorch.indices import Indices
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
 from caffe_jacinto.netspec.graph import messages_in
@@ -193,6 +194,9 @@ class Net(nn.Module):
         self.recordable = True
         """Whether a pass can be recorded as a CUDA graph."""
 
+        self.indices: list[Indices] = []
+        """Labels, and other numbers that have to be in a range."""
+
         _check_fields(definition, where)
         self.layers = messages_in(definition, PHASE_NAMES[phase])
         self._build(data_shapes or {})
@@ -232,6 +236,11 @@ class Net(nn.Module):
         shown.layer.extend(self.layers)
         images = [self.shapes[layer.top[0]] for layer in self.layers if layer.type in ("Data", "ImageData")]
         log.net(shown, images, self.output_names)
+
+    def check_indices(self) -> None:
+        """Wait for the device, and raise UserError if a label, or another index, was out of its range."""
+        for indices in self.indices:
+            indices.check()
 
     def reseed(self, seed: int) -> None:
         """What the next pass draws (dropout, random data) follows from ``seed``."""
@@ -395,6 +404,7 @@ class Net(nn.Module):
         module = LayerModule(setup, function)
         self.draws |= setup.draws
         self.recordable &= setup.recordable
+        self.indices += setup.indices
         self._by_name[name] = module
         key = name.replace(".", "_")
         while key in self._modules:

@@ -33,6 +33,7 @@ from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_ba
 from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
 from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
+from caffe_jacinto.engines.pytorch.network_check import check_networks
 from caffe_jacinto.engines.pytorch.precision import Precise, allow_tf32, fastest
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
 from caffe_jacinto.engines.pytorch.snapshot import (
@@ -68,6 +69,8 @@ def train(options: Options) -> int:
     solver = read_solver(options.solver, options.dialect)
     check_solver(solver)
     check_snapshot_folder(solver)
+    tests = [(test.written, test.definition) for test in solver.tests]
+    check_networks([(solver.written, solver.train_net), *tests])
     gpus = options.gpus or ()
     device = device_of_rank(gpus, options)
     with ExitStack() as stack:
@@ -375,13 +378,15 @@ class Trainer:
             self._check_losses()
 
     def _check_losses(self) -> None:
-        """Wait for the device, and fail if a loss is no longer a number.
+        """Wait for the device, and fail if a loss is no longer a number, or a label was out of range.
 
         Raises:
-            RunFailed: one is not.
+            RunFailed: a loss is not.
+            UserError: a label is out of range.
         """
         if not self._unchecked:
             return
+        self.net.check_indices()
         values = self.ranks.total(torch.stack([loss for _, loss in self._unchecked]).tolist())
         bad = [at for (at, _), value in zip(self._unchecked, values, strict=True) if not math.isfinite(value)]
         self._unchecked.clear()

@@ -91,10 +91,11 @@ def embed(layer: LayerSetup) -> Forward:
     layer.blob(fields.weight_filler)
     if fields.bias_term:
         layer.blob(fields.bias_filler)
+    indices = layer.indices_of(0, "the index", fields.input_dim)
 
     def forward(blobs: Blobs, numbers: Tensor) -> Tensor:
         weights, bias = with_bias(blobs)
-        rows = F.embedding(numbers.detach().long(), weights)
+        rows = F.embedding(indices(numbers), weights)
         return rows if bias is None else rows + bias
 
     return forward

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from caffe_jacinto.data.mean import read_blob
+from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
 
 LEAST_PROBABILITY = 1e-20
@@ -28,13 +29,13 @@ def softmax_with_loss(layer: LayerSetup) -> Forward:
     )
     ignore = fields.ignore_label if fields.HasField("ignore_label") else None
     normalizer = _normalizer(fields)
-    _check_labels(layer, axis)
+    labels_of = _labels(layer, axis, ignore)
     both = len(layer.message.top) == 2
 
     def forward(blobs: Blobs, scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
         rows = _rows(scores.float(), axis)
         loss: Tensor = _SoftmaxLoss.apply(
-            rows, labels.reshape(-1).long(), ignore, normalizer, prod(scores.shape[:axis])
+            rows, labels_of(labels).reshape(-1), ignore, normalizer, prod(scores.shape[:axis])
         )
         return (loss, torch.softmax(scores.detach().float(), axis)) if both else loss
 
@@ -103,7 +104,7 @@ def infogain_loss(layer: LayerSetup) -> Forward:
         layer.refuse("softmax_param.axis is not infogain_loss_param.axis; remove it")
     ignore = loss_fields.ignore_label if loss_fields.HasField("ignore_label") else None
     normalizer, classes = _normalizer(loss_fields), layer.bottoms[0][axis]
-    _check_labels(layer, axis)
+    labels_of = _labels(layer, axis, ignore)
     stored = None
     if len(layer.bottoms) == 2:
         stored = _infogain_matrix(layer, fields.source, classes).to(layer.device)
@@ -115,7 +116,7 @@ def infogain_loss(layer: LayerSetup) -> Forward:
         matrix = given[0].detach().float().reshape(classes, classes) if stored is None else stored
         logs = torch.log_softmax(_rows(scores.float(), axis), 1)
         logs = _shown_as(logs, logs.clamp(min=log(LEAST_PROBABILITY)))
-        labels = labels.reshape(-1).long()
+        labels = labels_of(labels).reshape(-1)
         counted = None if ignore is None else labels != ignore
         losses = -(matrix[labels if counted is None else torch.where(counted, labels, 0)] * logs).sum(1)
         if counted is not None:
@@ -146,11 +147,11 @@ def multinomial_logistic_loss(layer: LayerSetup) -> Forward:
     """- log of the label's probability, no less than 1e-20, averaged over the batch."""
     layer.takes(2)
     layer.only("loss_param")
-    _check_one_label_each(layer)
+    labels_of = _one_label_each(layer)
 
     def forward(blobs: Blobs, probabilities: Tensor, labels: Tensor) -> Tensor:
         rows = probabilities.float().reshape(len(probabilities), -1)
-        chosen = rows.gather(1, labels.reshape(-1, 1).long())
+        chosen = rows.gather(1, labels_of(labels).reshape(-1, 1))
         return -_shown_as(chosen, chosen.clamp(min=LEAST_PROBABILITY)).log().sum() / len(rows)
 
     return forward
@@ -161,21 +162,23 @@ def hinge_loss(layer: LayerSetup) -> Forward:
     layer.takes(2)
     fields = layer.parameters("hinge_loss_param", "norm", also=("loss_param",))
     squared = fields.norm == type(fields).L2
-    _check_one_label_each(layer)
+    labels_of = _one_label_each(layer)
 
     def forward(blobs: Blobs, scores: Tensor, labels: Tensor) -> Tensor:
         rows = scores.float().reshape(len(scores), -1)
-        signs = torch.ones_like(rows).scatter_(1, labels.reshape(-1, 1).long(), -1.0)
+        signs = torch.ones_like(rows).scatter_(1, labels_of(labels).reshape(-1, 1), -1.0)
         margins = torch.relu(1 + signs * rows)
         return (margins.square() if squared else margins).sum() / len(rows)
 
     return forward
 
 
-def _check_one_label_each(layer: LayerSetup) -> None:
+def _one_label_each(layer: LayerSetup) -> Indices:
+    """The labels of a layer that takes one for each item."""
     scores, labels = layer.bottoms
     if prod(labels) != scores[0]:
         layer.refuse(f"{prod(labels)} labels for {scores[0]} items; give one for each")
+    return layer.indices_of(1, LABEL, prod(scores[1:]))
 
 
 def euclidean_loss(layer: LayerSetup) -> Forward:
@@ -265,13 +268,13 @@ def accuracy(layer: LayerSetup) -> Forward:
     classes, top_k = layer.bottoms[0][axis], fields.top_k
     if not 1 <= top_k <= classes:
         layer.refuse(f"accuracy_param.top_k {top_k} of {classes} classes; it has to be from 1 to {classes}")
-    _check_labels(layer, axis)
+    labels_of = _labels(layer, axis, ignore)
     by_class = len(layer.message.top) == 2
 
     def forward(blobs: Blobs, scores: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             rows = _rows(scores.detach().float(), axis)
-            labels = labels.reshape(-1).long()
+            labels = labels_of(labels).reshape(-1)
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
             labels = torch.where(counted, labels, 0)
             # Other classes that score as much as the label's own count as better.
@@ -291,12 +294,14 @@ def _rows(scores: Tensor, axis: int) -> Tensor:
     return scores if scores.dim() == 2 else scores.movedim(axis, -1).reshape(-1, scores.shape[axis])
 
 
-def _check_labels(layer: LayerSetup, axis: int) -> None:
+def _labels(layer: LayerSetup, axis: int, ignored: int | None) -> Indices:
+    """The labels of a layer that takes one for each place of the scores but their ``axis``."""
     scores, labels = layer.bottoms[:2]
     if prod(labels) != prod(scores) // max(scores[axis], 1):
         layer.refuse(
             f"{prod(labels)} labels for scores of shape {scores}: give one for each place but axis {axis}"
         )
+    return layer.indices_of(1, LABEL, scores[axis], ignored)
 
 
 LAYERS: dict[str, Builder] = {

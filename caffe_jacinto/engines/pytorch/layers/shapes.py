@@ -125,7 +125,8 @@ def batch_reindex(layer: LayerSetup) -> Forward:
     layer.only()
     if len(layer.bottoms[1]) != 1:
         layer.refuse(f"its second bottom holds numbers of items, along one axis, and has {layer.bottoms[1]}")
-    return lambda blobs, values, numbers: values.index_select(0, numbers.detach().long())
+    indices = layer.indices_of(1, "the number of an item", layer.bottoms[0][0])
+    return lambda blobs, values, numbers: values.index_select(0, indices(numbers))
 
 
 def select(layer: LayerSetup) -> Forward:
