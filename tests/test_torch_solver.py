@@ -451,6 +451,7 @@ def test_the_fork_raises_a_small_delta(kind: str, least: float) -> None:
         ({"lr_policy": '"plateau"'}, "lr_policy 'plateau' is unknown; known: fixed, step, exp, inv,"),
         ({"lr_policy": '"step"', "gamma": 0.1}, "lr_policy step needs a stepsize of at least 1"),
         ({"lr_policy": '"one_cycle"'}, "lr_policy one_cycle needs warmup_iter, the iteration of its largest"),
+        ({"ema_decay": 1}, "ema_decay is 1; it has to be at least 0 and less than 1"),
         ({"warmup_iter": 20}, "warmup_iter is 20; it has to be at least 0 and less than max_iter"),
         (
             {"lr_policy": '"inv"', "gamma": -0.5, "power": 0.5},

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.caffe
 PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
 ENOUGH = 60
 SPARSE = settings_as_flags(sparse_settings())
+AVERAGED = {"lr_policy": '"cosine"', "warmup_iter": 4, "ema_decay": 0.8}
 EVERY_WEIGHT = sparse_settings(
     by="network", inner_products=True, min_kernel=1, targets={"conv[1]": 0.25}, schedule="cubic"
 )
@@ -113,8 +114,9 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] |
         ({"iter_size": 2, "type": '"Adam"', "base_lr": 0.002}, ["-shuffle"]),
         ({"regularization_type": '"L1"'}, SPARSE),
         ({"regularization_type": '"L1"'}, settings_as_flags(EVERY_WEIGHT)),
+        (AVERAGED, [*SPARSE, "-reestimate_batches", "3", "-recalibrate_tests"]),
     ],
-    ids=["plain", "Adam, shuffled", "sparse", "sparse, inner products too"],
+    ids=["plain", "Adam, shuffled", "sparse", "sparse, inner products too", "averaged, warmed up"],
 )
 def test_killed_and_resumed_to_the_bit(
     changes: dict[str, object], arguments: list[str], digits: Path, tmp_path: Path
@@ -135,6 +137,57 @@ def test_killed_and_resumed_to_the_bit(
     assert done >= 16
     killed.run([[*PROGRAM, *arguments, *newest(killed)]])
     assert_same_bits(killed, whole, 20)
+
+
+def test_the_average_of_the_weights_is_tested_and_ends_the_stage(digits: Path, tmp_path: Path) -> None:
+    """Against a loop in NumPy over the snapshots of all iterations; what it prunes is zero there, too."""
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(**AVERAGED, snapshot=1, test_interval=10, test_initialization="true")
+    log = stage.run([[*PROGRAM, *SPARSE]])
+    plain = SmallStage(tmp_path / "plain", digits)
+    plain.solver(**AVERAGED | {"ema_decay": 0}, snapshot=1, test_interval=10)
+    plain.run([[*PROGRAM, *SPARSE]])
+    expected: dict[str, list[np.ndarray]] = {}
+    for update in range(1, 21):
+        weights, last = weights_of(plain, update), update == 20
+        if not last:
+            found = weights_of(stage, update)
+            assert all(
+                (a == b).all() for name in weights for a, b in zip(found[name], weights[name], strict=True)
+            )
+        share = (1 - 0.8) / (1 - 0.8**update)
+        for name, blobs in weights.items():
+            before = expected.get(name, [np.zeros(1)] * len(blobs))
+            expected[name] = [old + share * (new - old) for old, new in zip(before, blobs, strict=True)]
+        for name in LAYERS:
+            expected[name][0][weights[name][0] == 0] = 0
+        path = tmp_path / f"small_iter_{update}{'' if last else '.ema'}.caffemodel"
+        for name, blobs in read_weights(path).items():
+            for blob, average in zip(blobs, expected[name], strict=True):
+                np.testing.assert_allclose(blob, average, rtol=1e-4, atol=1e-6)
+    assert sum((weights_of(stage, 20)[name][0] == 0).sum() for name in LAYERS) > 4000
+    nets = re.findall(r"Iteration (\d+), Testing net \(#(\d)\)\n(.*Test weights)?", log)
+    assert [(at, net, bool(averaged)) for at, net, averaged in nets] == [
+        *(("0", "0", False), ("10", "0", False), ("10", "1", True), ("20", "0", False))
+    ]
+    tested = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "test", "-model", "val.prototxt"]
+    tested += ["-iterations", "2", "-weights", "small_iter_10.ema.caffemodel"]
+    said = re.findall(r"\] loss = (\S+)", stage.run([tested]))
+    logged = re.findall(r": loss = (\S+)", log.partition("Iteration 10, Testing net (#1)")[2])
+    assert float(logged[0]) == pytest.approx(float(said[0]), rel=1e-5)
+    assert final_is_complete(tmp_path / "small_iter_20.caffemodel", Dialect.BVLC)
+
+
+def test_an_average_that_is_missing_is_one_line(digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(ema_decay=0.9)
+    stage.run([PROGRAM])
+    (tmp_path / "small_iter_10.ema.caffemodel").unlink()
+    command = [*PROGRAM, "-snapshot", "small_iter_10.solverstate"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "small_iter_10.ema.caffemodel is missing, with which ema_decay continues; put it" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_one_threshold_for_all_weights_and_zeros_of_inner_products_that_hold(

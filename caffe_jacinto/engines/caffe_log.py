@@ -118,9 +118,16 @@ class CaffeLog:
         else:
             self.info("No batch-norm statistics to recalibrate")
 
-    def test_begins(self, iteration: int, index: int, recalibrated_over: int = 0) -> None:
-        """A test of net ``index``; ``recalibrated_over``: batches of its statistics, 0 for running ones."""
+    def test_begins(
+        self, iteration: int, index: int, recalibrated_over: int = 0, *, averaged: bool = False
+    ) -> None:
+        """A test of net ``index``; ``recalibrated_over``: batches of its statistics, 0 for running ones.
+
+        ``averaged``: with the moving average of the weights.
+        """
         self.info(f"Iteration {iteration}, Testing net (#{index})")
+        if averaged:
+            self.info("    Test weights: their moving average (ema_decay)")
         if recalibrated_over:
             self.info(f"    Test statistics: recalibrated over {recalibrated_over} batches")
 

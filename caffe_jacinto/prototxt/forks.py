@@ -25,7 +25,7 @@ FIELDS: dict[str, str] = {
     "shuffle_channel_param": _SHUFFLENET,
     "interp_param": f"{_DEEPLAB} and PSPNet",
     "upsample_param": f"{SEGNET} and forks for YOLO",
-    "warmup_iter": _OURS,
+    **dict.fromkeys(("warmup_iter", "ema_decay"), _OURS),
     # From here on, fields that nothing here computes.
     **dict.fromkeys(
         (

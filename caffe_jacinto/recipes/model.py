@@ -223,6 +223,9 @@ class SolverSettings(_Settings):
 
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
+    ema_decay: Annotated[PositiveFraction | None, Optional] = None
+    """Of a moving average of the weights, with which the stage ends (PyTorch only)."""
+
     clip_gradients: OptionalFloat = None
     average_loss: PositiveInt = 1
     """The displayed loss is the mean of so many iterations."""

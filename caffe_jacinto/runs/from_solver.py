@@ -26,13 +26,13 @@ from caffe_jacinto.runs.new_recipe import data_set_name
 _TAKEN = (
     *("max_iter", "base_lr", "lr_policy", "power", "gamma", "stepsize", "momentum", "momentum2", "rms_decay"),
     *("delta", "weight_decay", "test_interval", "test_initialization", "snapshot", "display", "type"),
-    *("clip_gradients", "average_loss", "warmup_iter"),
+    *("clip_gradients", "average_loss", "warmup_iter", "ema_decay"),
 )
 """Fields of a solver that are keys of a stage's."""
 
 _UNSET_BY_ZERO = (
     *("clip_gradients", "gamma", "stepsize", "momentum2", "rms_decay", "delta", "display", "test_interval"),
-    "snapshot",
+    *("snapshot", "ema_decay"),
 )
 """Fields in which Caffe takes 0, or less, as nothing; a recipe leaves them out."""
 

@@ -84,8 +84,9 @@ def _snapshots_at_once(plan: StagePlan, keep: int) -> int:
 
 
 def _snapshot_bytes(run: RunPlan, plan: StagePlan) -> int:
-    """Weights and solver state: one value per weight, and its history's."""
-    return BYTES_PER_WEIGHT * _weight_count(run, plan) * (1 + histories(plan.solver.type))
+    """Weights, their average and the solver state: one value per weight, and its history's."""
+    average = plan.solver.ema_decay is not None
+    return BYTES_PER_WEIGHT * _weight_count(run, plan) * (1 + average + histories(plan.solver.type))
 
 
 def _bytes_there(prefix: Path) -> int:

@@ -127,16 +127,25 @@ class TestNets:
     def __len__(self) -> int:
         return len(self._evaluators)
 
-    def test(self, iteration: int, stop: Callable[[], bool], recalibrated_over: int = 0) -> bool:
+    def test(
+        self,
+        iteration: int,
+        stop: Callable[[], bool],
+        recalibrated_over: int = 0,
+        *,
+        averaged: bool = False,
+    ) -> bool:
         """Log the outputs of every net, averaged over its batches. False: ``stop`` requested an end.
 
         ``recalibrated_over``: the batches that the statistics were recalibrated over; 0: running averages.
+        ``averaged``: the weights are the average of those that are trained; the log numbers the nets on.
         """
         if not self._evaluators:
             return True
         self._statistics.share()
         for index, (evaluator, batches) in enumerate(self._evaluators):
-            self._log.test_begins(iteration, index, recalibrated_over)
+            number_in_log = index + len(self) * averaged
+            self._log.test_begins(iteration, number_in_log, recalibrated_over, averaged=averaged)
             found = evaluator.mean_outputs(batches, stop)
             if found is None:
                 self._log.test_interrupted()

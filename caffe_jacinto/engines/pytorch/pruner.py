@@ -71,6 +71,11 @@ class TorchPruner(Pruner):
                 for values in (weights, *self._history[layer]):
                     values.mul_(self._held[layer])
 
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The masks that are held, by layer: 0 where a weight is frozen."""
+        return self._held
+
     def hold_gradients(self) -> None:
         """Let no gradient move a frozen weight; zeros have no momentum and no decay, so nothing else does."""
         pairs = [(self._weights[layer].grad, mask) for layer, mask in self._held.items()]

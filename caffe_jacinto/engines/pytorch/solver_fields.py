@@ -19,7 +19,7 @@ _CARRIED_OUT = frozenset(
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
         *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode"),
-        "warmup_iter",
+        *("warmup_iter", "ema_decay"),
         *(field.name for field in sparse_fields().values()),
     }
 )
@@ -73,6 +73,10 @@ def check_solver(solver: SolverFile) -> None:
         raise UserError(f"{where}: max_iter and iter_size have to be at least 1")
     _check_rule(fields, where)
     _check_rates(solver)
+    if not 0 <= fields.ema_decay < 1:
+        raise UserError(
+            f"{where}: ema_decay is {number(fields.ema_decay)}; it has to be at least 0 and less than 1"
+        )
     solver.pruning()
 
 

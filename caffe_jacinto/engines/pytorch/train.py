@@ -25,6 +25,7 @@ from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch import cpu_kernels
+from caffe_jacinto.engines.pytorch.average import WeightAverage, average_file
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
@@ -48,6 +49,7 @@ from caffe_jacinto.engines.pytorch.solver_fields import check_solver, solver_not
 from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
 from caffe_jacinto.pruning.pruner import masks_file
 
@@ -179,6 +181,7 @@ class Trainer:
         self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, self.precision, log)
         log.info("Solver scaffolding done.")
         self._begin()
+        self.average = self._choose_average()
         self._losses: deque[Tensor] = deque(maxlen=max(self.parameters.average_loss, 1))
         self._unchecked: list[tuple[int, Tensor]] = []
         self._displayed, self._display_time = self.iteration, time.monotonic()
@@ -268,6 +271,20 @@ class Trainer:
         self.ranks.copy_from_first([blob.tensor for _, _, blob in self.net.blobs])
         self._last_snapshot = self.iteration if self.options.snapshot else -1
 
+    def _choose_average(self) -> WeightAverage | None:
+        """The average of the weights that the solver asks for, as the snapshot has it.
+
+        None: there is none, or the weights are the average already, after the last iteration.
+        """
+        # What the file says, which float32 holds only nearly.
+        decay = float(number(self.parameters.ema_decay))
+        if not decay or self.iteration >= self.parameters.max_iter:
+            return None
+        average = WeightAverage(self.net, decay)
+        if self.options.snapshot:
+            average.load(self.options.snapshot)
+        return average
+
     def _solver_weights(self) -> Iterator[str]:
         for entry in getattr(self.parameters, "weights", ()):  # the fork's schema has no such field
             yield from (path.strip() for path in entry.split(","))
@@ -336,17 +353,27 @@ class Trainer:
         return int(self.parameters.display_sparsity) if fork else 0
 
     def _test(self) -> None:
-        """A scheduled test, with recalibrated statistics if these are requested; training keeps its own."""
+        """A scheduled test, and one of the average of the weights if there is one."""
+        done = self._test_weights()
+        if done and self.average is not None and self.iteration:
+            with self.average.in_place():
+                done = self._test_weights(averaged=True)
+        self._stopped |= not done
+
+    def _test_weights(self, *, averaged: bool = False) -> bool:
+        """Test what the net has, with recalibrated statistics if these are requested; training keeps its own.
+
+        False: a request to stop came first.
+        """
         batches = self.options.reestimate_batches if self.options.recalibrate_tests else 0
         if not batches or not self.statistics.layers or not self.tests:
-            self._stopped |= not self.tests.test(self.iteration, self._stop)
-            return
+            return self.tests.test(self.iteration, self._stop, averaged=averaged)
         place = self.iterate.block
         with self.statistics.kept():
             done = self.statistics.recalibrate(batches, self.iterate.forward, self._stop)
-            done = done and self.tests.test(self.iteration, self._stop, batches)
+            done = done and self.tests.test(self.iteration, self._stop, batches, averaged=averaged)
         self.iterate.move_to(place)
-        self._stopped |= not done
+        return done
 
     def _stop(self) -> bool:
         return self._requests.stop
@@ -360,9 +387,17 @@ class Trainer:
         self._remember_loss(result.loss)
         if self.parameters.display and iteration % self.parameters.display == 0:
             self._display(iteration, result)
-        if self.pruner.after_update(iteration):
+        pruned = self.pruner.after_update(iteration)
+        if pruned:
             self.ranks.check_equal(self.pruner.checksum(), "zeros")
         self.iteration += 1
+        if self.average is not None:
+            self.average.update(self.iteration)
+            if pruned:
+                self.average.hold(self.pruner.held)
+            if self.iteration == self.parameters.max_iter:
+                self.average.end()
+                self.average = None
         self._stopped, asked = self.ranks.any(self._requests.stop, self._requests.take_snapshot())
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if asked or due:
@@ -418,12 +453,18 @@ class Trainer:
         self._check_losses()
         self._last_snapshot = self.iteration
         self.statistics.share()
+        if self.average is not None:
+            with self.average.in_place():
+                self.statistics.share()
         if not self.ranks.first:
             return
         weights, state = (self._file(ending) for ending in (".caffemodel", ".solverstate"))
         state.unlink(missing_ok=True)
         if self.holds_zeros:
             self.pruner.save(state)
+        if self.average is not None:
+            self.log.info(f"Writing the average of the weights to {average_file(state)}")
+            self.average.save(state)
         self.log.writes_weights(weights)
         save_weights(self.net, weights)
         self.log.writes_state(state)
