@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_pair import (
@@ -26,7 +27,10 @@ from layer_pair import (
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
+from caffe_jacinto.networks.label_smoothing import smoothed
+from caffe_jacinto.networks.layers import SoftmaxWithLoss
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.render import render
 from caffe_jacinto.prototxt.schema import messages, parse_net
 
 pytestmark = pytest.mark.caffe
@@ -54,6 +58,23 @@ def test_softmax_loss_is_caffes(mode: str, ignored: int | None, pycaffe: Any, tm
         Pair(pycaffe, tmp_path, loss_text(names, layer)).compare(given_inputs)
 
     compare()
+
+
+def test_smoothed_labels_are_pytorchs_in_layers_that_caffe_has(pycaffe: Any, tmp_path: Path) -> None:
+    """What a recipe's label_smoothing writes, in real Caffe, and against torch's own."""
+    classes, share, random = 7, 0.15, np.random.default_rng(3)
+    names = {"data": (5, classes), "label": (5,)}
+    losses = smoothed((SoftmaxWithLoss("loss", ("data", "label"), "loss"),), share, classes)
+    text = render("net.j2", name="net", layers=losses, dialect="bvlc", input_shape=())
+    scores = (3 * random.standard_normal(names["data"])).astype(np.float32)
+    labels = drawn_labels(names["label"], classes, None, random)
+    pair = Pair(pycaffe, tmp_path, f"{inputs_text(names)}\n{learned('data')}{text}")
+    pair.compare({"data": scores, "label": labels}, only=())
+    own = pair.ours({"data": torch.from_numpy(scores), "label": torch.from_numpy(labels)}).loss
+    theirs = F.cross_entropy(
+        torch.from_numpy(scores), torch.from_numpy(labels).long().reshape(-1), label_smoothing=share
+    )
+    torch.testing.assert_close(own, theirs)
 
 
 def test_the_largest_loss_is_caffes(pycaffe: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from caffe_jacinto.netspec.data_fit import LmdbSize
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.derived_deploy import deploy_text
+from caffe_jacinto.networks.label_smoothing import smoothed
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
     LABEL_BLOB,
@@ -144,9 +145,11 @@ def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> Sta
     data = partial(_data, network, mean_file=recipe.data.mean_file)
     train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
+    trained = (*network.trained_layers, *network.outputs)
+    smooth = smoothed(trained, recipe.training.label_smoothing, network.num_classes)
     texts = {
-        TRAIN: _net(_title(network, "train"), (train, *network.trained_layers, *network.outputs), dialect),
-        VAL: _net(_title(network, "test"), (val, *network.trained_layers, *network.outputs), dialect),
+        TRAIN: _net(_title(network, "train"), (train, *smooth), dialect),
+        VAL: _net(_title(network, "test"), (val, *trained), dialect),
         DEPLOY: _deploy(network, dialect),
     }
     return StageNets(texts, (Test(VAL, iterations_per_test(val_images, recipe.training.val_batch_size)),))

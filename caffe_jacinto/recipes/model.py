@@ -168,6 +168,9 @@ class TrainingSettings(_Settings):
     random_seed: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 33
     """Seeds the initial weights, mirroring and cropping; -1 takes a different seed each time, as in Caffe."""
 
+    label_smoothing: Fraction = 0.0
+    """Share of each target that all classes have alike."""
+
     keep: PositiveInt = 2
     """How many of the newest snapshots are kept, beside the best by top-1."""
 
