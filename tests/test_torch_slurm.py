@@ -107,8 +107,11 @@ def is_rank(process: Path, folder: Path, number: int) -> bool:
 def test_two_nodes_train_as_two_ranks_of_one_machine(
     slurm: Cluster, trainer: Trainer, arguments: list[str], undisturbed: bytes
 ) -> None:
-    job, said = submit(trainer, *arguments, "--nodes", "2", "--output", "two nodes")
+    job, said = submit(trainer, *arguments, "--nodes", "2", "--output", "two nodes", "--open")
     assert f"scancel {job}" in said
+    page = trainer.folder / "two nodes" / "report.html"
+    assert f"page: {page.as_uri()}" in said
+    assert page.exists()
     assert re.search(r"how far it is: python -m caffe_jacinto.train --status \S*'?.*two nodes", said)
     frozen = rank(trainer, "two nodes", 1)
     os.kill(frozen, signal.SIGSTOP)  # so that what follows meets it in the stage

@@ -22,6 +22,7 @@ from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.gpus import any_visible, requested_gpus, this_machine
 from caffe_jacinto.engines.snapshots import weights_are_finite
 from caffe_jacinto.logs.discover import RUN_RECORD
+from caffe_jacinto.logs.page import PAGE_NAME
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -39,7 +40,7 @@ from caffe_jacinto.runs.folder import (
     resume_command,
 )
 from caffe_jacinto.runs.lock import RELEASE_SECONDS, RunLock
-from caffe_jacinto.runs.page import page_line
+from caffe_jacinto.runs.page import RunPage, page_line
 from caffe_jacinto.runs.plan import (
     RunPlan,
     plan_run,
@@ -233,6 +234,8 @@ def _submit(folder: Path, record: RunRecord, lock: RunLock, screen: Screen) -> i
         UserError: Slurm refuses.
     """
     assert record.slurm is not None
+    if not (folder / PAGE_NAME).exists():
+        RunPage(folder, record, lambda line: screen.say(line, style="yellow")).write()
     lock.release()
     for line in submit(folder, record.recipe.training, record.slurm):
         screen.say(line)
