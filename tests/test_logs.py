@@ -14,6 +14,7 @@ from log_text import GIGAMACS, Log, whole_stage
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.events import elapsed
+from caffe_jacinto.logs.lines import LineSplitter
 from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.stage import StageFigures, StageLog
@@ -296,6 +297,43 @@ def test_lines_in_any_order_never_crash(lines: list[str]) -> None:
 def test_skimming_leaves_the_figures_as_they_are(sizes: list[int], cut: int) -> None:
     text = WHOLE[:cut]
     assert figures(text, sizes) == figures(text, history=True)
+
+
+TRAINING_LINES = st.sampled_from(
+    [
+        "Iteration 10 (5 iter/s, 2s/10 iters), loss = 1.5",
+        "Iteration 20, loss = nan",
+        "Iteration 30 (241.076/s), lr = 0.001",
+        "Iteration 30, lr = 1e-05",
+        "Iteration 40, Testing net (#0)",
+        "Iteration 40, Testing net",
+        "    Train net output #0: loss = 1.5 (* 1 = 1.5 loss)",
+        "    Test net output #0: right = 0.5",
+        "    [0.0] Iteration 50 (5 iter/s, 2.0s/10 iter), 0.5/3ep, loss = 1.25",
+        "    [0.0]     Train net output #0: loss = 1.5",
+        "Iteration 60, loss = 2I0815 10:00:00.000000  1 solver.cpp:1] Iteration 60, lr = 0.1",
+        "Snapshotting to binary proto file a_iter_40.caffemodel",
+    ]
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(TRAINING_LINES, st.integers(1, 9)), max_size=12), st.data())
+def test_lines_that_are_taken_out_at_once_are_those_that_are_left_out_one_by_one(
+    parts: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    prefix = "I0815 10:00:{:02}.000000  1 solver.cpp:239] "
+    lines = [message for message, times in parts for _ in range(times)]
+    text = "".join(f"{prefix.format(at % 60)}{line}\n" for at, line in enumerate(lines)).encode()
+    cut = data.draw(st.integers(0, len(text)))
+    one_by_one = LogReader(skim=True)
+    one_by_one._lines = LineSplitter()
+    at_once = LogReader(skim=True)
+    for piece in (text[:cut], text[cut:]):
+        assert repr(at_once.feed(piece)) == repr(one_by_one.feed(piece))  # nan differs from itself
+    assert repr(at_once.close()) == repr(one_by_one.close())
+    assert at_once.first_stamp == one_by_one.first_stamp
+    assert at_once.last_stamp == one_by_one.last_stamp
 
 
 def test_memory_for_a_line_without_end_is_bounded() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) ([\w.+-]+):\d+\] ")
 """What glog puts before a message; the groups are the thread's number and the source file."""
@@ -50,8 +50,13 @@ _RANKED = ("job", "rank", "task")
 class LineSplitter:
     """Takes a log in pieces of any size and returns the lines that they complete."""
 
-    def __init__(self, processes: Mapping[int, str] | None = None) -> None:
-        """``processes``: to which process each thread belongs, in a log of several at the same time."""
+    def __init__(
+        self, processes: Mapping[int, str] | None = None, thin: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        """``processes``: to which process each thread belongs, in a log of several at the same time.
+
+        ``thin`` takes lines that nobody needs out of the log; not where lines of threads are told apart.
+        """
         self._tail = b""
         self._decoder: codecs.IncrementalDecoder | None = None
         self._started = False
@@ -62,6 +67,7 @@ class LineSplitter:
         self._decided = False
         self._labels: set[str] = set()
         self._processes = processes
+        self._thin = thin if processes is None else None
         self._process = ""
 
     def feed(self, data: bytes) -> dict[str, list[bytes]]:
@@ -104,6 +110,8 @@ class LineSplitter:
         if b"\r" in data:
             # A piece may end between the two of \r\n; the empty line that this makes changes nothing.
             content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if self._thin is not None:
+            content = self._thin(content)
         lines = content.split(b"\n")
         self._tail = lines.pop()
         if len(self._tail) > _LINE_LIMIT:

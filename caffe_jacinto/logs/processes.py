@@ -16,7 +16,7 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.lines import LineSplitter
-from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.reader import LogReader, thinned
 from caffe_jacinto.logs.stage import CHUNK, StageLog
 
 _MOST_WAITING = 20_000
@@ -51,7 +51,8 @@ def read_log(
 
     skim = not (history or every_point)
     try:
-        found = _read(path, LineSplitter(), lambda: _Stages(new_stage, skim, one_stage))
+        splitter = LineSplitter(thin=thinned if skim else None)
+        found = _read(path, splitter, lambda: _Stages(new_stage, skim, one_stage))
         processes = (
             None if one_stage or not any(stages.processes > 1 for stages in found.values()) else _apart(path)
         )

@@ -24,6 +24,12 @@ _CLOSED = re.compile(rb"(?:\)|Done\.)$")
 _ZERO, _NINE = b"09"
 """Of an iteration's lines, those of a test, and of a loss that is not a number, do not end in a digit."""
 
+_TRAINING = re.compile(rb"^(?:[IWEF].*\] (?:Iteration .*\d|    Train.*)\n){4,}", re.MULTILINE)
+"""Lines of training, one after the other, as `LogReader._ends` knows them."""
+_ITERATION = b"] Iteration "
+_RATE_FROM, _RATE_TO = 11, 50
+"""Where in a message the learning rate would be."""
+
 
 class LogReader:
     """Takes a log in pieces of any size and returns the events that they complete.
@@ -39,7 +45,7 @@ class LogReader:
         self.first_stamp: str | None = None
         self.last_stamp: str | None = None
         """glog's date and time of the first and last complete line."""
-        self._lines = LineSplitter()
+        self._lines = LineSplitter(thin=thinned if skim else None)
         self._last_line = b""
         self._messages = MessageReader()
 
@@ -93,7 +99,7 @@ class LogReader:
             key = message[:9]
             if key == b"Iteration" and _ZERO <= message[-1] <= _NINE and (first or of == device):
                 last = line
-                if message.find(b"lr = ", 11, 50) < 0:
+                if message.find(b"lr = ", _RATE_FROM, _RATE_TO) < 0:
                     if first:
                         first, of = False, device
                         yield line
@@ -179,3 +185,31 @@ class LogReader:
             self.is_caffe = True
         self._messages.take(line, prefix.end(), int(prefix.group(1)), self._last_line)
         self._last_line = line
+
+
+def thinned(content: bytes) -> bytes:
+    """Whole lines of a log, without most of those that skimming leaves out: the events are the same."""
+    return _TRAINING.sub(_thinned, content)
+
+
+def _thinned(match: re.Match[bytes]) -> bytes:
+    """Lines of training up to the first loss and from the last one on."""
+    lines = match.group()
+    if lines.count(b"] ") != lines.count(b"\n"):
+        return lines  # some of them hold a second message
+    first = lines.find(_ITERATION)
+    while first >= 0 and _is_rate(lines, first):
+        first = lines.find(_ITERATION, first + 1)
+    last = lines.rfind(_ITERATION)
+    while last > first >= 0 and _is_rate(lines, last):
+        last = lines.rfind(_ITERATION, 0, last)
+    if not last > first >= 0:
+        return lines
+    return lines[: lines.index(b"\n", first) + 1] + lines[lines.rfind(b"\n", 0, last) + 1 :]
+
+
+def _is_rate(lines: bytes, at: int) -> bool:
+    """Whether the line with `_ITERATION` at this place shows a learning rate, not a loss."""
+    message = at + 2
+    end = min(lines.index(b"\n", at), message + _RATE_TO)
+    return lines.find(b"lr = ", message + _RATE_FROM, end) >= 0
