@@ -23,19 +23,26 @@ MERGED = {
 }
 
 
-def passes(net: Any, blobs: dict[str, list[Values]], batches: list[Values]) -> dict[str, Values]:
-    """The blobs after the last of several passes; ``net`` is in caffe-jacinto's dialect."""
-    rounded = {layer.name: _rounded_blobs(layer, blobs.get(layer.name, [])) for layer in net.layer}
+Blobs = dict[str, list[Values]]
+
+
+def passes(net: Any, blobs: Blobs | list[Blobs], batches: list[Values]) -> dict[str, Values]:
+    """The blobs after the last of several passes; ``net`` is in caffe-jacinto's dialect.
+
+    ``blobs``: its weights, or those of each pass.
+    """
+    of_each = blobs if isinstance(blobs, list) else [blobs] * len(batches)
     averages: dict[str, tuple[float, float]] = {}
     found: dict[str, Values] = {}
-    for number, images in enumerate(batches):
+    for number, (images, exact) in enumerate(zip(batches, of_each, strict=True)):
         quantized = number >= 1
+        rounded = {layer.name: _rounded_blobs(layer, exact.get(layer.name, [])) for layer in net.layer}
         found = {}
         for at, layer in enumerate(net.layer):
             if layer.type == "Input":
                 top = images
             else:
-                own = (rounded if quantized else blobs).get(layer.name, [])
+                own = (rounded if quantized else exact).get(layer.name, [])
                 top = _computed(layer, own, [found[name] for name in layer.bottom])
             data = layer.type == "Input"
             if quantized and (data or (layer.type in ROUNDED and not _is_merged(net.layer, at))):

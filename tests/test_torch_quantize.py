@@ -35,6 +35,7 @@ from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
+from caffe_jacinto.engines.pytorch.train import check_stages
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.onnx import NEWEST_OPSET, OPSET
 from caffe_jacinto.export.stock_net import StockNet, stock_net
@@ -192,6 +193,19 @@ def losses_of(
     return [float(found) for found in re.findall(r"Batch \d+, loss = (\S+)", log)], log
 
 
+def doubles(weights: Path) -> dict[str, list[Any]]:
+    return {
+        name: [blob.astype(np.float64) for blob in found] for name, found in read_weights(weights).items()
+    }
+
+
+def loss_of(scores: Any, batch: int) -> float:
+    """Of six images, labelled 0 to 4 over and over from the first batch on."""
+    labels = np.arange(batch * 6, batch * 6 + 6) % 5
+    shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    return float(-np.log(shares[np.arange(6), labels]).mean())
+
+
 def test_caffe_torch_tests_a_network_that_says_quantize(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,15 +220,12 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
     losses, log = losses_of(tmp_path, text + body + FORK_OUTPUTS, capfd, 4)
     assert "quantize: true" in log, "the report tells such a test by the network in its log"
 
-    net = parse_net(FORK_NET, fork, "deploy.prototxt")
-    blobs = {name: [blob.astype(np.float64) for blob in found] for name, found in read_weights(path).items()}
+    net, blobs = parse_net(FORK_NET, fork, "deploy.prototxt"), doubles(path)
     inputs = pixels.transpose(0, 3, 1, 2).astype(np.float64) * np.float32(0.01)
     batches = [inputs[at : at + 6] for at in range(0, 24, 6)]
     for number in range(4):
         scores = fork_passes(net, blobs, batches[: number + 1])["fc"]
-        labels = np.arange(number * 6, number * 6 + 6) % 5
-        shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-        assert losses[number] == pytest.approx(-np.log(shares[np.arange(6), labels]).mean(), rel=2e-5)
+        assert losses[number] == pytest.approx(loss_of(scores, number), rel=2e-5)
     exact, _ = losses_of(tmp_path, (text + body + FORK_OUTPUTS).replace("quantize: true", ""), capfd, 4)
     assert exact[0] == losses[0] and min(abs(np.subtract(exact, losses)[1:])) > 1e-4, (
         "only the first is in float"
@@ -223,6 +234,65 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
     ignored = "".join(f'ignored_layer_names: "{layer.name}" ' for layer in net.layer)
     without = (text + body + FORK_OUTPUTS).replace("range_exp", f"{ignored} range_exp")
     assert losses_of(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
+
+
+SOLVER = """
+train_net: "train.prototxt" test_net: "val.prototxt" max_iter: 2
+test_iter: 2 test_interval: 1 test_initialization: true
+base_lr: 0.02 lr_policy: "fixed" momentum: 0.5 snapshot: 1 snapshot_prefix: "small" random_seed: 1
+"""
+
+
+def test_a_training_tests_in_quantized_values(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each test has the weights of its iteration, and the ranges go on; what is trained is not rounded."""
+    fork = Dialect.CAFFE_JACINTO
+    monkeypatch.chdir(tmp_path)
+    start = write_random(tmp_path / "small_iter_0.caffemodel", FORK_NET, fork, seed=3)
+    pixels = np.random.default_rng(5).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
+    write_lmdb(tmp_path / "lmdb", [datum_of(image, number % 5) for number, image in enumerate(pixels)])
+    body = FORK_NET[FORK_NET.index('layer { name: "data_bn"') :] + FORK_OUTPUTS
+    val = (
+        FORK_TEST.replace("LMDB", str(tmp_path / "lmdb"), 1).replace('ignored_layer_names: "none"', "") + body
+    )
+    train = val[val.index("layer") :].replace("phase: TEST", "phase: TRAIN")
+    Path("solver.prototxt").write_text(SOLVER)
+    Path("train.prototxt").write_text(train)
+    Path("val.prototxt").write_text(val.replace("quantize: true", ""))
+    command = ["train", "-solver", "solver.prototxt", "-weights", str(start), "-dialect", fork.value]
+    assert caffe_torch(command) == 0
+    exact = read_weights(tmp_path / "small_iter_2.caffemodel")
+    capfd.readouterr()
+    Path("val.prototxt").write_text(val)
+    assert caffe_torch(command) == 0
+    log = capfd.readouterr().err
+    assert "quantize: true" in log
+    for name, blobs in read_weights(tmp_path / "small_iter_2.caffemodel").items():
+        for blob, other in zip(blobs, exact[name], strict=True):
+            np.testing.assert_array_equal(blob, other)
+
+    inputs = pixels.transpose(0, 3, 1, 2).astype(np.float64) * np.float32(0.01)
+    net, weights, batches, wanted = parse_net(FORK_NET, fork, "deploy.prototxt"), [], [], []
+    for iteration in range(3):
+        found = []
+        for batch in range(2):
+            weights.append(doubles(tmp_path / f"small_iter_{iteration}.caffemodel"))
+            batches.append(inputs[6 * batch : 6 * batch + 6])
+            found.append(loss_of(fork_passes(net, weights, batches)["fc"], batch))
+        wanted.append(np.mean(found))
+    losses = [float(value) for value in re.findall(r"Test net output #\d+: loss = (\S+)", log)]
+    assert losses == pytest.approx(wanted, rel=2e-5)
+
+    Path("train.prototxt").write_text("quantize: true\n" + train)
+    with pytest.raises(SystemExit):
+        caffe_torch(command)
+    said = "train.prototxt: field quantize: a network is tested in quantized values, not trained; give it in"
+    assert said in capfd.readouterr().err
+    val = val.replace("bitwidth_activations: 8", 'ignored_layer_names: "c3"')
+    files = {"solver.prototxt": SOLVER, "train.prototxt": train, "val.prototxt": val}
+    (line,) = check_stages({"initial": files}, {str(tmp_path / "lmdb"): (3, 12, 12)}, fork)
+    assert line.startswith("val.prototxt: net_quantization_param.ignored_layer_names c3: the network has no")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
+from caffe_jacinto.quantization.network import Network, network_of
 from caffe_jacinto.quantization.schemes import SCHEMES, Bits, MovingRange, Scheme
+
+if TYPE_CHECKING:
+    from caffe_jacinto.quantization.network import Blobs
 
 FIELDS = ("quantize", "net_quantization_param")
 """Of a NetParameter."""
@@ -29,6 +33,29 @@ class ForkSettings:
 
     ignored: tuple[str, ...]
     """Layers that take no part."""
+
+    def network(self, layers: Sequence[Any], blobs: Blobs, where: str) -> Network:
+        """What is quantized of a network with these ``layers``, LayerParameter messages.
+
+        Raises:
+            UserError: as `network_of`.
+        """
+        named = f"{where}: net_quantization_param.ignored_layer_names"
+        return network_of(self.scheme, layers, blobs, where, floats=self.ignored, floats_in=named)
+
+
+def tested_network(net: Any, dialect: Dialect, where: str) -> tuple[Any, ForkSettings | None]:
+    """``net`` without what only says how it is tested in quantized values, and that.
+
+    Raises:
+        UserError: as `fork_settings`.
+    """
+    settings = fork_settings(net, where)
+    bare = type(net)()
+    bare.CopyFrom(net)
+    for field in FIELDS if dialect is Dialect.CAFFE_JACINTO else ():
+        bare.ClearField(field)
+    return bare, settings
 
 
 def fork_settings(net: Any, where: str) -> ForkSettings | None:

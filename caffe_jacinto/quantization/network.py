@@ -114,12 +114,14 @@ def network_of(
     *,
     bits: Mapping[str, int] | None = None,
     floats: Sequence[str] = (),
+    floats_in: str = "--keep-float",
 ) -> Network:
     """The network of ``layers``, LayerParameter messages of one phase.
 
     Args:
         bits: layers with another number of bits for weights and outputs than the scheme's.
         floats: layers that stay as they are.
+        floats_in: the option or field that names them, for messages.
         where: the network's file, for messages.
 
     Raises:
@@ -145,7 +147,7 @@ def network_of(
         given[unit.name] = changed.checked(f"--bits-of {name}={number}: ")
     kept: set[str] = set()
     for name in floats:
-        unit = unit_named(units, name, "--keep-float")
+        unit = unit_named(units, name, floats_in)
         kept.update((unit.name, *unit.layers))
     axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
     return Network(scheme, units, blobs, read, axes, given, kept)

@@ -23,11 +23,10 @@ from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
-from caffe_jacinto.engines.pytorch.quantized import MovingPasses, moving_passes
+from caffe_jacinto.engines.pytorch.quantized import moving_passes
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
-from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, parse_net_in
-from caffe_jacinto.quantization.fork_settings import FIELDS, fork_settings
+from caffe_jacinto.quantization.fork_settings import ForkSettings, tested_network
 
 WARM_UP = 2
 """Passes before the clock runs: the first ones choose how to compute."""
@@ -40,11 +39,16 @@ class Evaluator:
     """A net of the test phase and its data."""
 
     def __init__(
-        self, net: Net, inputs: Inputs, ranks: Ranks, precision: str, passes: MovingPasses | None = None
+        self, net: Net, inputs: Inputs, ranks: Ranks, precision: str, settings: ForkSettings | None = None
     ) -> None:
-        """``passes``: in quantized values."""
+        """``settings``: the net is tested in quantized values; then it must not be fused.
+
+        Raises:
+            UserError: a layer in ``settings`` that is not there, or weights that are not finite.
+        """
         self.net, self._inputs, self._ranks, self._precision = net, inputs, ranks, precision
-        self._passes = passes
+        self._settings = settings
+        self._passes = moving_passes(net, settings, net.where) if settings is not None else None
         inputs.fit(net)
 
     def mean_outputs(
@@ -52,9 +56,13 @@ class Evaluator:
     ) -> dict[str, list[float]] | None:
         """The net's outputs by name, each number averaged over the first ``batches`` batches of the data.
 
-        The ranks share the batches out. None: ``stop`` requested an end.
+        The ranks share the batches out; in quantized values, whose ranges move from batch to batch, each
+        computes all. None: ``stop`` requested an end.
         """
         rank, size = self._ranks.rank, self._ranks.size
+        if self._settings is not None:
+            rank, size = 0, 1
+            self._passes = moving_passes(self.net, self._settings, self.net.where, self._passes)
         mine = range(rank, batches, size)
         self._inputs.start_at(rank, size, len(mine))
         sums: list[Tensor] | None = None
@@ -76,7 +84,8 @@ class Evaluator:
         shapes = [self.net.shapes[name] for name in self.net.output_names]
         flat = torch.cat(sums).tolist() if sums else [0.0] * sum(map(prod, shapes))
         self.net.check_indices()
-        means = [total / batches for total in self._ranks.total(flat)]
+        totals = flat if self._settings is not None else self._ranks.total(flat)
+        means = [total / batches for total in totals]
         return named(self.net.output_names, [prod(shape) for shape in shapes], means)
 
 
@@ -111,18 +120,21 @@ class TestNets:
         self._evaluators = []
         for index, (test, fed) in enumerate(zip(solver.tests, inputs, strict=True)):
             log.info(f"Creating test net (#{index}) specified by {test.source}")
+            definition, settings = tested_network(test.definition, solver.dialect, str(test.file))
             net = Net(
-                test.definition,
+                definition,
                 TEST,
                 solver.dialect,
                 where=str(test.file),
                 seed=0,
                 device=train_net.device,
                 data_shapes=fed.shapes,
+                fused=settings is None,
             )
             net.share_with(train_net)
+            net.definition = test.definition
             net.write_to(log)
-            self._evaluators.append((Evaluator(net, fed, ranks, precision), test.batches))
+            self._evaluators.append((Evaluator(net, fed, ranks, precision, settings), test.batches))
 
     def __len__(self) -> int:
         return len(self._evaluators)
@@ -168,24 +180,20 @@ def test(options: Options) -> int:
     definition = parse_net_in(read_text(options.model), options.dialect, where, TEST)
     definition.state.level = options.level
     definition.state.stage.extend(options.stage)
-    settings = fork_settings(definition, where)
-    shown = type(definition)()
-    shown.CopyFrom(definition)
-    for field in FIELDS if options.dialect is Dialect.CAFFE_JACINTO else ():
-        definition.ClearField(field)
+    bare, settings = tested_network(definition, options.dialect, where)
     device = device_of_rank(gpus, options)
     ranks = Ranks(device)
     with ExitStack() as stack:
         stack.callback(ranks.close)
         log = stack.enter_context(open_log(ranks, gpus, options))
         inputs = stack.enter_context(
-            Inputs(definition, TEST, where, device=device, seed=0, workers=options.workers)
+            Inputs(bare, TEST, where, device=device, seed=0, workers=options.workers)
         )
         for note in inputs.notes:
             log.info(note)
         shapes = inputs.shapes
         net = Net(
-            definition,
+            bare,
             TEST,
             options.dialect,
             where=where,
@@ -194,7 +202,7 @@ def test(options: Options) -> int:
             data_shapes=shapes,
             fused=settings is None,
         )
-        net.definition = shown
+        net.definition = definition
         net.write_to(log)
         for path in options.weights:
             _, unused = load_weights(net, path)
@@ -203,8 +211,7 @@ def test(options: Options) -> int:
         if options.display_sparsity:
             log.sparsity(*TorchPruner(net, log.info).counts())
         log.info(f"Running for {options.iterations} iterations.")
-        passes = moving_passes(net, settings, where) if settings is not None else None
-        evaluator = Evaluator(net, inputs, ranks, options.precision, passes)
+        evaluator = Evaluator(net, inputs, ranks, options.precision, settings)
         means = evaluator.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(net, log))
         if means is None:
             log.test_interrupted()

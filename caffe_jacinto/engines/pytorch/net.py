@@ -21,6 +21,7 @@ from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.forks import TYPES
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
+from caffe_jacinto.quantization.fork_settings import FIELDS
 
 FED = (*READ, "Input")
 """The types of the layers whose tops come from outside."""
@@ -474,6 +475,11 @@ def _check_fields(definition: Any, where: str) -> None:
             continue
         if descriptor.name.startswith("default_") and value == 0:  # FLOAT
             continue
+        if descriptor.name in FIELDS:
+            raise UserError(
+                f"{where}: field {descriptor.name}: a network is tested in quantized values, not trained; "
+                "give it in the file of test_net alone"
+            )
         raise UserError(f"{where}: field {descriptor.name} is not supported; remove it")
 
 

@@ -24,7 +24,6 @@ from caffe_jacinto.quantization.grids import Grid
 from caffe_jacinto.quantization.network import (
     Network,
     Quantization,
-    network_of,
     quantization_of,
     rounded_blobs,
 )
@@ -229,8 +228,12 @@ def quantized_net(message: Any, network: Network, gpus: Sequence[int], where: st
     return QuantizedNet(net, network)
 
 
-def moving_passes(net: Net, settings: ForkSettings, where: str) -> MovingPasses:
+def moving_passes(
+    net: Net, settings: ForkSettings, where: str, before: MovingPasses | None = None
+) -> MovingPasses:
     """The passes of a test network in caffe-jacinto's dialect, by its own settings and with its weights.
+
+    ``before``: passes of the same network with earlier weights, whose ranges go on.
 
     Raises:
         UserError: an ignored layer that is not there, or weights that are not finite.
@@ -238,14 +241,17 @@ def moving_passes(net: Net, settings: ForkSettings, where: str) -> MovingPasses:
     moving = settings.scheme.moving
     assert moving is not None
     blobs = {name: [array(blob.tensor) for blob in found] for name, found in net.layer_blobs.items()}
-    network = network_of(settings.scheme, net.layers, blobs, where, floats=settings.ignored)
-    return MovingPasses(
+    network = settings.network(net.layers, blobs, where)
+    passes = MovingPasses(
         QuantizedNet(net, network),
         moving,
         where,
         weights=settings.weights,
         activations=settings.activations,
     )
+    if before is not None:
+        passes.continue_from(before)
+    return passes
 
 
 class MovingPasses:
@@ -278,6 +284,10 @@ class MovingPasses:
             if unit.output == "quantized"
         }
         """By unit."""
+
+    def continue_from(self, before: MovingPasses) -> None:
+        """Take over the ranges of ``before``, and the number of passes."""
+        self.ranges, self._passes = before.ranges, before._passes
 
     def run(self, inputs: Values | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One pass; the network's outputs by name.

@@ -52,6 +52,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
 from caffe_jacinto.pruning.pruner import masks_file
+from caffe_jacinto.quantization.fork_settings import tested_network
 
 T = TypeVar("T")
 
@@ -546,11 +547,16 @@ def check_stages(
 
     def built(definition: Any, file: Path, phase: int) -> Net | None:
         """The network; None where the size of its images is not known."""
-        where = str(file)
+        where, settings = str(file), None
+        if phase == TEST:
+            definition, settings = tested_network(definition, dialect, where)
         shapes = expected_shapes(definition, phase, where, images)
         if shapes is None:
             return None
-        return Net(definition, phase, dialect, where=where, seed=0, data_shapes=shapes, filled=False)
+        net = Net(definition, phase, dialect, where=where, seed=0, data_shapes=shapes, filled=False)
+        if settings is not None:
+            settings.network(net.layers, {}, where)
+        return net
 
     for files in stages.values():
         solver = attempt(partial(stage_solver, files, dialect))
