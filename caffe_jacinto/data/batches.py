@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.data.augment import CHANCES, Augmentation, read_augmentation
 from caffe_jacinto.data.datum import Pixels, Transform, Window, datum_pixels
 from caffe_jacinto.data.encode import BadImageError, jpeg_shape
 from caffe_jacinto.data.image_list import ListedImages
 from caffe_jacinto.data.lmdb_reader import NumberedRecords
 from caffe_jacinto.data.mean import read_mean
+from caffe_jacinto.recipes.model import AUGMENTATIONS
 
 _TRANSFORM = frozenset(
-    {"scale", "mirror", "crop_size", "mean_file", "mean_value", "force_color", "force_gray"}
+    {"scale", "mirror", "crop_size", "mean_file", "mean_value", "force_color", "force_gray", *AUGMENTATIONS}
 )
 _TRANSFORM_NO_EFFECT = frozenset({"use_gpu_transform", "display"})
 _DATA = frozenset({"source", "batch_size", "backend", "force_encoded_color", "shuffle"})
@@ -69,6 +71,9 @@ class ImageLayer(DataLayer):
     transform: Transform
     training: bool
     """Whether crops are placed at random."""
+
+    augmentation: Augmentation
+    """Of training images."""
 
     root: str | None = None
     """What a list's paths begin with; None: the source is an LMDB."""
@@ -150,6 +155,7 @@ def _lmdb_layer(layer: Any, where: str, training: bool) -> ImageLayer:
         transform=read_transform(layer.transform_param, where, force_color=data.force_encoded_color),
         shuffle=training and bool(getattr(data, "shuffle", False)),
         training=training,
+        augmentation=read_augmentation(layer.transform_param, where),
     )
 
 
@@ -181,6 +187,7 @@ def _list_layer(layer: Any, where: str, training: bool) -> ImageLayer:
         transform=replace(settings, colour=data.is_color),
         shuffle=data.shuffle,
         training=training,
+        augmentation=read_augmentation(transform, where),
         root=data.root_folder,
         resize=(height, width) if height else None,
         skip=data.rand_skip,
@@ -249,7 +256,7 @@ class Order:
 
 def random_numbers(seed: int, place: int, purpose: str) -> np.random.Generator:
     """Random numbers that are the same for the same arguments (Philox, counter-based)."""
-    stream = {"order": 0, "images": 1, "dropout": 2, "seed": 3, "skip": 4, "rows": 5}[purpose]
+    stream = {"order": 0, "images": 1, "dropout": 2, "seed": 3, "skip": 4, "rows": 5, "augment": 6}[purpose]
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), stream], counter=[0, 0, 0, place]))
 
 
@@ -280,6 +287,13 @@ class Images(BatchSource):
         """Channels, height and width of the first record's image."""
 
         self.dtype = pixels.dtype
+        self.augmentation = layer.augmentation if layer.training else Augmentation()
+        if self.augmentation.jitters and self.dtype != np.uint8:
+            raise UserError(
+                f"{layer.where}: brightness and colours change in 8-bit images only, and those of "
+                f"{layer.source} are {self.dtype}: remove random_brightness, random_contrast and "
+                "random_saturation"
+            )
         crop = layer.transform.crop
         self.shape = (batch_size, crop or height, crop or width, channels)
         """Of a batch of images, channels last."""
@@ -302,22 +316,30 @@ class Images(BatchSource):
             UserError: a record without an image, or one that does not fit.
         """
         transform, anywhere = self.layer.transform, self.layer.training
+        more = self._more_chances(block)
         for i, chance in enumerate(self._chances(block)):
             number = self._order.record(block * self.batch_size + i)
             datum, pixels = self._read(number)
             self._check_like_first(number, pixels)
             _, height, width = pixels.shape
             window = transform.window(height, width, chance, anywhere=anywhere)
-            _put(transform, pixels, window, values[i])
+            if self.augmentation:
+                self._put_augmented(pixels, window, more[i], values[i])
+            else:
+                _put(transform, pixels, window, values[i])
             labels[i] = datum.label
             windows[i] = window
 
     def read_files(self, block: int, labels: Pixels, windows: Pixels) -> list[bytes] | None:
         """As `read`, with the images as they are stored; None unless all are colour JPEG files of one size.
 
+        None, too, where images are augmented.
+
         Raises:
             UserError: a record that holds no Datum.
         """
+        if self.augmentation:
+            return None
         files = []
         for i, chance in enumerate(self._chances(block)):
             number = self._order.record(block * self.batch_size + i)
@@ -335,6 +357,25 @@ class Images(BatchSource):
         drawn = random_numbers(self._seed, block, "images").random((self.batch_size, 3))
         chances: list[list[float]] = drawn.tolist()
         return chances
+
+    def _more_chances(self, block: int) -> list[list[float]]:
+        """The random numbers of each image's augmentation."""
+        if not self.augmentation:
+            return []
+        drawn = random_numbers(self._seed, block, "augment").random((self.batch_size, CHANCES))
+        chances: list[list[float]] = drawn.tolist()
+        return chances
+
+    def _put_augmented(self, pixels: Pixels, window: Window, chances: list[float], into: Pixels) -> None:
+        """As `_put`, for an image that is augmented."""
+        transform, how = self.layer.transform, self.augmentation
+        if how.crop_min_area:
+            image = how.resized(pixels.transpose(1, 2, 0), chances, transform.crop)
+        else:
+            image = transform.cut(pixels, window._replace(mirrored=False)).transpose(1, 2, 0)
+        if how.jitters:
+            image = how.jittered(image, chances)
+        into[...] = image[:, ::-1] if window.mirrored else image
 
     def first_files(self, count: int) -> list[bytes] | None:
         """The first images as they are stored; None unless all are colour JPEG files of one size."""

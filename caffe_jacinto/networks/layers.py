@@ -221,6 +221,9 @@ class Data(Layer):
     scale: float | None = None
     """Every pixel is multiplied by this, once the mean is subtracted."""
 
+    augmentation: Mapping[str, float] = field(default_factory=dict)
+    """Fields of transform_param that Caffe does not have."""
+
 
 @dataclass(frozen=True)
 class Other(Layer):

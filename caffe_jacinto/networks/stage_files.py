@@ -143,7 +143,10 @@ def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> Sta
     network = network_of(recipe)
     check_crop(network)
     data = partial(_data, network, mean_file=recipe.data.mean_file)
-    train = data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror)
+    train = replace(
+        data(recipe.data.train_lmdb, batch, mirror=recipe.data.mirror),
+        augmentation=recipe.data.augmentation(),
+    )
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
     trained = (*network.trained_layers, *network.outputs)
     smooth = smoothed(trained, recipe.training.label_smoothing, network.num_classes)

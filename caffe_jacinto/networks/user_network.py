@@ -178,6 +178,9 @@ def train_text(network: UserNetwork, recipe: Recipe, batch: int) -> str:
     _set_images(net, edits, recipe, network, recipe.data.train_lmdb, batch)
     if recipe.data.mirror != net.data.message("transform_param").flag("mirror"):
         _transform(edits, net.data, {"mirror": "true" if recipe.data.mirror else "false"})
+    augmentation = {name: number(value) for name, value in recipe.data.augmentation().items()}
+    if augmentation:
+        _transform(edits, net.data, augmentation)
     frozen = network.with_batch_norms(settings.frozen, "network.frozen")
     for layer in net.layers:
         if layer.string("name") in frozen:

@@ -25,7 +25,13 @@ FIELDS: dict[str, str] = {
     "shuffle_channel_param": _SHUFFLENET,
     "interp_param": f"{_DEEPLAB} and PSPNet",
     "upsample_param": f"{SEGNET} and forks for YOLO",
-    **dict.fromkeys(("warmup_iter", "ema_decay"), _OURS),
+    **dict.fromkeys(
+        (
+            *("warmup_iter", "ema_decay", "crop_min_area", "crop_max_aspect"),
+            *("random_brightness", "random_contrast", "random_saturation"),
+        ),
+        _OURS,
+    ),
     # From here on, fields that nothing here computes.
     **dict.fromkeys(
         (

@@ -39,6 +39,7 @@ NaturalInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
 PositiveFloat = Annotated[float, Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 NaturalFloat = Annotated[float, Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -52,6 +53,13 @@ MISTAKE = "mistake"
 
 MOST_TESTS_APART = 10_000
 """Iterations: the largest default of ``test_interval``, and of ``snapshot`` if it allows for it."""
+
+
+AUGMENTATIONS = (
+    *("crop_min_area", "crop_max_aspect"),
+    *("random_brightness", "random_contrast", "random_saturation"),
+)
+"""Keys of `[data]` that are fields of a ``transform_param`` beyond Caffe's."""
 
 
 def _none_if_empty(value: Any) -> Any:
@@ -90,11 +98,34 @@ class DataSettings(_Settings):
     mirror: bool = True
     """Mirror every other training image, at random."""
 
+    crop_min_area: Share = 0.0
+    """Resized crops of training images (PyTorch): the least share of the area that one shows; 0: none."""
+
+    crop_max_aspect: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.333
+    """The largest ratio of the sides of what a resized crop shows."""
+
+    random_brightness: Share = 0.0
+    """Training images times a random factor from 1 - this to 1 + this (PyTorch)."""
+
+    random_contrast: Share = 0.0
+    """The same about the mean grey of the image."""
+
+    random_saturation: Share = 0.0
+    """The same about the grey of each pixel."""
+
     mean_file: OptionalText = None
     """A .binaryproto with the mean image that is subtracted from every image, for networks that need one."""
 
     labels: OptionalText = None
     """A text file whose line N names class N; without it, ``labels.txt`` in the folder of ``train_lmdb``."""
+
+    def augmentation(self) -> dict[str, float]:
+        """What training images are changed by, beside crops and mirrors; defaults left out."""
+        return {
+            name: getattr(self, name)
+            for name in AUGMENTATIONS
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
 
 
 class NetworkSettings(_Settings):

@@ -102,6 +102,13 @@ def _frozen_once(recipe: Values) -> Iterator[Mistake]:
         yield recipe.mistake("network.frozen", f"{list(frozen)} names a layer twice; name each once")
 
 
+def _crops_are_resized(recipe: Values) -> Iterator[Mistake]:
+    if recipe["data.crop_min_area"] and recipe["data.mean_file"]:
+        yield recipe.mistake(
+            "data.crop_min_area", "resized crops do not fit the mean image of data.mean_file; remove one"
+        )
+
+
 def _gpus_once(recipe: Values) -> Iterator[Mistake]:
     gpus = recipe["training.gpus"]
     if len(set(gpus)) < len(gpus):
@@ -213,6 +220,7 @@ def _network_has_its_keys(recipe: Values) -> Iterator[Mistake]:
 _RECIPE_RULES: tuple[Rule, ...] = (
     _network_has_its_keys,
     _frozen_once,
+    _crops_are_resized,
     _gpus_once,
     _names_make_folders,
     _some_stage_trains,

@@ -99,6 +99,13 @@ class Inputs:
         self._feeds.append(feed)
 
     def _decode_of(self, images: Images, workers: int) -> Decode:
+        if images.augmentation:
+            if self._choice in ("gpu", "both"):
+                raise UserError(
+                    f"{images.layer.where}: images are augmented where the CPU decodes them; leave out "
+                    f"-decode {self._choice}, or give -decode cpu"
+                )
+            return "cpu"
         if self._choice == "auto":
             found, note = faster_decode(images, self._device, workers)
             self._choice = DECODERS[self._agree(DECODERS.index(found))]
