@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from caffe_jacinto.inference.quantize import Images
     from caffe_jacinto.inference.quantize_log import QuantizeLog
 
-DEPLOY, TABLE, CSV = "deploy.prototxt", "table.txt", "table.csv"
+DEPLOY, CSV = "deploy.prototxt", "table.csv"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -281,7 +281,7 @@ def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> No
     from caffe_jacinto.export.quantized import STOCK_DEPLOY, quantized_files
     from caffe_jacinto.prototxt.schema import parse_any_net
     from caffe_jacinto.quantization.record import RECORD, record_of, record_text
-    from caffe_jacinto.quantization.tables import csv_text, picture, write_text
+    from caffe_jacinto.quantization.tables import TABLE, csv_text, picture, write_text
 
     original = parse_any_net(read_text(files.deploy), str(files.deploy))
     last = original.layer[-1] if original.layer[-1].type == "Softmax" else None

@@ -64,6 +64,14 @@ def recipe_of(folder: Path, *stages: str) -> str:
     return f"./{path.name}"
 
 
+def quantizing(folder: Path, table: str = "") -> str:
+    """A recipe file in ``folder`` of the stage initial, and a stage ``eight`` that quantizes it."""
+    path = folder / recipe_of(folder, "initial")
+    more = f'\n[stages.eight]\nstart = "initial"\n[stages.eight.quantize]\n{table}\n'
+    path.write_text(path.read_text() + more)
+    return f"./{path.name}"
+
+
 def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: int) -> list[str]:
     """Arguments that make a recipe with the stages ``only`` tiny; ``stages`` gives some more iterations."""
     settings = [

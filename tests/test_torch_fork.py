@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from digits_run import ITERATIONS, PREFIX, STAGES, Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
+from digits_run import (
+    ITERATIONS,
+    PREFIX,
+    STAGES,
+    Trainer,
+    end,
+    quantizing,
+    recipe_of,
+    tiny,
+    wait_for,
+    write_lmdbs,
+)
 
 from caffe_jacinto.caffemodel.storage import read_weights
 
@@ -96,6 +107,29 @@ def test_every_stage_by_the_forks_own_fields(fork: Path, tmp_path: Path) -> None
         if blobs[0].ndim == 4:
             assert not fine[name][0][blobs[0] == 0].any(), f"zeros of {name} moved in finetune"
     assert len(sparse["conv1a/bn"]) == 5  # the fork's one layer: statistics, factor, scale, bias
+
+
+def test_a_stage_that_quantizes_is_the_forks_own_test(fork: Path, tmp_path: Path) -> None:
+    trainer = Trainer(fork, tmp_path)
+    recipe = quantizing(tmp_path, 'keep_float = ["conv1a"]\nactivation_bits = 10')
+    code, said = trainer.run(*tiny(recipe, ("initial",)), "-gpu", "0", "--output", "run")
+    assert code == 0, said
+    assert "note: stage eight: caffe-jacinto tests in its own arithmetic, the scheme caffe_jacinto" in said
+    val = (tmp_path / "run/eight/val.prototxt").read_text()
+    assert val.startswith("quantize: true\nnet_quantization_param {") and 'type: "Data"' in val
+    assert "bitwidth_weights: 12\n  bitwidth_activations: 10\n" in val
+    assert 'ignored_layer_names: "conv1a"' in val
+    weights = f"run/initial/{PREFIX}_iter_{ITERATIONS}.caffemodel"
+    command = f"{fork} test -model run/eight/val.prototxt -weights {weights} -iterations 1 -gpu 0"
+    assert command in (tmp_path / "run/eight/run.sh").read_text()
+    found = re.search(r"stage 2/2 eight: top-1 ([\d.]+)", said)
+    assert found and re.search(r"run, eight \(12-bit weights, 10-bit activations\) +\d", said)
+    refused = quantizing(tmp_path, "bits_of = { conv1a = 16 }")
+    code, said = trainer.run(*tiny(refused, ("initial",)), "-gpu", "0", "--output", "refused")
+    assert (code, "stages.eight.quantize.bits_of: caffe-jacinto's own quantized test has no" in said) == (
+        2,
+        True,
+    )
 
 
 def test_gpus_that_are_not_there(fork: Path, tmp_path: Path) -> None:

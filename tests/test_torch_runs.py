@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from digits_run import ITERATIONS, PREFIX, STAGES, Trainer, end, recipe_of, tiny, wait_for, write_lmdbs
+from digits_run import (
+    ITERATIONS,
+    PREFIX,
+    STAGES,
+    Trainer,
+    end,
+    quantizing,
+    recipe_of,
+    tiny,
+    wait_for,
+    write_lmdbs,
+)
 
 from caffe_jacinto.caffemodel.storage import read_weights
 
@@ -105,6 +117,66 @@ def test_killed_in_the_schedule_and_resumed_it_ends_at_the_same_weights(
     for name in whole:
         for one, other in zip(whole[name], resumed[name], strict=True):
             np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def test_a_stage_quantizes_after_the_test(trainer: Trainer) -> None:
+    table = 'batches = 4\nbits_of = { fc10 = 16 }\nkeep_float = ["conv1a"]'
+    recipe = quantizing(trainer.folder, table)
+    code, said = trainer.run(*tiny(recipe, ("initial",)), "--output", "eight")
+    assert code == 0, said
+    assert list(trainer.states("eight").items()) == [
+        (name, "finished") for name in ("initial", "test", "eight")
+    ]
+    folder = trainer.folder / "eight" / "eight"
+    record = json.loads((folder / "quantization.json").read_text())
+    bits = {
+        unit["name"]: unit["weights"] and unit["weights"]["bits"]
+        for unit in record["layers"]
+        if "weights" in unit
+    }
+    assert (bits["conv1a"], bits["conv1b"], bits["fc10"]) == (None, 8, 16)
+    assert record["accuracy"]["images"] == 50 and record["calibration_images"] == 200
+    assert (folder / "table.txt").read_text() in said
+    assert "stage 2/2 eight: " in said and "RUN" not in said
+    quantized, before = (100 * record["accuracy"][which]["top1"] for which in ("quantized", "float"))
+    assert re.search(rf"eight, eight \(.*8 bits\) +{quantized:.2f} %", said)
+    change = f"{quantized - before:+.2f}"
+    assert re.search(rf"(?m)^eight .* {re.escape(change)} ", said)
+    # By hand it is the same command, and a new train does not begin it again.
+    script = (folder / "run.sh").read_text()
+    assert "caffe_jacinto.quantize eight/initial --calibrate train_lmdb --val val_lmdb" in script
+    assert "--bits-of=fc10=16 --batches 4" in script.replace("--keep-float=conv1a ", "")
+    status = subprocess.run(
+        [sys.executable, "-m", "caffe_jacinto.train", "--status", "eight"],
+        cwd=trainer.folder, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"eight: finished, top-1 {record['accuracy']['quantized']['top1']:.4g}" in status
+
+    (folder / "quantization.json").unlink()
+    changed = trainer.record("eight")
+    changed["stages"]["eight"]["state"] = "running"
+    (trainer.folder / "eight" / "run.json").write_text(json.dumps(changed))
+    code, said = trainer.run("--resume", "eight")
+    assert code == 0, said
+    assert "stage 1/2 initial: already finished" in said
+    again = json.loads((folder / "quantization.json").read_text())
+    assert again == record
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ('keep_float = ["conv1"]', "keep_float: conv1: the network has no such layer; "),
+        ("bits_of = { 'conv1a/bn' = 4 }", "bits_of: conv1a/bn: the network has no such layer"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said_before_the_training(
+    trainer: Trainer, table: str, says: str
+) -> None:
+    code, said = trainer.run(*tiny(quantizing(trainer.folder, table), ("initial",)), "--output", "refused")
+    assert code == 2
+    assert f"error: stages.eight.quantize.{says}" in said
+    assert not (trainer.folder / "refused").exists()
 
 
 def test_bf16_is_used_by_every_command_and_kept_on_resume(trainer: Trainer) -> None:

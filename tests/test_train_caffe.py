@@ -24,6 +24,7 @@ from digits_run import (
     Trainer,
     end,
     is_alive,
+    quantizing,
     recipe_of,
     tiny,
     wait_for,
@@ -233,6 +234,30 @@ def test_a_killed_caffe_fails_the_stage(trainer: Trainer) -> None:
     assert process.returncode == 1
     assert "stage initial failed: killed by SIGKILL" in said
     assert trainer.states("killed caffe")["l1reg"] == "waiting"
+
+
+def test_a_stage_that_quantizes_is_stopped_and_begins_again(trainer: Trainer) -> None:
+    recipe = quantizing(trainer.folder, 'scheme = "power2"\nsensitivity = true')
+    with trainer.running(*tiny(recipe, ("initial",)), "--output", "eight") as process:
+        wait_for(lambda: "Quantizing: calibrate" in trainer.log("eight", "eight"), "calibration")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping: ending eight" in said and "stopped in eight; to resume: " in said
+    folder = trainer.folder / "eight/eight"
+    assert trainer.states("eight")["eight"] == "stopped" and not (folder / "quantization.json").exists()
+    code, said = trainer.run("--resume", "eight")
+    assert code == 0, said
+    assert "test: already finished" in said and "by power2" in said
+    record = json.loads((folder / "quantization.json").read_text())
+    assert record["calibration_images"] == 320
+    assert any(unit.get("top1_change_alone") is not None for unit in record["layers"])
+    top1 = re.search(r"stage 2/2 eight: top-1 ([\d.]+), top-5 [\d.]+, loss", said)
+    assert top1 and float(top1[1]) == pytest.approx(record["accuracy"]["quantized"]["top1"], rel=1e-3)
+    assert "--backend caffe --caffe" in (folder / "run.sh").read_text()
+    with_ranges_that_move = quantizing(trainer.folder, 'scheme = "caffe_jacinto"')
+    code, said = trainer.run(*tiny(with_ranges_that_move, ("initial",)), "--output", "refused")
+    assert (code, 'scheme: "caffe_jacinto" is for PyTorch and caffe-jacinto only' in said) == (2, True)
 
 
 def test_an_interrupted_caffe_is_not_taken_for_finished(trainer: Trainer) -> None:

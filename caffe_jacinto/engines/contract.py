@@ -24,7 +24,14 @@ from caffe_jacinto.prototxt.loadable import not_carried_out, not_loadable
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 from caffe_jacinto.prototxt.tree import tree_of
-from caffe_jacinto.recipes.model import SparseSettings, Stage, sparse_fields, sparse_settings
+from caffe_jacinto.quantization.schemes import Scheme
+from caffe_jacinto.recipes.model import (
+    QuantizeSettings,
+    SparseSettings,
+    Stage,
+    sparse_fields,
+    sparse_settings,
+)
 
 EngineKind = Literal["bvlc", "caffe-jacinto", "torch"]
 
@@ -149,6 +156,25 @@ class TestJob:
     """The state in which the network is tested, beside its phase."""
 
 
+@dataclass(frozen=True)
+class QuantizeJob:
+    """A trained network to quantize and to test in quantized values."""
+
+    trained: Path
+    """The folder of the stage that trained it."""
+
+    settings: QuantizeSettings
+    train_lmdb: str
+    """For the calibration."""
+
+    val_lmdb: str
+    folder: Path
+    """Of the result."""
+
+    test: TestJob
+    """Its test in float."""
+
+
 class Engine(Protocol):
     """Trains and tests the stages of a run."""
 
@@ -181,6 +207,26 @@ class Engine(Protocol):
         ...
 
     def test_command(self, job: TestJob) -> list[str]: ...
+
+    def quantization(self, settings: QuantizeSettings) -> Scheme:
+        """The scheme by which `quantize_command` computes; another one than requested where it has but one.
+
+        Raises:
+            UserError: settings that it cannot carry out; the message begins with the key.
+        """
+        ...
+
+    def quantize_files(self, settings: QuantizeSettings, files: StageFiles) -> dict[str, str]:
+        """What `quantize_command` reads in the folder of the result, by name; ``files``: of the stage."""
+        ...
+
+    def quantize_command(self, job: QuantizeJob) -> list[str]:
+        """The command that quantizes and tests; it prints a log of Caffe's.
+
+        Raises:
+            UserError: this engine cannot do the job.
+        """
+        ...
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         """``sparsity_start_factor`` for a solver file that resumes from the snapshot of ``iteration``.
@@ -301,6 +347,26 @@ def recalibration_arguments(job: TrainJob) -> list[str]:
     return (
         [*arguments, "-recalibrate_tests"] if job.recalibrate_tests and job.reestimate_batches else arguments
     )
+
+
+def quantize_arguments(job: QuantizeJob) -> list[str]:
+    """The arguments of `caffe_jacinto.quantize`, for Python."""
+    arguments = ["-m", "caffe_jacinto.quantize", str(job.trained)]
+    arguments += ["--calibrate", job.train_lmdb, "--val", job.val_lmdb, "--output", str(job.folder)]
+    fields = type(job.settings).model_fields
+    for key, value in job.settings:
+        option = f"--{key.replace('_', '-')}"
+        if value == fields[key].default:
+            continue
+        if value is True:
+            arguments.append(option)
+        elif isinstance(value, dict):
+            arguments += [f"{option}={layer}={bits}" for layer, bits in value.items()]
+        elif isinstance(value, tuple):
+            arguments += [f"{option}={layer}" for layer in value]
+        else:
+            arguments += [option, str(value)]
+    return [*arguments, "--log"]
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, batches: int) -> None:

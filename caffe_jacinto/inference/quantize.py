@@ -15,17 +15,27 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import image_progress
 from caffe_jacinto.export.input_shift import InputShift
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import StockNet, stock_net
-from caffe_jacinto.inference.network import Sample, TrainedNetwork
+from caffe_jacinto.inference.network import (
+    Sample,
+    TrainedNetwork,
+    trained_network,
+    validation_preprocessing,
+)
 from caffe_jacinto.inference.scores import Tally, softmax_loss
+from caffe_jacinto.netspec.graph import TEST, messages_in
+from caffe_jacinto.netspec.shapes import blob_shapes
+from caffe_jacinto.prototxt.schema import dialect_of, parse_any_net
 from caffe_jacinto.quantization.network import Network, network_of, quantization_of
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.results import Accuracy, Energy, Result
 from caffe_jacinto.quantization.schemes import MovingRange, Scheme
+from caffe_jacinto.recipes.model import QuantizeSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +130,45 @@ def on_caffe(net: StockNet, network: Network, path: str | None, where: str) -> C
         if said:
             raise UserError(f"{where}: Caffe cannot read it: {said}")
         return CaffeQuantizedNet(caffe, deploy, network)
+
+
+def check_quantizable(
+    files: Mapping[str, str], folder: Path, settings: QuantizeSettings, scheme: Scheme
+) -> None:
+    """Check that a network which is not trained yet can be quantized and tested.
+
+    ``files`` are the prototxts of its stage by name; ``folder``, where they will be, is for messages.
+
+    Raises:
+        UserError: it cannot, for another reason than its weights.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        for name in ("deploy.prototxt", "val.prototxt"):
+            (place / name).write_text(files[name], encoding="utf-8")
+        weights = place / "weights.caffemodel"
+        try:
+            _write_ones(files["deploy.prototxt"], weights)
+            trained = trained_network(place / "deploy.prototxt", weights)
+            validation_preprocessing(place / "val.prototxt", trained.shape, Path())
+            net = loaded(trained, scheme, settings.input_shift or "power")
+            described(net, scheme, str(trained.where), settings.bits_of, settings.keep_float)
+        except UserError as error:
+            raise UserError(str(error).replace(str(place), str(folder))) from None
+
+
+def _write_ones(deploy: str, path: Path) -> None:
+    """Write weights for a deploy network, all of them 1."""
+    import numpy as np
+
+    net = parse_any_net(deploy, "deploy.prototxt")
+    shapes = blob_shapes(net, TEST)
+    layers = [
+        NewLayer(layer, [np.ones([dim or 1 for dim in shape], np.float32) for shape in shapes[layer.name]])
+        for layer in messages_in(net, TEST)
+        if layer.name in shapes
+    ]
+    write_net(path, net.name, layers, dialect_of(net))
 
 
 class Quantizer:

@@ -17,7 +17,7 @@ from caffe_jacinto.logs.printed_net import PrintedNet
 from caffe_jacinto.logs.processes import LogStage, read_log
 from caffe_jacinto.logs.stage import StageFigures, StageLog
 
-TEST_STAGES = ("quantize", "test", "test_quantize")
+TEST_STAGES = ("test", "quantize", "test_quantize")
 STAGE_ORDER = ("train", "initial", "l1reg", "sparse", "finetune", *TEST_STAGES)
 STAGE_LOG = "run.log"
 """The log of a stage folder."""

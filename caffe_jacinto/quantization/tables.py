@@ -16,6 +16,9 @@ from caffe_jacinto.quantization.units import Unit
 if TYPE_CHECKING:
     from caffe_jacinto.quantization.ranges import Histogram
 
+TABLE = "table.txt"
+"""The file of `write_text`."""
+
 PICTURES = (".png", ".svg")
 
 MOST_DRAWN = 6

@@ -22,16 +22,20 @@ from caffe_jacinto.engines.snapshots import (
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.logs.loss import Kind
 from caffe_jacinto.logs.stage import StageLog
+from caffe_jacinto.quantization.tables import TABLE
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, State, resume_command
 from caffe_jacinto.runs.lock import RunLock
 from caffe_jacinto.runs.page import RunPage
 from caffe_jacinto.runs.plan import (
+    QuantizePlan,
     RunPlan,
     StagePlan,
+    quantize_job,
     test_job,
     train_job,
+    write_quantize,
     write_stage,
     write_start_weights,
     write_test,
@@ -45,6 +49,7 @@ from caffe_jacinto.runs.progress import (
     outputs_line,
     progress,
     stage_summary,
+    test_progress,
 )
 from caffe_jacinto.runs.retention import Keeper, remove_snapshots
 from caffe_jacinto.runs.space import full_disk
@@ -74,9 +79,10 @@ NEXT_REQUEST = ("again to end it at once", "once more to kill it", "")
 
 @dataclass
 class Watched:
-    """A running stage or, without a plan, the test; and how much of its log has been shown."""
+    """A running stage or, without a plan, a test; and how much of its log has been shown."""
 
     view: StageView
+    name: str = TEST
     plan: StagePlan | None = None
     place: Place | None = None
     keeper: Keeper | None = None
@@ -152,6 +158,9 @@ class Driver:
                 return self._stopped(plan.name)
         if not self._test(self.record.stages[TEST]):
             return self._stopped(TEST)
+        for quantized in self.run.quantized:
+            if not self._quantize(quantized, self.record.stages[quantized.name]):
+                return self._stopped(quantized.name)
         return 0
 
     def _stage(self, plan: StagePlan, state: StageState) -> bool:
@@ -196,7 +205,7 @@ class Driver:
         )
         self._note(state, "running")
         begun = time.monotonic()
-        watched = Watched(view, plan, place, keeper, max(log.tests, default=-1), log.displays)
+        watched = Watched(view, plan.name, plan, place, keeper, max(log.tests, default=-1), log.displays)
         code = self._run(plan.folder, state, commands, watched)
         if view.trouble is None:
             keeper.clean(log)
@@ -270,35 +279,61 @@ class Driver:
 
     def _test(self, state: StageState) -> bool:
         """Test the final weights; False if a stop was requested."""
+        folder = self.run.test_folder
+        if not self._must_evaluate(TEST, TEST, folder, state):
+            return state.state == "finished"
+        command = self.run.engine.test_command(test_job(self.run))
+        write_test(self.run, self.run.files(self.run.stages[-1]), command)
+        self.screen.say(f"test: {self.run.final_weights}; log: {folder / STAGE_LOG}", style="bold")
+        return self._evaluate(TEST, TEST, folder, state, command)
+
+    def _quantize(self, plan: QuantizePlan, state: StageState) -> bool:
+        """Quantize the weights of a stage, and test them; False if a stop was requested."""
+        title = Place(self.run.recipe, plan.name).title()
+        if not self._must_evaluate(plan.name, title, plan.folder, state):
+            return state.state == "finished"
+        command = self.run.engine.quantize_command(quantize_job(self.run, plan))
+        write_quantize(self.run, plan, command)
+        scheme, weights = self.run.engine.quantization(plan.settings).name, plan.source.final_weights
+        self.screen.say(f"{title}: {weights} by {scheme}; log: {plan.folder / STAGE_LOG}", style="bold")
+        if not self._evaluate(plan.name, title, plan.folder, state, command):
+            return False
+        table = plan.folder / TABLE
+        if table.is_file():
+            self.screen.say(table.read_text(encoding="utf-8").rstrip("\n"))
+        return True
+
+    def _must_evaluate(self, name: str, title: str, folder: Path, state: StageState) -> bool:
+        """Whether a test is to be run: it has not finished, and no stop was requested."""
         if state.state == "finished":
-            self.page.follow(TEST, read_log(self.run.test_folder, history=True))
-            self.screen.say("test: already finished")
-            return True
+            self.page.follow(name, read_log(folder, history=True))
+            self.screen.say(f"{title}: already finished")
+            return False
         if self.signals.requested:
             return False
         self._check_data(state)
-        command = self.run.engine.test_command(test_job(self.run))
-        write_test(self.run, self.run.files(self.run.stages[-1]), command)
-        self.screen.say(
-            f"test: {self.run.final_weights}; log: {self.run.test_folder / STAGE_LOG}", style="bold"
-        )
-        log = StageLog(live=True, history=True, test_net=read_test_net(self.run.test_folder))
-        self.page.follow(TEST, log)
+        return True
+
+    def _evaluate(self, name: str, title: str, folder: Path, state: StageState, command: list[str]) -> bool:
+        """Run the command of a test; False if a stop was requested."""
+        log = StageLog(live=True, history=True, test_net=read_test_net(folder))
+        self.page.follow(name, log)
         self._note(state, "running")
-        code = self._run(self.run.test_folder, state, [command], Watched(StageView(log)))
+        code = self._run(folder, state, [command], Watched(StageView(log), name))
         results = log.results()
         if code == 0 and results:
             self._note(state, "finished")
-            self.screen.say(f"test: {outputs_line(log, results)}", style="green")
+            self.screen.say(f"{title}: {outputs_line(log, results)}", style="green")
             return True
         if self.signals.requested:
             self._note(state, "stopped")
             return False
-        path = self.run.test_folder / STAGE_LOG
+        path = folder / STAGE_LOG
         reason = log.fatal or f"{describe_exit(code)}{last_words(path)}"
         what = self._full_disk(reason) or f"{reason}; {to_resume(self.run)}"
         self._note_failed(state, what)
-        raise RunFailed(f"the test failed: {what}; log: {path}")
+        failed = "the test" if name == TEST else f"stage {name}"
+        raise RunFailed(f"{failed} failed: {what}; log: {path}")
 
     def _run(self, folder: Path, state: StageState, commands: Sequence[list[str]], watched: Watched) -> int:
         """Run the commands in order until one fails or a stop is requested; returns the last exit code."""
@@ -347,7 +382,7 @@ class Driver:
             self.page.write_if_due()
             if self.signals.count > shown_stops and not ended:
                 shown_stops = self.signals.count
-                self._say_stopping(shown_stops)
+                self._say_stopping(shown_stops, watched)
             if watched.keeper is not None and watched.view.trouble is None:
                 watched.keeper.clean_now_and_then(watched.view.log)
                 watched.view.see_weights(watched.keeper.spoiled)
@@ -360,9 +395,9 @@ class Driver:
         silent = time.monotonic() - watched.heard
         done, unusual = log.iteration or 0, watched.silence_is_news(silent)
         if place is None:
-            batches = log.batches or 0
-            shown = Progress(["test", f"batch {done:,}/{batches:,}"], last_heard(silent))
-            self.screen.show(shown, done / max(batches, 1), news=unusual or 0 < done < batches)
+            done, total, words = test_progress(log)
+            shown = Progress([watched.name, words], last_heard(silent))
+            self.screen.show(shown, done / max(total, 1), news=unusual or 0 < done < total)
             return
         for iteration in [iteration for iteration in log.tests if iteration > watched.shown_test]:
             self.screen.say(
@@ -382,11 +417,13 @@ class Driver:
                 self.doubted.add(kind)
                 self.screen.say(f"  {words}", style="yellow")
 
-    def _say_stopping(self, count: int) -> None:
+    def _say_stopping(self, count: int, watched: Watched) -> None:
         following = NEXT_REQUEST[min(count, len(NEXT_REQUEST)) - 1]
-        what = (
-            "training finishes its iteration and writes a snapshot" if count == 1 else "ending the training"
-        )
+        if watched.plan is None:
+            what = f"ending the {watched.name}" if watched.name == TEST else f"ending {watched.name}"
+        else:
+            finishing = "training finishes its iteration and writes a snapshot"
+            what = finishing if count == 1 else "ending the training"
         self.screen.say(f"  stopping: {what}{f' ({following})' if following else ''}", style="yellow")
 
     def _stopped(self, name: str) -> int:

@@ -12,6 +12,7 @@ training/<dataset>_<network>_<time>/
         run.sh    the commands, runnable by hand
         run.log   what Caffe printed
         <dataset>_<network>_iter_N.caffemodel / .solverstate
+    quantize/   what caffe_jacinto.quantize writes, run.sh, run.log
 """
 
 from __future__ import annotations
@@ -117,7 +118,13 @@ class RunRecord(BaseModel):
     """None: it was not submitted to Slurm."""
 
     stages: dict[str, StageState]
-    """Every stage of the recipe in its order, then `test`."""
+    """Those of `steps_of`, in their order."""
+
+
+def steps_of(recipe: Recipe) -> list[str]:
+    """The stages that train, the test of the final weights, and the stages that quantize."""
+    trained = [name for name, stage in recipe.stages.items() if stage.solver is not None]
+    return [*trained, TEST, *(name for name in recipe.stages if name not in trained)]
 
 
 def default_folder(dataset: str, network: str) -> Path:
@@ -168,7 +175,7 @@ def load(folder: Path) -> RunRecord:
         raise UserError(
             f"{path}: {field}: {first['msg']}; the record is damaged or of another version: start a new run"
         ) from None
-    wanted = (*record.recipe.stages, TEST)
+    wanted = steps_of(record.recipe)
     missing = [name for name in wanted if name not in record.stages]
     unknown = [name for name in record.stages if name not in wanted]
     if missing or unknown:

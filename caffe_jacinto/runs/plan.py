@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
-from caffe_jacinto.engines.contract import DevicePlan, Engine, TestJob, TrainJob
+from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.netspec.data_fit import LmdbSize
@@ -20,7 +20,7 @@ from caffe_jacinto.networks.stage_files import (
     write_stage_files,
 )
 from caffe_jacinto.prototxt.schema import parse_solver
-from caffe_jacinto.recipes.model import Recipe, SolverSettings, Stage
+from caffe_jacinto.recipes.model import QuantizeSettings, Recipe, SolverSettings, Stage
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
 from caffe_jacinto.runs.process import ENVIRONMENT
@@ -65,6 +65,17 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class QuantizePlan:
+    """A stage of a run that quantizes the network of another one, and trains nothing."""
+
+    name: str
+    settings: QuantizeSettings
+    folder: Path
+    source: StagePlan
+    """Whose final weights are quantized."""
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """A recipe, the engine that carries it out, and the run folder."""
 
@@ -75,6 +86,11 @@ class RunPlan:
     engine: Engine
     gpus: tuple[int, ...]
     stages: tuple[StagePlan, ...]
+    """Those that train."""
+
+    quantized: tuple[QuantizePlan, ...] = ()
+    """Those that quantize, which come after the test."""
+
     lmdbs: Mapping[str, LmdbSize] = field(default_factory=dict)
     """What is known of the LMDBs, by their paths."""
 
@@ -131,9 +147,16 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
         UserError: a stage that cannot be carried out.
     """
     stages: dict[str, StagePlan] = {}
+    quantized = []
     for name, stage in recipe.stages.items():
-        if stage.quantize is not None:
-            _refuse_quantization(name, stage)
+        if stage.solver is not None and stage.quantize is not None:
+            raise UserError(
+                f"stages.{name}.quantize: quantization-aware training is not carried out yet; remove "
+                "the table, or move it to a stage without a solver"
+            )
+        if stage.quantize is not None and stage.start is not None:
+            quantized.append(QuantizePlan(name, stage.quantize, folder / name, stages[stage.start]))
+            continue
         if stage.start is not None:
             start: Path | None = stages[stage.start].final_weights
         else:
@@ -151,18 +174,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
             ),
             needs_masks=engine.info.own_rule and bool(stage.sparse or stage.freeze_zeros),
         )
-    return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()))
-
-
-def _refuse_quantization(name: str, stage: Stage) -> None:
-    what = (
-        "quantization-aware training is not carried out yet; remove the table"
-        if stage.solver
-        else "a stage that quantizes is not carried out yet; remove the stage"
-    )
-    raise UserError(
-        f"stages.{name}.quantize: {what}, and quantize the finished run: python -m caffe_jacinto.quantize"
-    )
+    return RunPlan(recipe, folder, engine, gpus, tuple(stages.values()), tuple(quantized))
 
 
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
@@ -186,11 +198,28 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
 
 def test_job(run: RunPlan) -> TestJob:
     """The engine's job for the test of the final weights, with the first network that tests the stages."""
-    solver = parse_solver(run.files(run.stages[-1])["solver.prototxt"], run.engine.info.dialect, "solver")
+    return _test_of(run, run.stages[-1], run.test_folder)
+
+
+def quantize_job(run: RunPlan, plan: QuantizePlan) -> QuantizeJob:
+    """The engine's job for a stage that quantizes."""
+    return QuantizeJob(
+        trained=plan.source.folder,
+        settings=plan.settings,
+        train_lmdb=run.recipe.data.train_lmdb,
+        val_lmdb=run.recipe.data.val_lmdb,
+        folder=plan.folder,
+        test=_test_of(run, plan.source, plan.source.folder),
+    )
+
+
+def _test_of(run: RunPlan, plan: StagePlan, folder: Path) -> TestJob:
+    """A test of a stage's final weights, with the test network in ``folder``."""
+    solver = parse_solver(run.files(plan)["solver.prototxt"], run.engine.info.dialect, "solver")
     state = solver.test_state[0] if solver.test_state else None
     return TestJob(
-        model=run.test_folder / "val.prototxt",
-        weights=run.final_weights,
+        model=folder / "val.prototxt",
+        weights=plan.final_weights,
         iterations=solver.test_iter[0],
         gpus=run.gpus[:1],
         level=state.level if state else 0,
@@ -227,6 +256,12 @@ def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:
     """Write the files of the test: the last stage's networks, and run.sh."""
     write_stage_files({name: texts[name] for name in ("val.prototxt", "deploy.prototxt")}, run.test_folder)
     write_script(run, run.test_folder, [command])
+
+
+def write_quantize(run: RunPlan, plan: QuantizePlan, command: list[str]) -> None:
+    """Write the files of a stage that quantizes, and its run.sh."""
+    write_stage_files(run.engine.quantize_files(plan.settings, run.files(plan.source)), plan.folder)
+    write_script(run, plan.folder, [command])
 
 
 def write_script(run: RunPlan, folder: Path, commands: Sequence[list[str]]) -> None:

@@ -25,7 +25,7 @@ from caffe_jacinto.networks.user_network import mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories
-from caffe_jacinto.runs.plan import RunPlan, StagePlan, train_job
+from caffe_jacinto.runs.plan import QuantizePlan, RunPlan, StagePlan, quantize_job, train_job
 from caffe_jacinto.runs.space import check_space
 from caffe_jacinto.runs.sparsity_check import shortfalls
 
@@ -70,13 +70,15 @@ class Findings:
 def preflight(
     run: RunPlan,
     stages: tuple[StagePlan, ...],
+    quantized: tuple[QuantizePlan, ...],
     keep: int,
     *,
     resuming: bool = False,
     here: bool = True,
     must_reach: bool = False,
 ) -> Findings:
-    """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained.
+    """Check everything that ``stages`` need: the stages of ``run`` that are still to be trained; and that the
+    stages ``quantized`` can be carried out.
 
     ``resuming``: the run has begun, and its recipe cannot be changed any more. ``here``: this process is to
     train them, on this machine. ``must_reach``: refuse stages that cannot reach their target sparsity.
@@ -101,6 +103,8 @@ def preflight(
         findings.attempt(partial(_check_solver_type, run, plan))
         if plan.name in texts and _starts_from_a_file(run, plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
+    for quantize in quantized if len(texts) == len(stages) else ():
+        findings.attempt(partial(_check_quantization, run, quantize, findings))
     findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, must_reach, resuming))
     findings.problems += run.engine.check(texts, findings.image_shapes)
     if texts:
@@ -303,6 +307,34 @@ def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[
     """Check that the engine can do the job and that the stage's files can be made."""
     run.engine.train_commands(train_job(run, plan))
     texts[plan.name] = run.files(plan)
+
+
+def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) -> None:
+    """Check that the engine can quantize the network by the stage's settings.
+
+    Raises:
+        UserError: it cannot, a layer cannot be quantized, or one that the settings name is not there.
+    """
+    from caffe_jacinto.inference.quantize import check_quantizable
+
+    key, settings = f"stages.{plan.name}.quantize", plan.settings
+    try:
+        scheme = run.engine.quantization(settings)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
+    if scheme.name != settings.scheme:
+        findings.notes.append(
+            f"stage {plan.name}: caffe-jacinto tests in its own arithmetic, the scheme {scheme.name}, not by "
+            f"{settings.scheme}; for that, quantize the finished run by python -m caffe_jacinto.quantize"
+        )
+    run.engine.quantize_command(quantize_job(run, plan))
+    try:
+        check_quantizable(run.files(plan.source), plan.source.folder, settings, scheme)
+    except UserError as error:
+        said = str(error)
+        for option in ("bits_of", "keep_float"):
+            said = said.replace(f"--{option.replace('_', '-')} ", f"{key}.{option}: ")
+        raise UserError(said if key in said else f"{key}: {said}") from None
 
 
 def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings: Findings) -> None:

@@ -97,6 +97,15 @@ def progress(log: StageLog, place: Place, *, running: bool = True, silent: float
     return Progress(where, figures + last_heard(silent), time_left(log, place, silent))
 
 
+def test_progress(log: StageLog) -> tuple[int, int, str]:
+    """Of a test: how much is done, of how much, and in words."""
+    found = log.quantizing
+    if found is not None:
+        return found.done, found.total, f"{found.what} {found.done:,}/{found.total:,} images"
+    done, total = log.iteration or 0, log.batches or 0
+    return done, total, f"batch {done:,}/{total:,}"
+
+
 def _doing(log: StageLog, place: Place) -> list[str]:
     """What keeps the iterations from advancing, if anything does."""
     if log.in_test:

@@ -26,6 +26,7 @@ from caffe_jacinto.logs.page import PAGE_NAME
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.quantization.record import RECORD
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
@@ -44,8 +45,10 @@ from caffe_jacinto.runs.page import RunPage, page_line
 from caffe_jacinto.runs.plan import (
     RunPlan,
     plan_run,
+    quantize_job,
     test_job,
     train_job,
+    write_quantize,
     write_stage,
     write_start_weights,
     write_test,
@@ -108,7 +111,12 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
     findings = preflight(
-        run, run.stages, recipe.training.keep, here=options.slurm is None, must_reach=options.must_reach
+        run,
+        run.stages,
+        run.quantized,
+        recipe.training.keep,
+        here=options.slurm is None,
+        must_reach=options.must_reach,
     )
     run = replace(run, lmdbs=findings.lmdbs)
     _show_findings(run, findings, screen)
@@ -125,7 +133,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         engine=_engine_record(engine),
         gpus=run.gpus,
         slurm=None if options.slurm is None else options.slurm.record(),
-        stages={name: StageState() for name in (*recipe.stages, TEST)},
+        stages={name: StageState() for name in run_folder.steps_of(recipe)},
     )
     if not findings.problems:
         record.data = data_of(run)
@@ -207,8 +215,9 @@ def resume(
     run = plan_run(recipe, folder, engine, gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
+    quantized = tuple(plan for plan in run.quantized if record.stages[plan.name].state != "finished")
     here = options.slurm is None
-    findings = preflight(run, waiting, recipe.training.keep, resuming=True, here=here)
+    findings = preflight(run, waiting, quantized, recipe.training.keep, resuming=True, here=here)
     run = replace(run, lmdbs=findings.lmdbs)
     _show_findings(run, findings, screen)
     _refuse(findings)
@@ -330,6 +339,9 @@ def _engine_record(engine: Engine) -> EngineRecord:
 def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
     """Mark a finished stage as stopped if its final weights are still needed but missing or damaged."""
     wanted = {run.final_weights} if record.stages[TEST].state != "finished" else set()
+    for quantized in run.quantized:
+        if record.stages[quantized.name].state != "finished":
+            wanted.add(quantized.source.final_weights)
     for plan in reversed(run.stages):
         state = record.stages[plan.name]
         finished = state.state == "finished"
@@ -416,6 +428,10 @@ def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:
     command = run.engine.test_command(test_job(run))
     write_test(run, texts, command)
     _show_commands(TEST, [command], screen)
+    for quantized in run.quantized:
+        command = run.engine.quantize_command(quantize_job(run, quantized))
+        write_quantize(run, quantized, command)
+        _show_commands(quantized.name, [command], screen)
 
 
 def _show_commands(name: str, commands: Sequence[list[str]], screen: Screen) -> None:
@@ -436,6 +452,9 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")
+    for quantized in run.quantized:
+        if (quantized.folder / RECORD).is_file():
+            screen.say(f"{quantized.name}: {quantized.folder / RECORD} and the files beside it", style="bold")
     screen.say(f"tables:  {report_command(run.folder)}")
     screen.say(page_line(run.folder).replace(" ", "    ", 1))
     screen.say(f"curves:  {report_command(run.folder)} --plot {shlex.quote(str(run.folder / 'curves.png'))}")

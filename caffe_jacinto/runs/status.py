@@ -10,7 +10,14 @@ from caffe_jacinto.logs.stage import StageLog
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import TEST, RunRecord, StageState, report_command, resume_command
 from caffe_jacinto.runs.lock import holders, is_held
-from caffe_jacinto.runs.progress import Place, last_heard, outputs_line, progress, sparsity_field
+from caffe_jacinto.runs.progress import (
+    Place,
+    last_heard,
+    outputs_line,
+    progress,
+    sparsity_field,
+    test_progress,
+)
 from caffe_jacinto.runs.slurm import cancel_command, job_of
 from caffe_jacinto.runs.watch import read_log
 
@@ -74,7 +81,7 @@ def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: 
         return f"{name}: {shown}"
     running = shown == "running"
     silent = _silent(folder / name / STAGE_LOG) if running else 0.0
-    if name == TEST:
+    if name == TEST or record.recipe.stages[name].solver is None:
         return ", ".join([f"{name}: {shown}", *_test(log, silent)])
     place = Place(record.recipe, name)
     if state.state == "finished":
@@ -89,8 +96,8 @@ def _test(log: StageLog, silent: float) -> list[str]:
     results = log.results()
     if results:
         return [outputs_line(log, results)]
-    batches = [f"batch {log.iteration or 0:,}/{log.batches:,}"] if log.batches else []
-    return [*batches, *last_heard(silent)]
+    _, total, words = test_progress(log)
+    return [*([words] if total else []), *last_heard(silent)]
 
 
 def _silent(log: Path) -> float:

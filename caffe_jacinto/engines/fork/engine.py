@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
     ImageShape,
+    QuantizeJob,
     StageFiles,
     TestJob,
     TrainJob,
@@ -23,7 +25,16 @@ from caffe_jacinto.engines.contract import (
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.pruning.schedule import is_step, next_factor
-from caffe_jacinto.recipes.model import SparseSettings, Stage
+from caffe_jacinto.quantization.fork_settings import fields_of
+from caffe_jacinto.quantization.schemes import SCHEMES, Scheme, chosen_scheme
+from caffe_jacinto.recipes.model import QuantizeSettings, SparseSettings, Stage
+
+VAL = "val.prototxt"
+
+_NOT_IN_THE_FORK = (
+    *("bits_of", "ranges", "weight_ranges", "percentile", "bias_correction", "sensitivity", "input_shift"),
+)
+"""Settings of a quantization that its test network has no field for."""
 
 
 class CaffeJacintoEngine:
@@ -57,6 +68,26 @@ class CaffeJacintoEngine:
 
     def test_command(self, job: TestJob) -> list[str]:
         return caffe_test(self.info.executable, job)
+
+    def quantization(self, settings: QuantizeSettings) -> Scheme:
+        """Always its own, with the bits that are requested, and with powers of two where those are."""
+        for key in _NOT_IN_THE_FORK:
+            if getattr(settings, key) not in (None, False, {}):
+                raise UserError(
+                    f"{key}: caffe-jacinto's own quantized test has no field for it; remove it, and quantize "
+                    "the finished run by python -m caffe_jacinto.quantize"
+                )
+        own = chosen_scheme({**settings.model_dump(), "scheme": "caffe_jacinto"})
+        return replace(own, power_of_two=SCHEMES[settings.scheme].power_of_two)
+
+    def quantize_files(self, settings: QuantizeSettings, files: StageFiles) -> dict[str, str]:
+        """The test network with `quantize: true`."""
+        fields = fields_of(self.quantization(settings), settings.keep_float)
+        return {VAL: f"{fields}{files[VAL]}"}
+
+    def quantize_command(self, job: QuantizeJob) -> list[str]:
+        """Its own test, whose ranges follow the images that it tests."""
+        return self.test_command(replace(job.test, model=job.folder / VAL))
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         return fork_start_factor(sparse, iteration, log)

@@ -18,6 +18,7 @@ from caffe_jacinto.engines.contract import (
     DevicePlan,
     EngineInfo,
     ImageShape,
+    QuantizeJob,
     StageFiles,
     TestJob,
     TrainJob,
@@ -27,12 +28,14 @@ from caffe_jacinto.engines.contract import (
     image_shape,
     not_of_this_caffe,
     pruning_arguments,
+    quantize_arguments,
     recalibration_arguments,
     stage_solver,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.solver import SolverFile
-from caffe_jacinto.recipes.model import SparseSettings, Stage
+from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
+from caffe_jacinto.recipes.model import QuantizeSettings, SparseSettings, Stage
 
 TRIAL_SECONDS = 60
 """Longest time to wait for Caffe to build a stage's networks."""
@@ -117,6 +120,25 @@ class BvlcEngine:
     def test_command(self, job: TestJob) -> list[str]:
         return caffe_test(self.info.executable, job)
 
+    def quantization(self, settings: QuantizeSettings) -> Scheme:
+        """As requested, but for ranges that move."""
+        scheme = chosen_scheme(settings.model_dump())
+        if scheme.moving is not None:
+            raise UserError(
+                f'scheme: "{scheme.name}" is for PyTorch and caffe-jacinto only; choose another one'
+            )
+        return scheme
+
+    def quantize_files(self, settings: QuantizeSettings, files: StageFiles) -> dict[str, str]:
+        """None: the command reads those of the trained stage."""
+        return {}
+
+    def quantize_command(self, job: QuantizeJob) -> list[str]:
+        """Through pycaffe, on the CPU."""
+        self._pycaffe("quantizing needs pycaffe", "remove the stage that quantizes")
+        executable = str(self.info.executable)
+        return [sys.executable, *quantize_arguments(job), "--backend", "caffe", "--caffe", executable]
+
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         """None: the stepper's snapshots hold the factor."""
         return None
@@ -143,13 +165,15 @@ class BvlcEngine:
             *("-pycaffe", str(self._pycaffe()), "-solver", str(job.solver)),
         ]
 
-    def _pycaffe(self) -> Path:
+    def _pycaffe(
+        self,
+        what: str = "holding zeros and recalibrating batch-norm statistics need pycaffe",
+        without: str = "training.reestimate_batches=0 leaves the statistics as they are",
+    ) -> Path:
         if self.info.pycaffe is None:
             raise UserError(
-                "holding zeros and recalibrating batch-norm statistics need pycaffe, and "
-                f"{self.info.executable} has none that {sys.executable} can import "
-                f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh; "
-                "training.reestimate_batches=0 leaves the statistics as they are"
+                f"{what}, and {self.info.executable} has none that {sys.executable} can import "
+                f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh; {without}"
             )
         return self.info.pycaffe
 

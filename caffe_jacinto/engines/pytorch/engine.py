@@ -22,17 +22,20 @@ from caffe_jacinto.engines.contract import (
     EngineInfo,
     ImageShape,
     Precision,
+    QuantizeJob,
     StageFiles,
     TestJob,
     TrainJob,
     gpu_arguments,
     pruning_arguments,
+    quantize_arguments,
     recalibration_arguments,
     test_arguments,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.recipes.model import SparseSettings, Stage
+from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
+from caffe_jacinto.recipes.model import QuantizeSettings, SparseSettings, Stage
 
 PROGRAM = "caffe_jacinto.engines.pytorch"
 
@@ -151,6 +154,19 @@ class TorchEngine:
     def test_command(self, job: TestJob) -> list[str]:
         command = [*self._program("test"), "-model", str(job.model), "-weights", str(job.weights)]
         return [*command, *test_arguments(job)]
+
+    def quantization(self, settings: QuantizeSettings) -> Scheme:
+        """As requested."""
+        return chosen_scheme(settings.model_dump())
+
+    def quantize_files(self, settings: QuantizeSettings, files: StageFiles) -> dict[str, str]:
+        """None: the command reads those of the trained stage."""
+        return {}
+
+    def quantize_command(self, job: QuantizeJob) -> list[str]:
+        """On the first GPU."""
+        gpus = ["--gpus", *map(str, job.test.gpus[:1])] if job.test.gpus else []
+        return [str(self.info.executable), *quantize_arguments(job), *gpus]
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:
         """None: snapshots hold the factor."""
