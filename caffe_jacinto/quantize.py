@@ -17,7 +17,8 @@ import argparse
 import io
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from caffe_jacinto.quantization.schemes import (
     MOST_BITS,
     RANGE_METHODS,
     SCHEMES,
+    TRAINED,
     Scheme,
     chosen_scheme,
     scheme_mistakes,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from caffe_jacinto.inference.network import NetworkFiles, Preprocessing
     from caffe_jacinto.inference.quantize import Images
     from caffe_jacinto.inference.quantize_log import QuantizeLog
+    from caffe_jacinto.quantization.network import Network
+    from caffe_jacinto.quantization.ranges import Range
 
 DEPLOY, CSV = "deploy.prototxt", "table.csv"
 
@@ -78,6 +82,9 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     where = str(files.deploy)
     net = loaded(trained, scheme, options.input_shift or "power")
     network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
+    ranges = _trained_ranges(options, files.weights, network)
+    if ranges is not None:
+        network = replace(network, scheme=replace(scheme, activation_ranges=TRAINED))
     if options.backend == "caffe":
         passes: Any = on_caffe(net, network, options.caffe, where)
     else:
@@ -87,7 +94,7 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     if log is not None:
         log.network(files.val, network, trained.shape, options.batch)
         log.sparsity(files.weights)
-    result = quantizer.quantize(calibration)
+    result = quantizer.quantize(calibration, trained=ranges)
     quantizer.measure_noise(result, calibration)
     if val is not None:
         if log is not None:
@@ -226,6 +233,23 @@ def _scheme(options: Namespace) -> Scheme:
     for key, what in scheme_mistakes(settings):
         raise UserError(f"--{key.replace('_', '-')}: {what}")
     return chosen_scheme(settings)
+
+
+def _trained_ranges(options: Namespace, weights: Path, network: Network) -> Mapping[str, Range] | None:
+    """The ranges that quantization-aware training has left beside ``weights``, if these are to be used."""
+    from caffe_jacinto.quantization.settling import read_ranges
+
+    if options.ranges is not None:
+        return None
+    found = read_ranges(weights)
+    if found is None:
+        return None
+    misfit = found.misfit(network)
+    if misfit is not None:
+        print(f"{found.path}: not used, and the ranges are calibrated: {misfit}", file=sys.stderr)
+        return None
+    print(f"{found.path}: these ranges are used; --ranges calibrates others", file=sys.stderr)
+    return found.ranges
 
 
 def _calibration(options: Namespace, done: Preprocessing) -> Images:

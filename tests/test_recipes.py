@@ -358,6 +358,51 @@ def quantizing(folder: Path, quantize: str, more: str = "") -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("settings", "field", "says"),
+    [
+        (
+            {"quantize.scheme": "caffe_jacinto"},
+            "quantize.scheme",
+            'tests only; train with "processor" or "power2"',
+        ),
+        ({"quantize.weight_ranges": "mse"}, "quantize.weight_ranges", "covers all weights"),
+        ({"quantize.bias_correction": "true"}, "quantize.bias_correction", "corrects the biases by itself"),
+        ({"quantize.sensitivity": "true"}, "quantize.sensitivity", "only a stage without a solver has it"),
+        ({"quantize.batch": "10"}, "quantize.batch", "only a stage without a solver has it"),
+        ({"quantize.settle_iter": "61"}, "quantize.settle_iter", "61 is above the stage's max_iter 60"),
+        ({"quantize.freeze_bn_iter": "-1"}, "quantize.freeze_bn_iter", "is -1; give 0 or more"),
+        ({"quantize.bits": "4", "start": ""}, "start", "begins with trained weights; name their stage"),
+        (
+            {"quantize.bits": "4", "solver.ema_decay": "0.9"},
+            "solver.ema_decay",
+            "of other weights than their",
+        ),
+        ({"quantize.bits": "4", "sparse.start_iter": "1"}, "sparse", "prune in an earlier one"),
+    ],
+)
+def test_what_does_not_go_with_training_in_quantized_values(
+    settings: dict[str, str], field: str, says: str
+) -> None:
+    freeze = [] if "sparse.start_iter" in settings or "start" in settings else ["freeze_zeros=true"]
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    overrides += freeze or ["freeze_zeros=false"]
+    with pytest.raises(UserError) as error:
+        load_recipe(
+            "demo_digits", [f"stages.finetune.{setting}" for setting in overrides], rules=RECIPE_RULES
+        )
+    assert any(f"stages.finetune.{field}" in line and says in line for line in error.value.lines()), (
+        error.value
+    )
+
+
+def test_only_a_stage_that_trains_has_ranges_that_settle(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"quantize\.settle_iter: only a stage with a solver has it; remove it"
+    ):
+        load_recipe(str(quantizing(tmp_path, "settle_iter = 3")), rules=RECIPE_RULES)
+
+
 def test_a_stage_without_a_solver_quantizes_an_earlier_one(tmp_path: Path) -> None:
     path = quantizing(tmp_path, 'scheme = "power2"\nbits_of = { fc10 = 16 }')
     recipe = load_recipe(str(path), rules=RECIPE_RULES)

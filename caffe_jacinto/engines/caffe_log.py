@@ -73,9 +73,18 @@ class CaffeLog:
         """The settings of a SolverParameter message."""
         self.info(f"Initializing solver from parameters: \n{_text(parameters)}")
 
-    def net(self, definition: Any, data_shapes: Sequence[Sequence[int]], outputs: Sequence[str]) -> None:
-        """A NetParameter message, the shapes of its data layers' images, and its outputs."""
-        self.info(f"Initializing net from parameters: \n{_text(definition)}")
+    def net(
+        self,
+        definition: Any,
+        data_shapes: Sequence[Sequence[int]],
+        outputs: Sequence[str],
+        more: str = "",
+    ) -> None:
+        """A NetParameter message, the shapes of its data layers' images, and its outputs.
+
+        ``more``: lines of fields that come first.
+        """
+        self.info(f"Initializing net from parameters: \n{more}{_text(definition)}")
         for shape in data_shapes:
             self.info(f"output data size: {','.join(map(str, shape))}")
         for name in outputs:
@@ -118,18 +127,34 @@ class CaffeLog:
         else:
             self.info("No batch-norm statistics to recalibrate")
 
+    def trains_quantized(self, scheme: str, weights: int, activations: int, settle: int, freeze: int) -> None:
+        """Quantization-aware training: its scheme and bits, and until when ranges and statistics move."""
+        self.info(
+            f"Quantization-aware training: scheme {scheme}, weights of {weights} bits, activations of "
+            f"{activations} bits; ranges settle until iteration {settle}, batch-norm statistics are frozen "
+            f"from iteration {freeze} on"
+        )
+
     def test_begins(
-        self, iteration: int, index: int, recalibrated_over: int = 0, *, averaged: bool = False
+        self,
+        iteration: int,
+        index: int,
+        recalibrated_over: int = 0,
+        *,
+        averaged: bool = False,
+        quantized: bool = False,
     ) -> None:
         """A test of net ``index``; ``recalibrated_over``: batches of its statistics, 0 for running ones.
 
-        ``averaged``: with the moving average of the weights.
+        ``averaged``: with the moving average of the weights; ``quantized``: in quantized values.
         """
         self.info(f"Iteration {iteration}, Testing net (#{index})")
         if averaged:
             self.info("    Test weights: their moving average (ema_decay)")
         if recalibrated_over:
             self.info(f"    Test statistics: recalibrated over {recalibrated_over} batches")
+        if quantized:
+            self.info("    Test values: quantized")
 
     def test_interrupted(self) -> None:
         """A test ends before its last batch."""

@@ -25,6 +25,7 @@ from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver
 from caffe_jacinto.prototxt.tree import tree_of
 from caffe_jacinto.quantization.schemes import Scheme
+from caffe_jacinto.recipes.explain import quantize_settings
 from caffe_jacinto.recipes.model import (
     QuantizeSettings,
     SparseSettings,
@@ -139,6 +140,9 @@ class TrainJob:
 
     inner_products: bool = False
     """With ``freeze_zeros``: hold the zeros of inner products and count them, too."""
+
+    quantize: QuantizeSettings | None = None
+    """Train in quantized values, on PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -436,3 +440,84 @@ def pruning_settings(arguments: argparse.Namespace) -> SparseSettings | None:
             raise UserError(f"-{alone[0]} is a pruning setting and needs -sparsity_target: add it")
         return None
     return sparse_settings(given, "-")
+
+
+_QUANTIZATION: dict[str, tuple[Any, str]] = {
+    "scheme": (str, "the scheme (default: processor)"),
+    "bits": (int, "bits of weights and activations (default: the scheme's)"),
+    "weight_bits": (int, "bits of weights alone"),
+    "activation_bits": (int, "bits of activations alone"),
+    "bias_bits": (int, "bits of biases"),
+    "bits_of": (None, "bits of one layer's weights and output; may be given again"),
+    "keep_float": (None, "do not quantize this layer; may be given again"),
+    "ranges": (str, "how ranges of activations are chosen (default: the scheme's way)"),
+    "percentile": (float, "of the values in a range"),
+    "batches": (int, "training batches for the first ranges (default: 50)"),
+    "settle_iter": (int, "the iteration from which on ranges stay (default: a quarter of all)"),
+    "freeze_bn_iter": (int, "the iteration from which on batch-norm statistics stay (default: half of all)"),
+}
+"""The settings of quantization-aware training by their keys in a recipe: type and help of their flags."""
+
+
+def quantization_arguments(job: TrainJob) -> list[str]:
+    """The flags of quantization-aware training; `quantization_settings` reads them."""
+    if job.quantize is None:
+        return []
+    flags = ["-quantize"]
+    for key in _QUANTIZATION:
+        value, default = getattr(job.quantize, key), QuantizeSettings.model_fields[key].default
+        if value == default:
+            continue
+        if isinstance(value, Mapping):
+            flags += [f"-quantize_{key}={layer}={bits}" for layer, bits in value.items()]
+        elif isinstance(value, tuple):
+            flags += [f"-quantize_{key}={layer}" for layer in value]
+        else:
+            flags += [f"-quantize_{key}", str(value)]
+    return flags
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of quantization-aware training."""
+    parser.add_argument(
+        *("-quantize", "--quantize"),
+        dest="train_quantized",
+        action="store_true",
+        default=False,
+        help="train in quantized values, from trained weights (docs/quantization.md)",
+    )
+    for key, (kind, text) in _QUANTIZATION.items():
+        names = (f"-quantize_{key}", f"--quantize_{key}")
+        if kind is None:
+            of_layer = _layer_bits if key == "bits_of" else str
+            shown = "NAME=16" if key == "bits_of" else "NAME"
+            parser.add_argument(*names, action="append", type=of_layer, metavar=shown, help=text)
+        else:
+            parser.add_argument(*names, type=kind, metavar="NAME" if kind is str else "N", help=text)
+
+
+def _layer_bits(text: str) -> tuple[str, int]:
+    """An argument type: a layer's name and its bits, ``NAME=16``."""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value.isascii() and value.isdigit() and len(value) < 4):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not NAME=BITS, like conv1=16")
+    return name, int(value)
+
+
+def quantization_settings(arguments: argparse.Namespace) -> QuantizeSettings | None:
+    """The settings that these flags give; None if they do not ask for quantization-aware training.
+
+    Raises:
+        UserError: a value out of its range, or one without ``-quantize``.
+    """
+    values = {key: getattr(arguments, f"quantize_{key}", None) for key in _QUANTIZATION}
+    given = {key: value for key, value in values.items() if value is not None}
+    if not getattr(arguments, "train_quantized", False):
+        if given:
+            raise UserError(f"-quantize_{next(iter(given))} needs -quantize: add it")
+        return None
+    if "bits_of" in given:
+        given["bits_of"] = dict(given["bits_of"])
+    if "keep_float" in given:
+        given["keep_float"] = tuple(given["keep_float"])
+    return quantize_settings(given, "-quantize_")

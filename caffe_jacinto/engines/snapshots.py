@@ -6,7 +6,6 @@ cut off, or be left from an earlier attempt.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from caffe_jacinto.caffemodel.storage import (
     stored_state,
 )
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import parse_json, read_text, write_whole
+from caffe_jacinto.common.files import parse_json, read_text, sha256_of, write_whole
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, load_masks
@@ -42,7 +41,7 @@ def completion_record(final_weights: Path) -> Path:
 
 def mark_complete(final_weights: Path, recalibrated_batches: int) -> None:
     """Record that the stage ended with exactly these weights, and the batches of their recalibration."""
-    content = {"sha256": _sha256(final_weights), "reestimated_batches": recalibrated_batches}
+    content = {"sha256": sha256_of(final_weights), "reestimated_batches": recalibrated_batches}
     write_whole(completion_record(final_weights), json.dumps(content, indent=1) + "\n")
 
 
@@ -50,17 +49,9 @@ def is_marked_complete(final_weights: Path) -> bool:
     """Whether there is a record of exactly these weights."""
     try:
         content = parse_json(completion_record(final_weights).read_text())
-        return bool(content["sha256"] == _sha256(final_weights))
+        return bool(content["sha256"] == sha256_of(final_weights))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

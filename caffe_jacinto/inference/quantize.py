@@ -34,7 +34,7 @@ from caffe_jacinto.prototxt.schema import dialect_of, parse_any_net
 from caffe_jacinto.quantization.network import Network, network_of, quantization_of
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.results import Accuracy, Energy, Result
-from caffe_jacinto.quantization.schemes import MovingRange, Scheme
+from caffe_jacinto.quantization.schemes import TRAINED, MovingRange, Scheme
 from caffe_jacinto.recipes.model import QuantizeSettings
 
 if TYPE_CHECKING:
@@ -189,21 +189,30 @@ class Quantizer:
         self.network = network
         self.net = net
         self._sampled = sampled or (
-            network.scheme.moving is None and network.scheme.activation_ranges != "minmax"
+            network.scheme.moving is None and network.scheme.activation_ranges not in ("minmax", TRAINED)
         )
 
-    def quantize(self, images: Images, label: str = "calibrate") -> Result:
-        """Calibrate on ``images``.
+    def quantize(
+        self, images: Images, label: str = "calibrate", trained: Mapping[str, Range] | None = None
+    ) -> Result:
+        """Calibrate on ``images``; not for ranges, by unit, that are ``trained``.
 
         Raises:
             UserError: none of them can be read, or a range is not finite.
         """
         if self.network.scheme.moving is not None:
             ranges, counted = self._follow(images, self.network.scheme.moving, label)
+        elif trained is not None and not self._sampled:
+            ranges, counted = trained, 0
         else:
             ranges, counted = self._collect(images, label)
-        if not counted:
+        if not counted and ranges is not trained:
             raise UserError(f"{images.what}: none of the images can be used; see the lines above")
+        if trained is not None:
+            ranges = {
+                name: replace(trained.get(name, seen), histogram=seen.histogram)
+                for name, seen in ranges.items()
+            }
         result = Result(
             self.network, quantization_of(self.network, ranges, self.where), ranges, calibrated_on=counted
         )

@@ -41,7 +41,7 @@ class ForkSettings:
             UserError: as `network_of`.
         """
         named = f"{where}: net_quantization_param.ignored_layer_names"
-        return network_of(self.scheme, layers, blobs, where, floats=self.ignored, floats_in=named)
+        return network_of(self.scheme, layers, blobs, where, floats=self.ignored, called=("", named))
 
 
 def tested_network(net: Any, dialect: Dialect, where: str) -> tuple[Any, ForkSettings | None]:

@@ -112,13 +112,22 @@ def weight_grid(
         if axis is None
         else np.moveaxis(weights, axis, 0).reshape(len_of(weights, axis), -1)
     )
-    most = 2 ** (bits - 1) - 1
     sizes = np.abs(rows)
-    reach = sizes.max(axis=1) if percentile >= 100 else np.percentile(sizes, percentile, axis=1)
-    reach = np.where(reach > 0, reach, np.where(sizes.max(axis=1) > 0, sizes.max(axis=1), _NO_RANGE))
+    most, largest = sizes.max(axis=1), 2 ** (bits - 1) - 1
+    reach = most if percentile >= 100 else np.percentile(sizes, percentile, axis=1)
+    reach = np.where(reach > 0, reach, most)
     if squared_error:
-        reach = reach * _best_parts(rows, reach, most, power_of_two)
-    steps = reach / most
+        reach = np.where(reach > 0, reach, _NO_RANGE)
+        reach = reach * _best_parts(rows, reach, largest, power_of_two)
+    return symmetric_grid(reach, bits, axis=axis, power_of_two=power_of_two)
+
+
+def symmetric_grid(
+    reach: Values | NDArray[np.float64], bits: int, *, axis: int | None = None, power_of_two: bool = False
+) -> Grid:
+    """The symmetric grid for values up to ``reach``: one number, or one for each channel along ``axis``."""
+    most = 2 ** (bits - 1) - 1
+    steps = np.where(reach > 0, reach, _NO_RANGE) / most
     if power_of_two:
         steps = np.array([_power(step) for step in steps.tolist()])
     return Grid(np.maximum(steps, _LEAST_STEP).astype(np.float32), -most, most, axis=axis or 0)

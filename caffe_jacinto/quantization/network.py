@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Blobs = Mapping[str, Sequence[Values]]
     """The blobs of each layer by its name."""
 
+    Biases = Mapping[str, Values | None]
+
 
 @dataclass(frozen=True)
 class Network:
@@ -114,14 +116,14 @@ def network_of(
     *,
     bits: Mapping[str, int] | None = None,
     floats: Sequence[str] = (),
-    floats_in: str = "--keep-float",
+    called: tuple[str, str] = ("--bits-of", "--keep-float"),
 ) -> Network:
     """The network of ``layers``, LayerParameter messages of one phase.
 
     Args:
         bits: layers with another number of bits for weights and outputs than the scheme's.
         floats: layers that stay as they are.
-        floats_in: the option or field that names them, for messages.
+        called: the options that ``bits`` and ``floats`` come from, for messages.
         where: the network's file, for messages.
 
     Raises:
@@ -142,12 +144,12 @@ def network_of(
     units = units_of(layers, list(dict.fromkeys(inputs)), labels, fork=fork, where=where)
     given = {}
     for name, number in (bits or {}).items():
-        unit = unit_named(units, name, "--bits-of")
+        unit = unit_named(units, name, called[0])
         changed = replace(scheme.bits, weights=number, activations=number)
-        given[unit.name] = changed.checked(f"--bits-of {name}={number}: ")
+        given[unit.name] = changed.checked(f"{called[0]} {name}={number}: ")
     kept: set[str] = set()
     for name in floats:
-        unit = unit_named(units, name, floats_in)
+        unit = unit_named(units, name, called[1])
         kept.update((unit.name, *unit.layers))
     axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
     return Network(scheme, units, blobs, read, axes, given, kept)
@@ -188,27 +190,46 @@ def quantization_of(
         UserError: a range is not finite.
     """
     outputs = {
-        unit.name: output_grid(network, unit, ranges[unit.name], where)
-        for unit in network.units
-        if unit.output == "quantized" and (unit.layers or (unit.name,))[-1] not in network.floats
+        unit.name: output_grid(network, unit, ranges[unit.name], where) for unit in quantized_outputs(network)
     }
     if before is not None and network.scheme.moving is not None:
         return replace(before, outputs=outputs)
-    inputs = _inputs(network, outputs)
-    weights = {
-        unit.name: _weight_grid(network, unit, where)
+    weights = {unit.name: _weight_grid(network, unit) for unit in quantized_weights(network)}
+    return with_grids(network, outputs, weights)
+
+
+def quantized_outputs(network: Network) -> list[Unit]:
+    """The units whose output is quantized."""
+    return [
+        unit
         for unit in network.units
-        if unit.weighted and unit.name not in network.floats
-    }
-    found = Quantization(outputs, inputs, weights, {})
-    biases = {}
+        if unit.output == "quantized" and (unit.layers or (unit.name,))[-1] not in network.floats
+    ]
+
+
+def quantized_weights(network: Network) -> list[Unit]:
+    """The units whose weights are quantized."""
+    return [unit for unit in network.units if unit.weighted and unit.name not in network.floats]
+
+
+def with_grids(
+    network: Network, outputs: Mapping[str, Grid], weights: Mapping[str, Grid], biases: Biases | None = None
+) -> Quantization:
+    """The quantization with these grids of outputs and weights; those of inputs and biases follow from them.
+
+    Args:
+        biases: that take the place of the network's; None in it: the unit has none.
+    """
+    found = Quantization(outputs, _inputs(network, outputs), weights, {})
+    grids = {}
     for unit in network.units:
-        bias = network.bias(unit) if unit.name in weights else None
-        if unit.name in weights and bias is not None:
-            grid = _bias_grid(network, found, unit, bias)
-            if grid is not None:
-                biases[unit.name] = grid
-    return replace(found, biases=biases)
+        if unit.name not in weights:
+            continue
+        bias = network.bias(unit) if biases is None else biases[unit.name]
+        grid = None if bias is None else _bias_grid(network, found, unit, bias)
+        if grid is not None:
+            grids[unit.name] = grid
+    return replace(found, biases=grids)
 
 
 def output_grid(network: Network, unit: Unit, seen: Range, where: str) -> Grid:
@@ -246,7 +267,7 @@ def _inputs(network: Network, outputs: Mapping[str, Grid]) -> dict[str, Grid]:
     return found
 
 
-def _weight_grid(network: Network, unit: Unit, where: str) -> Grid:
+def _weight_grid(network: Network, unit: Unit) -> Grid:
     scheme, weights = network.scheme, network.weights(unit)
     bits = network.bits_of(unit).weights
     if scheme.moving is not None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from caffe_jacinto.quantization.grids import activation_grid, is_range
-from caffe_jacinto.quantization.schemes import MovingRange, RangeMethod
+from caffe_jacinto.quantization.schemes import TRAINED, MovingRange, RangeMethod
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,11 +89,11 @@ class Range:
             self.high += moving.pace * (high - self.high)
 
     def chosen(
-        self, method: RangeMethod, percentile: float, bits: int, *, power_of_two: bool
+        self, method: RangeMethod | Literal["trained"], percentile: float, bits: int, *, power_of_two: bool
     ) -> tuple[float, float]:
         """The range to quantize: least and largest value."""
         histogram = self.histogram
-        if method == "minmax" or histogram is None or not is_range(self.low, self.high):
+        if method in ("minmax", TRAINED) or histogram is None or not is_range(self.low, self.high):
             return self.low, self.high
         if method == "percentile":
             return self._percentile(histogram, percentile)

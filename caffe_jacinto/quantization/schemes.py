@@ -22,6 +22,9 @@ RangeMethod = Literal["minmax", "percentile", "mse"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 """How a range is chosen: all values, all but a few, or where the squared error is least."""
 
+TRAINED: Literal["trained"] = "trained"
+"""The other way: quantization-aware training has fixed it."""
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -78,7 +81,7 @@ class Scheme:
     offset_weights: bool = False
     """Weights run from their least to their largest value, which are both exact, and zero is not."""
 
-    activation_ranges: RangeMethod = "mse"
+    activation_ranges: RangeMethod | Literal["trained"] = "mse"
     weight_ranges: RangeMethod = "minmax"
     percentile: float = 99.99
     """Of the values that the range of `percentile` covers."""
@@ -123,6 +126,20 @@ def scheme_mistakes(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield key, f"the scheme {scheme.name} has ranges of its own; leave it out"
     if settings["input_shift"] and not scheme.folded:
         yield "input_shift", f"the scheme {scheme.name} leaves layers as they are; leave it out"
+
+
+def training_mistakes(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which settings do not go with training: key, as in a recipe's `quantize`, and what."""
+    if SCHEMES[settings["scheme"]].moving is not None:
+        others = " or ".join(f'"{name}"' for name, scheme in SCHEMES.items() if scheme.moving is None)
+        yield "scheme", f'"{settings["scheme"]}" is for tests only; train with {others}'
+    elif settings["weight_ranges"] not in (None, "minmax"):
+        yield (
+            "weight_ranges",
+            "a training covers all weights, which change with each update; leave it out",
+        )
+    if settings["bias_correction"]:
+        yield "bias_correction", "a training corrects the biases by itself; leave it out"
 
 
 def chosen_scheme(settings: Mapping[str, Any]) -> Scheme:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.quantization.results import Result, Row, reach, rows_of
+from caffe_jacinto.quantization.schemes import TRAINED
 from caffe_jacinto.quantization.units import Unit
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def _write_layers(result: Result, out: TextIO) -> None:
         columns.append(Column("Top-1 alone"))
     rows = rows_of(result)
     lines = [Line(_cells(row, with_alone=bool(result.alone))) for row in rows]
-    title = f"Scheme {scheme.name}, calibrated on {result.calibrated_on:,} images"
+    ranges = f"calibrated on {result.calibrated_on:,} images"
+    if scheme.activation_ranges == TRAINED:
+        ranges = "with the ranges that the training fixed"
+    title = f"Scheme {scheme.name}, {ranges}"
     note = (
         "SQNR: signal-to-quantization-noise ratio in dB; of outputs over "
         f"{result.noise_images:,} images, with the noise of the layers before"

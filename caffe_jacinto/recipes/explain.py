@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.quantization.schemes import scheme_mistakes, training_mistakes
 from caffe_jacinto.recipes import model as models
 from caffe_jacinto.recipes.rules import Keys, Mistake, Place, Rule, Values, mistakes
 
@@ -220,6 +222,28 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
     if expected is None:
         return f"{_shown(value)}: {error['msg']}"
     return f"is {_shown(value)}; give {expected}"
+
+
+def quantize_settings(values: Mapping[str, Any], prefix: str) -> models.QuantizeSettings:
+    """The settings of quantization-aware training, by their keys in a recipe.
+
+    Raises:
+        UserError: a value is out of its range, or does not go with training; the message has ``prefix``
+            before the key.
+    """
+    try:
+        settings = models.QuantizeSettings(**values)
+    except ValidationError as error:
+        found = [(tuple(map(str, problem["loc"])), problem) for problem in error.errors()]
+        raise UserError(
+            "; ".join(
+                f"{prefix}{'.'.join(keys)}: {_explain(problem, ('stages', ANY_STAGE, 'quantize', *keys))}"
+                for keys, problem in found
+            )
+        ) from None
+    for key, what in (*scheme_mistakes(settings.model_dump()), *training_mistakes(settings.model_dump())):
+        raise UserError(f"{prefix}{key}: {what}")
+    return settings
 
 
 def _choices(annotation: Any) -> list[str]:

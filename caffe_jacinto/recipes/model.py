@@ -497,6 +497,12 @@ class QuantizeSettings(_Settings):
     input_shift: Annotated[Literal["power", "bias", "scale"] | None, Optional] = None
     """The layer that is written for what the network adds to images; without it, power."""
 
+    settle_iter: Annotated[NaturalInt | None, Optional] = None
+    """Of training: the iteration from which on ranges stay; without it, a quarter of the stage."""
+
+    freeze_bn_iter: Annotated[NaturalInt | None, Optional] = None
+    """Of training: the iteration from which on the statistics of batch norms stay; without it, half of it."""
+
 
 class Stage(_Settings):
     """One run of a solver; or without one, the quantization of an earlier stage's network."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from caffe_jacinto.quantization.schemes import scheme_mistakes
+from caffe_jacinto.quantization.schemes import scheme_mistakes, training_mistakes
 
 Keys = tuple[str, ...]
 
@@ -297,6 +297,52 @@ def _quantization_settings_agree(stage: Values) -> Iterator[Mistake]:
             )
 
 
+_OF_TESTS = {"batch": 50, "sensitivity": False, "input_shift": None}
+"""Keys of `quantize` that a stage with a solver cannot have, and their defaults."""
+
+
+def _trains_quantized(stage: Values) -> Iterator[Mistake]:
+    solver, quantize = stage["solver"] is not None, bool(stage["quantize"])
+    if not quantize:
+        return
+    if not solver:
+        for key in ("settle_iter", "freeze_bn_iter"):
+            if stage[f"quantize.{key}"] is not None:
+                yield stage.mistake(f"quantize.{key}", "only a stage with a solver has it; remove it")
+        return
+    names = ("scheme", "weight_ranges", "bias_correction")
+    for key, what in training_mistakes({name: stage[f"quantize.{name}"] for name in names}):
+        yield stage.mistake(f"quantize.{key}", what)
+    for key, default in _OF_TESTS.items():
+        if stage[f"quantize.{key}"] != default:
+            yield stage.mistake(f"quantize.{key}", "only a stage without a solver has it; remove it")
+    if stage["sparse"]:
+        yield stage.mistake(
+            "sparse", "a stage with `quantize` prunes nothing; prune in an earlier one, and set freeze_zeros"
+        )
+    if stage["solver.ema_decay"] is not None:
+        yield stage.mistake(
+            "solver.ema_decay",
+            "with `quantize`, the ranges would be of other weights than their average; leave it out",
+        )
+    if stage["start"] is None and stage["weights"] is None:
+        yield stage.mistake(
+            "start", "missing: training in quantized values begins with trained weights; name their stage"
+        )
+
+
+def _ranges_settle(stage: Values) -> Iterator[Mistake]:
+    if not stage["quantize"] or stage["solver"] is None:
+        return
+    end = stage["solver.max_iter"]
+    for key in ("settle_iter", "freeze_bn_iter"):
+        value = stage[f"quantize.{key}"]
+        if value is not None and value > end:
+            yield stage.mistake(
+                f"quantize.{key}", f"{value} is above the stage's max_iter {end}; make it smaller"
+            )
+
+
 def _pruning_begins(stage: Values) -> Iterator[Mistake]:
     begin, end = stage["sparse.start_iter"], stage["solver.max_iter"]
     if begin is not None and end is not None and begin >= end:
@@ -424,6 +470,8 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _has_a_solver,
     _quantizes_a_stage,
     _quantization_settings_agree,
+    _trains_quantized,
+    _ranges_settle,
     _one_start,
     _reinit_needs_weights,
     _zeros_frozen_once,

@@ -149,12 +149,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
     stages: dict[str, StagePlan] = {}
     quantized = []
     for name, stage in recipe.stages.items():
-        if stage.solver is not None and stage.quantize is not None:
-            raise UserError(
-                f"stages.{name}.quantize: quantization-aware training is not carried out yet; remove "
-                "the table, or move it to a stage without a solver"
-            )
-        if stage.quantize is not None and stage.start is not None:
+        if stage.quantize is not None and stage.solver is None and stage.start is not None:
             quantized.append(QuantizePlan(name, stage.quantize, folder / name, stages[stage.start]))
             continue
         if stage.start is not None:
@@ -179,7 +174,9 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
 
 def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> TrainJob:
     """The engine's job for a stage, from its start or from a ``.solverstate``."""
-    batches = run.recipe.training.reestimate_batches if has_batch_norm(run.recipe) else 0
+    # In quantized values, the running statistics are folded into the weights as they are.
+    recalibrates = has_batch_norm(run.recipe) and plan.stage.quantize is None
+    batches = run.recipe.training.reestimate_batches if recalibrates else 0
     return TrainJob(
         solver=plan.folder / "solver.prototxt",
         weights=plan.loaded_weights,
@@ -193,6 +190,7 @@ def train_job(run: RunPlan, plan: StagePlan, snapshot: Path | None = None) -> Tr
         recalibrate_tests=run.recipe.training.recalibrate_tests,
         nodes=plan.devices.nodes,
         cpu_ranks=plan.devices.cpu_ranks,
+        quantize=plan.stage.quantize,
     )
 
 

@@ -25,6 +25,8 @@ from caffe_jacinto.networks.user_network import mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories
+from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
+from caffe_jacinto.recipes.model import QuantizeSettings
 from caffe_jacinto.runs.plan import QuantizePlan, RunPlan, StagePlan, quantize_job, train_job
 from caffe_jacinto.runs.space import check_space
 from caffe_jacinto.runs.sparsity_check import shortfalls
@@ -305,8 +307,27 @@ def _note_crop(run: RunPlan, lmdb: str, facts: LmdbFacts, findings: Findings) ->
 
 def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[str, dict[str, str]]) -> None:
     """Check that the engine can do the job and that the stage's files can be made."""
+    if plan.stage.quantize is not None:
+        _check_engine_quantizes(run, plan)
     run.engine.train_commands(train_job(run, plan))
     texts[plan.name] = run.files(plan)
+    if plan.stage.quantize is not None:
+        scheme = chosen_scheme(plan.stage.quantize.model_dump())
+        _check_quantizable(run, plan, f"stages.{plan.name}.quantize", plan.stage.quantize, scheme)
+
+
+def _check_engine_quantizes(run: RunPlan, plan: StagePlan) -> None:
+    info = run.engine.info
+    if info.kind != "torch":
+        raise UserError(
+            f"stages.{plan.name}.quantize: only PyTorch trains in quantized values: add --engine torch, or "
+            "remove the table, and quantize the trained network: python -m caffe_jacinto.quantize"
+        )
+    if info.dialect is not Dialect.BVLC:
+        raise UserError(
+            f"stages.{plan.name}.quantize: quantized values are trained in the dialect {Dialect.BVLC.value} "
+            f"only: add --dialect {Dialect.BVLC.value}"
+        )
 
 
 def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) -> None:
@@ -315,8 +336,6 @@ def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) ->
     Raises:
         UserError: it cannot, a layer cannot be quantized, or one that the settings name is not there.
     """
-    from caffe_jacinto.inference.quantize import check_quantizable
-
     key, settings = f"stages.{plan.name}.quantize", plan.settings
     try:
         scheme = run.engine.quantization(settings)
@@ -328,8 +347,20 @@ def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) ->
             f"{settings.scheme}; for that, quantize the finished run by python -m caffe_jacinto.quantize"
         )
     run.engine.quantize_command(quantize_job(run, plan))
+    _check_quantizable(run, plan.source, key, settings, scheme)
+
+
+def _check_quantizable(
+    run: RunPlan, plan: StagePlan, key: str, settings: QuantizeSettings, scheme: Scheme
+) -> None:
+    """Check that the scheme knows the layers of a stage's network, and that those in ``settings`` are there.
+
+    ``key`` is where the recipe has these.
+    """
+    from caffe_jacinto.inference.quantize import check_quantizable
+
     try:
-        check_quantizable(run.files(plan.source), plan.source.folder, settings, scheme)
+        check_quantizable(run.files(plan), plan.folder, settings, scheme)
     except UserError as error:
         said = str(error)
         for option in ("bits_of", "keep_float"):

@@ -21,7 +21,13 @@ from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import Parser, gpu_list, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import end_with_parent
-from caffe_jacinto.engines.contract import Precision, add_stage_arguments, pruning_settings
+from caffe_jacinto.engines.contract import (
+    Precision,
+    add_quantization_arguments,
+    add_stage_arguments,
+    pruning_settings,
+    quantization_settings,
+)
 from caffe_jacinto.engines.pytorch import slurm
 from caffe_jacinto.engines.pytorch.builds import pip_command
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options, has_torch
@@ -43,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     for name in vars(arguments).keys() & vars(options).keys():
         setattr(options, name, getattr(arguments, name))
     options.sparse = pruning_settings(arguments)
+    options.quantize = quantization_settings(arguments)
     if not has_torch():
         raise UserError(f"{sys.executable} has no PyTorch; install it: {pip_command()}")
     slurm.become_rank()
@@ -128,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_gpu_arguments(train)
     add_stage_arguments(train, batches=0)
+    add_quantization_arguments(train)
     test = _action(actions, "test", "evaluate weights by a model's outputs")
     test.add_argument("-weights", "--weights", type=_paths, required=True, metavar="FILE")
     test.add_argument(

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,13 @@ from caffe_jacinto.common.errors import (
 from caffe_jacinto.common.processes import WARNINGS, keep_freed_memory
 from caffe_jacinto.engines.caffe_log import CAFFE_SOURCE, CaffeLog, write_line
 from caffe_jacinto.engines.pytorch.engine import PROGRAM, Options
-from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import allow_tf32
+
+if TYPE_CHECKING:
+    from caffe_jacinto.engines.pytorch.net import Net
+    from caffe_jacinto.engines.pytorch.qat import QuantizedTraining
+
+    Trained: TypeAlias = "Net | QuantizedTraining"
 
 _PATIENCE = timedelta(hours=2)
 """For a rank that writes a snapshot to a slow disk, or waits for its first batch."""
@@ -103,7 +108,7 @@ class Ranks:
         """Whether this rank logs and writes the files."""
         return self.rank == 0
 
-    def parallel(self, net: Net) -> Net | DistributedDataParallel:
+    def parallel(self, net: Trained) -> Trained | DistributedDataParallel:
         """``net``, whose gradients are averaged over the ranks while they are computed."""
         if self.size == 1:
             return net
@@ -114,7 +119,7 @@ class Ranks:
             find_unused_parameters=net.has_unused_weights(),
         )
 
-    def no_exchange(self, net: Net | DistributedDataParallel) -> AbstractContextManager[None]:
+    def no_exchange(self, net: Trained | DistributedDataParallel) -> AbstractContextManager[None]:
         """A context in which backward passes add to the gradients of this rank only."""
         return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 

@@ -28,6 +28,7 @@ from caffe_jacinto.engines.contract import (
     TrainJob,
     gpu_arguments,
     pruning_arguments,
+    quantization_arguments,
     quantize_arguments,
     recalibration_arguments,
     test_arguments,
@@ -35,6 +36,7 @@ from caffe_jacinto.engines.contract import (
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
+from caffe_jacinto.quantization.settling import has_ranges
 from caffe_jacinto.recipes.model import QuantizeSettings, SparseSettings, Stage
 
 PROGRAM = "caffe_jacinto.engines.pytorch"
@@ -75,6 +77,9 @@ class Options:
 
     sparse: SparseSettings | None = None
     """Prune, where the dialect's solver file has no fields for it."""
+
+    quantize: QuantizeSettings | None = None
+    """Train in quantized values."""
 
     freeze_zeros: bool = False
     sparsity_inner_products: bool = False
@@ -130,7 +135,8 @@ class TorchEngine:
         return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
-        command = [*self._program("train"), "-solver", str(job.solver)]
+        # Quantized values are computed in fp32, whatever the other stages compute in.
+        command = [*self._program("train", job.quantize is None), "-solver", str(job.solver)]
         if job.snapshot is not None:
             command += ["-snapshot", str(job.snapshot)]
         elif job.weights is not None:
@@ -138,6 +144,7 @@ class TorchEngine:
         command += recalibration_arguments(job)
         if self.info.dialect is Dialect.BVLC:  # the fork's solver file says the rest itself
             command += pruning_arguments(job)
+        command += quantization_arguments(job)
         if job.nodes > 1:
             command += ["-nodes", str(job.nodes)]
         if job.cpu_ranks > 1 and not job.gpus:
@@ -145,10 +152,13 @@ class TorchEngine:
         return [command + gpu_arguments(job.gpus)]
 
     def finished(self, job: TrainJob) -> bool:
-        """Whether the final snapshot is complete and, if statistics are recalibrated, marked so."""
+        """Whether the final snapshot is complete and, if statistics are recalibrated, marked so; and in
+        quantization-aware training, whether its ranges are beside it."""
         final = job.final_weights
         if not final_is_complete(final, self.info.dialect):
             return False
+        if job.quantize is not None:
+            return has_ranges(final)
         return job.reestimate_batches == 0 or is_marked_complete(final)
 
     def test_command(self, job: TestJob) -> list[str]:
@@ -172,9 +182,11 @@ class TorchEngine:
         """None: snapshots hold the factor."""
         return None
 
-    def _program(self, action: str) -> list[str]:
+    def _program(self, action: str, with_precision: bool = True) -> list[str]:
         command = [str(self.info.executable), "-m", PROGRAM, action, "-dialect", self.info.dialect.value]
-        return command if self.info.precision == "fp32" else [*command, "-precision", self.info.precision]
+        if self.info.precision == "fp32" or not with_precision:
+            return command
+        return [*command, "-precision", self.info.precision]
 
 
 def describe_torch(dialect: Dialect, precision: Precision = "fp32") -> EngineInfo:

@@ -23,7 +23,8 @@ from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
-from caffe_jacinto.engines.pytorch.quantized import moving_passes
+from caffe_jacinto.engines.pytorch.qat import QuantizedTest, QuantizedTraining
+from caffe_jacinto.engines.pytorch.quantized import MovingPasses, moving_passes
 from caffe_jacinto.engines.pytorch.snapshot import load_weights
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, parse_net_in
 from caffe_jacinto.quantization.fork_settings import ForkSettings, tested_network
@@ -39,16 +40,25 @@ class Evaluator:
     """A net of the test phase and its data."""
 
     def __init__(
-        self, net: Net, inputs: Inputs, ranks: Ranks, precision: str, settings: ForkSettings | None = None
+        self,
+        net: Net,
+        inputs: Inputs,
+        ranks: Ranks,
+        precision: str,
+        settings: ForkSettings | None = None,
+        trained: QuantizedTest | None = None,
     ) -> None:
-        """``settings``: the net is tested in quantized values; then it must not be fused.
+        """``settings``: the net is tested in quantized values; then it must not be fused. ``trained``: the
+        same, in those of quantization-aware training.
 
         Raises:
             UserError: a layer in ``settings`` that is not there, or weights that are not finite.
         """
         self.net, self._inputs, self._ranks, self._precision = net, inputs, ranks, precision
         self._settings = settings
-        self._passes = moving_passes(net, settings, net.where) if settings is not None else None
+        self._passes: MovingPasses | QuantizedTest | None = trained
+        if settings is not None:
+            self._passes = moving_passes(net, settings, net.where)
         inputs.fit(net)
 
     def mean_outputs(
@@ -62,7 +72,10 @@ class Evaluator:
         rank, size = self._ranks.rank, self._ranks.size
         if self._settings is not None:
             rank, size = 0, 1
-            self._passes = moving_passes(self.net, self._settings, self.net.where, self._passes)
+            before = self._passes if isinstance(self._passes, MovingPasses) else None
+            self._passes = moving_passes(self.net, self._settings, self.net.where, before)
+        elif isinstance(self._passes, QuantizedTest):
+            self._passes.begin()
         mine = range(rank, batches, size)
         self._inputs.start_at(rank, size, len(mine))
         sums: list[Tensor] | None = None
@@ -109,8 +122,11 @@ class TestNets:
         ranks: Ranks,
         precision: str,
         log: CaffeLog,
+        quantized: QuantizedTraining | None = None,
     ) -> None:
         """``inputs`` has those of each test net, in order; ``statistics`` are those of the train net.
+
+        ``quantized``: the training, where they are tested in quantized values.
 
         Raises:
             UserError: a net that cannot be built, or layers that do not fit the train net's.
@@ -129,12 +145,14 @@ class TestNets:
                 seed=0,
                 device=train_net.device,
                 data_shapes=fed.shapes,
-                fused=settings is None,
+                fused=settings is None and quantized is None,
             )
             net.share_with(train_net)
             net.definition = test.definition
-            net.write_to(log)
-            self._evaluators.append((Evaluator(net, fed, ranks, precision, settings), test.batches))
+            net.write_to(log, quantized.fields if quantized is not None else "")
+            trained = None if quantized is None else QuantizedTest(quantized, net)
+            self._evaluators.append((Evaluator(net, fed, ranks, precision, settings, trained), test.batches))
+        self._quantized = quantized is not None
 
     def __len__(self) -> int:
         return len(self._evaluators)
@@ -157,7 +175,13 @@ class TestNets:
         self._statistics.share()
         for index, (evaluator, batches) in enumerate(self._evaluators):
             number_in_log = index + len(self) * averaged
-            self._log.test_begins(iteration, number_in_log, recalibrated_over, averaged=averaged)
+            self._log.test_begins(
+                iteration,
+                number_in_log,
+                recalibrated_over,
+                averaged=averaged,
+                quantized=self._quantized,
+            )
             found = evaluator.mean_outputs(batches, stop)
             if found is None:
                 self._log.test_interrupted()

@@ -20,6 +20,7 @@ from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.precision import autocast
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
+from caffe_jacinto.engines.pytorch.qat import QuantizedTraining
 from caffe_jacinto.engines.pytorch.solvers import CaffeSolver
 
 _EAGER_FIRST = 3
@@ -31,7 +32,7 @@ class Iteration:
 
     def __init__(
         self,
-        net: Net,
+        net: Net | QuantizedTraining,
         inputs: Inputs,
         optimizer: CaffeSolver,
         pruner: TorchPruner,

@@ -205,6 +205,11 @@ class Net(nn.Module):
         self._find_last_uses()
 
     @property
+    def functions(self) -> dict[str, Forward]:
+        """What each layer computes alone, from its blobs and bottoms, by its name."""
+        return {name: module.function for name, module in self._by_name.items()}
+
+    @property
     def layer_blobs(self) -> dict[str, list[Blob]]:
         """Each layer's blobs by its name, for layers that have any."""
         return {name: module.blobs for name, module in self._by_name.items() if module.tensors}
@@ -229,14 +234,14 @@ class Net(nn.Module):
             for layer, index, blob in self.blobs
         ]
 
-    def write_to(self, log: CaffeLog) -> None:
-        """Log the network of this phase, as Caffe does when it has built one."""
+    def write_to(self, log: CaffeLog, more: str = "") -> None:
+        """Log the network of this phase, as Caffe does when it has built one; ``more``: fields come first."""
         shown = type(self.definition)()
         shown.CopyFrom(self.definition)
         del shown.layer[:]
         shown.layer.extend(self.layers)
         images = [self.shapes[layer.top[0]] for layer in self.layers if layer.type in ("Data", "ImageData")]
-        log.net(shown, images, self.output_names)
+        log.net(shown, images, self.output_names, more)
 
     def check_indices(self) -> None:
         """Wait for the device, and raise UserError if a label, or another index, was out of its range."""
@@ -275,10 +280,13 @@ class Net(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> NetResult:
         """One pass over ``inputs``, the blobs of `inputs` by name. Nothing here waits for the device."""
-        values = dict(inputs)
+        return self.compute(dict(inputs), self.steps)
+
+    def compute(self, values: dict[str, Tensor], steps: Sequence[Step]) -> NetResult:
+        """Those of the ``steps`` alone; ``values`` has the blobs that they read, by name, and is used up."""
         loss: Tensor | None = None
         outputs = {}
-        for step in self.steps:
+        for step in steps:
             given = [
                 values[name].detach() if cut else values[name]
                 for name, cut in zip(step.bottoms, step.detached, strict=True)
@@ -291,7 +299,7 @@ class Net(nn.Module):
                 if name in self._kept:
                     outputs[name] = top.detach()
             for name in step.last_uses:
-                del values[name]
+                values.pop(name, None)
         if loss is None:
             loss = torch.zeros((), device=self.device)
         return NetResult(loss, outputs)

@@ -7,7 +7,7 @@ below 2^24 are exact, as a processor's are, and one factor for each channel make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.distributed import device_of_rank
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.net import TEST, Net
+from caffe_jacinto.engines.pytorch.rounding import rounded
 from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.fork_settings import ForkSettings
@@ -53,6 +54,21 @@ class Carried:
         return shifted * self.grid.step
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a pass computes with, by layer."""
+
+    blobs: Mapping[str, Sequence[Tensor]]
+    """As `quantized_blobs` for what is quantized."""
+
+    functions: Mapping[str, Callable[..., Any]]
+    after: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Applied to what a weighted layer gives, before the others of its unit."""
+
+    see: Callable[[Unit, Tensor], None] | None = None
+    """Shown the output of each quantized unit before it is rounded."""
+
+
 class QuantizedNet:
     """A network, with passes in float32 and with any quantization of it."""
 
@@ -60,13 +76,17 @@ class QuantizedNet:
         """``net`` has a step for each layer (not ``fused``); its weights are those of ``network``."""
         self.device = net.device
         self.network = network
-        self._outputs = frozenset(net.output_names)
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self.outputs = set(net.output_names)
+        """The blobs that a pass gives by name."""
+
+        self.functions: dict[str, Callable[..., Any]] = {}
+        """What each layer computes from its blobs and bottoms."""
+
         self._bottoms: dict[str, tuple[str, ...]] = {}
         self._tops: dict[str, tuple[str, ...]] = {}
         for step in net.steps:
             (module,) = step.modules
-            self._functions[step.name] = module.function
+            self.functions[step.name] = module.function
             self._bottoms[step.name], self._tops[step.name] = step.bottoms, step.tops
         self._blobs = {
             name: [self._on_device(blob) for blob in blobs] for name, blobs in network.blobs.items()
@@ -79,30 +99,34 @@ class QuantizedNet:
         images: Values | Tensor | Mapping[str, Tensor],
         quantization: Quantization | None,
         outputs: dict[str, Tensor] | None = None,
+        computed: Computed | None = None,
     ) -> Iterator[tuple[Unit, Carried]]:
         """One pass; each unit with its output.
 
         Args:
             images: batch x channels x height x width; or all inputs by name.
-            outputs: takes the network's outputs by name.
+            outputs: takes the `outputs` by name.
+            computed: with other blobs and functions than the network's own.
         """
-        blobs = self._blobs_for(quantization)
+        computed = computed or Computed(self._blobs_for(quantization), self.functions)
         if not isinstance(images, Mapping):
             images = dict.fromkeys([self.network.units[0].blob], self._on_device(images))
         values: dict[str, Carried] = {}
         for unit in self.network.units:
             is_input = unit.type == INPUT
             made = (
-                Carried(images[unit.blob]) if is_input else self._computed(unit, values, blobs, quantization)
+                Carried(images[unit.blob]) if is_input else self._output(unit, values, computed, quantization)
             )
+            if computed.see is not None and unit.output == "quantized":
+                computed.see(unit, made.values)
             grid = quantization.outputs.get(unit.name) if quantization else None
             if grid is not None:
-                made = Carried(_numbers(made.values, grid), grid)
+                made = Carried(rounded(made.values, grid), grid)
             values[unit.blob] = made
             yield unit, made
             for name in self._done_with[unit.name]:
                 done = values.pop(name, None)
-                if outputs is not None and done is not None and name in self._outputs:
+                if outputs is not None and done is not None and name in self.outputs:
                     outputs[name] = done.values
 
     def scores(self, images: Values, quantization: Quantization | None) -> Values:
@@ -118,7 +142,7 @@ class QuantizedNet:
         with torch.inference_mode():
             for unit, made in self.passing(images, quantization):
                 if unit.output == "quantized":
-                    yield _seen(unit, made.values, sampled=sampled)
+                    yield seen_of(unit, made.values, sampled=sampled)
 
     def signal_and_noise(
         self, images: Values, quantization: Quantization
@@ -148,39 +172,42 @@ class QuantizedNet:
                         differences[unit.name],
                         *(torch.zeros_like(b) for b in self._blobs[unit.name][1:]),
                     ]
-                    change = self._functions[unit.name](blobs, inputs[self._bottoms[unit.name][0]])
+                    change = self.functions[unit.name](blobs, inputs[self._bottoms[unit.name][0]])
                     axes = [axis for axis in range(change.dim()) if axis != 1]
                     yield unit, change.mean(axes).cpu().numpy()
                 inputs[unit.blob] = made.values
                 for name in self._done_with[unit.name]:
                     inputs.pop(name, None)
 
-    def _computed(
+    def _output(
         self,
         unit: Unit,
         values: dict[str, Carried],
-        blobs: Mapping[str, list[Tensor]],
+        computed: Computed,
         quantization: Quantization | None,
     ) -> Carried:
         """The unit's output before it is quantized."""
+        blobs, functions = computed.blobs, computed.functions
         first, *others = unit.layers
         given = [values[name] for name in self._bottoms[first]]
         if unit.output == "kept" and not others:
-            made = self._functions[first](blobs.get(first, []), *(carried.tensor for carried in given))
+            made = functions[first](blobs.get(first, []), *(carried.tensor for carried in given))
             tops = made if isinstance(made, tuple) else (made,)
             for name, top in zip(self._tops[first], tops, strict=True):
                 values[name] = Carried(top, given[0].grid)
             return values[unit.blob]
         if quantization is not None and quantization.in_whole_numbers(unit.name):
-            sums = self._functions[first](blobs[first], given[0].tensor)
+            sums = functions[first](blobs[first], given[0].tensor)
             result = sums * self._along_channels(quantization.factor(unit.name), sums)
         else:
-            result = self._functions[first](blobs.get(first, []), *(carried.values for carried in given))
+            result = functions[first](blobs.get(first, []), *(carried.values for carried in given))
         if isinstance(result, tuple):  # a layer of several tops, which runs alone
             values.update(zip(self._tops[first], map(Carried, result), strict=True))
             return values[unit.blob]
+        if first in computed.after:
+            result = computed.after[first](result)
         for name in others:
-            result = self._functions[name](blobs.get(name, []), result)
+            result = functions[name](blobs.get(name, []), result)
         return Carried(result)
 
     def _along_channels(self, factors: NDArray[np.float64], sums: Tensor) -> Tensor:
@@ -309,9 +336,9 @@ class MovingPasses:
                 if unit.output != "quantized":
                     # Written in place after another unit: what the blob holds at the end counts.
                     if unit.blob in last:
-                        last[unit.blob] = _seen(unit, made.values, sampled=False)
+                        last[unit.blob] = seen_of(unit, made.values, sampled=False)
                     continue
-                seen = last[unit.blob] = _seen(unit, made.values, sampled=self._sampled)
+                seen = last[unit.blob] = seen_of(unit, made.values, sampled=self._sampled)
                 histogram = self.ranges[unit.name].histogram
                 if histogram is not None and seen.sample is not None:
                     histogram.add(seen.sample)
@@ -322,7 +349,8 @@ class MovingPasses:
         return outputs
 
 
-def _seen(unit: Unit, values: Tensor, *, sampled: bool) -> Seen:
+def seen_of(unit: Unit, values: Tensor, *, sampled: bool) -> Seen:
+    """What ``values``, a unit's output, show; ``sampled``: with some of them."""
     # In the order of memory, channels last: in another one, PyTorch copies all of it first.
     flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(-1)
     low, high = torch.stack(torch.aminmax(flat)).tolist()
@@ -331,14 +359,6 @@ def _seen(unit: Unit, values: Tensor, *, sampled: bool) -> Seen:
 
 def _same_weights(one: Quantization, other: Quantization) -> bool:
     return one.weights is other.weights and one.biases is other.biases and one.corrected is other.corrected
-
-
-def _numbers(values: Tensor, grid: Grid) -> Tensor:
-    """As `Grid.numbers`."""
-    scaled = values / grid.step
-    if grid.offset:
-        scaled += grid.offset
-    return scaled.round_().clamp_(grid.low, grid.high)
 
 
 def _energy(values: Tensor) -> float:

@@ -8,7 +8,7 @@ follow from these.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +119,9 @@ _HISTORY = 3
 _PLACE = 20_000
 """The field of our own, far from Caffe's numbers and below protobuf's reserved ones."""
 
+_RANGES = 20_001
+"""Another: the ranges of activations, in quantization-aware training."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -150,8 +153,9 @@ def write_state(
     history: Sequence[Tensor],
     place: Place,
     dialect: Dialect,
+    ranges: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the solver state ``path``, atomically."""
+    """Write the solver state ``path``, atomically; ``ranges``: as `SettlingRanges.state`."""
     head = messages(dialect).SolverState(
         iter=iteration, current_step=current_step, learned_net=str(learned_net)
     )
@@ -159,6 +163,8 @@ def write_state(
     for tensor in history:
         parts += field_parts(_HISTORY, array_parts(array(tensor), dialect))
     parts += field_parts(_PLACE, [json.dumps(asdict(place)).encode()])
+    if ranges is not None:
+        parts += field_parts(_RANGES, [json.dumps(ranges).encode()])
     write_whole(path, parts)
 
 
@@ -195,13 +201,32 @@ def read_place(path: Path) -> Place | None:
         UserError: the file is missing or damaged.
     """
     try:
+        found = _own_field(path, _PLACE)
+        return None if found is None else Place(**found)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
+
+
+def read_ranges_state(path: Path) -> Any:
+    """The ranges that the solver state ``path`` holds, as `SettlingRanges.state`; None where it has none.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return _own_field(path, _RANGES)
+    except ValueError as error:
+        raise UserError(f"{path}: its ranges cannot be read ({error}); use another one") from None
+
+
+def _own_field(path: Path, number: int) -> Any:
+    """The JSON in a field of our own; None without it."""
+    try:
         with mapped(path) as view:
             check_kind(view, path, STATE)
             for field in fields(view):
-                if field.number == _PLACE and field.wire_type == LENGTH:
-                    return Place(**parse_json(bytes(view[field.start : field.end])))
+                if field.number == number and field.wire_type == LENGTH:
+                    return parse_json(bytes(view[field.start : field.end]))
     except NotWholeError:
         raise damaged(path, STATE) from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
     return None

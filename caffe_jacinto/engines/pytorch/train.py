@@ -37,10 +37,12 @@ from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.network_check import check_networks
 from caffe_jacinto.engines.pytorch.precision import Precise, allow_tf32, fastest
 from caffe_jacinto.engines.pytorch.pruner import TorchPruner
+from caffe_jacinto.engines.pytorch.qat import QuantizedTraining
 from caffe_jacinto.engines.pytorch.snapshot import (
     Place,
     load_weights,
     read_place,
+    read_ranges_state,
     read_state,
     save_weights,
     write_state,
@@ -53,6 +55,9 @@ from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import TEST, TRAIN, SolverFile, check_snapshot_folder, read_solver
 from caffe_jacinto.pruning.pruner import masks_file
 from caffe_jacinto.quantization.fork_settings import tested_network
+from caffe_jacinto.quantization.schemes import chosen_scheme
+from caffe_jacinto.quantization.settling import write_ranges
+from caffe_jacinto.recipes.model import QuantizeSettings
 
 T = TypeVar("T")
 
@@ -74,6 +79,8 @@ def train(options: Options) -> int:
     check_snapshot_folder(solver)
     tests = [(test.written, test.definition) for test in solver.tests]
     check_networks([(solver.written, solver.train_net), *tests])
+    if options.quantize is not None:
+        check_quantized(options, solver)
     gpus = options.gpus or ()
     device = device_of_rank(gpus, options)
     with ExitStack() as stack:
@@ -132,6 +139,7 @@ class Trainer:
         for fed in (self.inputs, *test_inputs):
             for note in fed.notes:
                 log.info(note)
+        quantize = options.quantize
         self.precision = self._choose_precision(place, device)
         inside = solver.train_file == solver.path
         log.info(
@@ -146,6 +154,7 @@ class Trainer:
             seed=self.seed,
             device=device,
             data_shapes=self.inputs.shapes,
+            fused=quantize is None,
         )
         self.inputs.fit(self.net)
         self.net.write_to(log)
@@ -168,8 +177,9 @@ class Trainer:
             unchanged=solver.frozen_layers(),
             history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
         )
+        self.quantized = None if quantize is None else self._quantized(quantize)
         self.iterate = Iteration(
-            self.net,
+            self.quantized or self.net,
             self.inputs,
             self.optimizer,
             self.pruner,
@@ -179,13 +189,41 @@ class Trainer:
             precision=self.precision,
             graph=options.graph,
         )
-        self.tests = TestNets(solver, self.net, test_inputs, self.statistics, ranks, self.precision, log)
+        self.tests = TestNets(
+            solver,
+            self.net,
+            test_inputs,
+            self.statistics,
+            ranks,
+            self.precision,
+            log,
+            self.quantized,
+        )
         log.info("Solver scaffolding done.")
         self._begin()
         self.average = self._choose_average()
         self._losses: deque[Tensor] = deque(maxlen=max(self.parameters.average_loss, 1))
         self._unchecked: list[tuple[int, Tensor]] = []
         self._displayed, self._display_time = self.iteration, time.monotonic()
+
+    def _quantized(self, settings: QuantizeSettings) -> QuantizedTraining:
+        """The net in quantized values."""
+        most = int(self.parameters.max_iter)
+        settle, freeze = settings.settle_iter, settings.freeze_bn_iter
+        scheme = chosen_scheme(settings.model_dump())
+        made = QuantizedTraining(
+            self.net,
+            scheme,
+            self.ranks,
+            bits=settings.bits_of,
+            floats=settings.keep_float,
+            settle=most // 4 if settle is None else min(settle, most),
+            freeze=most // 2 if freeze is None else min(freeze, most),
+        )
+        self.log.trains_quantized(
+            scheme.name, scheme.bits.weights, scheme.bits.activations, made.settle_from, made.freeze_from
+        )
+        return made
 
     # What the training starts from
 
@@ -228,6 +266,8 @@ class Trainer:
 
     def _choose_precision(self, place: Place | None, device: torch.device) -> Precise:
         """The requested precision; where that is "auto", the snapshot's, or the one that measures fastest."""
+        if self.options.quantize is not None:
+            return "fp32"
         if self.options.precision != "auto":
             return self.options.precision
         chosen = place.precision if place is not None else None
@@ -266,6 +306,8 @@ class Trainer:
         else:
             for path in weights:
                 self._load(path)
+            if self.quantized is not None:
+                self.quantized.check_statistics(weights[-1])
             if weights and self.holds_zeros:
                 self.pruner.freeze_zeros()
         # They are the same already, unless another processor's arithmetic filled them differently.
@@ -308,6 +350,14 @@ class Trainer:
             self.iterate.block = self.iteration * self.parameters.iter_size * self.ranks.size
         else:
             self.iterate.block = place.images // self.inputs.batch_size
+        if self.quantized is not None:
+            state = read_ranges_state(snapshot)
+            if state is None:
+                raise UserError(
+                    f"{snapshot}: it has no ranges: it was not trained with -quantize; start from its "
+                    "weights alone, with -weights"
+                )
+            self.quantized.ranges.load(state, str(snapshot))
         if not self.holds_zeros:
             return
         if self.solver.holds_zeros and not masks_file(snapshot).exists():
@@ -329,6 +379,8 @@ class Trainer:
         if self.holds_zeros:
             self._display_sparsity()
         self.iterate.move_to(self.iterate.block)
+        if self.quantized is not None and not self.quantized.ranges.chosen:
+            self._calibrate(self.quantized)
         while self.iteration < most and not self._stopped:
             self._display_and_test()
             if not self._stopped:
@@ -337,6 +389,20 @@ class Trainer:
             self._snapshot()
         self.log.optimization_ends(early=self._stopped or not self._finish())
         return 0
+
+    def _calibrate(self, quantized: QuantizedTraining) -> None:
+        """Choose the first ranges by passes over training batches, which the training then begins with."""
+        assert self.options.quantize is not None
+        place, batches = self.iterate.block, self.options.quantize.batches
+        self.log.info(f"Calibrating the ranges of activations over {batches} batches")
+        for _ in range(-(-batches // self.ranks.size)):
+            (self._stopped,) = self.ranks.any(self._stop())
+            if self._stopped:
+                break
+            quantized.calibrate(self.inputs.batch())
+        else:
+            quantized.choose()
+        self.iterate.move_to(place)
 
     def _display_and_test(self) -> None:
         iteration, every = self.iteration, self._sparsity_interval()
@@ -384,6 +450,8 @@ class Trainer:
 
     def _iterate(self) -> None:
         iteration = self.iteration
+        if self.quantized is not None and self.quantized.begin(iteration):
+            self.statistics.share()
         result = self.iterate(iteration, self.solver.rate(iteration))
         self._remember_loss(result.loss)
         if self.parameters.display and iteration % self.parameters.display == 0:
@@ -484,6 +552,7 @@ class Trainer:
                 self.precision,
             ),
             dialect=self.solver.dialect,
+            ranges=None if self.quantized is None else self.quantized.ranges.state(),
         )
 
     def _file(self, ending: str) -> Path:
@@ -493,6 +562,8 @@ class Trainer:
         """Caffe's last lines, then complete the stage; False if a request to stop came first."""
         if self.holds_zeros:
             self._display_sparsity()
+        if self.quantized is not None:
+            self.quantized.begin(self.iteration)  # what is tested is what the final snapshot holds
         display, interval = self.parameters.display, self.parameters.test_interval
         batches, place = self.options.reestimate_batches, self.iterate.block
         if display and self.iteration % display == 0:
@@ -504,9 +575,19 @@ class Trainer:
             # The place at which a training resumed from its last snapshot would be.
             self.iterate.move_to(place)
             return self._complete(batches)
+        if self.quantized is not None:
+            return self._complete_quantized(self.quantized)
         if interval and self.iteration % interval == 0:
             self._test()
         return not self._stopped
+
+    def _complete_quantized(self, quantized: QuantizedTraining) -> bool:
+        """Test the final weights, and write the ranges beside them. False: a request to stop came first."""
+        if not self.tests.test(self.iteration, self._stop):
+            return False
+        if self.ranks.first:
+            write_ranges(self._file(".caffemodel"), quantized.network, quantized.ranges)
+        return True
 
     def _complete(self, batches: int) -> bool:
         """Recalibrate, put the statistics into the final weights, test these, and mark the stage complete.
@@ -526,6 +607,38 @@ class Trainer:
         if self.ranks.first:
             mark_complete(final, batches)
         return True
+
+
+def check_quantized(options: Options, solver: SolverFile) -> None:
+    """Refuse what does not go with quantization-aware training.
+
+    Raises:
+        UserError: says what.
+    """
+    if options.dialect is not Dialect.BVLC:
+        raise UserError(
+            f"-quantize: prototxts of the dialect {Dialect.BVLC.value} are needed, and these are of "
+            f"{options.dialect.value}"
+        )
+    if options.precision not in ("fp32", "auto"):
+        raise UserError(
+            f"-precision {options.precision}: with -quantize everything is computed in fp32, in which sums "
+            "of whole numbers are exact; leave it out"
+        )
+    if options.reestimate_batches:
+        raise UserError(
+            "-reestimate_batches: with -quantize the running statistics of batch norms are folded into the "
+            "weights as they are; leave it out"
+        )
+    if options.sparse is not None:
+        raise UserError("-sparsity_target: prune before a training with -quantize, and hold its zeros")
+    if solver.parameters.ema_decay:
+        raise UserError(
+            f"{solver.path}: ema_decay: with -quantize, the ranges would be of other weights than their "
+            "average; leave it out"
+        )
+    if not options.weights and options.snapshot is None:
+        raise UserError("-quantize: trained weights are needed to start from; give them with -weights")
 
 
 def check_stages(
