@@ -19,7 +19,7 @@ from pathlib import Path
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import USER_ERROR, UserError, invoked_as, run_command
 from caffe_jacinto.common.text import printable
-from caffe_jacinto.logs import compare, tables
+from caffe_jacinto.logs import compare, seeds, tables
 from caffe_jacinto.logs.compare import SORT_KEYS, in_order
 from caffe_jacinto.logs.curves import AXES
 from caffe_jacinto.logs.discover import Run, find_runs
@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--x and --y say what --plot draws; give --plot FILE, too")
     if arguments.sort is not None and not arguments.compare:
         raise UserError("--sort orders the runs of --compare; give --compare, too")
+    if arguments.seeds and arguments.compare:
+        raise UserError("--seeds and --compare are two ways to show the runs; give one of them")
     if arguments.series is not None:
         from caffe_jacinto.logs.export import check_series
 
@@ -122,6 +124,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="show the runs beside each other, with differences, and the solver settings that differ",
     )  # fmt: skip
     parser.add_argument(
+        "--seeds", action="store_true",
+        help="show mean and spread of runs that differ in their seed, named NAME-seed1, NAME-seed2 and so on",
+    )  # fmt: skip
+    parser.add_argument(
         "--sort", choices=SORT_KEYS, metavar="FIGURE",
         help=f"order the runs of --compare, the best first: {', '.join(SORT_KEYS)}",
     )  # fmt: skip
@@ -146,13 +152,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _print(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
     form, published = arguments.format, arguments.published
+    view = compare if arguments.compare else seeds if arguments.seeds else None
     if form == "json":
-        print(compare.as_json(runs) if arguments.compare else tables.as_json(runs))
+        print(tables.as_json(runs) if view is None else view.as_json(runs))
     elif form == "csv":
-        text = compare.as_csv(runs) if arguments.compare else tables.as_csv(runs, published=published)
-        print(text, end="")
+        print(tables.as_csv(runs, published=published) if view is None else view.as_csv(runs), end="")
     else:
-        found = compare.comparison(runs) if arguments.compare else tables.tables(runs, published=published)
+        if arguments.seeds:
+            found = [seeds.spread_table(runs)]
+        else:
+            found = compare.comparison(runs) if view else tables.tables(runs, published=published)
         if form == "markdown":
             print(tables.as_markdown(found))
         else:

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from log_text import GIGAMACS, Log
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.logs.tables import complexity
 from caffe_jacinto.report import main
 
 # top-1, sparsity, base_lr
@@ -142,3 +144,51 @@ def test_pictures_of_choices_that_cannot_be_drawn(runs: Path, tmp_path: Path) ->
     (tmp_path / "a.log").write_text(Log().iterate(10, 20).text)
     with pytest.raises(UserError, match="no run has a top-1 accuracy"):
         main([str(tmp_path / "a.log"), "--scatter", str(tmp_path / "a.svg")])
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """Two runs of one configuration, and one of another."""
+    for name, top1, seed in (("thin-seed1", 0.75, 1), ("thin-seed2", 0.5, 2), ("wide", 0.625, 1)):
+        folder = tmp_path / "seeds" / name / "sparse"
+        folder.mkdir(parents=True)
+        text = stage(top1, 0.8, 0.01).replace("base_lr: 0.01", f"base_lr: 0.01\nrandom_seed: {seed}")
+        (folder / "run.log").write_text(text)
+    return tmp_path / "seeds"
+
+
+def test_runs_that_differ_in_their_seed_have_a_mean_and_a_spread(
+    seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = report(seeds, "--seeds", capsys=capsys)
+    thin, wide = (line for line in text.splitlines() if ", sparse" in line)
+    expected = (
+        f"thin, sparse 2 62.50 ± 17.68 % 95.00 ± 0.00 % 0.375 ± 0.18 80.0 ± 0.0 % {complexity(GIGAMACS)}"
+    )
+    assert " ".join(thin.split()) == expected
+    assert "±" not in wide
+    assert "more than the seed" not in text
+    assert "| thin, sparse | 2 |" in report(seeds, "--seeds", "--format", "markdown", capsys=capsys)
+
+
+def test_mean_and_deviation_for_programs(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    thin, wide = json.loads(report(seeds, "--seeds", "--format", "json", capsys=capsys))["configurations"]
+    deviation = float(np.std([0.75, 0.5], ddof=1))
+    assert (thin["runs"], thin["top1"]["mean"]) == (2, 0.625)
+    assert thin["top1"]["deviation"] == pytest.approx(deviation)
+    assert wide["top1"] == {"mean": 0.625, "deviation": None}
+    rows = list(csv.DictReader(io.StringIO(report(seeds, "--seeds", "--format", "csv", capsys=capsys))))
+    assert [row["configuration"] for row in rows] == ["thin", "wide"]
+    assert float(rows[0]["top1_deviation"]) == pytest.approx(deviation)
+    assert rows[1]["top1_deviation"] == ""
+
+
+def test_what_differs_besides_the_seed_is_named(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = seeds / "thin-seed2" / "sparse" / "run.log"
+    log.write_text(log.read_text().replace("base_lr: 0.01", "base_lr: 0.03"))
+    assert "thin: its runs differ in more than the seed: base_lr" in report(seeds, "--seeds", capsys=capsys)
+
+
+def test_one_view_at_a_time(seeds: Path) -> None:
+    with pytest.raises(UserError, match="--seeds and --compare"):
+        main([str(seeds), "--seeds", "--compare"])
