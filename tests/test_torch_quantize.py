@@ -182,12 +182,12 @@ layer { name: "accuracy/top1" type: "Accuracy" bottom: "fc" bottom: "label" top:
 
 
 def losses_of(
-    folder: Path, text: str, capfd: pytest.CaptureFixture[str], iterations: int
+    folder: Path, text: str, capfd: pytest.CaptureFixture[str], iterations: int, *more: str
 ) -> tuple[list[float], str]:
     """The loss of each batch that `caffe-torch test` logs, and its log."""
     (folder / "val.prototxt").write_text(text)
     arguments = ["test", "-model", str(folder / "val.prototxt"), "-weights", str(folder / "w.caffemodel")]
-    arguments += ["-iterations", str(iterations), "-dialect", "caffe_jacinto", "-workers", "1"]
+    arguments += ["-iterations", str(iterations), "-dialect", "caffe_jacinto", "-workers", "1", *more]
     assert caffe_torch(arguments) == 0
     log = capfd.readouterr().err
     return [float(found) for found in re.findall(r"Batch \d+, loss = (\S+)", log)], log
@@ -234,6 +234,28 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
     ignored = "".join(f'ignored_layer_names: "{layer.name}" ' for layer in net.layer)
     without = (text + body + FORK_OUTPUTS).replace("range_exp", f"{ignored} range_exp")
     assert losses_of(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("quantized", [False, True])
+def test_several_ranks_test_as_one_does(
+    quantized: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every batch, in order, and the means. Two ranks share five batches, but not where ranges move."""
+    write_random(tmp_path / "w.caffemodel", FORK_NET, Dialect.CAFFE_JACINTO, seed=3)
+    pixels = np.random.default_rng(5).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    write_lmdb(tmp_path / "lmdb", [datum_of(image, number % 5) for number, image in enumerate(pixels)])
+    text = FORK_TEST.replace("LMDB", str(tmp_path / "lmdb"), 1).replace('ignored_layer_names: "none"', "")
+    text = text if quantized else text.replace("quantize: true", "")
+    text += FORK_NET[FORK_NET.index('layer { name: "data_bn"') :] + FORK_OUTPUTS
+    logs = [losses_of(tmp_path, text, capfd, 5, *more)[1] for more in ([], ["-cpu_ranks", "2"])]
+    assert "2 ranks test together" in logs[1]
+    said = [re.findall(r"\] ((?:Batch|Loss|loss|accuracy).*)", log) for log in logs]
+    assert len(said[0]) == 5 * 2 + 3 and said[0][0].startswith("Batch 0, accuracy/top1 = ")
+    for one, other in zip(*said, strict=True):
+        assert one.rpartition("= ")[0] == other.rpartition("= ")[0]
+        numbers = [float(line.replace(" loss)", "").rsplit(" ", 1)[1]) for line in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
 
 
 SOLVER = """

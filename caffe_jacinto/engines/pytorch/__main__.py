@@ -1,7 +1,7 @@
 """Caffe's command line on PyTorch; installed as `caffe-torch`.
 
 caffe-torch train -solver solver.prototxt [-weights W.caffemodel | -snapshot S.solverstate] [-gpu 0,1|all]
-caffe-torch test -model val.prototxt -weights W.caffemodel -iterations 100
+caffe-torch test -model val.prototxt -weights W.caffemodel -iterations 100 [-gpu 0,1|all]
 caffe-torch time -model deploy.prototxt
 caffe-torch device_query -gpu all
 torchrun --nnodes 2 --nproc-per-node 4 ... -m caffe_jacinto.engines.pytorch train -solver solver.prototxt
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         options.gpus = distributed.all_gpus()
     if options.action == "device_query":
         return distributed.describe_devices(options.gpus)
-    if options.action == "train" and not distributed.is_rank():
+    if options.action in ("train", "test") and not distributed.is_rank():
         ranks = len(options.gpus) or options.cpu_ranks
         if options.nodes > 1:
             return slurm.launch_ranks(argv, options.nodes, ranks, on_cpu=not options.gpus)
@@ -126,13 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="inside a Slurm job: machines that train together",
     )
-    train.add_argument(
-        *("-cpu_ranks", "--cpu_ranks"),
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="without -gpu: processes that train together on each machine's CPU",
-    )
+    _add_cpu_ranks(train, "processes that train together on each machine's CPU")
     _add_gpu_arguments(train)
     add_stage_arguments(train, batches=0)
     add_quantization_arguments(train)
@@ -141,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument(
         *("-display_sparsity", "--display_sparsity"), nargs="?", type=_flag, const=True, default=False
     )
+    _add_cpu_ranks(test, "processes that share the batches out on the CPU")
     test.add_argument("-level", "--level", type=int, default=0, help="of the net's state")
     test.add_argument("-stage", "--stage", type=_stages, default=(), metavar="A,B", help="of the net's state")
     time = _action(actions, "time", "time a model's layers")
@@ -153,6 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     check = actions.add_parser("check", description="Check stages, read as JSON from standard input.")
     check.add_argument("-dialect", type=_dialect, required=True)
     return parser
+
+
+def _add_cpu_ranks(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        *("-cpu_ranks", "--cpu_ranks"),
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help=f"without -gpu: {what}",
+    )
 
 
 def _add_gpu_arguments(train: argparse.ArgumentParser) -> None:

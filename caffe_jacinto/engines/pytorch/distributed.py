@@ -87,7 +87,7 @@ def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
 
 
 class Ranks:
-    """This process among those that train together; alone, all of it does nothing."""
+    """This process among those that train or test together; alone, all of it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -259,7 +259,7 @@ def open_log(
     # Over several machines the ranks count, wherever their GPUs are.
     log.using_devices(gpus if ranks.size in (1, len(gpus)) or not gpus else range(ranks.size))
     if ranks.size > 1 and not gpus:
-        log.info(f"{ranks.size} ranks train together")
+        log.info(f"{ranks.size} ranks {options.action} together")
     try:
         yield log
     except UserError as error:

@@ -32,8 +32,8 @@ from caffe_jacinto.quantization.fork_settings import ForkSettings, tested_networ
 WARM_UP = 2
 """Passes before the clock runs: the first ones choose how to compute."""
 
-OnBatch = Callable[[int, dict[str, Tensor]], None]
-"""Given the number of a batch and its outputs."""
+OnBatch = Callable[[int, dict[str, list[float]]], None]
+"""Given the number of a batch and its outputs, in order."""
 
 
 class Evaluator:
@@ -76,30 +76,44 @@ class Evaluator:
             self._passes = moving_passes(self.net, self._settings, self.net.where, before)
         elif isinstance(self._passes, QuantizedTest):
             self._passes.begin()
-        mine = range(rank, batches, size)
-        self._inputs.start_at(rank, size, len(mine))
-        sums: list[Tensor] | None = None
+        self._inputs.start_at(rank, size, len(range(rank, batches, size)))
+        counts = [prod(self.net.shapes[name]) for name in self.net.output_names]
+        sums = torch.zeros(sum(counts), dtype=torch.float64, device=self.net.device)
         stopped = False
-        with torch.inference_mode():
-            for number in mine:
-                if stop():
-                    stopped = True
-                    break
-                with autocast(self.net.device, self._precision):
-                    given = self._inputs.batch()
-                    outputs = self._passes.run(given) if self._passes else self.net(given).outputs
-                values = [outputs[name].reshape(-1).double() for name in self.net.output_names]
-                sums = values if sums is None else [a + b for a, b in zip(sums, values, strict=True)]
-                if on_batch is not None:
-                    on_batch(number, outputs)
+        for first in range(0, batches, size):
+            # The ranks meet at each batch only where they show it.
+            if stop() if on_batch is None else any(self._ranks.any(stop())):
+                stopped = True
+                break
+            values = self._outputs_of_a_batch() if first + rank < batches else torch.zeros_like(sums)
+            sums += values
+            if on_batch is not None:
+                shown = self._of_each_rank(values, rank, size)
+                for number, outputs in zip(range(first, batches), shown, strict=False):
+                    on_batch(number, named(self.net.output_names, counts, outputs))
         if any(self._ranks.any(stopped)):
             return None
-        shapes = [self.net.shapes[name] for name in self.net.output_names]
-        flat = torch.cat(sums).tolist() if sums else [0.0] * sum(map(prod, shapes))
+        flat = sums.tolist()
         self.net.check_indices()
         totals = flat if self._settings is not None else self._ranks.total(flat)
         means = [total / batches for total in totals]
-        return named(self.net.output_names, [prod(shape) for shape in shapes], means)
+        return named(self.net.output_names, counts, means)
+
+    def _outputs_of_a_batch(self) -> Tensor:
+        """The outputs for the next batch, in float64, one after the other."""
+        with torch.inference_mode(), autocast(self.net.device, self._precision):
+            given = self._inputs.batch()
+            outputs = self._passes.run(given) if self._passes else self.net(given).outputs
+            return torch.cat([outputs[name].reshape(-1).double() for name in self.net.output_names])
+
+    def _of_each_rank(self, values: Tensor, rank: int, size: int) -> list[list[float]]:
+        """The ``values`` of every rank, which have the same number of them each."""
+        own, nothing = values.tolist(), [0.0] * values.numel()
+        if size == 1:
+            return [own]
+        rows = [own if number == rank else nothing for number in range(size)]
+        whole = iter(self._ranks.total([value for row in rows for value in row]))
+        return [list(islice(whole, len(own))) for _ in range(size)]
 
 
 def named(names: Sequence[str], counts: Sequence[int], values: Sequence[float]) -> dict[str, list[float]]:
@@ -200,7 +214,7 @@ def test(options: Options) -> int:
         UserError: a file that is missing, damaged or not supported.
     """
     requests = StopRequests()
-    where, gpus = str(options.model), options.gpus[:1] if options.gpus else ()
+    where, gpus = str(options.model), options.gpus or ()
     definition = parse_net_in(read_text(options.model), options.dialect, where, TEST)
     definition.state.level = options.level
     definition.state.stage.extend(options.stage)
@@ -236,7 +250,7 @@ def test(options: Options) -> int:
             log.sparsity(*TorchPruner(net, log.info).counts())
         log.info(f"Running for {options.iterations} iterations.")
         evaluator = Evaluator(net, inputs, ranks, options.precision, settings)
-        means = evaluator.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(net, log))
+        means = evaluator.mean_outputs(options.iterations, lambda: requests.stop, _show_batch(log))
         if means is None:
             log.test_interrupted()
             return FAILED
@@ -249,11 +263,9 @@ def test(options: Options) -> int:
     return 0
 
 
-def _show_batch(net: Net, log: CaffeLog) -> OnBatch:
-    def show(batch: int, outputs: dict[str, Tensor]) -> None:
-        values = torch.cat([outputs[name].reshape(-1).double() for name in net.output_names]).tolist()
-        counts = [outputs[name].numel() for name in net.output_names]
-        for name, numbers in named(net.output_names, counts, values).items():
+def _show_batch(log: CaffeLog) -> OnBatch:
+    def show(batch: int, outputs: dict[str, list[float]]) -> None:
+        for name, numbers in outputs.items():
             for value in numbers:
                 log.info(f"Batch {batch}, {name} = {number(value)}")
 
