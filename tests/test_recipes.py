@@ -278,6 +278,13 @@ def leaves(table: dict[str, Any], above: str = "") -> Iterator[str]:
             "0.8 is more than the 0.5 that the pattern 2:4 makes zero; set target = 0.5",
         ),
         (["pattern=1:3", "target=0.7"], "target", "0.7 is more than the 0.6667 .* set target = 0.666$"),
+        (["regrow_fraction=0.2"], "regrow_fraction", 'no effect without method = "rigl"; add that'),
+        (["pattern=1:8", "method=rigl"], "pattern", "moves weights out of the pattern 1:8; remove one"),
+        (
+            ["method=rigl", "start_iter=50", "regrow_until=0.01"],
+            "regrow_until",
+            r"0.01 of max_iter \d+ is not above start_iter 50, so no weight would change places",
+        ),
         (["pattern=1:8", "by=layer"], "by", "the pattern 1:8 prunes each 8 input channels by themselves"),
         (["pattern=1:8", "targets={conv1a=0.5}"], "targets", "choose with layers or skip"),
         (["schedule=cubic", "start_factor=0.8"], "start_factor", "0.8 is not below 0.8; make it smaller"),

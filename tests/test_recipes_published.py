@@ -117,6 +117,7 @@ def test_the_sparse_recipes_differ_only_in_what_was_published_of_them() -> None:
     [
         ("by=network", 'by = "network": .* has no field for it; .* set it to "channel"$'),
         ("schedule=cubic", 'schedule = "cubic": .* set it to "steps"$'),
+        ("method=rigl", 'method = "rigl": .* set it to "magnitude"$'),
         ("min_kernel=1", "min_kernel = 1: .* set it to 3$"),
         ("inner_products=true", "inner_products = true: .* or remove it$"),
         ("skip=['conv1a']", r'skip = \["conv1a"\]: .* or remove it$'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.prototxt.solver import learning_rate
 from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of, why_not_pruned
 from caffe_jacinto.pruning.pruner import Pruner, load_masks, masks_file, save_masks
+from caffe_jacinto.pruning.regrow import regrow_share, regrown
 from caffe_jacinto.pruning.rule import outside_pattern, pruned_weights, small_weights
 from caffe_jacinto.pruning.schedule import factor_cap, factors, is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings
@@ -341,7 +343,12 @@ class ArrayPruner(Pruner):
     """Prunes one convolution ``conv``, whose weights are an array."""
 
     def __init__(
-        self, weights: np.ndarray, sparse: SparseSettings | None = None, *, unchanged: bool = False
+        self,
+        weights: np.ndarray,
+        sparse: SparseSettings | None = None,
+        *,
+        unchanged: bool = False,
+        max_iter: int = 0,
     ) -> None:
         net = messages(Dialect.BVLC).NetParameter()
         net.layer.add(name="conv", type="Convolution", top=["conv"])
@@ -351,14 +358,19 @@ class ArrayPruner(Pruner):
             lambda _: weights.shape,
             self.reports.append,
             sparse=sparse,
+            max_iter=max_iter,
             unchanged=["conv"] if unchanged else [],
         )
+        self.gradients = np.zeros_like(weights)
 
     def read(self, layer: str) -> np.ndarray:
         return self.weights
 
     def write(self, layer: str, weights: np.ndarray) -> None:
         self.weights = weights
+
+    def gradient(self, layer: str) -> np.ndarray:
+        return self.gradients
 
     def hold(self, masks: Mapping[str, np.ndarray]) -> None:
         self.held = dict(masks)
@@ -387,6 +399,89 @@ def test_the_schedule_prunes_at_its_steps_and_ends_at_its_target() -> None:
     unchanged = ArrayPruner(weights, sparse, unchanged=True)
     unchanged.after_update(2)
     assert unchanged.factor == 0.25 and unchanged.sparsity() == 0
+
+
+@given(data=st.data(), share=st.floats(0, 1))
+def test_regrowth_against_sorting(data: st.DataObject, share: float) -> None:
+    """By the paper's words: the smallest of the weights that are left go, the largest gradients come."""
+    size = data.draw(st.integers(1, 40))
+    numbers = st.lists(st.integers(-5, 5), min_size=size, max_size=size)
+    free = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    weights = np.where(free, np.array(data.draw(numbers), np.float32), np.float32(0))
+    gradients = np.array(data.draw(numbers), np.float32)
+    count = int(share * free.sum() + 1e-6)
+    expected = free.copy()
+    order = sorted(np.flatnonzero(free), key=lambda at: (abs(weights[at]), at))
+    expected[order[:count]] = False
+    order = sorted(np.flatnonzero(~expected), key=lambda at: (-abs(gradients[at]), at))
+    expected[order[:count]] = True
+    found = regrown(weights, free, gradients, share)
+    np.testing.assert_array_equal(found, expected)
+    assert found.sum() == free.sum()
+
+
+def test_the_share_that_regrows_falls_as_a_cosine_to_nothing() -> None:
+    """Equation 1 of the RigL paper, with its defaults: 0.3 at first, half of it half way, 0 at 3/4."""
+    sparse = SparseSettings(start_iter=100, method="rigl")
+    found = [regrow_share(sparse, iteration, 1000) for iteration in (100, 425, 749, 750, 999)]
+    assert found == pytest.approx([0.3, 0.15, 0, 0, 0], abs=1e-4)
+    assert found[2] > 0 and found[3] == found[4] == 0
+
+
+NO_CAPS = {"threshold_maxratio": 10.0, "threshold_value_max": 1e9}
+
+
+def test_regrowth_keeps_the_sparsity_and_what_grows_is_not_counted_as_zero() -> None:
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(32, 32, 3, 3)).astype(np.float32)
+    sparse = SparseSettings(target=0.5, start_iter=2, step_iter=2, step_factor=0.5, method="rigl", **NO_CAPS)
+    pruner = ArrayPruner(weights, sparse, max_iter=20)
+    for iteration in range(6):
+        pruner.gradients = random.normal(size=weights.shape).astype(np.float32)
+        asked = pruner.needs_gradients(iteration)
+        assert asked == (iteration in (2, 4))
+        pruner.before_update(iteration)
+        assert pruner.after_update(iteration) == asked
+    zero, left = pruner.weights == 0, weights.size // 2
+    (line,) = (line for line in pruner.reports if line.startswith("Regrowth"))
+    moved = int(re.search(r"(\d+) of \d+ weights have changed places", line)[1])  # type: ignore[index]
+    assert line == f"Regrowth by 0.283: {moved} of {left} weights have changed places"
+    assert 0 < moved < 0.283 * left  # some were dropped and grew at once
+    assert pruner.sparsity() == 0.5  # as the masks have it
+    assert zero.sum() == left + moved and (pruner.held["conv"] == 0).sum() == left
+    assert zero[pruner.held["conv"] == 0].all()
+
+
+def test_soft_zeros_may_return_until_the_last_threshold(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(32, 32, 3, 3)).astype(np.float32)
+    sparse = SparseSettings(target=0.5, start_iter=2, step_iter=2, step_factor=0.25, method="soft", **NO_CAPS)
+    pruner, sparsity = ArrayPruner(weights, sparse, max_iter=20), []
+    for iteration in range(8):
+        if iteration == 3:  # as if stopped here
+            pruner.save(tmp_path / "a_iter_3.solverstate")
+            pruner = ArrayPruner(pruner.weights, sparse, max_iter=20)
+            pruner.load(tmp_path / "a_iter_3.solverstate")
+        update = random.normal(size=weights.shape).astype(np.float32) / 10
+        pruner.weights = (pruner.weights + update) * pruner.held.get("conv", 1)
+        pruner.after_update(iteration)
+        sparsity.append(pruner.sparsity())
+    assert sparsity == [0, 0, 0.25, 0, 0.5, 0.5, 0.5, 0.5]
+    assert (pruner.held["conv"] == 0).mean() == 0.5
+    pruner.save(tmp_path / "a_iter_8.solverstate")
+    again = ArrayPruner(pruner.weights, sparse, max_iter=20)
+    again.load(tmp_path / "a_iter_8.solverstate")
+    assert not again.soft and not again.after_update(8)
+
+
+def test_soft_zeros_are_frozen_by_the_last_threshold_that_there_is_time_for() -> None:
+    weights = np.arange(1, 32 * 32 * 9 + 1, dtype=np.float32).reshape(32, 32, 3, 3)
+    sparse = SparseSettings(target=0.8, start_iter=2, step_iter=2, step_factor=0.25, method="soft", **NO_CAPS)
+    pruner = ArrayPruner(weights, sparse, max_iter=5)
+    for iteration in range(5):
+        assert pruner.soft
+        pruner.after_update(iteration)
+    assert not pruner.soft and (pruner.held["conv"] == 0).mean() == 0.5
 
 
 @given(values=WEIGHTS, factor=st.floats(0, 1))

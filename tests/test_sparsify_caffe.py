@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
@@ -162,6 +163,40 @@ def test_resumed_in_the_middle_of_the_schedule_it_ends_as_if_never_stopped(
         np.testing.assert_allclose(ends["straight"][name], ends["resumed"][name], atol=1e-5)
     factors = [load_masks(folders[kind] / "small_iter_20.solverstate", ends[kind])[1] for kind in ends]
     assert factors == [0.6, 0.6]
+
+
+def test_weights_change_places_and_it_resumes_after_that(
+    caffe_engine: Engine, initial: SmallStage, tmp_path: Path
+) -> None:
+    """RigL on stock Caffe: thresholds at 4, 6 and 8, then weights change places at 10, 12 and 14.
+
+    The snapshot of 11 comes right after the first change: what has grown is still zero, and free.
+    """
+    folders, logs = {}, {}
+    for kind in ("straight", "resumed"):
+        stage = SmallStage(tmp_path / kind, initial.lmdb)
+        stage.solver(snapshot=11)
+        job = replace(sparse_job(stage, initial), sparse=sparse_settings(method="rigl"))
+        if kind == "resumed":
+            for extension in ("caffemodel", "solverstate", "masks.npz"):
+                name = f"small_iter_11.{extension}"
+                (stage.folder / name).write_bytes((folders["straight"] / name).read_bytes())
+            job = replace(job, weights=None, snapshot=Path("small_iter_11.solverstate"))
+        logs[kind] = stage.run(caffe_engine.train_commands(job))
+        folders[kind] = stage.folder
+    shares = {kind: re.findall(r"Regrowth by (\S+):", log) for kind, log in logs.items()}
+    expected = [f"{0.15 * (1 + math.cos(math.pi * (at - 4) / (15 - 4))):.3g}" for at in (10, 12, 14)]
+    assert shares == {"straight": expected, "resumed": expected[1:]}
+    at_11, ends = (conv_weights(folders["straight"] / f"small_iter_{n}.caffemodel") for n in (11, 20))
+    masks = [
+        load_masks(folders["straight"] / f"small_iter_{n}.solverstate", weights)[0]
+        for n, weights in ((11, at_11), (20, ends))
+    ]
+    for name in LAYERS:
+        assert np.count_nonzero(masks[0][name]) == np.count_nonzero(masks[1][name])
+    assert any((at_11[name][masks[0][name] != 0] == 0).any() for name in LAYERS)
+    assert (masks[0]["conv2"] != masks[1]["conv2"]).any()
+    assert all((ends[name][masks[1][name] == 0] == 0).all() for name in LAYERS)
 
 
 def test_inner_products_too_with_one_threshold_resumed_and_finetuned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from caffe_jacinto.engines.pytorch.snapshot import read_place
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.pruning.pruner import load_masks
 from caffe_jacinto.report import main as report
 
 pytestmark = pytest.mark.caffe
@@ -115,8 +117,16 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] |
         ({"regularization_type": '"L1"'}, SPARSE),
         ({"regularization_type": '"L1"'}, settings_as_flags(EVERY_WEIGHT)),
         (AVERAGED, [*SPARSE, "-reestimate_batches", "3", "-recalibrate_tests"]),
+        ({"iter_size": 2}, settings_as_flags(sparse_settings(method="rigl"))),
     ],
-    ids=["plain", "Adam, shuffled", "sparse", "sparse, inner products too", "averaged, warmed up"],
+    ids=[
+        "plain",
+        "Adam, shuffled",
+        "sparse",
+        "sparse, inner products too",
+        "averaged, warmed up",
+        "rigl",
+    ],
 )
 def test_killed_and_resumed_to_the_bit(
     changes: dict[str, object], arguments: list[str], digits: Path, tmp_path: Path
@@ -137,6 +147,46 @@ def test_killed_and_resumed_to_the_bit(
     assert done >= 16
     killed.run([[*PROGRAM, *arguments, *newest(killed)]])
     assert_same_bits(killed, whole, 20)
+
+
+def test_regrowth_in_a_training(digits: Path, tmp_path: Path) -> None:
+    """Thresholds at 4, 6 and 8; weights change places at 10, 12 and 14, and at no other iteration."""
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(snapshot=1, momentum=0.9)
+    log = stage.run([[*PROGRAM, *settings_as_flags(sparse_settings(method="rigl", display=1))]])
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    said = re.findall(r"Regrowth by (\S+): (\d+) of (\d+) weights have changed places", log)
+    shares = [0.15 * (1 + math.cos(math.pi * (at - 4) / (15 - 4))) for at in (10, 12, 14)]
+    assert [share for share, _, _ in said] == [f"{share:.3g}" for share in shares]
+    masks = {update: masks_of(stage, update) for update in range(1, 21)}
+    changed = [
+        at - 1 for at in range(10, 21) if any((masks[at][n] != masks[at - 1][n]).any() for n in LAYERS)
+    ]
+    assert changed == [10, 12, 14]
+    for at, (_, moved, left) in zip(changed, said, strict=True):
+        before, after = masks[at], masks[at + 1]
+        assert sum(mask.sum() for mask in after.values()) == int(left)
+        grown = {name: ~before[name] & after[name] for name in LAYERS}
+        assert sum(new.sum() for new in grown.values()) == int(moved) > 0
+        first, second = weights_of(stage, at + 1), weights_of(stage, at + 2)
+        for name in LAYERS:
+            assert not first[name][0][grown[name] | ~after[name]].any()
+            assert not second[name][0][~masks[at + 2][name]].any()
+        assert any(second[name][0][grown[name]].any() for name in LAYERS)
+    count = sum(mask.size for mask in after.values())
+    total = f"{1 - int(left) / count:.3g}"
+    sparsities = re.findall(r"Total Sparsity .* (\S+)$", log, re.MULTILINE)
+    assert sparsities[-12:] == [total] * 12  # also right after weights have changed places
+
+
+def masks_of(stage: SmallStage, update: int) -> dict[str, np.ndarray]:
+    """Where weights are free after so many updates."""
+    snapshot = stage.folder / f"small_iter_{update}.solverstate"
+    weights = {name: weights_of(stage, update)[name][0] for name in LAYERS}
+    found = load_masks(snapshot, weights)[0]
+    return {
+        name: found[name] != 0 if name in found else np.ones(weights[name].shape, bool) for name in LAYERS
+    }
 
 
 def test_the_average_of_the_weights_is_tested_and_ends_the_stage(digits: Path, tmp_path: Path) -> None:

@@ -346,6 +346,15 @@ class SparseSettings(_Settings):
             in_solver=False,
         ),
     ] = "channel"
+    method: Annotated[
+        Literal["magnitude", "soft", "rigl"],
+        SparseField(
+            "sparsity_method",
+            "magnitude: what is zero stays zero (published); soft: it may return until the last threshold; "
+            "rigl: weights change places (RigL)",
+            **_OURS,
+        ),
+    ] = "magnitude"
     schedule: Annotated[
         Literal["steps", "cubic"],
         SparseField(
@@ -378,6 +387,15 @@ class SparseSettings(_Settings):
         Optional,
         SparseField("sparsity_pattern", _PATTERN, **_OURS),
     ] = None
+
+    regrow_fraction: Annotated[
+        PositiveFraction,
+        SparseField("sparsity_regrow_fraction", "share of the weights that changes places at first", **_OURS),
+    ] = rules.REGROWTH["regrow_fraction"]
+    regrow_until: Annotated[
+        PositiveFraction,
+        SparseField("sparsity_regrow_until", "share of the stage after which none changes places", **_OURS),
+    ] = rules.REGROWTH["regrow_until"]
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

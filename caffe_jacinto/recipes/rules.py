@@ -74,6 +74,9 @@ class Values:
         return Mistake((*self.table, *filter(None, dotted.split("."))), what)
 
 
+REGROWTH = {"regrow_fraction": 0.3, "regrow_until": 0.75}
+"""The defaults of the settings of `method = "rigl"`, which are those of its paper."""
+
 Rule = Callable[[Values], Iterator[Mistake]]
 
 
@@ -353,9 +356,22 @@ def _pruning_begins(stage: Values) -> Iterator[Mistake]:
         )
 
 
+def _regrowth_begins(stage: Values) -> Iterator[Mistake]:
+    if stage["sparse.method"] != "rigl":
+        return
+    begin, end, until = stage["sparse.start_iter"], stage["solver.max_iter"], stage["sparse.regrow_until"]
+    if end is not None and begin >= until * end:
+        yield stage.mistake(
+            "sparse.regrow_until",
+            f"{until:g} of max_iter {end} is not above start_iter {begin}, so no weight would change places; "
+            "make it larger",
+        )
+
+
 def _pruning_settings_agree(stage: Values) -> Iterator[Mistake]:
     if stage["sparse"]:
-        names = ("by", "pattern", "targets", "target", "schedule", "start_factor", "layers", "skip")
+        names = ["by", "pattern", "targets", "target", "schedule", "start_factor", "layers", "skip"]
+        names += ["method", *REGROWTH]
         for key, what in pruning_mistakes({name: stage[f"sparse.{name}"] for name in names}):
             yield stage.mistake(f"sparse.{key}", what)
 
@@ -388,6 +404,12 @@ def pruning_mistakes(sparse: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"the cubic schedule goes from start_factor up to target, and {sparse['start_factor']:g} is not "
             f"below {target:g}; make it smaller",
         )
+    rigl = sparse["method"] == "rigl"
+    for key, default in REGROWTH.items():
+        if sparse[key] != default and not rigl:
+            yield key, 'no effect without method = "rigl"; add that, or remove it'
+    if rigl and pattern is not None:
+        yield "pattern", f'method = "rigl" moves weights out of the pattern {pattern}; remove one of the two'
     for key in ("layers", "skip"):
         if len(set(sparse[key])) < len(sparse[key]):
             yield key, f"{list(sparse[key])} has a name twice; name each once"
@@ -477,6 +499,7 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _zeros_frozen_once,
     _there_are_zeros,
     _pruning_begins,
+    _regrowth_begins,
     _pruning_settings_agree,
     _inner_products_are_frozen_with_zeros,
     _policy_has_its_settings,

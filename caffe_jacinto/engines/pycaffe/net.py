@@ -69,6 +69,7 @@ class CaffePruner(Pruner):
             lambda layer: tuple(net.params[layer][0].shape),
             log.info,
             sparse=sparse,
+            max_iter=solver.parameters.max_iter,
             inner_products=inner_products,
             unchanged=solver.frozen_layers(),
         )
@@ -79,6 +80,9 @@ class CaffePruner(Pruner):
 
     def write(self, layer: str, weights: NDArray[np.float32]) -> None:
         self._blobs[layer].data[...] = weights
+
+    def gradient(self, layer: str) -> NDArray[np.float32]:
+        return self._blobs[layer].diff  # type: ignore[no-any-return]
 
     def hold(self, masks: Arrays) -> None:
         """Nothing: the stepper zeroes the weights after each update."""

@@ -113,9 +113,8 @@ class Stepper:
         if self._test_batches:
             self.side = SideNet(caffe, job.solver, self.net, job.gpus, log)
         self.losses = LossWatch(self.net, self.parameters.iter_size, max(self.parameters.average_loss, 1))
-        if self.parameters.clip_gradients > 0:
-            # The norm that clipping compares includes the gradients of the frozen weights: they have to be 0.
-            self.solver.add_callback(lambda: None, self.pruner.zero_gradients)
+        if self.parameters.clip_gradients > 0 or (job.sparse and job.sparse.method == "rigl"):
+            self.solver.add_callback(lambda: None, self._gradients_ready)
         self._displayed, self._display_time = self.iteration, time.monotonic()
 
     @property
@@ -184,6 +183,13 @@ class Stepper:
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if self.requests.take_snapshot() or due:
             self._snapshot()
+
+    def _gradients_ready(self) -> None:
+        """Before an update: the norm that clipping compares includes the gradients of frozen weights, and a
+        weight that grows would have the momentum of gradients from when it was frozen. They have to be 0.
+        """
+        self.pruner.before_update(self.iteration)
+        self.pruner.zero_gradients()
 
     def _snapshot(self) -> None:
         """Masks first and the solver state last: where that is complete, so is the rest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,16 +85,20 @@ class Iteration:
         Returns the loss, averaged over the passes, and the outputs of the last pass.
         """
         self._optimizer.prepare(iteration, rate)
-        if self._eager_left or not self._records:
+        if self._eager_left or not self._records or self._pruner.needs_gradients(iteration):
             self._eager_left = max(self._eager_left - 1, 0)
-            result = self._compute(self._inputs.raw, self._reseed)
+            before_update = partial(self._pruner.before_update, iteration)
+            result = self._compute(self._inputs.raw, self._reseed, before_update)
         else:
             result = self._replay()
         self.block += self._passes * self._ranks.size
         return result
 
     def _compute(
-        self, next_batch: Callable[[], Sequence[RawBatch]], before_pass: Callable[[int], None]
+        self,
+        next_batch: Callable[[], Sequence[RawBatch]],
+        before_pass: Callable[[int], None],
+        before_update: Callable[[], None],
     ) -> NetResult:
         """The passes and the update, kernel by kernel."""
         loss: Tensor | None = None
@@ -108,6 +113,7 @@ class Iteration:
             part = result.loss.detach()
             loss = part if loss is None else loss + part
         assert loss is not None
+        before_update()
         self._pruner.hold_gradients()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -141,7 +147,7 @@ class Iteration:
         batches = iter(self._read)
         # Other threads copy batches and allocate memory meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._result = self._compute(lambda: next(batches), lambda number: None)
+            self._result = self._compute(lambda: next(batches), lambda number: None, lambda: None)
         self._graph, self._recorded_holds = graph, self._pruner.holds
 
     def _reseed(self, number: int) -> None:

@@ -30,6 +30,7 @@ class TorchPruner(Pruner):
         report: Callable[[str], None],
         *,
         sparse: SparseSettings | None = None,
+        max_iter: int = 0,
         inner_products: bool = False,
         unchanged: Collection[str] = (),
         history: Mapping[int, Sequence[Tensor]] | None = None,
@@ -40,6 +41,7 @@ class TorchPruner(Pruner):
             lambda layer: net.layer_blobs[layer][0].tensor.shape,
             report,
             sparse=sparse,
+            max_iter=max_iter,
             inner_products=inner_products,
             unchanged=unchanged,
         )
@@ -54,6 +56,10 @@ class TorchPruner(Pruner):
 
     def write(self, layer: str, weights: NDArray[np.float32]) -> None:
         put(weights, self._weights[layer])
+
+    def gradient(self, layer: str) -> NDArray[np.float32]:
+        found = self._weights[layer].grad
+        return array(torch.zeros_like(self._weights[layer]) if found is None else found)
 
     def hold(self, masks: Arrays) -> None:
         """Set the frozen weights and their momentum to zero; `hold_gradients` keeps them there."""

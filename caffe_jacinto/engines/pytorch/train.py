@@ -173,6 +173,7 @@ class Trainer:
             self.net,
             log.info,
             sparse=self.sparse,
+            max_iter=self.parameters.max_iter,
             inner_products=options.sparsity_inner_products,
             unchanged=solver.frozen_layers(),
             history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
