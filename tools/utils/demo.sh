@@ -10,7 +10,7 @@
 #                                       longer: on two cores use --engine torch. The test images are looked at once, at
 #                                       the end
 #
-# The run folder is training/<data set>_jacintonet11_<time>. Times on two cores are in README.md.
+# The run folder is training/<data set>_jacintonet11_<time>. Times on two cores are in README.md and data/README.md.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
