@@ -81,6 +81,8 @@ def tiny(recipe: str = "demo_digits", only: tuple[str, ...] = STAGES, **stages: 
         "data.val_lmdb=val_lmdb",
         "network.strides=[2,2,2,2,1]",
     ]
+    if recipe == "demo_digits":
+        settings.append("stages.quantize=")
     if "sparse" in only:
         schedule = {"start_iter": 1, "step_iter": 1, "step_factor": 0.2, "display": 2}
         settings += [f"stages.sparse.sparse.{name}={value}" for name, value in schedule.items()]

@@ -485,7 +485,7 @@ def test_an_override_makes_no_stage_by_a_misspelt_name() -> None:
     message = message_of("demo_digits", "stages.intial.solver.max_iter=3")
     assert message == (
         "override stages.intial.solver.max_iter=3: no such stage intial; did you mean initial? "
-        "known: initial, l1reg, sparse, finetune"
+        "known: initial, l1reg, sparse, finetune, quantize"
     )
 
 
@@ -507,6 +507,20 @@ def test_an_empty_text_takes_any_optional_setting_away() -> None:
     assert (solver.gamma, solver.stepsize, solver.clip_gradients) == (None, None, None)
     assert (alexnet.data.mean_file, alexnet.network.strides) == (None, None)
     assert load_recipe("demo_digits", ["stages.sparse.sparse="]).stages["sparse"].sparse is None
+
+
+def test_an_empty_text_takes_a_stage_away() -> None:
+    assert list(load_recipe("demo_digits", ["stages.quantize="]).stages) == [
+        *("initial", "l1reg", "sparse", "finetune"),
+    ]
+    assert 'no earlier stage produces the weights of "l1reg"' in message_of("demo_digits", "stages.l1reg=")
+    assert message_of("demo_digits", "stages.quantise=") == (
+        "override stages.quantise=: no such stage quantise; did you mean quantize? "
+        "known: initial, l1reg, sparse, finetune, quantize"
+    )
+    assert "stages is a value, so nothing is below it" in message_of(
+        "demo_digits", "stages=3", "stages.quantize="
+    )
 
 
 def test_an_override_sets_one_value() -> None:

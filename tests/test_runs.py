@@ -70,7 +70,7 @@ def test_progress_is_read_from_the_log() -> None:
     place = Place(load_recipe("demo_digits", ["stages.initial.solver.max_iter=60"]), "initial")
     shown = progress(log, place)
     assert shown.fields() == [
-        *("stage 1/4 initial", "iteration 10/60", "loss 1.5", "lr 0.05"),
+        *("stage 1/5 initial", "iteration 10/60", "loss 1.5", "lr 0.05"),
         "320 images/s",  # 64 images an iteration of 0.2 s
         *("10 s left", "1 min 42 s for the run"),
     ]
@@ -558,7 +558,7 @@ def record(**stages: StageState) -> RunRecord:
         recipe=recipe,
         engine=engine,
         gpus=(),
-        stages={name: stages.get(name, StageState()) for name in (*recipe.stages, "test")},
+        stages={name: stages.get(name, StageState()) for name in run_folder.steps_of(recipe)},
     )
 
 
@@ -566,7 +566,9 @@ def test_run_json_holds_all_of_the_recipe(tmp_path: Path) -> None:
     before = record(initial=StageState(state="finished"))
     run_folder.save(tmp_path, before)
     assert run_folder.load(tmp_path) == before
-    assert list(run_folder.load(tmp_path).stages) == ["initial", "l1reg", "sparse", "finetune", "test"]
+    assert list(run_folder.load(tmp_path).stages) == [
+        *("initial", "l1reg", "sparse", "finetune", "test", "quantize"),
+    ]
     assert not stat.S_IMODE((tmp_path / "run.json").stat().st_mode) & 0o111
 
 
@@ -584,7 +586,7 @@ def test_a_folder_without_a_good_record(tmp_path: Path, content: str | None, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparse": None}, "stages: lacks sparse; it must have initial, l1reg, sparse, finetune, test"),
+        ({"sparse": None}, "stages: lacks sparse; it must have initial, l1reg, sparse, finetune, test, "),
         ({"sparse": None, "test": None}, "stages: lacks sparse, test; "),
         ({"mine": {}}, "stages: mine is not a stage of the run's recipe; "),
     ],

@@ -38,6 +38,11 @@ class Override:
     keys: Keys
     value: Any
 
+    @property
+    def removes_stage(self) -> bool:
+        """Whether it is ``stages.NAME=``."""
+        return self.keys[0] == "stages" and len(self.keys) == 2 and self.value == ""
+
 
 def built_in_recipes() -> list[str]:
     """Names of the built-in recipes."""
@@ -182,6 +187,9 @@ def _only_path(document: Mapping[str, Any]) -> Keys:
 
 def _apply(document: dict[str, Any], override: Override) -> None:
     _check_stage(document, override)
+    if override.removes_stage and isinstance(document.get("stages"), dict):
+        del document["stages"][override.keys[1]]
+        return
     table = document
     for depth, key in enumerate(override.keys[:-1]):
         inner = table.setdefault(key, {})
@@ -196,8 +204,9 @@ def _apply(document: dict[str, Any], override: Override) -> None:
 
 def _check_stage(document: Mapping[str, Any], override: Override) -> None:
     """Refuse a value for a stage that does not exist: a misspelt name would add a new, empty stage."""
-    stages = document.get("stages")
-    if override.keys[0] == "stages" and len(override.keys) > 2 and isinstance(stages, dict):
+    stages = document.get("stages", {})
+    of_a_stage = override.keys[0] == "stages" and len(override.keys) > 2
+    if (of_a_stage or override.removes_stage) and isinstance(stages, dict):
         name = override.keys[1]
         if name not in stages:
             raise UserError(f"override {override.text}: no such stage {name}; {did_you_mean(name, stages)}")
