@@ -147,7 +147,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     dialects, published = [dialect.value for dialect in Dialect], stages.published_dialect(network.name).value
     dialect_help = f"bvlc: stock Caffe 1.0; caffe_jacinto: the fork (default: {published}, as published)"
     parser.add_argument("--dialect", default=published, choices=dialects, help=dialect_help)
-    add("stage", "NAME", str, "initial", ", ".join(recipe.stages))
+    add(
+        "stage",
+        "NAME",
+        str,
+        "initial",
+        ", ".join(name for name, stage in recipe.stages.items() if stage.solver is not None),
+    )
     count = whole_number(1)
     add("num-classes", "N", whole_number(2), data.num_classes)
     add("crop-size", "PIXELS", count, network.crop_size, "height and width of the network's input")

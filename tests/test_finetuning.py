@@ -176,6 +176,7 @@ SETTINGS = {
     "training.batch_size": "8",
     "training.reestimate_batches": "2",
     "stages.finetune.weights": f"{RUN}/sparse/{PREFIX}_iter_4.caffemodel",
+    "stages.quantize": "",  # away with it: it has tests of its own
     "stages.finetune.solver.max_iter": "4",
     "stages.finetune.solver.test_interval": "2",
     "stages.finetune.solver.snapshot": "2",

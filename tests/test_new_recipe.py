@@ -14,7 +14,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.networks.stage_files import check_crop, network_of
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.recipes.model import QuantizeSettings, Recipe
 from caffe_jacinto.recipes.suggest import DataSet, crop_for, last_map, strides_for, suggest, val_batch_for
 from caffe_jacinto.train import main as train
 
@@ -88,7 +88,7 @@ def test_any_data_set_gets_a_recipe_that_fits_it(
     )
     recipe = loaded(data, tmp_path_factory.mktemp("new"))
     assert (recipe.data.train_lmdb, recipe.data.num_classes) == (lmdb, classes)
-    assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune"]
+    assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune", "quantize"]
     crop = recipe.network.crop_size
     assert 0.7 * min(sides) <= crop <= min(sides)
     check_crop(network_of(recipe))
@@ -98,6 +98,9 @@ def test_any_data_set_gets_a_recipe_that_fits_it(
     assert recipe.training.val_batch_size <= max(val_images, 1)
     for stage in recipe.stages.values():
         solver = stage.solver
+        if solver is None:
+            assert (stage.start, stage.quantize) == ("finetune", QuantizeSettings())
+            continue
         assert 1 <= solver.display <= solver.max_iter
         assert solver.snapshot == solver.test_interval <= solver.max_iter
         assert solver.max_iter % solver.test_interval == 0 or solver.test_interval == 10_000
@@ -115,8 +118,11 @@ def test_for_imagenet_it_is_the_published_training(tmp_path: Path) -> None:
     found, published = loaded(imagenet, tmp_path), load_recipe("imagenet_jacintonet11")
     assert found.network == published.network
     assert found.training == published.training
+    assert found.stages["quantize"] == published.stages["quantize"]
     for name, stage in published.stages.items():
         ours, theirs = found.stages[name].solver, stage.solver
+        if theirs is None:
+            continue
         assert (ours.max_iter, ours.base_lr, ours.lr_policy, ours.weight_decay, ours.regularization) == (
             *(theirs.max_iter, theirs.base_lr, theirs.lr_policy, theirs.weight_decay, theirs.regularization),
         )

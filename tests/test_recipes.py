@@ -55,9 +55,9 @@ def changed(folder: Path, old: str, new: str) -> Path:
 
 def test_the_imagenet_recipe_holds_the_published_values() -> None:
     recipe = load_recipe("imagenet_jacintonet11")
-    assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune"]
+    assert list(recipe.stages) == ["initial", "l1reg", "sparse", "finetune", "quantize"]
     assert (recipe.training.batch_size, recipe.training.iter_size) == (256, 2)
-    initial, l1reg, sparse, finetune = recipe.stages.values()
+    initial, l1reg, sparse, finetune, quantize = recipe.stages.values()
     assert initial.solver and finetune.solver
     assert (initial.solver.max_iter, initial.solver.base_lr, initial.solver.lr_policy) == (
         320_000,
@@ -77,7 +77,9 @@ def test_the_imagenet_recipe_holds_the_published_values() -> None:
         20_000,
     )
     assert (finetune.solver.max_iter, finetune.solver.base_lr, finetune.freeze_zeros) == (32_000, 1e-3, True)
-    assert [stage.start for stage in recipe.stages.values()] == [None, "initial", "l1reg", "sparse"]
+    starts = [None, "initial", "l1reg", "sparse", "finetune"]
+    assert [stage.start for stage in recipe.stages.values()] == starts
+    assert quantize.quantize is not None and quantize.solver is None
 
 
 def test_built_in_recipes_load_and_survive_json() -> None:

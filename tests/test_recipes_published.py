@@ -98,9 +98,9 @@ def test_the_sparse_recipes_differ_only_in_what_was_published_of_them() -> None:
         load_recipe(f"imagenet_jacintonet11_{name}") for name in ("channelwise", "layerwise", "l1_round")
     )
     assert [list(recipe.stages) for recipe in (channelwise, layerwise, l1_round)] == [
-        ["initial", "sparse"],
-        ["initial", "sparse"],
-        ["initial", "l1reg", "sparse"],
+        ["initial", "sparse", "quantize"],
+        ["initial", "sparse", "quantize"],
+        ["initial", "l1reg", "sparse", "quantize"],
     ]
     channel, layer, round_ = (recipe.stages["sparse"] for recipe in (channelwise, layerwise, l1_round))
     assert channel.sparse is not None

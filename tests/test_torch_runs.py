@@ -88,9 +88,9 @@ def test_a_new_recipe_trains_as_it_is(trainer: Trainer) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    assert trainer.states("new") == dict.fromkeys((*STAGES, "test"), "finished")
-    sparsity = re.search(r"stage 3/4 sparse: finished, .*, sparsity (0\.\d+)", done.stdout)
-    top1 = re.search(r"stage 4/4 finetune: finished, .*, top-1 ([\d.]+)", done.stdout)
+    assert trainer.states("new") == dict.fromkeys((*STAGES, "test", "quantize"), "finished")
+    sparsity = re.search(r"stage 3/5 sparse: finished, .*, sparsity (0\.\d+)", done.stdout)
+    top1 = re.search(r"stage 4/5 finetune: finished, .*, top-1 ([\d.]+)", done.stdout)
     assert sparsity is not None
     assert float(sparsity[1]) >= 0.8
     assert top1 is not None

@@ -341,12 +341,15 @@ def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) ->
         scheme = run.engine.quantization(settings)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
+    try:
+        run.engine.quantize_command(quantize_job(run, plan))
+    except UserError as error:
+        raise UserError(f"{key}: {error}: --set stages.{plan.name}=") from None
     if scheme.name != settings.scheme:
         findings.notes.append(
             f"stage {plan.name}: caffe-jacinto tests in its own arithmetic, the scheme {scheme.name}, not by "
             f"{settings.scheme}; for that, quantize the finished run by python -m caffe_jacinto.quantize"
         )
-    run.engine.quantize_command(quantize_job(run, plan))
     _check_quantizable(run, plan.source, key, settings, scheme)
 
 

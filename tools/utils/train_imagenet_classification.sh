@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a sparse JacintoNet11 on ImageNet: initial, l1reg, sparse, finetune, then the test and the result table.
+# Train a sparse JacintoNet11 on ImageNet: initial, l1reg, sparse, finetune, then the test, in 8 bits too, and the table.
 # recipe=imagenet_resnet10 and the like train the other published networks (docs/recipes.md).
 # Edit the settings below, or set them in the environment: gpus=0 batch_size=128 ./tools/utils/...
 # Arguments are passed to train, e.g. --dry-run, --output training/mine, --set stages.initial.solver.max_iter=1000.
