@@ -302,6 +302,7 @@ def _size(lmdb: Path) -> int:
 
 def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> None:
     """Print the table, and write the folder and the picture."""
+    from caffe_jacinto.caffemodel.hdf5 import without_suffix
     from caffe_jacinto.export.quantized import STOCK_DEPLOY, quantized_files
     from caffe_jacinto.prototxt.schema import parse_any_net
     from caffe_jacinto.quantization.record import RECORD, record_of, record_text
@@ -312,7 +313,7 @@ def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> No
     written = quantized_files(net, result, last, str(files.deploy))
     text = io.StringIO()
     write_text(result, text)
-    weights = f"{files.weights.name.removesuffix('.h5').removesuffix('.caffemodel')}_quantized.caffemodel"
+    weights = f"{without_suffix(files.weights).stem}_quantized.caffemodel"
     names = {"network": DEPLOY, "weights": weights}
     folder: Path = options.output
     folder.mkdir(exist_ok=True)

@@ -63,15 +63,18 @@ def _parser() -> Parser:
 
     show = add("show", "list layers: shapes, zeros, ranges, numbers that are not finite", _show)
     _add_weights(show)
+    _add_hdf5_network(show)
     show.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
     _add_dialect(show)
 
     diff = add("diff", "compare two files layer by layer; exit code 1 where they differ", _diff)
     _add_weights(diff, "a", "A")
     _add_weights(diff, "b", "B")
+    _add_hdf5_network(diff)
 
     convert = add("convert", "convert a file between the two Caffes' forms of batch normalization", _convert)
     _add_weights(convert)
+    _add_hdf5_network(convert)
     convert.add_argument(
         "--from", dest="origin", choices=DIALECTS, help="(default: recognized from the file)"
     )
@@ -80,6 +83,7 @@ def _parser() -> Parser:
 
     sparsify = add("sparsify", "zero small weights once, by the rule of training, to try it", _sparsify)
     _add_weights(sparsify)
+    _add_hdf5_network(sparsify)
     sparsify.add_argument(
         "--target", type=fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
     )
@@ -217,6 +221,27 @@ def _add_dialect(parser: Any) -> None:
     parser.add_argument("--dialect", choices=DIALECTS, help="of the file (default: recognized from it)")
 
 
+def _add_hdf5_network(parser: Any) -> None:
+    help_text = "of an HDF5 file (.caffemodel.h5), which does not say the types of its layers: its prototxt"
+    parser.add_argument("--network", type=Path, metavar="FILE", help=help_text)
+
+
+def _beside(weights: Path, ending: str) -> Path:
+    """The file beside ``weights`` of their name with another ending, or one more."""
+    from caffe_jacinto.caffemodel.hdf5 import without_suffix
+
+    return weights.with_name(f"{without_suffix(weights).stem}{ending}")
+
+
+def _hdf5_network(options: argparse.Namespace, dialect: Dialect) -> Any | None:
+    """The network that `--network` names, if it does, in the dialect of the weights."""
+    from caffe_jacinto.prototxt.schema import parse_net
+
+    if options.network is None:
+        return None
+    return parse_net(read_text(options.network, "give the network's prototxt"), dialect, str(options.network))
+
+
 def _named_dialect(options: argparse.Namespace) -> Dialect | None:
     return Dialect(options.dialect) if options.dialect else None
 
@@ -225,7 +250,8 @@ def _show(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
     from caffe_jacinto.caffemodel.net_file import find_dialect
 
-    facts = show.blob_facts(options.file, _named_dialect(options) or find_dialect(options.file))
+    dialect = _named_dialect(options) or find_dialect(options.file)
+    facts = show.blob_facts(options.file, dialect, _hdf5_network(options, dialect))
     if options.format == "json":
         print(show.as_json(facts, str(options.file)))
     elif options.format == "csv":
@@ -240,7 +266,8 @@ def _diff(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel.net_file import find_dialect
 
     dialects = find_dialect(options.a), find_dialect(options.b)
-    found, same = diff.differences(options.a, options.b, *dialects)
+    network = _hdf5_network(options, dialects[0])
+    found, same = diff.differences(options.a, options.b, *dialects, network)
     diff.show(found, same, sys.stdout)
     return 1 if found else 0
 
@@ -255,9 +282,10 @@ def _convert(options: argparse.Namespace) -> int:
     to = to or next(dialect for dialect in DIALECTS if dialect != origin)
     if origin == to:
         raise UserError(f"--from and --to are both {to}; there is nothing to convert")
-    output = options.output or options.file.with_name(f"{options.file.stem}_{to}.caffemodel")
+    output = options.output or _beside(options.file, f"_{to}.caffemodel")
     check_output(output, options.file)
-    done = "; ".join(convert(options.file, output, Dialect(to)))
+    source = next(dialect for dialect in Dialect if dialect.value != to)
+    done = "; ".join(convert(options.file, output, Dialect(to), _hdf5_network(options, source)))
     print(f"{output}: {options.file} in the form of {to}; {done or 'nothing to change'}")
     return 0
 
@@ -267,10 +295,11 @@ def _sparsify(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel.net_file import find_dialect
     from caffe_jacinto.pruning.sparsify import sparsify
 
-    output = options.output or options.file.with_name(f"{options.file.stem}_sparsified.caffemodel")
+    output = options.output or _beside(options.file, "_sparsified.caffemodel")
     check_output(output, options.file)
     dialect = _named_dialect(options) or find_dialect(options.file)
-    pruned = sparsify(options.file, output, dialect, _rule(options), options.target)
+    network = _hdf5_network(options, dialect)
+    pruned = sparsify(options.file, output, dialect, _rule(options), options.target, network)
     facts = show.blob_facts(output, dialect)
     counted = [fact for fact in facts if fact.counts or (options.inner_products and fact.weights)]
     show.show(counted, str(output), sys.stdout)
@@ -348,7 +377,7 @@ def _merge_bn(options: argparse.Namespace) -> int:
     text, where = _deploy_text(options), str(options.deploy)
     merged = merge_bn(text, where, _named_dialect(options), options.file, options.input_shift)
     deploy = folder / "deploy_merged.prototxt"
-    weights = folder / f"{options.file.stem}_merged.caffemodel"
+    weights = folder / _beside(options.file, "_merged.caffemodel").name
     _make_folder(folder)
     for output, source in ((deploy, options.deploy), (weights, options.file)):
         check_output(output, source)
@@ -371,7 +400,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.file is None:
         raise UserError("no network: give its weights and deploy.prototxt, a run folder, or --quantized DIR")
     files = None if quantized else _take_network(options)
-    output = options.onnx or options.file.with_suffix(".onnx")
+    output = options.onnx or _beside(options.file, ".onnx")
     for source in (options.file, options.deploy):
         check_output(output, source, "--onnx")
     text = _deploy_text(options)

@@ -29,9 +29,10 @@ from google.protobuf import text_format
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.diff import differences
 from caffe_jacinto.caffemodel.fit import check_fit
-from caffe_jacinto.caffemodel.net_file import array_parts, field_parts, find_dialect
+from caffe_jacinto.caffemodel.net_file import find_dialect
 from caffe_jacinto.caffemodel.show import blob_facts
 from caffe_jacinto.caffemodel.storage import read_weights, stored_state
+from caffe_jacinto.caffemodel.wire import array_parts, field_parts
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.mean import read_mean
 from caffe_jacinto.export.merge_bn import merge_bn

@@ -178,14 +178,10 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     for path, read, said in (
         (state, read_weights, f"a {solver_state}; give a {weights}"),
         (text, read_weights, f"text, such as a prototxt; give a {weights}"),
-        (
-            hdf5,
-            read_weights,
-            f"an HDF5 file, and a {weights} in Caffe's binary form .* BINARYPROTO in the solver",
-        ),
+        (hdf5, read_weights, r"an HDF5 file that is damaged or cut off \(.*\); use another one"),
         (model, stored_state, f"a {weights}; give a {solver_state}"),
         (text, stored_state, f"text, such as a prototxt; give a {solver_state}"),
-        (hdf5, stored_state, f"an HDF5 file, and a {solver_state} in Caffe's binary form .*"),
+        (hdf5, stored_state, r"an HDF5 file that is damaged or cut off \(.*\); use another one"),
         (model, read_text, "a weight file, not text"),
         (hdf5, read_text, "an HDF5 file, not text"),
     ):

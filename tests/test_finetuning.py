@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from digits_run import PREFIX, Trainer, write_lmdbs
 
+from caffe_jacinto.caffemodel.hdf5 import write_weights
 from caffe_jacinto.caffemodel.net_file import without_layers
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
@@ -287,6 +288,25 @@ def test_a_layer_of_another_shape_is_an_error_until_the_recipe_names_it(trainer:
     assert "without conv1b, fc10" in said
     assert start.is_file()
     assert "conv1a" not in moved(read_weights(start), weights(trainer, "narrow"))
+
+
+@pytest.mark.caffe
+def test_start_weights_in_hdf5_become_binary_ones(trainer: Trainer) -> None:
+    """Stock Caffe may take an HDF5 file for an empty one."""
+    source = read_weights(trainer.folder / RUN / "sparse" / f"{PREFIX}_iter_4.caffemodel")
+    write_weights(
+        trainer.folder / "all.caffemodel.h5",
+        {name: dict(enumerate(blobs)) for name, blobs in source.items()},
+    )
+    given = {"stages__finetune__weights": "all.caffemodel.h5", "stages__finetune__reinit": '["fc10"]'}
+    for run, left_out in (("of hdf5", {"fc10"}), ("all of hdf5", set())):
+        code, said = trainer.run(*arguments(**given), "--output", run, "--dry-run")
+        assert code == 0, said
+        assert f"-weights '{run}/finetune/start.caffemodel'" in said
+        start = read_weights(trainer.folder / run / "finetune/start.caffemodel")
+        assert start.keys() == source.keys() - left_out
+        assert not moved(source, start)
+        given.pop("stages__finetune__reinit", None)
 
 
 @pytest.mark.caffe

@@ -11,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.batch_norm import averages, lacks_statistics, require_statistics
-from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, write_net
+from caffe_jacinto.caffemodel.net_file import (
+    NetLayer,
+    NewLayer,
+    open_net,
+    require_types,
+    write_net,
+)
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import nodes_of, scale_after
 from caffe_jacinto.prototxt.dialects import Dialect, scale_name
@@ -31,17 +37,19 @@ MOST_CHANNELS = 1 << 16
 """More than any image has: a file that claims more is damaged."""
 
 
-def convert(source: Path, target: Path, to: Dialect) -> list[str]:
+def convert(source: Path, target: Path, to: Dialect, network: Any | None = None) -> list[str]:
     """Write the weights of ``source``, which is in the other dialect, to ``target`` in the dialect ``to``.
 
-    Returns what was done, a line for each kind of change. All other layers are copied byte for byte.
+    ``network``: that of an HDF5 file, as for `open_net`. Returns what was done, a line for each kind of
+    change. All other layers are copied byte for byte.
 
     Raises:
         UserError: the file is not in the other dialect, its layers cannot be expressed in ``to``, or its
             batch norms have no statistics.
     """
     origin = Dialect.BVLC if to is Dialect.CAFFE_JACINTO else Dialect.CAFFE_JACINTO
-    with open_net(source, origin) as (name, layers):
+    with open_net(source, origin, network) as (name, layers):
+        require_types(source, layers)
         _check_origin(source, layers, to)
         require_statistics(
             source,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from caffe_jacinto.caffemodel.convert import as_fork, norm_averages
-from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net
+from caffe_jacinto.caffemodel.net_file import NetLayer, NewLayer, open_net, require_types
 from caffe_jacinto.caffemodel.storage import blob_values
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.layer_types import blob_name
@@ -57,18 +57,21 @@ class _Blob(NamedTuple):
     values: Callable[[], Values]
 
 
-def differences(a: Path, b: Path, dialect_a: Dialect, dialect_b: Dialect) -> tuple[list[Difference], int]:
+def differences(
+    a: Path, b: Path, dialect_a: Dialect, dialect_b: Dialect, network: Any | None = None
+) -> tuple[list[Difference], int]:
     """The differences in the order of ``a``'s layers, then those only in ``b``; and how many blobs agree.
 
     Statistics of batch norms are compared as averages, without the factor that stock Caffe stores them with.
     Where the dialects differ, stock Caffe's file is compared as `convert` would write it for the fork.
+    ``network`` is that of HDF5 files, as for `open_net`.
 
     Raises:
         UserError: a file is missing, cut off or not a weight file, or cannot be converted.
     """
     found: list[Difference] = []
     same = 0
-    with open_net(a, dialect_a) as (_, layers_a), open_net(b, dialect_b) as (_, layers_b):
+    with open_net(a, dialect_a, network) as (_, layers_a), open_net(b, dialect_b, network) as (_, layers_b):
         ours = _comparable(a, layers_a, dialect_a, dialect_b)
         theirs = _comparable(b, layers_b, dialect_b, dialect_a)
         for name, blobs in ours.items():
@@ -90,6 +93,7 @@ def _comparable(
 ) -> dict[str, list[_Blob]]:
     """The blobs of each layer that has any, by its name, as compared with a file in ``other``."""
     if dialect is Dialect.BVLC and other is Dialect.CAFFE_JACINTO:
+        require_types(path, layers)
         return {
             layer.header.name: _converted_blobs(layer) for layer in as_fork(path, layers, {}) if layer.blobs
         }

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, stored_layers
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
+from caffe_jacinto.caffemodel.net_file import NewLayer, net_parts, open_net
+from caffe_jacinto.caffemodel.storage import Blob, StoredLayer, mapped, read_weights, stored_layers
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.netspec.graph import TRAIN
+from caffe_jacinto.netspec.graph import TRAIN, shared_blobs
 from caffe_jacinto.netspec.layer_types import Shape
 from caffe_jacinto.netspec.shapes import DataShapes, blob_shapes
+from caffe_jacinto.prototxt.schema import dialect_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _FORMS = {3: "stock Caffe's, of three blobs", 5: "caffe-jacinto's, of five blobs"}
 
@@ -46,13 +54,17 @@ def check_fit(weights: Path, net: Any, data_shapes: DataShapes = ()) -> list[Mis
         stored = {layer.name: layer for layer in stored_layers(view, weights)}
     expected = blob_shapes(net, TRAIN, data_shapes)
     nothing_fits = not any(name in stored for name in expected)
+    shared = shared_blobs(net) if is_hdf5(weights) else {}
     mismatches = []
     for name, shapes in expected.items():
+        elsewhere = shared.get(name, {})
         if name not in stored:
+            if len(elsewhere) == len(shapes):
+                continue
             mismatches.append(Mismatch(name, "not in the weight file", "missing", fatal=nothing_fits))
         elif reason := _other_caffe(stored[name], shapes):
             mismatches.append(Mismatch(name, reason, "other Caffe", fatal=True))
-        elif reason := _other_shape(stored[name], shapes):
+        elif reason := _other_shape(stored[name], shapes, elsewhere):
             mismatches.append(Mismatch(name, reason, "shape", fatal=True))
     return mismatches
 
@@ -76,6 +88,41 @@ def unused_layers(weights: Path, net: Any) -> list[str]:
     return [name for name in names if name not in known]
 
 
+def weights_for(path: Path, net: Any) -> dict[str, list[NDArray[np.float32]]]:
+    """As `storage.read_weights`; a blob that an HDF5 file leaves out is that of the layer that shares it.
+
+    Raises:
+        UserError: as `storage.read_weights`.
+    """
+    if not is_hdf5(path):
+        return read_weights(path)
+    with open_net(path, dialect_of(net), net) as (_, layers):
+        return {
+            layer.name: [layer.values(index) for index in range(len(layer.blobs))]
+            for layer in layers
+            if layer.blobs
+        }
+
+
+def in_binary_form(path: Path, net: Any, without: Collection[str] = ()) -> bytes:
+    """The HDF5 weight file ``path``, of the network ``net``, in the binary form that every Caffe reads.
+
+    ``without`` are layers to leave out. The Caffe that install_caffe.sh builds takes an HDF5 file for an
+    empty one, without a word.
+
+    Raises:
+        UserError: as `storage.read_weights`.
+    """
+    dialect = dialect_of(net)
+    with open_net(path, dialect, net) as (name, layers):
+        new = [
+            NewLayer(layer.header, [(layer.view, blob) for blob in layer.blobs])
+            for layer in layers
+            if layer.name not in without
+        ]
+        return b"".join(net_parts(name, new, dialect))
+
+
 def _other_caffe(layer: StoredLayer, shapes: list[Shape]) -> str | None:
     """Why the stored layer must have been written by the other kind of Caffe; None where it need not."""
     counts = (len(layer.blobs), len(shapes))
@@ -88,11 +135,14 @@ def _other_caffe(layer: StoredLayer, shapes: list[Shape]) -> str | None:
     )
 
 
-def _other_shape(layer: StoredLayer, shapes: list[Shape]) -> str | None:
-    """Why the stored layer does not fill blobs of ``shapes``; None if it does."""
-    if len(layer.blobs) != len(shapes):
-        return f"{len(layer.blobs)} blobs in the weight file, {len(shapes)} in the network"
-    for index, (blob, shape) in enumerate(zip(layer.blobs, shapes, strict=True)):
+def _other_shape(layer: StoredLayer, shapes: list[Shape], elsewhere: Collection[int]) -> str | None:
+    """Why the stored layer does not fill blobs of ``shapes``, save those ``elsewhere``; None if it does."""
+    count = len(layer.blobs)
+    if count > len(shapes) or not all(index in elsewhere for index in range(count, len(shapes))):
+        return f"{count} blobs in the weight file, {len(shapes)} in the network"
+    for index, (blob, shape) in enumerate(zip(layer.blobs, shapes, strict=False)):
+        if index in elsewhere and not blob.ranges:
+            continue
         if not _fills(blob, shape):
             return (
                 f"blob {index} is {_written(blob.shape)} in the weight file, {_written(shape)} in the network"

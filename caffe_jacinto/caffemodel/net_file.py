@@ -13,27 +13,36 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
 from caffe_jacinto.caffemodel.storage import (
+    V0_BLOBS,
+    V1_BLOBS,
+    V1_V0_LAYER,
+    Blob,
+    blob_values,
+    damaged,
+    layer_fields,
+    mapped,
+)
+from caffe_jacinto.caffemodel.wire import (
     BLOB_DATA,
     LAYER_BLOBS,
     LENGTH,
     NET_LAYER,
     NET_NAME,
     NET_V1_LAYER,
-    V0_BLOBS,
-    V1_BLOBS,
-    V1_V0_LAYER,
-    Blob,
     Field,
     NotWholeError,
-    blob_values,
-    damaged,
+    Part,
+    array_parts,
+    field_parts,
     fields,
-    layer_fields,
-    mapped,
+    shape_bytes,
     text,
 )
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.netspec.graph import shared_blobs
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 from caffe_jacinto.prototxt.upgrade import upgrade_net
@@ -44,8 +53,6 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
-
-Part = bytes | memoryview
 
 _NET_INPUTS = (3, 4, 8)
 """NetParameter's input, input_dim and input_shape."""
@@ -87,8 +94,13 @@ class NewLayer:
 
 
 @contextmanager
-def open_net(path: Path, dialect: Dialect) -> Iterator[tuple[str, list[NetLayer]]]:
+def open_net(
+    path: Path, dialect: Dialect, network: Any | None = None
+) -> Iterator[tuple[str, list[NetLayer]]]:
     """The network's name and all its layers in today's form, those without blobs included.
+
+    An HDF5 file has the names and the blobs of layers only: with ``network``, a NetParameter message, they
+    are that one's layers, in its order; without, only batch norms have a type.
 
     Raises:
         UserError: the file is missing, cut off, or not a weight file of the dialect.
@@ -110,7 +122,42 @@ def open_net(path: Path, dialect: Dialect) -> Iterator[tuple[str, list[NetLayer]
                 ]
         except NotWholeError:
             raise damaged(path) from None
-        yield _net_name(view), layers
+        if network is not None and is_hdf5(path):
+            yield network.name, _layers_of(network, layers)
+        else:
+            yield _net_name(view), layers
+
+
+def require_types(path: Path, layers: Iterable[NetLayer]) -> None:
+    """Raise UserError where the types of the layers are not known, in an HDF5 file without its network."""
+    if is_hdf5(path) and any(layer.blobs and not layer.type for layer in layers):
+        raise UserError(
+            f"{path}: an HDF5 file does not say the types of its layers; give its network: --network FILE"
+        )
+
+
+def _layers_of(network: Any, stored: Iterable[NetLayer]) -> list[NetLayer]:
+    """The layers of ``network`` with the stored blobs, then stored ones that it lacks."""
+    left = {layer.name: layer for layer in stored}
+    blobs = {name: list(layer.blobs) for name, layer in left.items()}
+    for name, shared in shared_blobs(network).items():
+        own = blobs.setdefault(name, [])
+        for index, (owner, at) in sorted(shared.items()):
+            if (
+                at < len(blobs.get(owner, ()))
+                and index <= len(own)
+                and not any(blob.ranges for blob in own[index : index + 1])
+            ):
+                own[index : index + 1] = [blobs[owner][at]]
+    view = next((layer.view for layer in left.values()), memoryview(b""))
+    found: dict[str, NetLayer] = {}
+    for message in network.layer:
+        header = type(message)()
+        header.CopyFrom(message)
+        header.ClearField("blobs")
+        left.pop(header.name, None)
+        found.setdefault(header.name, NetLayer(header.name, header, blobs.get(header.name, []), view))
+    return [*found.values(), *(layer for layer in left.values() if layer.blobs)]
 
 
 def is_old(path: Path) -> bool:
@@ -224,25 +271,10 @@ def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> lis
         view, stored = blob
         if stored.number_format == "<f4":
             data: list[Part] = [view[start:end] for start, end in stored.ranges]
-            shape = _old_shape_bytes if stored.four_axes else _shape_bytes
+            shape = _old_shape_bytes if stored.four_axes else shape_bytes
             return [shape(stored.shape, dialect), *field_parts(BLOB_DATA, data)]
         blob = blob_values(view, stored)
     return array_parts(blob, dialect)
-
-
-def array_parts(values: Values, dialect: Dialect = Dialect.BVLC) -> list[Part]:
-    """A BlobProto of an array, which is not copied."""
-    import numpy as np
-
-    flat = np.ascontiguousarray(values, "<f4").reshape(-1)
-    return [_shape_bytes(values.shape, dialect), *field_parts(BLOB_DATA, [flat.data.cast("B")])]
-
-
-def _shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
-    blob = messages(dialect).BlobProto()
-    blob.shape.SetInParent()
-    blob.shape.dim.extend(shape)
-    return bytes(blob.SerializeToString())
 
 
 def _old_shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
@@ -250,20 +282,6 @@ def _old_shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:
     num, channels, height, width = shape
     blob = messages(dialect).BlobProto(num=num, channels=channels, height=height, width=width)
     return bytes(blob.SerializeToString())
-
-
-def field_parts(number: int, content: Sequence[Part]) -> list[Part]:
-    """A field of bytes in protobuf's wire format."""
-    return [_varint(number << 3 | LENGTH) + _varint(sum(len(part) for part in content)), *content]
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
 
 
 def find_dialect(path: Path) -> Dialect:

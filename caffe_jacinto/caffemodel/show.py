@@ -72,13 +72,15 @@ class Sparsity(NamedTuple):
         return self.zeros / max(self.weights, 1)
 
 
-def blob_facts(path: Path, dialect: Dialect) -> list[BlobFacts]:
+def blob_facts(path: Path, dialect: Dialect, network: Any | None = None) -> list[BlobFacts]:
     """The facts of every blob in a weight file, in the file's order. One blob is in memory at a time.
+
+    ``network`` is that of an HDF5 file, as for `open_net`.
 
     Raises:
         UserError: the file is missing, cut off or not a weight file.
     """
-    with open_net(path, dialect) as (_, layers):
+    with open_net(path, dialect, network) as (_, layers):
         nodes = nodes_of(layer.header for layer in layers)
         counted = set(counted_layers(nodes))
         weighted = set(counted_layers(nodes, inner_products=True))
@@ -189,6 +191,9 @@ def show(facts: list[BlobFacts], title: str, out: TextIO) -> None:
 
 def sparsity_line(facts: list[BlobFacts]) -> str:
     """The sparsity, and how many numbers are not finite, in words."""
+    types = {fact.type for fact in facts}
+    if "" in types and types <= {"", "BatchNorm"}:
+        return "the file does not say which layers are convolutions, whose zeros count: --network FILE does"
     found = sparsity(facts)
     line = f"sparsity of the {found.layers} convolutions: {found.zeros:,} of {found.weights:,} weights"
     line = f"{line}, {found.fraction:.1%}" if found.weights else "no convolutions"

@@ -1,6 +1,7 @@
-"""The bytes of ``.caffemodel`` and ``.solverstate`` files: protobuf's wire format, layers, blobs, values.
+"""What ``.caffemodel`` and ``.solverstate`` files hold: layers, blobs, values.
 
-Files are mapped, and the numbers of a blob read when they are asked for: large files take little memory.
+Files are mapped, and the numbers of a blob read when they are asked for: large files take little memory. HDF5
+files are read as the binary form that Caffe would have written, in memory.
 """
 
 from __future__ import annotations
@@ -12,8 +13,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from caffe_jacinto.caffemodel import hdf5
+from caffe_jacinto.caffemodel.wire import (
+    BLOB_DATA,
+    LAYER_BLOBS,
+    LENGTH,
+    NET_LAYER,
+    NET_NAME,
+    NET_V1_LAYER,
+    STATE_HISTORY,
+    STATE_ITER,
+    STATE_NET,
+    VARINT,
+    Field,
+    NotWholeError,
+    fields,
+    integers,
+    text,
+)
 from caffe_jacinto.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,94 +40,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-_FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
-
-
-class NotWholeError(ValueError):
-    """The bytes end in the middle of a field, or are not a protobuf message."""
-
-
-class Field(NamedTuple):
-    """One field of a message."""
-
-    number: int
-    wire_type: int
-    value: int
-    """A varint's value; 0 for the other types."""
-
-    start: int
-    """Where the content of the other types begins and ends in the buffer."""
-
-    end: int
-
-
-def varint(buffer: memoryview, position: int, end: int) -> tuple[int, int]:
-    """The varint at ``position``, and the position after it."""
-    value = shift = 0
-    while position < end and shift < 70:
-        byte = buffer[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise NotWholeError
-
-
-def fields(buffer: memoryview, start: int = 0, end: int | None = None) -> Iterator[Field]:
-    """The fields of the message in ``buffer[start:end]``, in the order of the file.
-
-    Raises:
-        NotWholeError: a field reaches beyond ``end``, or the bytes are not a field.
-    """
-    stop = len(buffer) if end is None else end
-    position = start
-    while position < stop:
-        tag, position = varint(buffer, position, stop)
-        number, wire_type = tag >> 3, tag & 7
-        value = 0
-        begin = position
-        if wire_type == VARINT:
-            value, position = varint(buffer, position, stop)
-        elif wire_type == LENGTH:
-            size, begin = varint(buffer, position, stop)
-            position = begin + size
-        elif wire_type in _FIXED_BYTES:
-            position = begin + _FIXED_BYTES[wire_type]
-        else:
-            raise NotWholeError
-        if position > stop or number == 0:
-            raise NotWholeError
-        yield Field(number, wire_type, value, begin, position)
-
-
-def integers(buffer: memoryview, field: Field) -> list[int]:
-    """The integers of one occurrence of a repeated field, packed or not."""
-    if field.wire_type == VARINT:
-        return [field.value]
-    values = []
-    position = field.start
-    while position < field.end:
-        value, position = varint(buffer, position, field.end)
-        values.append(value)
-    return values
-
-
-def text(buffer: memoryview, field: Field) -> str:
-    """A string field."""
-    return bytes(buffer[field.start : field.end]).decode(errors="replace")
-
-
-NET_NAME, NET_LAYER, NET_V1_LAYER = 1, 100, 2
-LAYER_BLOBS, BLOB_DATA = 7, 5
-"""Field numbers, the same in both dialects: NetParameter's name, layer and layers (the V1 form),
-LayerParameter's blobs, BlobProto's data."""
-
 WEIGHTS, STATE = "weight file (.caffemodel)", "solver state (.solverstate)"
 """What messages call the two kinds of files."""
 
-_HDF5_START = b"\x89HDF\r\n\x1a\n"
 _LAYER_NAME = 1
 _V1_NAME, V1_BLOBS = 4, 6
 V1_V0_LAYER, V0_BLOBS = 1, 50
@@ -116,8 +50,7 @@ _V0_NAME = 1
 """V1LayerParameter's field for a layer of the V0 form, and that layer's fields."""
 
 _SHAPE, _DOUBLE_DATA, _RAW_TYPE, _RAW_DATA = 7, 8, 10, 12
-_STATE_ITER, _STATE_NET, _STATE_HISTORY = 1, 2, 3
-_FIRST_FIELDS = ((_STATE_ITER, VARINT), (NET_NAME, LENGTH), (NET_LAYER, LENGTH))
+_FIRST_FIELDS = ((STATE_ITER, VARINT), (NET_NAME, LENGTH), (NET_LAYER, LENGTH))
 
 _MOST_SHAPE_BYTES = 400
 """More than a shape of Caffe's at most 32 axes takes."""
@@ -160,11 +93,14 @@ class StoredState:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[memoryview]:
-    """The bytes of ``path``, mapped.
+    """The bytes of ``path``, mapped; of an HDF5 file, Caffe's binary form.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: it cannot be read, is empty, or is an HDF5 file that Caffe has not written.
     """
+    if hdf5.is_hdf5(path):
+        yield memoryview(hdf5.binary_form(path))
+        return
     try:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -220,11 +156,11 @@ def stored_state(path: Path) -> StoredState:
         with mapped(path) as view:
             check_kind(view, path, STATE)
             for field in fields(view):
-                if field.number == _STATE_ITER and field.wire_type == VARINT:
+                if field.number == STATE_ITER and field.wire_type == VARINT:
                     iteration = field.value
-                elif field.number == _STATE_NET and field.wire_type == LENGTH:
+                elif field.number == STATE_NET and field.wire_type == LENGTH:
                     learned_net = text(view, field)
-                elif field.number == _STATE_HISTORY and field.wire_type == LENGTH:
+                elif field.number == STATE_HISTORY and field.wire_type == LENGTH:
                     history.append(_blob(view, field))
     except NotWholeError:
         raise damaged(path, STATE) from None
@@ -241,11 +177,6 @@ def damaged(path: Path, kind: str = WEIGHTS) -> UserError:
 def check_kind(view: memoryview, path: Path, wanted: str) -> None:
     """Raise UserError where the file in ``view`` begins as one of another kind than ``wanted`` does."""
     start = bytes(view[:1024])
-    if start.startswith(_HDF5_START):
-        raise UserError(
-            f"{path}: an HDF5 file, and a {wanted} in Caffe's binary form is needed; let Caffe write that:"
-            " snapshot_format: BINARYPROTO in the solver"
-        )
     if _is_text(start):
         raise UserError(f"{path}: text, such as a prototxt; give a {wanted}")
     with suppress(NotWholeError, StopIteration):

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.hdf5 import SUFFIX
+
 CAFFE_SOURCE = "caffe.cpp:0"
 """The file that Caffe's own command line logs from: readers of logs know it by that."""
 
@@ -114,11 +116,11 @@ class CaffeLog:
 
     def writes_weights(self, path: Path) -> None:
         """A ``.caffemodel`` that is written next."""
-        self.info(f"Snapshotting to binary proto file {path}")
+        self.info(f"Snapshotting to {_form(path)} file {path}")
 
     def writes_state(self, path: Path) -> None:
         """A ``.solverstate`` that is written next."""
-        self.info(f"Snapshotting solver state to binary proto file {path}")
+        self.info(f"Snapshotting solver state to {_form(path)} file {path}")
 
     def recalibrates(self, layers: int, batches: int) -> None:
         """The final recalibration of ``layers`` batch-norm layers begins."""
@@ -186,6 +188,11 @@ def weighted(value: float, loss_weight: float) -> str:
     """An output's value, with its part of the loss if it is one."""
     loss = f" (* {number(loss_weight)} = {number(loss_weight * value)} loss)" if loss_weight else ""
     return f"{number(value)}{loss}"
+
+
+def _form(path: Path) -> str:
+    """What Caffe calls the form of a snapshot's file."""
+    return "HDF5" if path.suffix == SUFFIX else "binary proto"
 
 
 def _text(message: Any) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from caffe_jacinto.caffemodel.fit import check_fit
+from caffe_jacinto.caffemodel.hdf5 import SUFFIX, is_hdf5, without_suffix
 from caffe_jacinto.caffemodel.storage import (
     StoredLayer,
     StoredState,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def completion_record(final_weights: Path) -> Path:
     """The file that marks a stage complete, ``<prefix>_iter_N.handover.json``."""
-    return final_weights.with_suffix(".handover.json")
+    return without_suffix(final_weights).with_suffix(".handover.json")
 
 
 def mark_complete(final_weights: Path, recalibrated_batches: int) -> None:
@@ -182,14 +183,16 @@ def iteration_of(snapshot: Path) -> int:
     Raises:
         UserError: the file name does not have this form.
     """
-    match = re.fullmatch(r".*_iter_(\d+)", snapshot.stem)
+    match = re.fullmatch(r".*_iter_(\d+)", without_suffix(snapshot).stem)
     if match is None:
         raise UserError(f"{snapshot}: not named as a snapshot, <prefix>_iter_N{snapshot.suffix}")
     return int(match[1])
 
 
 def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
-    solverstate = caffemodel.with_suffix(".solverstate")
+    solverstate = without_suffix(caffemodel).with_suffix(".solverstate")
+    if is_hdf5(caffemodel):
+        solverstate = solverstate.with_name(f"{solverstate.name}{SUFFIX}")
     for file in (caffemodel, solverstate):
         if not file.is_file():
             raise UserError(f"{file} is missing")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import isfinite, log2
 from typing import Any
 
-from caffe_jacinto.caffemodel.net_file import NewLayer, Part, net_parts
+from caffe_jacinto.caffemodel.net_file import NewLayer, net_parts
+from caffe_jacinto.caffemodel.wire import Part
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.export.stock_net import StockLayer, StockNet
 from caffe_jacinto.prototxt.dialects import Dialect

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.batch_norm import averages, lacks_statistics, require_statistics
-from caffe_jacinto.caffemodel.fit import require_fit
-from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.caffemodel.fit import require_fit, weights_for
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.export.fork_layers import in_stock_form
 from caffe_jacinto.netspec.graph import TEST, messages_in
@@ -90,7 +89,7 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
     net = parse_any_net(deploy_text, where, dialect)
     _check_deploy(net, where)
     require_fit(weights, net, where)
-    stored = read_weights(weights)
+    stored = weights_for(weights, net)
     shapes = blob_shapes(net, TEST)
     result = StockNet(messages(Dialect.BVLC).NetParameter(name=net.name), [])
     lacking = {}

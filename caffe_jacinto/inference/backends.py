@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.fit import in_binary_form
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.engines.gpus import Maker, any_visible, lack, requested_gpus, visible_gpus
@@ -22,6 +24,7 @@ from caffe_jacinto.inference.network import TrainedNetwork
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.loadable import not_loadable
+from caffe_jacinto.prototxt.schema import parse_net
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,6 +136,10 @@ def _caffe(network: TrainedNetwork, path: str | None, gpu: int | None) -> tuple[
         deploy, weights = Path(scratch) / "deploy.prototxt", network.weights
         if merged is None:
             deploy.write_text(network.text, encoding="utf-8")
+            if is_hdf5(weights):
+                weights = Path(scratch) / "binary.caffemodel"
+                net = parse_net(network.text, network.dialect, str(network.where))
+                weights.write_bytes(in_binary_form(network.weights, net))
         else:
             weights = Path(scratch) / "merged.caffemodel"
             merged.write(deploy, weights)

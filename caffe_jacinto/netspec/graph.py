@@ -79,6 +79,20 @@ def messages_in(net: Any, phase: str | None = None) -> list[Any]:
     return [layer for layer, tree in pairs if state is None or included(tree, state)]
 
 
+def shared_blobs(net: Any) -> dict[str, dict[int, tuple[str, int]]]:
+    """The blobs of a NetParameter message that are an earlier layer's: by layer and index, that layer and the
+    index there (``param.name``; Net::AppendParam of Caffe's net.cpp)."""
+    owners: dict[str, tuple[str, int]] = {}
+    found: dict[str, dict[int, tuple[str, int]]] = {}
+    for layer in net.layer:
+        for index, spec in enumerate(layer.param):
+            if spec.name:
+                owner = owners.setdefault(spec.name, (layer.name, index))
+                if owner[0] != layer.name:
+                    found.setdefault(layer.name, {})[index] = owner
+    return found
+
+
 class Node(NamedTuple):
     """A layer in the graph."""
 

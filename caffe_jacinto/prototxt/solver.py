@@ -99,8 +99,14 @@ class SolverFile:
         return _steps(self.parameters, max(updates - 1, 0))
 
     def snapshot(self, iteration: int, extension: str) -> Path:
-        """The file of a snapshot of ``iteration``."""
-        return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}")
+        """The file of a snapshot of ``iteration``: ``extension`` and, in HDF5, ``.h5`` behind it."""
+        form = ".h5" if self.in_hdf5 else ""
+        return Path(f"{self.parameters.snapshot_prefix}_iter_{iteration}{extension}{form}")
+
+    @property
+    def in_hdf5(self) -> bool:
+        """Whether snapshots are HDF5 files."""
+        return bool(self.parameters.snapshot_format == self.parameters.HDF5)
 
     def pruning(self) -> SparseSettings | None:
         """The sparsity schedule in caffe-jacinto's own fields; None where they do not prune.

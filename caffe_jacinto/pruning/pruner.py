@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.hdf5 import without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.pruning.layers import CountedLayer, find_counted, why_not_pruned, wrong_names
@@ -249,7 +250,7 @@ def save_masks(snapshot: Path, masks: Arrays, factor: float, weights: Arrays, *,
         content,
         allow_pickle=False,
         factor=np.float64(factor),
-        snapshot=np.frombuffer(snapshot.stem.encode(), np.uint8),
+        snapshot=np.frombuffer(without_suffix(snapshot).stem.encode(), np.uint8),
         **arrays,
     )
     write_whole(masks_file(snapshot), content.getvalue())
@@ -309,11 +310,12 @@ def _digest(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def _of_another(path: Path, snapshot: Path, archive: Mapping[str, NDArray[Any]]) -> str:
     """That the masks belong to other weights, and to which, if they say so."""
-    name = archive["snapshot"].tobytes().decode(errors="replace") if "snapshot" in archive else snapshot.stem
-    whose = f"is of {name}" if name != snapshot.stem else "is of other weights"
+    own = without_suffix(snapshot).stem
+    name = archive["snapshot"].tobytes().decode(errors="replace") if "snapshot" in archive else own
+    whose = f"is of {name}" if name != own else "is of other weights"
     return f"{path} {whose}, and does not belong to {snapshot}"
 
 
 def masks_file(snapshot: Path) -> Path:
     """The masks beside a ``.solverstate`` or ``.caffemodel``."""
-    return snapshot.with_suffix(MASKS_SUFFIX)
+    return without_suffix(snapshot).with_suffix(MASKS_SUFFIX)

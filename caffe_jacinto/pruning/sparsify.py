@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.pruning.layers import find_counted, why_not_pruned, wrong_names
@@ -21,19 +21,25 @@ if TYPE_CHECKING:
 
 
 def sparsify(
-    source: Path, target: Path, dialect: Dialect, sparse: SparseSettings, factor: float
+    source: Path,
+    target: Path,
+    dialect: Dialect,
+    sparse: SparseSettings,
+    factor: float,
+    network: Any | None = None,
 ) -> list[str]:
     """Write ``source`` to ``target`` with the weights set to zero that a threshold of ``factor`` zeroes.
 
     One layer's weights are in memory at a time; see `rule.pruned_weights`. Returns the names of the layers
-    that were pruned.
+    that were pruned. ``network`` is that of an HDF5 file, as for `open_net`.
 
     Raises:
         UserError: the file is missing, cut off or not a weight file, or has no layer of a name in ``sparse``.
     """
-    from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, write_net
+    from caffe_jacinto.caffemodel.net_file import NewLayer, open_net, require_types, write_net
 
-    with open_net(source, dialect) as (name, layers):
+    with open_net(source, dialect, network) as (name, layers):
+        require_types(source, layers)
         headers = [layer.header for layer in layers]
         for key, what in wrong_names(headers, sparse):
             raise UserError(f"{source}: --{key}: {what}")

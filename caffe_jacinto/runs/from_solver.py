@@ -276,7 +276,10 @@ def _product(values: Iterable[int]) -> int:
 
 
 def _not_taken(solver: Any) -> Sequence[str]:
-    """A line on the fields that a run does otherwise."""
+    """Lines on the fields that a run does otherwise."""
     known = {*_TAKEN, *_OF_OTHER_PARTS, *_OF_THE_RUN}
     left = [descriptor.name for descriptor, _ in solver.ListFields() if descriptor.name not in known]
-    return [f"  note: of the solver, {', '.join(left)} is not taken over"] if left else []
+    notes = [f"  note: of the solver, {', '.join(left)} is not taken over"] if left else []
+    if solver.snapshot_format == solver.HDF5:
+        notes.append("  note: snapshots of the run are in Caffe's binary form, not HDF5 (snapshot_format)")
+    return notes

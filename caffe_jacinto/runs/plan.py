@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
@@ -19,7 +20,7 @@ from caffe_jacinto.networks.stage_files import (
     stage_files,
     write_stage_files,
 )
-from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.model import QuantizeSettings, Recipe, SolverSettings, Stage
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
@@ -43,8 +44,13 @@ class StagePlan:
 
     @property
     def loaded_weights(self) -> Path | None:
-        """The file that Caffe loads: the start weights, or a copy without the layers of `reinit`."""
-        return self.folder / "start.caffemodel" if self.stage.reinit else self.start_weights
+        """The file that Caffe loads: the start weights, or a copy of them, binary and without `reinit`."""
+        return self.folder / "start.caffemodel" if self.copies_weights else self.start_weights
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the start weights are not loaded as they are: they are HDF5, or have layers of `reinit`."""
+        return bool(self.stage.reinit) or (self.start_weights is not None and is_hdf5(self.start_weights))
 
     @property
     def solver(self) -> SolverSettings:
@@ -232,18 +238,24 @@ def write_stage(run: RunPlan, plan: StagePlan, texts: dict[str, str], commands: 
 
 
 def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
-    """Where the stage has a `reinit`, write its start weights without those layers.
+    """Write the copy of the start weights that the stage needs: binary, without the layers of `reinit`.
 
     Raises:
         UserError: the start weights are missing or broken, or the file cannot be written.
     """
-    if not plan.stage.reinit:
+    if not plan.copies_weights:
         return
+    from caffe_jacinto.caffemodel.fit import in_binary_form
     from caffe_jacinto.caffemodel.net_file import without_layers
 
     assert plan.start_weights is not None
     assert plan.loaded_weights is not None
-    content = without_layers(plan.start_weights, run.left_out(plan))
+    left_out = run.left_out(plan)
+    if is_hdf5(plan.start_weights):
+        net = parse_net(run.files(plan)["train.prototxt"], run.engine.info.dialect, "train.prototxt")
+        content = in_binary_form(plan.start_weights, net, left_out)
+    else:
+        content = without_layers(plan.start_weights, left_out)
     try:
         write_whole(plan.loaded_weights, content)
     except OSError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caffe_jacinto.caffemodel.fit import in_binary_form
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.snapshots import layer_of_no_numbers, no_numbers
@@ -110,6 +113,20 @@ def check_numbers(net: Any, path: Path, log: CaffeLog) -> None:
     if wrong is not None:
         log.fatal(f"{path.name} is not written: {no_numbers(wrong)}")
         raise SystemExit(1)
+
+
+def load_weights(net: Any, path: Path, definition: Any) -> None:
+    """Fill ``net``, whose NetParameter message is ``definition``, from the weight file ``path``.
+
+    An HDF5 file is given to Caffe in its binary form: see `fit.in_binary_form`.
+    """
+    if not is_hdf5(path):
+        net.copy_from(str(path))
+        return
+    with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
+        file.write(in_binary_form(path, definition))
+        file.flush()
+        net.copy_from(file.name)
 
 
 def output_values(net: Any) -> dict[str, list[float]]:

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.hdf5 import SUFFIX
 from caffe_jacinto.common.arguments import Parser, whole_number
 from caffe_jacinto.common.errors import RunFailed, run_command
 from caffe_jacinto.common.files import replacing
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
-from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, start_caffe, use_device
+from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, load_weights, start_caffe, use_device
 from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver, require_network_files
@@ -109,7 +110,7 @@ def complete_stage(
         check_numbers(net, final_weights, log)
         log.writes_weights(final_weights)
         with replacing(final_weights) as (_, beside):
-            net.save(str(beside))
+            (net.save_hdf5 if final_weights.suffix == SUFFIX else net.save)(str(beside))
     if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):
         return False
     mark_complete(final_weights, batches)
@@ -136,7 +137,8 @@ def main(argv: Sequence[str]) -> int:
     require_network_files(solver)
     if solver.parameters.random_seed >= 0:
         caffe.set_random_seed(solver.parameters.random_seed)
-    net = caffe.Net(str(solver.train_file), caffe.TRAIN, weights=str(arguments.weights))
+    net = caffe.Net(str(solver.train_file), caffe.TRAIN)
+    load_weights(net, arguments.weights, solver.train_net)
     tests = TestNets(caffe, solver, net, log)
     frozen = solver.frozen_layers()
     stop = lambda: requests.stop  # noqa: E731

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.hdf5 import is_hdf5
+from caffe_jacinto.caffemodel.storage import stored_state
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.processes import StopRequests
@@ -31,6 +33,7 @@ from caffe_jacinto.engines.pycaffe.net import (
     CaffePruner,
     TestNets,
     check_numbers,
+    load_weights,
     loss,
     loss_weights,
     output_values,
@@ -128,10 +131,13 @@ class Stepper:
         if job.snapshot:
             self.log.resumes_from(job.snapshot)
             self.solver.restore(str(job.snapshot))
+            if is_hdf5(job.snapshot):  # its weights are not loaded: see `fit.in_binary_form`
+                weights = job.snapshot.parent / Path(stored_state(job.snapshot).learned_net).name
+                load_weights(self.net, weights, job.solver.train_net)
             self.pruner.load(job.snapshot)
         elif job.weights:
             self.log.starts_from(job.weights)
-            self.net.copy_from(str(job.weights))
+            load_weights(self.net, job.weights, job.solver.train_net)
             self.pruner.freeze_zeros()
         self._last_snapshot = self.iteration
 
@@ -233,7 +239,6 @@ def _stepped_solver(caffe: Any, solver: SolverFile) -> Any:
     quiet.CopyFrom(solver.parameters)
     for field in ("test_net", "test_iter", "test_state", "test_interval", "display", "snapshot"):
         quiet.ClearField(field)
-    quiet.snapshot_format = quiet.BINARYPROTO
     if quiet.net:
         quiet.train_net = quiet.net
         quiet.ClearField("net")

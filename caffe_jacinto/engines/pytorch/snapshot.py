@@ -16,19 +16,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
-from caffe_jacinto.caffemodel.net_file import NewLayer, array_parts, field_parts, net_parts
+from caffe_jacinto.caffemodel import hdf5
+from caffe_jacinto.caffemodel.fit import check_fit, unused_layers, weights_for
+from caffe_jacinto.caffemodel.net_file import NewLayer, net_parts
 from caffe_jacinto.caffemodel.storage import (
-    LENGTH,
     STATE,
-    NotWholeError,
     blob_values,
     check_kind,
     damaged,
-    fields,
     mapped,
-    read_weights,
     stored_state,
+)
+from caffe_jacinto.caffemodel.wire import (
+    LENGTH,
+    STATE_HISTORY,
+    STATE_PLACE,
+    STATE_RANGES,
+    NotWholeError,
+    array_parts,
+    field_parts,
+    fields,
 )
 from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import parse_json, write_whole
@@ -55,7 +62,7 @@ def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
     if wrong:
         more = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
         raise UserError(f"{path} does not fit {net.where}: {wrong[0]}{more}")
-    stored = read_weights(path)
+    stored = weights_for(path, definition)
     missing = []
     for name, blobs in net.layer_blobs.items():
         if name not in stored:
@@ -76,7 +83,7 @@ def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
 
 
 def save_weights(net: Net, path: Path) -> None:
-    """Write all layers of ``net`` with their blobs, as Caffe does, atomically.
+    """Write all layers of ``net`` with their blobs, as Caffe does, atomically; ``.h5`` files as HDF5.
 
     Raises:
         RunFailed: a weight is not a number. Nothing was written.
@@ -85,6 +92,16 @@ def save_weights(net: Net, path: Path) -> None:
     wrong = layer_of_no_numbers(weights)
     if wrong is not None:
         raise RunFailed(f"{path.name} is not written: {no_numbers(wrong)}")
+    if path.suffix == hdf5.SUFFIX:
+        own = {(layer, index) for layer, index, _ in net.blobs}
+        hdf5.write_weights(
+            path,
+            {
+                layer: {index: values for index, values in enumerate(blobs) if (layer, index) in own}
+                for layer, blobs in weights.items()
+            },
+        )
+        return
     new = [NewLayer(_header(net, layer), weights[layer.name]) for layer in net.layers]
     write_whole(path, net_parts(net.name, new, net.dialect))
 
@@ -111,16 +128,6 @@ def _header(net: Net, layer: Any) -> Any:
 
 def _arrays(net: Net, layer: str) -> list[NDArray[np.float32]]:
     return [array(blob.tensor) for blob in net.layer_blobs.get(layer, [])]
-
-
-_HISTORY = 3
-"""SolverState.history."""
-
-_PLACE = 20_000
-"""The field of our own, far from Caffe's numbers and below protobuf's reserved ones."""
-
-_RANGES = 20_001
-"""Another: the ranges of activations, in quantization-aware training."""
 
 
 @dataclass(frozen=True)
@@ -155,16 +162,31 @@ def write_state(
     dialect: Dialect,
     ranges: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the solver state ``path``, atomically; ``ranges``: as `SettlingRanges.state`."""
+    """Write the solver state ``path``, atomically; a ``.h5`` file as HDF5.
+
+    ``ranges``: as `SettlingRanges.state`.
+    """
+    own = {STATE_PLACE: json.dumps(asdict(place)).encode()}
+    if ranges is not None:
+        own[STATE_RANGES] = json.dumps(ranges).encode()
+    if path.suffix == hdf5.SUFFIX:
+        hdf5.write_state(
+            path,
+            iteration=iteration,
+            current_step=current_step,
+            learned_net=str(learned_net),
+            history=[array(tensor) for tensor in history],
+            own=own,
+        )
+        return
     head = messages(dialect).SolverState(
         iter=iteration, current_step=current_step, learned_net=str(learned_net)
     )
     parts: list[bytes | memoryview] = [head.SerializeToString()]
     for tensor in history:
-        parts += field_parts(_HISTORY, array_parts(array(tensor), dialect))
-    parts += field_parts(_PLACE, [json.dumps(asdict(place)).encode()])
-    if ranges is not None:
-        parts += field_parts(_RANGES, [json.dumps(ranges).encode()])
+        parts += field_parts(STATE_HISTORY, array_parts(array(tensor), dialect))
+    for number, content in own.items():
+        parts += field_parts(number, [content])
     write_whole(path, parts)
 
 
@@ -201,7 +223,7 @@ def read_place(path: Path) -> Place | None:
         UserError: the file is missing or damaged.
     """
     try:
-        found = _own_field(path, _PLACE)
+        found = _own_field(path, STATE_PLACE)
         return None if found is None else Place(**found)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its place in the data cannot be read ({error}); use another one") from None
@@ -214,7 +236,7 @@ def read_ranges_state(path: Path) -> Any:
         UserError: the file is missing or damaged.
     """
     try:
-        return _own_field(path, _RANGES)
+        return _own_field(path, STATE_RANGES)
     except ValueError as error:
         raise UserError(f"{path}: its ranges cannot be read ({error}); use another one") from None
 

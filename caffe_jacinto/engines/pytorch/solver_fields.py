@@ -5,8 +5,10 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
+from caffe_jacinto.caffemodel.hdf5 import unwritable_layer
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.solvers import solver_class
+from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import LR_POLICIES, SolverFile
 from caffe_jacinto.recipes.model import sparse_fields
@@ -18,7 +20,7 @@ _CARRIED_OUT = frozenset(
         *("test_initialization", "base_lr", "display", "average_loss", "max_iter", "iter_size", "lr_policy"),
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
-        *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode"),
+        *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode", "snapshot_format"),
         *("warmup_iter", "ema_decay"),
         *(field.name for field in sparse_fields().values()),
     }
@@ -35,7 +37,6 @@ _NO_EFFECT = frozenset(
 _NOT_DONE = {
     "debug_info": "the means of blobs and gradients are not logged",
     "snapshot_diff": "weight files do not hold the gradients, which no Caffe reads",
-    "snapshot_format": "snapshots are in Caffe's binary form, which every Caffe reads, and not HDF5",
 }
 """Fields without which the weights are the same, and what is left out."""
 
@@ -77,6 +78,10 @@ def check_solver(solver: SolverFile) -> None:
         raise UserError(
             f"{where}: ema_decay is {number(fields.ema_decay)}; it has to be at least 0 and less than 1"
         )
+    if solver.in_hdf5:
+        why = unwritable_layer([layer.name for layer in messages_in(solver.train_net)])
+        if why is not None:
+            raise UserError(f"{where}: snapshot_format: HDF5 cannot hold {why}, or remove snapshot_format")
     solver.pruning()
 
 

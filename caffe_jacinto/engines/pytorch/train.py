@@ -341,6 +341,11 @@ class Trainer:
         for name in missing:
             self.log.info(f"Layer {name} is not in {path}: it starts as its fillers say")
 
+    @property
+    def _batch(self) -> int:
+        """Images of a pass; a pass counts as one where no layer reads images."""
+        return self.inputs.batch_size or 1
+
     def _resume(self, snapshot: Path) -> None:
         self.log.resumes_from(snapshot)
         self.iteration, weights, place = read_state(snapshot, self.optimizer.history)
@@ -350,7 +355,7 @@ class Trainer:
         if place is None:
             self.iterate.block = self.iteration * self.parameters.iter_size * self.ranks.size
         else:
-            self.iterate.block = place.images // self.inputs.batch_size
+            self.iterate.block = place.images // self._batch
         if self.quantized is not None:
             state = read_ranges_state(snapshot)
             if state is None:
@@ -546,7 +551,7 @@ class Trainer:
             history=self.optimizer.history,
             place=Place(
                 self.seed,
-                self.iterate.block * self.inputs.batch_size,
+                self.iterate.block * self._batch,
                 self.solver.dialect.value,
                 self._solver_type(),
                 self.inputs.decode,
