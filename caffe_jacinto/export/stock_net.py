@@ -17,9 +17,11 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.export.fork_layers import in_stock_form
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.netspec.layer_types import Shape, role_of
+from caffe_jacinto.netspec.mistakes import geometry_mistakes
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import FORK_MIN_EPS, Dialect, scale_name
 from caffe_jacinto.prototxt.schema import dialect_of, messages, parse_any_net, translated
+from caffe_jacinto.prototxt.tree import tree_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,6 +107,8 @@ def stock_net(deploy_text: str, where: str, dialect: Dialect | None, weights: Pa
 def _check_deploy(net: Any, where: str) -> None:
     if all(layer.type == "Input" for layer in net.layer):
         raise UserError(f"{where}: has no layers; give a deploy network")
+    for wrong in geometry_mistakes(tree_of(net), where):
+        raise UserError(wrong)
     for layer in messages_in(net, TEST):
         if role_of(layer.type) == "data" and layer.type != "Input":
             raise UserError(f"{where}: layer {layer.name} ({layer.type}) reads data; give the deploy network")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from caffe_jacinto.common.text import did_you_mean
+from caffe_jacinto.netspec.layer_types import geometry_fault, role_of
 from caffe_jacinto.netspec.shapes import DataShapes, layer_shapes
+from caffe_jacinto.prototxt.places import place_in
 from caffe_jacinto.prototxt.tree import Message
 
 
@@ -17,7 +19,24 @@ def mistakes(net: Message, where: str, data_shapes: DataShapes = ()) -> Iterator
     layers = net.messages("layer")
     yield from _twice(layers, where)
     yield from _blobs(layers, net.strings("input"), where)
+    yield from geometry_mistakes(net, where, data_shapes)
     yield from _top_k(net, where, data_shapes)
+
+
+def geometry_mistakes(net: Message, where: str, data_shapes: DataShapes = ()) -> Iterator[str]:
+    """As `mistakes`, of kernels, strides, padding and dilation; a line that ``net`` lacks is looked up."""
+    for item in layer_shapes(net, data_shapes):
+        if item.kind != "Im2col" and role_of(item.kind) not in ("convolution", "pooling"):
+            continue
+        source = item.bottoms[0] if item.bottoms else None
+        fault = geometry_fault(item.layer, 2 if source is None else max(len(source) - 2, 1))
+        if fault is not None:
+            name = item.layer.string("name")
+            message, _, field = fault.field.partition(".")
+            place = f"{where}:{item.layer.message(message).line_of(field)}"
+            if not item.layer.places:
+                place = place_in(where, name, fault.field)
+            yield f"{place}: layer {name}: {fault.field}: {fault.what}"
 
 
 def _twice(layers: Sequence[Message], where: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import TEST
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, Shape, geometry, role_of
+from caffe_jacinto.netspec.mistakes import geometry_mistakes
 from caffe_jacinto.netspec.shapes import DataShapes, LayerCost, LayerShapes, layer_costs, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
 
@@ -122,10 +123,13 @@ def summarize(
     ``data_shapes`` are those of its data layers, where they are known (see `DataShapes`).
 
     Raises:
-        UserError: there are no layers, or the network does not determine the cost of one.
+        UserError: there are no layers, Caffe stops at one, or the network does not determine its cost.
     """
     if not net.messages("layer"):
         raise UserError(f"{where}: has no layers; give a network's prototxt, not a solver's")
+    wrong = next(geometry_mistakes(net, where, data_shapes), None)
+    if wrong is not None:
+        raise UserError(wrong)
     phase = net.message("state").string("phase", TEST)
     costs = {cost.name: cost for cost in layer_costs(net, data_shapes, phase)}
     shaped = layer_shapes(net, data_shapes, phase)
@@ -194,7 +198,8 @@ def _detail(item: LayerShapes) -> str:
     parts = [pooling.string("pool", "MAX")] if item.kind == "Pooling" else []
     if pooling.flag("global_pooling"):
         return " ".join([*parts, "global"])
-    shape = geometry(item.layer)
+    source = item.bottoms[0] if item.bottoms else None
+    shape = geometry(item.layer, 2 if source is None else len(source) - 2)
     parts.append("x".join(map(str, shape.kernel)))
     group = item.layer.message("convolution_param").integer("group", 1)
     for name, value in (("stride", shape.stride[0]), ("dilation", shape.dilation[0]), ("group", group)):

@@ -18,8 +18,16 @@ from torch.nn import Parameter
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.indices import Indices
-from caffe_jacinto.netspec.layer_types import blob_shapes_of, is_known, output_shapes
+from caffe_jacinto.netspec.layer_types import (
+    Geometry,
+    blob_shapes_of,
+    geometry,
+    geometry_fault,
+    is_known,
+    output_shapes,
+)
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.places import place_in
 from caffe_jacinto.prototxt.solver import TRAIN
 from caffe_jacinto.prototxt.tree import Message, tree_of
 
@@ -225,6 +233,19 @@ class LayerSetup:
                     self.refuse(f"{descriptor.name}: only FLOAT is supported; remove it (-precision sets it)")
             elif descriptor.name not in _EVERY_LAYER and descriptor.name not in names:
                 self.refuse(f"field {descriptor.name} is not supported in a layer of this type; remove it")
+
+    def geometry(self) -> Geometry:
+        """Its kernel, stride, pad and dilation, for height and width.
+
+        Raises:
+            UserError: Caffe stops at one of them.
+        """
+        fault = geometry_fault(self.tree)
+        if fault is not None:
+            file = self.where.removesuffix(f": layer {self.message.name} ({self.message.type})")
+            place = place_in(file, self.message.name, fault.field)
+            raise UserError(f"{place}: layer {self.message.name}: {fault.field}: {fault.what}")
+        return geometry(self.tree)
 
     def refuse(self, why: str) -> NoReturn:
         """Raise a UserError that names the layer."""

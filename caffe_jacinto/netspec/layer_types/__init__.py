@@ -21,7 +21,7 @@ from caffe_jacinto.netspec.layer_types import (
     sources,
 )
 from caffe_jacinto.netspec.layer_types.base import Dim, LayerType, Role, Shape, Shapes, is_known
-from caffe_jacinto.netspec.layer_types.geometry import Geometry, geometry
+from caffe_jacinto.netspec.layer_types.geometry import Geometry, GeometryFault, geometry, geometry_fault
 from caffe_jacinto.netspec.layer_types.sources import DATA_PARAMETERS
 from caffe_jacinto.prototxt.tree import Message
 
@@ -54,9 +54,14 @@ def output_shapes(layer: Message, bottoms: Shapes, tops: int) -> list[Shape | No
 
 
 def blob_shapes_of(layer: Message, bottoms: Shapes) -> list[Shape]:
-    """The shapes of a layer's blobs, as far as the network determines them."""
+    """The shapes of a layer's blobs, as far as the network determines them; none where Caffe stops at it."""
     kind = LAYER_TYPES.get(layer.string("type"))
-    return kind.blobs(layer, bottoms) if kind is not None and (bottoms or kind.bottomless) else []
+    if kind is None or not (bottoms or kind.bottomless):
+        return []
+    try:
+        return kind.blobs(layer, bottoms)
+    except ValueError:
+        return []
 
 
 def blob_name(layer_type: str, index: int) -> str:
@@ -75,6 +80,7 @@ __all__ = [
     "LAYER_TYPES",
     "Dim",
     "Geometry",
+    "GeometryFault",
     "LayerType",
     "Role",
     "Shape",
@@ -82,6 +88,7 @@ __all__ = [
     "blob_name",
     "blob_shapes_of",
     "geometry",
+    "geometry_fault",
     "is_known",
     "output_shapes",
     "role_of",

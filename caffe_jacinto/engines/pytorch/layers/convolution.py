@@ -9,7 +9,6 @@ from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
-from caffe_jacinto.netspec.layer_types import geometry
 
 
 def convolution(layer: LayerSetup) -> Forward:
@@ -44,7 +43,7 @@ def _prepared(layer: LayerSetup) -> Geometry:
     (shape,) = layer.bottoms
     if len(shape) != 4 or layer.axis(fields.axis) != 1:
         layer.refuse("convolves batch x channels x height x width only (axis 1)")
-    kernel, stride, pad, dilation = geometry(layer.tree)
+    kernel, stride, pad, dilation = layer.geometry()
     outputs, group = fields.num_output, fields.group
     if min(*kernel, *stride, *dilation, outputs, group) < 1 or shape[1] % group or outputs % group:
         layer.refuse(
@@ -72,7 +71,7 @@ def windows(layer: LayerSetup) -> Forward:
     (shape,) = layer.bottoms
     if len(shape) != 4 or layer.axis(fields.axis) != 1:
         layer.refuse("reads batch x channels x height x width only (axis 1)")
-    kernel, stride, pad, dilation = geometry(layer.tree)
+    kernel, stride, pad, dilation = layer.geometry()
     if min(*kernel, *stride, *dilation) < 1 or min(layer.tops[0]) < 1:
         layer.refuse(f"its {kernel[0]}x{kernel[1]} windows do not fit the {shape[2]}x{shape[3]} pixels")
     top = layer.tops[0][1:]

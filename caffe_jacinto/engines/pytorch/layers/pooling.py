@@ -11,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
-from caffe_jacinto.netspec.layer_types import geometry
 from caffe_jacinto.netspec.layer_types.pooling import rounds_down
 from caffe_jacinto.prototxt.solver import TRAIN
 
@@ -68,6 +67,7 @@ def pooling(layer: LayerSetup) -> Forward:
     if masked and method != "MAX":
         layer.refuse("only MAX has a second top, the mask")
     size = shape[2:]
+    kernel, stride, pad, _ = layer.geometry()
     if fields.global_pooling:
         if method == "AVE":
             return lambda blobs, images: images.mean((2, 3), keepdim=True)
@@ -75,9 +75,6 @@ def pooling(layer: LayerSetup) -> Forward:
             return lambda blobs, images: F.max_pool2d(images, size)
         windows, up = Windows(size, size, (1, 1), (0, 0), (1, 1)), False
     else:
-        kernel, stride, pad, _ = geometry(layer.tree)
-        if min(*kernel, *stride) < 1 or pad[0] >= kernel[0] or pad[1] >= kernel[1]:
-            layer.refuse("kernel and stride have to be at least 1, and pad smaller than the kernel")
         windows = Windows(size, kernel, stride, pad, layer.tops[0][2:])
         up = not rounds_down(layer.tree.message("pooling_param"))
         if min(windows.pooled) < 1 or any(
