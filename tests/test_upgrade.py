@@ -240,7 +240,7 @@ def test_published_networks_are_read_as_caffe_reads_them(caffe: CaffeReader, pub
 
 def test_both_forms_in_one_network_are_refused() -> None:
     text = 'layer { name: "new" } layers { name: "old" type: RELU }'
-    with pytest.raises(UserError, match=r"^net\.prototxt: has both layer and layers.* 'old'"):
+    with pytest.raises(UserError, match=r"^net\.prototxt:1: has both layer and layers.* 'old'"):
         parse_net(text, BVLC, "net.prototxt")
     text = 'layers { layer { name: "a" type: "relu" } } layers { name: "b" type: RELU }'
     with pytest.raises(UserError, match=r"layers 'b' has settings of its own.*in one form"):
@@ -269,6 +269,43 @@ def test_what_caffe_would_stop_at_is_named(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_net(text, BVLC, "net.prototxt")
     assert message in str(caught.value)
+
+
+def test_what_caffe_would_stop_at_has_its_line() -> None:
+    layers = """
+layers { layer { name: "conv" type: "conv" num_output: 4
+  kernelsize: 3 } bottom: "data" top: "conv" }
+layers { layer {
+    name: "fc"
+    type: "inner" }
+  bottom: "conv" top: "fc" }"""
+    for text, line in (
+        (f'input: "data" input_dim: [1, 3, 8, 8] {layers}', 6),
+        (f'input: "dat" input_dim: [1, 3, 8, 8] {layers}', 2),
+        ('layer { name: "a" }\nlayers {\n  name: "b" }', 3),
+        ('name: "n"\ninput: "x" input_dim: [1, 3]', 2),
+    ):
+        with pytest.raises(UserError, match=f"^net[.]prototxt:{line}: "):
+            parse_net(text, BVLC, "net.prototxt")
+        with pytest.raises(UserError, match=f"^solver[.]prototxt:{line + 1}: "):
+            parse_solver(f"net_param {{\n{text} }}", BVLC, "solver.prototxt")
+    with pytest.raises(UserError, match=r"^solver\.prototxt:3: has both type"):
+        parse_solver('type: "Adam"\n\nsolver_type: ADAGRAD', BVLC, "solver.prototxt")
+
+
+def test_layers_of_forks_in_the_form_before_todays() -> None:
+    text = """layers { name: "bn" type: BN bottom: "a" top: "a" blobs_lr: 1 bn_param { bn_mode: INFERENCE } }
+layers { name: "up" type: UPSAMPLE bottom: "a" bottom: "mask" top: "b" upsample_param { scale: 2 } }
+layers { name: "in" type: INTERP bottom: "b" top: "c" interp_param { zoom_factor: 3 } }
+layers { name: "p" type: POOLING bottom: "c" top: "d" pooling_param { kernel_size: 2 ceil_mode: false } }"""
+    for dialect in Dialect:
+        bn, up, interp, pool = parse_net(text, dialect, "net.prototxt").layer
+        assert [layer.type for layer in (bn, up, interp, pool)] == ["BN", "Upsample", "Interp", "Pooling"]
+        assert (bn.bn_param.bn_mode, bn.param[0].lr_mult, up.upsample_param.scale) == (1, 1, 2)
+        assert interp.interp_param.zoom_factor == 3 and not pool.pooling_param.ceil_mode
+    text = 'name: "n"\nlayers { name: "roi" type: ROI_POOLING }'
+    with pytest.raises(UserError, match=r"net\.prototxt:2: .*ROI_POOLING.*; that type is of Fast R-CNN, and"):
+        parse_net(text, BVLC, "net.prototxt")
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))

@@ -137,6 +137,9 @@ TYPES: dict[str, ForkType] = {
 }
 """By LayerParameter.type."""
 
+V1_FORKS = {name.upper(): found.fork for name, found in TYPES.items()}
+"""The forks that know a type, by its name in capitals; the form V1 writes it with ``_`` between its words."""
+
 LR_POLICIES: dict[str, str] = {"cosine": _OURS, "one_cycle": _OURS}
 """Learning-rate policies that stock Caffe and caffe-jacinto lack."""
 

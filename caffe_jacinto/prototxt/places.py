@@ -16,22 +16,30 @@ def place_in(where: str, layer: str, field: str = "", text: str | None = None) -
 
     ``field`` is a path, like ``convolution_param.stride_w``. ``where`` names the file, ``text`` is what it
     holds if that is at hand. Of several layers of this name it is the first one with the field.
+    Without a ``layer`` the field is the file's own.
     """
     try:
         tree = parse(Path(where).read_text(encoding="utf-8") if text is None else text, where)
     except (OSError, UnicodeDecodeError, UserError, ValueError):
         return where
     names = field.split(".") if field else []
-    found = [_line(message, names) for message in _layers_called(tree, layer)]
+    if layer:
+        found = [_line(message, names) for message in _layers_called(tree, layer)]
+    else:
+        found = [_line(message, names) for message in _nets(tree) if message.has(names[0])]
     if not found:
         return where
     _, line = max(found, key=lambda item: item[0])
     return f"{where}:{line}"
 
 
+def _nets(tree: Message) -> list[Message]:
+    """The network itself, and those inside a solver."""
+    return [tree, *(net for field in _INSIDE_SOLVERS for net in tree.messages(field))]
+
+
 def _layers_called(tree: Message, name: str) -> list[Message]:
-    nets = [tree, *(net for field in _INSIDE_SOLVERS for net in tree.messages(field))]
-    layers = [layer for net in nets for kind in ("layer", "layers") for layer in net.messages(kind)]
+    layers = [layer for net in _nets(tree) for kind in ("layer", "layers") for layer in net.messages(kind)]
     # A layer of the V0 form is in the field ``layer`` of one of ``layers``.
     return [
         message

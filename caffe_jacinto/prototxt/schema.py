@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.forks import FIELDS
+from caffe_jacinto.prototxt.forks import FIELDS, V1_FORKS
 from caffe_jacinto.prototxt.upgrade import upgrade_net, upgrade_solver
 
 SCHEMA_FOLDER = Path(__file__).parent
@@ -72,8 +72,17 @@ def _add_forks(file: Any) -> None:
         if message.name not in own:
             file.message_type.append(message)
             continue
+        _add_enumerators(own[message.name], message)
         known = {field.name for field in own[message.name].field}
         own[message.name].field.extend(field for field in message.field if field.name not in known)
+
+
+def _add_enumerators(own: Any, message: Any) -> None:
+    """Add the values that enumerations of ``message`` have to those of the same name in ``own``."""
+    enumerations = {enumeration.name: enumeration for enumeration in own.enum_type}
+    for enumeration in message.enum_type:
+        if enumeration.name in enumerations:
+            enumerations[enumeration.name].value.extend(enumeration.value)
 
 
 @cache
@@ -102,7 +111,7 @@ def parse_net(text: str, dialect: Dialect, where: str) -> Any:
         UserError: it does not follow the dialect's schema: file, line and what is wrong.
     """
     net = _parse(text, "NetParameter", dialect, where)
-    upgrade_net(net, where)
+    upgrade_net(net, where, text)
     return net
 
 
@@ -122,7 +131,7 @@ def parse_any_net(text: str, where: str, dialect: Dialect | None = None) -> Any:
 def parse_solver(text: str, dialect: Dialect, where: str) -> Any:
     """A solver's prototxt as the dialect's SolverParameter; as `parse_net`."""
     solver = _parse(text, "SolverParameter", dialect, where)
-    upgrade_solver(solver, where)
+    upgrade_solver(solver, where, text)
     return solver
 
 
@@ -139,7 +148,7 @@ def brought_up_to_date(text: str, where: str) -> tuple[str, list[str]]:
     kind, dialect = next((form for form in forms if _parses(text, *form)), forms[0])
     message = _parse(text, kind, dialect, where)
     before = message.SerializeToString()
-    remarks = upgrade_net(message, where) if kind == "NetParameter" else upgrade_solver(message, where)
+    remarks = (upgrade_net if kind == "NetParameter" else upgrade_solver)(message, where, text)
     if message.SerializeToString() == before:
         return "", remarks
     return text_format.MessageToString(message, as_utf8=True), remarks
@@ -211,6 +220,10 @@ def _hint(text: str, kind: str, dialect: Dialect, what: str) -> str:
         return f"it is {_OWNERS[swapped]} prototxt: give {_OWNERS[kind]}"
     unknown = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', what)
     if unknown is None:
+        old_type = re.search(r'V1LayerParameter.LayerType" has no value named "?(\w+)', what)
+        fork = V1_FORKS.get(old_type[1].replace("_", "")) if old_type else None
+        if fork is not None:
+            return f"that type is of {fork}, and nothing here knows it in this form: remove the layer"
         return "correct this line"
     if unknown[2] in FIELDS:
         return (

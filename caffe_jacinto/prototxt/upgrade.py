@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.prototxt.places import place_in
 from caffe_jacinto.prototxt.tree import Message, Place
 
 SOLVER_TYPES = {
@@ -40,6 +41,8 @@ V1_TYPES = {
     **{"SIGMOID_CROSS_ENTROPY_LOSS": "SigmoidCrossEntropyLoss", "SILENCE": "Silence", "SLICE": "Slice"},
     **{"SOFTMAX": "Softmax", "SOFTMAX_LOSS": "SoftmaxWithLoss", "SPLIT": "Split", "TANH": "TanH"},
     **{"THRESHOLD": "Threshold", "WINDOW_DATA": "WindowData"},
+    # of forks: forks.proto
+    **{"BN": "BN", "INTERP": "Interp", "UPSAMPLE": "Upsample"},
 }
 """LayerParameter.type, by the name in V1LayerParameter.LayerType."""
 
@@ -110,24 +113,37 @@ _AXES = 4
 """``input_dim`` has num, channels, height and width of each input."""
 
 
-def upgrade_net(net: Any, where: str) -> list[str]:
+class _File(NamedTuple):
+    """What is upgraded: the name of its file, and its text."""
+
+    where: str
+    text: str
+
+    def place(self, layer: str, field: str = "") -> str:
+        """The file, with the line if it is known."""
+        return place_in(self.where, layer, field, self.text)
+
+
+def upgrade_net(net: Any, where: str, text: str = "") -> list[str]:
     """Bring a NetParameter message to today's form; ``where`` names its file in messages.
 
-    Returns what could not be kept, a line for each setting.
+    ``text`` is what it was parsed from, if it was: messages then have the line. Returns what could not be
+    kept, a line for each setting.
 
     Raises:
         UserError: Caffe would stop at it: ``layer`` and ``layers`` together, a V0 type that is unknown, a
             padding layer that nothing can take, an input without its dimensions.
     """
     remarks: list[str] = []
+    file = _File(where, text)
     if any(layer.HasField("layer") for layer in net.layers):
-        remarks += _upgrade_v0(net, where)
+        remarks += _upgrade_v0(net, file)
     if any(_has_transformations(layer) for layer in net.layers):
         _upgrade_transformations(net)
     if net.layers:
-        _upgrade_v1(net, where)
+        _upgrade_v1(net, file)
     if net.input:
-        _upgrade_inputs(net, where)
+        _upgrade_inputs(net, file)
     for layer in net.layer:
         # Their three blobs are statistics, which no learning rate changes.
         if layer.type == "BatchNorm" and len(layer.param) == 3:
@@ -136,7 +152,7 @@ def upgrade_net(net: Any, where: str) -> list[str]:
     return remarks
 
 
-def upgrade_solver(solver: Any, where: str) -> list[str]:
+def upgrade_solver(solver: Any, where: str, text: str = "") -> list[str]:
     """Bring a SolverParameter message to today's form, with the networks inside it; as `upgrade_net`.
 
     Raises:
@@ -146,16 +162,17 @@ def upgrade_solver(solver: Any, where: str) -> list[str]:
         old = solver.DESCRIPTOR.fields_by_name["solver_type"].enum_type.values_by_number[solver.solver_type]
         if solver.HasField("type"):
             raise UserError(
-                f"{where}: has both type and solver_type, its older form; remove solver_type: {old.name}"
+                f"{_File(where, text).place('', 'solver_type')}: has both type and solver_type, its older "
+                f"form; remove solver_type: {old.name}"
             )
         solver.type = SOLVER_TYPES[old.name]
         solver.ClearField("solver_type")
     inside = [solver.net_param] if solver.HasField("net_param") else []
     inside += [solver.train_net_param] if solver.HasField("train_net_param") else []
-    return [remark for net in (*inside, *solver.test_net_param) for remark in upgrade_net(net, where)]
+    return [remark for net in (*inside, *solver.test_net_param) for remark in upgrade_net(net, where, text)]
 
 
-def _upgrade_v0(net: Any, where: str) -> list[str]:
+def _upgrade_v0(net: Any, file: _File) -> list[str]:
     """V0 layers to V1; of the network's own settings, the form keeps these."""
     remarks: list[str] = []
     old = type(net)()
@@ -163,13 +180,13 @@ def _upgrade_v0(net: Any, where: str) -> list[str]:
     net.Clear()
     if old.HasField("name"):
         net.name = old.name
-    for layer in _without_padding(old, where):
+    for layer in _without_padding(old, file):
         if not layer.HasField("layer"):
             raise UserError(
-                f"{where}: layers {layer.name!r} has settings of its own and others have them in "
-                "layers { layer { } }; write all of them in one form"
+                f"{file.place(layer.name)}: layers {layer.name!r} has settings of its own and others have "
+                "them in layers { layer { } }; write all of them in one form"
             )
-        remarks += _upgrade_v0_layer(layer, net.layers.add(), where)
+        remarks += _upgrade_v0_layer(layer, net.layers.add(), file)
     net.input.extend(old.input)
     net.input_dim.extend(old.input_dim)
     if old.HasField("force_backward"):
@@ -177,7 +194,7 @@ def _upgrade_v0(net: Any, where: str) -> list[str]:
     return remarks
 
 
-def _without_padding(net: Any, where: str) -> list[Any]:
+def _without_padding(net: Any, file: _File) -> list[Any]:
     """V0 layers without padding layers, each of which becomes the ``pad`` of the layer that reads it."""
     kept: list[Any] = []
     writers: dict[str, Any] = dict.fromkeys(net.input)
@@ -189,14 +206,15 @@ def _without_padding(net: Any, where: str) -> list[Any]:
             kept.append(old)
         for index, bottom in enumerate(layer.bottom):
             if bottom not in writers:
-                raise UserError(f"{where}: layer {layer.layer.name!r} reads {bottom!r}, which nothing makes")
+                place = file.place(layer.layer.name)
+                raise UserError(f"{place}: layer {layer.layer.name!r} reads {bottom!r}, which nothing makes")
             source = writers[bottom]
             if source is None or source.layer.type != "padding":
                 continue
             counts = [len(blobs) for blobs in (layer.bottom, source.bottom, source.top)]
             if layer.layer.type not in _WINDOWS or counts != [1, 1, 1]:
                 raise UserError(
-                    f"{where}: layer {layer.layer.name!r} reads the padding layer "
+                    f"{file.place(layer.layer.name)}: layer {layer.layer.name!r} reads the padding layer "
                     f"{source.layer.name!r}, which only a conv or pool with one bottom can"
                 )
             old.layer.pad = source.layer.pad
@@ -205,7 +223,7 @@ def _without_padding(net: Any, where: str) -> list[Any]:
     return kept
 
 
-def _upgrade_v0_layer(old: Any, new: Any, where: str) -> list[str]:
+def _upgrade_v0_layer(old: Any, new: Any, file: _File) -> list[str]:
     settings, kind = old.layer, old.layer.type
     new.bottom.extend(old.bottom)
     new.top.extend(old.top)
@@ -214,8 +232,8 @@ def _upgrade_v0_layer(old: Any, new: Any, where: str) -> list[str]:
     if settings.HasField("type"):
         if kind not in _V0_TYPES:
             raise UserError(
-                f"{where}: layer {settings.name!r}: no V0 layer has the type {kind!r}; "
-                f"known: {', '.join(_V0_TYPES)}, padding"
+                f"{file.place(settings.name, 'type')}: layer {settings.name!r}: no V0 layer has the type "
+                f"{kind!r}; known: {', '.join(_V0_TYPES)}, padding"
             )
         new.type = _V0_TYPES[kind]
     new.blobs.extend(settings.blobs)
@@ -232,7 +250,8 @@ def _upgrade_v0_layer(old: Any, new: Any, where: str) -> list[str]:
             messages, field = _V0_FIELDS[name]
             _set(getattr(new, messages[kind]), field, value)
         elif name not in ("name", "type", "blobs", "blobs_lr", "weight_decay"):
-            remarks.append(f"{where}: layer {settings.name!r}: {name} has no meaning for {kind!r}; left out")
+            place = file.place(settings.name, name)
+            remarks.append(f"{place}: layer {settings.name!r}: {name} has no meaning for {kind!r}; left out")
     return remarks
 
 
@@ -271,11 +290,11 @@ def _upgrade_transformations(net: Any) -> None:
                 parameter.ClearField(name)
 
 
-def _upgrade_v1(net: Any, where: str) -> None:
+def _upgrade_v1(net: Any, file: _File) -> None:
     if net.layer:
         raise UserError(
-            f"{where}: has both layer and layers, its older form; Caffe reads either: "
-            f'write {net.layers[0].name!r} and the like as layer {{ type: "..." }}'
+            f"{file.place(net.layers[0].name)}: has both layer and layers, its older form; Caffe reads "
+            f'either: write {net.layers[0].name!r} and the like as layer {{ type: "..." }}'
         )
     for old in net.layers:
         _upgrade_v1_layer(old, net.layer.add())
@@ -310,7 +329,7 @@ _V1_PARAM_FIELDS = {
 """ParamSpec's fields, by the V1 field with one value for each blob."""
 
 
-def _upgrade_inputs(net: Any, where: str) -> None:
+def _upgrade_inputs(net: Any, file: _File) -> None:
     """``input`` with its shapes to a layer before all others; without shapes it says nothing."""
     shapes = [list(shape.dim) for shape in net.input_shape]
     dims = list(net.input_dim)
@@ -320,8 +339,9 @@ def _upgrade_inputs(net: Any, where: str) -> None:
         whole = len(shapes) >= len(net.input) and (net.input_shape or not len(dims) % _AXES)
         if not whole:
             raise UserError(
-                f"{where}: {len(net.input)} of input with {len(net.input_shape)} of input_shape and "
-                f"{len(dims)} of input_dim; give each input its input_shape, or {_AXES} of input_dim"
+                f"{file.place('', 'input')}: {len(net.input)} of input with {len(net.input_shape)} of "
+                f"input_shape and {len(dims)} of input_dim; give each input its input_shape, or {_AXES} of "
+                "input_dim"
             )
         layers = [type(layer).FromString(layer.SerializeToString()) for layer in net.layer]
         net.ClearField("layer")

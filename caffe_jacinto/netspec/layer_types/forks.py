@@ -75,6 +75,8 @@ def _axpy(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
 
 def _interp(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     shape = image(bottoms)
+    if len(bottoms) == 2:
+        return [(*shape[:2], *image(bottoms[1:])[2:])]
     return [(*shape[:2], *(interpolated(layer, size, axis) for axis, size in enumerate(shape[2:])))]
 
 

@@ -160,12 +160,23 @@ def axpy(layer: LayerSetup) -> Forward:
 
 
 def interp(layer: LayerSetup) -> Forward:
-    """Bilinear, with the corners in place; padding below zero cuts the image first."""
-    layer.takes(1)
+    """Bilinear, with the corners in place; padding below zero cuts the image first.
+
+    With a second bottom, to the height and width of that, whose values play no part.
+    """
+    layer.takes(1, 2)
     fields = layer.parameters(
         "interp_param", "height", "width", "zoom_factor", "shrink_factor", "pad_beg", "pad_end"
     )
-    (shape,) = layer.bottoms
+    shape = layer.bottoms[0]
+    if len(layer.bottoms) == 2:
+        sized = [
+            name for name in ("height", "width", "zoom_factor", "shrink_factor") if fields.HasField(name)
+        ]
+        if sized:
+            layer.refuse(f"interp_param.{sized[0]}: its second bottom says the size; remove one of them")
+        if len(layer.bottoms[1]) != 4:
+            layer.refuse(f"its second bottom {layer.bottoms[1]} has no height and width")
     before, behind = fields.pad_beg, fields.pad_end
     if len(shape) != 4 or max(before, behind) > 0 or min(shape[2:]) + before + behind < 1:
         layer.refuse("takes images of four axes, and padding that is 0 or cuts off a part of them")
@@ -176,7 +187,7 @@ def interp(layer: LayerSetup) -> Forward:
         )
     size = layer.tops[0][2:]
     rows, columns = (slice(-before, dim + behind) for dim in shape[2:])
-    return lambda blobs, values: F.interpolate(
+    return lambda blobs, values, *_: F.interpolate(
         values[:, :, rows, columns], size, mode="bilinear", align_corners=True
     )
 
