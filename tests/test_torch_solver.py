@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import (
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.engines.pytorch.net import Learnable
 from caffe_jacinto.engines.pytorch.solver_fields import check_solver
 from caffe_jacinto.engines.pytorch.solvers import SOLVERS, CaffeSolver, solver_class
@@ -554,6 +555,42 @@ def test_networks_inside_a_solver_and_its_log_are_caffes(caffe_engine: Engine, t
     assert len(caffes) > 20
     assert [_rounded(line) for line in ours] == [_rounded(line) for line in caffes]
     assert "snapshot_diff: weight files do not hold the gradients" in done.stderr
+
+
+@pytest.mark.caffe
+def test_a_solver_of_no_iterations_does_what_caffe_does(
+    caffe_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It loads, shows its loss, tests, and takes a snapshot, or leaves one of these out."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.prototxt").write_text(NETWORK)
+    solvers = {
+        "all": "test_iter: 2 test_interval: 3 test_initialization: false display: 2",
+        "interval": "snapshot: 5 test_iter: 2 test_interval: 3",
+        "none": "snapshot_after_train: false display: 1 average_loss: 2",
+    }
+    common = 'net: "net.prototxt" base_lr: 0.5 lr_policy: "poly" power: 1 max_iter: 0 solver_mode: CPU'
+    for name, fields in solvers.items():
+        Path("s.prototxt").write_text(f'{common} snapshot_prefix: "{name}" {fields}')
+        caffes = subprocess.run(
+            [caffe_engine.info.executable, "train", "-solver", "s.prototxt"], capture_output=True, text=True
+        )
+        assert caffes.returncode == 0
+        files = sorted(path.name for path in tmp_path.glob(f"{name}_*"))
+        for path in tmp_path.glob(f"{name}_*"):
+            path.unlink()
+        capfd.readouterr()
+        assert caffe_torch(["train", "-solver", "s.prototxt"]) == 0
+        said = [
+            [
+                _rounded(line)
+                for line in re.sub(r"(?m)^.*?\] |\(.*?iters?\), ", "", text).splitlines()
+                if re.match("Iteration|    T|Snapshotting|Optimization", line)
+            ]
+            for text in (capfd.readouterr().err, caffes.stderr)
+        ]
+        assert said[0] == list(dict.fromkeys(said[1])), name  # Caffe says twice that it is done
+        assert sorted(path.name for path in tmp_path.glob(f"{name}_*")) == files
 
 
 def _rounded(line: str) -> str:

@@ -22,13 +22,14 @@ from caffe_jacinto.netspec.summary import summarize
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.networks.user_network import read_user_network
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.edit import Edits
 from caffe_jacinto.prototxt.render import quote
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.recipes.model import NetworkSettings, Recipe
 from caffe_jacinto.train import main as train
 
 DIGITS = LmdbSize(images=50, shape=(3, 32, 32), largest=(32, 32), highest_label=9)
@@ -388,6 +389,34 @@ def test_a_mistake_in_an_older_file_has_its_line_there(
     ):
         with pytest.raises(UserError, match=message):
             run()
+
+
+def test_a_mistake_in_an_older_form_has_the_line_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "old.prototxt"
+    path.write_text(
+        """layers { name: "d" type: DATA top: "data" top: "label" data_param { source: "x" batch_size: 2 } }
+# a comment, which the form of today has no place for
+layers {
+  name: "conv"
+  type: CONVOLUTION
+  bottom: "data" top: "conv" blobs_lr: 1
+  convolution_param {
+    num_output: 4
+    kernel_h: 3
+  }
+}
+
+layers { name: "ip" type: INNER_PRODUCT
+  bottom: "cnv" top: "ip" inner_product_param { num_output: 3 } }
+layers { name: "loss" type: SOFTMAX_LOSS bottom: "ip" bottom: "label" top: "loss" }
+"""
+    )
+    with pytest.raises(UserError) as caught:
+        read_user_network(NetworkSettings(name="old", prototxt=str(path)))
+    assert [line.partition(";")[0] for line in caught.value.lines()] == [
+        f"{path}:14: layer ip: bottom: no layer makes cnv",
+        f"{path}:7: layer conv: convolution_param.kernel_w: is missing, and kernel_h is given",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- edits

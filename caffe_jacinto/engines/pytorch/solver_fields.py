@@ -70,8 +70,10 @@ def check_solver(solver: SolverFile) -> None:
             raise UserError(f"{where}: {name} is not supported; remove it")
     if fields.regularization_type not in ("L1", "L2"):
         raise UserError(f"{where}: regularization_type has to be L1 or L2")
-    if fields.max_iter < 1 or fields.iter_size < 1:
-        raise UserError(f"{where}: max_iter and iter_size have to be at least 1")
+    if not fields.HasField("max_iter") or fields.max_iter < 0:
+        raise UserError(f"{where}: max_iter has to be given, and at least 0; with 0 nothing is trained")
+    if fields.iter_size < 1:
+        raise UserError(f"{where}: iter_size has to be at least 1")
     _check_rule(fields, where)
     _check_rates(solver)
     if not 0 <= fields.ema_decay < 1:
@@ -125,7 +127,7 @@ def _check_rates(solver: SolverFile) -> None:
         raise UserError(f"{where}: lr_policy one_cycle needs warmup_iter, the iteration of its largest rate")
     if policy == "step" and fields.stepsize < 1:
         raise UserError(f"{where}: lr_policy step needs a stepsize of at least 1")
-    for iteration in (0, fields.max_iter - 1):
+    for iteration in (0, fields.max_iter - 1) if fields.max_iter else ():
         if not isfinite(solver.rate(iteration)):
             raise UserError(
                 f"{where}: lr_policy {policy} gives no finite learning rate at iteration {iteration}; "

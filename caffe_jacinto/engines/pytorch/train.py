@@ -391,7 +391,9 @@ class Trainer:
             self._display_and_test()
             if not self._stopped:
                 self._iterate()
-        if self.parameters.snapshot_after_train and self._last_snapshot != self.iteration:
+        # Without an update Caffe takes one only if it has no interval, of which iteration 0 is a multiple.
+        wanted = self.parameters.snapshot_after_train and (self.iteration or not self.parameters.snapshot)
+        if wanted and self._last_snapshot != self.iteration:
             self._snapshot()
         self.log.optimization_ends(early=self._stopped or not self._finish())
         return 0
