@@ -15,11 +15,13 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from small_stage import write_digits
 
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.create_lmdb import main as create_lmdb
 from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages
 
@@ -140,3 +142,87 @@ def test_the_same_weights_score_the_same(stage: tuple[Path, str], caffe_engine: 
         assert scores[0]
         for name, value in scores[0].items():
             assert scores[1][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+CONVOLUTION = (
+    'layer { name: "conv" type: "Convolution" bottom: "%s" top: "conv" convolution_param { %s %s } }\n'
+)
+FILLED = 'weight_filler { type: "xavier" }'
+ODD_NETWORKS = {
+    "padding for one axis": CONVOLUTION % ("data", "num_output: 4 kernel_h: 1 kernel_w: 7 pad_w: 3", FILLED),
+    "rates of statistics": CONVOLUTION
+    % ("data", "num_output: 6 kernel_size: 3", FILLED)
+    + 'layer { name: "bn" type: "BatchNorm" bottom: "conv" top: "conv" '
+    "param { lr_mult: 1 } param { lr_mult: 1 } param { lr_mult: 1 } }\n",
+    "rows": CONVOLUTION
+    % ("data", "num_output: 6 kernel_size: 3", FILLED)
+    + 'layer { name: "rows" type: "InnerProduct" bottom: "conv" top: "rows" inner_product_param { axis: 3 '
+    f"num_output: 5 {FILLED} }} }}\n",
+    "reshaped": 'layer { name: "turn" type: "Reshape" bottom: "data" top: "turned" reshape_param { shape { '
+    "dim: 0 dim: 4 dim: 14 dim: 14 } } }\n"
+    + CONVOLUTION
+    % ("turned", "num_output: 6 kernel_size: 3", FILLED),
+    "scale of all axes": CONVOLUTION
+    % ("data", "num_output: 6 kernel_size: 3", FILLED)
+    + 'layer { name: "sc" type: "Scale" bottom: "conv" top: "conv" scale_param { axis: 1 num_axes: -1 '
+    "filler { value: 1 } } }\n",
+    "shared": "".join(
+        f'layer {{ name: "{name}" type: "InnerProduct" bottom: "data" top: "{name}" param {{ name: "w" }} '
+        f'param {{ name: "b" }} inner_product_param {{ num_output: 10 {FILLED} }} }}\n{more}'
+        for name, more in (("a", 'layer { name: "relu" type: "ReLU" bottom: "a" top: "a" }\n'), ("b", ""))
+    )
+    + 'layer { name: "sum" type: "Eltwise" bottom: "a" bottom: "b" top: "conv" }\n',
+    "stray input": 'input: "data"\n' + CONVOLUTION % ("data", "num_output: 6 kernel_size: 3", FILLED),
+}
+"""Of each kind that once was read otherwise than Caffe reads it."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits") / "lmdb", images=64)
+
+
+@pytest.mark.parametrize("kind", ODD_NETWORKS)
+def test_odd_networks_train_and_resume_as_in_caffe(
+    kind: str,
+    digits: Path,
+    caffe_engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """From the weights that Caffe fills, and from its solver state of iteration 4."""
+    monkeypatch.chdir(tmp_path)
+    last = "rows" if kind == "rows" else "conv"
+
+    def trained_here(*arguments: str) -> list[float]:
+        capfd.readouterr()
+        assert caffe_torch(["train", *arguments]) == 0
+        return losses(capfd.readouterr().err)
+
+    Path("net.prototxt").write_text(
+        f'layer {{ name: "data" type: "Data" top: "data" top: "label" data_param {{ source: "{digits}" '
+        "batch_size: 4 backend: LMDB } transform_param { scale: 0.01 } }\n"
+        f'{ODD_NETWORKS[kind]}layer {{ name: "fc" type: "InnerProduct" bottom: "{last}" top: "fc" '
+        f"inner_product_param {{ num_output: 10 {FILLED} }} }}\n"
+        'layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }\n'
+    )
+    text = 'net: "net.prototxt" base_lr: 0.01 lr_policy: "fixed" momentum: 0.9 display: 1 solver_mode: CPU '
+    for name, iterations in (("start", 0), ("theirs", 5), ("ours", 5)):
+        snapshots = f'max_iter: {iterations} snapshot: 2 snapshot_prefix: "{name}"'
+        snapshots = snapshots.replace(" snapshot: 2", "") if not iterations else snapshots
+        Path(f"{name}.prototxt").write_text(f"{text} random_seed: 3 {snapshots}\n")
+    caffe = caffe_engine.info.executable
+    run([caffe, "train", "-solver", "start.prototxt"])
+    theirs = losses(run([caffe, "train", "-weights=start_iter_0.caffemodel", "-solver=theirs.prototxt"]))
+    ours = trained_here("-weights", "start_iter_0.caffemodel", "-solver", "ours.prototxt")
+    assert len(theirs) == len(ours) == 5
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    expected = read_weights(Path("theirs_iter_5.caffemodel"))
+    found = read_weights(Path("ours_iter_5.caffemodel"))
+    assert list(found) == list(expected)
+    for layer, blobs in expected.items():
+        for blob, other in zip(found[layer], blobs, strict=True):
+            np.testing.assert_allclose(blob, other, rtol=1e-4, atol=1e-4, err_msg=layer)
+    resumed = trained_here("-snapshot", "theirs_iter_4.solverstate", "-solver", "ours.prototxt")
+    np.testing.assert_allclose(resumed, theirs[4:], rtol=1e-4)
