@@ -93,7 +93,7 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     quantizer = Quantizer(passes, network, where, sampled=sampled, progress=progress)
     if log is not None:
         log.network(files.val, network, trained.shape, options.batch)
-        log.sparsity(files.weights)
+        log.sparsity(files.weights, files.deploy)
     result = quantizer.quantize(calibration, trained=ranges)
     quantizer.measure_noise(result, calibration)
     if val is not None:

@@ -335,7 +335,7 @@ def _shrink(options: argparse.Namespace) -> int:
     _take_network(options)
     folder = options.output or options.file.parent / "shrunk"
     shrunk = shrink(_deploy_text(options), str(options.deploy), _named_dialect(options), options.file)
-    deploy, weights = folder / options.deploy.name, folder / f"{options.file.stem}_shrunk.caffemodel"
+    deploy, weights = folder / options.deploy.name, folder / _beside(options.file, "_shrunk.caffemodel").name
     others = {}
     for source in (options.deploy.parent / name for name in _OTHER_FORMS):
         if source.is_file() and source.name != options.deploy.name:

@@ -138,6 +138,11 @@ def test_the_commands_take_them(
     assert_same(
         *(read_weights(Path(f"merged/{name}_iter_4_merged.caffemodel")) for name in ("hdf5", "binary"))
     )
+    said("shrink", hdf5, "deploy.prototxt", "--output=shrunk")
+    said("shrink", binary, "deploy.prototxt", "--output=shrunk")
+    assert_same(
+        *(read_weights(Path(f"shrunk/{name}_iter_4_shrunk.caffemodel")) for name in ("hdf5", "binary"))
+    )
     said("export", hdf5, "deploy.prototxt")
     said("export", binary, "deploy.prototxt")
     models = [Path(f"{name}_iter_4.onnx").read_bytes() for name in ("hdf5", "binary")]

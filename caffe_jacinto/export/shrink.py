@@ -58,6 +58,9 @@ class Shrunk:
     _names: Collection[str]
     """All layers of the deploy network."""
 
+    _network: Any
+    """Its NetParameter message."""
+
     @property
     def removed(self) -> dict[str, int]:
         """How many channels each convolution or inner product has lost."""
@@ -75,7 +78,7 @@ class Shrunk:
 
     def _parts(self) -> Iterator[Any]:
         """As the weight file of the whole network, without what a deploy network does not read."""
-        with open_net(self.weights, self.dialect) as (name, layers):
+        with open_net(self.weights, self.dialect, self._network) as (name, layers):
             kept = (layer for layer in layers if layer.name in self._names or not layer.blobs)
             yield from net_parts(name, (self._cut(layer) for layer in kept), self.dialect)
 
@@ -121,7 +124,7 @@ def shrink(deploy_text: str, where: str, dialect: Dialect | None, weights: Path)
     assert smaller is not None
     names = {layer.name for layer in messages_in(net, TEST)}
     before, after = (summarize(tree.parse(part, where), where) for part in (text, smaller))
-    return Shrunk(smaller, weights, dialect_of(net), before, after, cuts, layers, names)
+    return Shrunk(smaller, weights, dialect_of(net), before, after, cuts, layers, names, net)
 
 
 def _today(text: str, where: str) -> str:

@@ -64,9 +64,10 @@ class QuantizeLog:
             elif layer.type == "SoftmaxWithLoss":
                 self._loss = layer.top[0]
 
-    def sparsity(self, weights: Path) -> None:
+    def sparsity(self, weights: Path, deploy: Path) -> None:
         """The zeros of the convolutions' weights, before they are quantized."""
-        facts = [fact for fact in blob_facts(weights, find_dialect(weights)) if fact.counts]
+        net = parse_any_net(read_text(deploy), str(deploy))
+        facts = [fact for fact in blob_facts(weights, find_dialect(weights), net) if fact.counts]
         if facts:
             self._log.sparsity(
                 {fact.layer: fact.zeros for fact in facts}, {fact.layer: fact.count for fact in facts}

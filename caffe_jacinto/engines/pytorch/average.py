@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from caffe_jacinto.caffemodel.hdf5 import without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.snapshot import load_weights, save_weights
@@ -27,7 +28,7 @@ SUFFIX = ".ema.caffemodel"
 
 def average_file(snapshot: Path) -> Path:
     """The averaged weights beside a ``.solverstate`` or ``.caffemodel``."""
-    return snapshot.with_suffix(SUFFIX)
+    return without_suffix(snapshot).with_suffix(SUFFIX)
 
 
 class WeightAverage:
