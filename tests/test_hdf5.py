@@ -219,7 +219,12 @@ def small_files(folder: Path) -> tuple[Path, Path]:
     numbers = np.arange(6, dtype=np.float32)
     write_weights(weights, {"b": {0: numbers.reshape(2, 3)}, "a": {0: numbers, 1: numbers[:1].reshape(())}})
     write_state(
-        state, iteration=5, current_step=1, learned_net="w.caffemodel.h5", history=[numbers] * 11, own={20_000: b"{}"}
+        state,
+        iteration=5,
+        current_step=1,
+        learned_net="w.caffemodel.h5",
+        history=[numbers] * 11,
+        own={20_000: b"{}"},
     )
     return weights, state
 

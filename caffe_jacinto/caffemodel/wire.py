@@ -24,7 +24,7 @@ STATE_ITER, STATE_NET, STATE_HISTORY = 1, 2, 3
 """SolverState's iter, learned_net and history."""
 
 STATE_PLACE, STATE_RANGES = 20_000, 20_001
-"""Fields of our own in solver states, far from Caffe's numbers and below protobuf's reserved ones: the place in
+"""Fields of our own in solver states, above Caffe's numbers and below protobuf's reserved ones: the place in
 the data, and the ranges of activations of quantization-aware training."""
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
