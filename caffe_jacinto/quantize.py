@@ -72,7 +72,7 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     """Everything after the checks of the arguments."""
     from caffe_jacinto.engines.gpus import requested_gpus
     from caffe_jacinto.inference.network import network_files, trained_network, validation_preprocessing
-    from caffe_jacinto.inference.quantize import Quantizer, described, loaded, on_caffe, on_pytorch
+    from caffe_jacinto.inference.quantize import Quantizer, described, loaded, on_caffe, on_each_gpu
 
     files = network_files(options.network, options.weights, options.preprocessing)
     trained = trained_network(files.deploy, files.weights)
@@ -86,11 +86,11 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     if ranges is not None:
         network = replace(network, scheme=replace(scheme, activation_ranges=TRAINED))
     if options.backend == "caffe":
-        passes: Any = on_caffe(net, network, options.caffe, where)
+        nets: list[Any] = [on_caffe(net, network, options.caffe, where)]
     else:
-        passes = on_pytorch(net, network, requested_gpus(options.gpus, None)[:1], where)
+        nets = on_each_gpu(net, network, requested_gpus(options.gpus, None), where)
     sampled, progress = options.plot is not None, image_progress if log is None else log.progress
-    quantizer = Quantizer(passes, network, where, sampled=sampled, progress=progress)
+    quantizer = Quantizer(nets[0], network, where, others=nets[1:], sampled=sampled, progress=progress)
     if log is not None:
         log.network(files.val, network, trained.shape, options.batch)
         log.sparsity(files.weights, files.deploy)
@@ -158,8 +158,8 @@ def _parser() -> Parser:
     add("--caffe", metavar="PATH", help="with --backend caffe: the caffe executable or its tree")
     log = "write a log in Caffe's form to stderr, which the report reads, instead of progress and table"
     add("--log", action="store_true", help=log)
-    gpus = "compute on the first of these GPUs, on PyTorch (default: on the CPU)"
-    add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0|all", help=gpus)
+    gpus = "compute on these GPUs, on PyTorch (default: on the CPU)"
+    add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0,1|all", help=gpus)
     return parser
 
 

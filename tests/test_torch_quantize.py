@@ -634,6 +634,44 @@ def test_stock_caffe_layer_by_layer_gives_what_pytorch_does(
 
 
 @pytest.mark.caffe
+@pytest.mark.parametrize("scheme", ["processor", "caffe_jacinto"])
+def test_several_devices_give_what_one_gives(
+    scheme: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nets on the CPU, in threads of their own, take the batches in turn."""
+    net = stock_net(SMALL_NET, "deploy.prototxt", None, trained.folder / "w.caffemodel")
+    chosen = replace(SCHEMES[scheme], bias_correction=scheme == "processor")
+    network = described(net, chosen, "deploy.prototxt", {}, ())
+    nets = [on_pytorch(net, network, (), "") for _ in range(3)]
+    pixels, labels = val_images(trained)
+    listed = [Sample(str(at), labels[at], pixels[at]) for at in range(110)]
+    shown = batched("images", len(listed), 10, lambda: iter(listed))
+    batches: Counter[int] = Counter()
+    for number, each in enumerate(nets):
+        monkeypatch.setattr(each, "scores", spied(each.scores, batches, number))
+    records, seen = [], []
+    for others in ([], nets[1:]):
+        on_batch: list[Any] = []
+        quantizer = Quantizer(nets[0], network, "deploy.prototxt", others=others, sampled=True)
+        result = quantizer.quantize(shown)
+        quantizer.measure_noise(result, shown)
+        quantizer.test(result, shown, sensitivity=True, on_batch=on_batch.append)
+        records.append(record_of(result))
+        seen.append(on_batch)
+    alone = len(result.alone)
+    assert alone and batches == {0: (2 + alone) * (11 + 4), 1: (2 + alone) * 4, 2: (2 + alone) * 3}
+    assert records[0] == records[1] and seen[0] == seen[1] and len(seen[0]) == 11
+
+
+def spied(scores: Any, batches: Counter[int], number: int) -> Any:
+    def counting(*arguments: Any) -> Any:
+        batches[number] += 1
+        return scores(*arguments)
+
+    return counting
+
+
+@pytest.mark.caffe
 def test_the_command_on_stock_caffe(made: tuple[Path, str], trained: Trained, tmp_path: Path) -> None:
     assert main([*trained.arguments, "--backend", "caffe", "--output", str(tmp_path / "q")]) == 0
     records = [json.loads((folder / "quantization.json").read_text()) for folder in (made[0], tmp_path / "q")]

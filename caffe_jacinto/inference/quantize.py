@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
 from caffe_jacinto.common.errors import UserError
@@ -31,7 +33,8 @@ from caffe_jacinto.inference.scores import Tally, softmax_loss
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.schema import dialect_of, parse_any_net
-from caffe_jacinto.quantization.network import Network, network_of, quantization_of
+from caffe_jacinto.quantization.network import Network, Quantization, network_of, quantization_of
+from caffe_jacinto.quantization.passes import Passes
 from caffe_jacinto.quantization.ranges import Histogram, Range
 from caffe_jacinto.quantization.results import Accuracy, Energy, Result
 from caffe_jacinto.quantization.schemes import TRAINED, MovingRange, Scheme
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
     from caffe_jacinto.engines.pytorch.quantized import QuantizedNet
 
     Values = NDArray[np.float32]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NOISE_BATCHES = 4
 """Batches over which the noise of each layer's output, and a bias correction, is measured."""
@@ -91,6 +97,15 @@ def described(
     """
     blobs = {layer.name: layer.blobs for layer in net.layers}
     return network_of(scheme, [layer.message for layer in net.layers], blobs, where, bits=bits, floats=floats)
+
+
+def on_each_gpu(net: StockNet, network: Network, gpus: Sequence[int], where: str) -> list[QuantizedNet]:
+    """The network on PyTorch, once on each of ``gpus``; without any, on the CPU.
+
+    Raises:
+        UserError: as `on_pytorch`.
+    """
+    return [on_pytorch(net, network, (gpu,), where) for gpu in gpus] or [on_pytorch(net, network, (), where)]
 
 
 def on_pytorch(net: StockNet, network: Network, gpus: Sequence[int], where: str) -> QuantizedNet:
@@ -180,11 +195,17 @@ class Quantizer:
         network: Network,
         where: str,
         *,
+        others: Sequence[QuantizedNet] = (),
         sampled: bool = False,
         progress: Progress = image_progress,
     ) -> None:
-        """``sampled``: keep histograms even where the scheme chooses ranges without them."""
+        """
+        Args:
+            others: the same network on other devices, which share the batches with ``net``.
+            sampled: keep histograms even where the scheme chooses ranges without them.
+        """
         self._progress = progress
+        self._nets = (net, *others)
         self.where = where
         self.network = network
         self.net = net
@@ -242,8 +263,10 @@ class Quantizer:
         }
         counted = 0
         with self._progress(label, images.total) as advance:
-            for batch in _stacked(images):
-                for seen in self.net.seen(batch, None, sampled=self._sampled):
+            for batch, found in self._each(
+                lambda net, batch: list(net.seen(batch, None, sampled=self._sampled)), _stacked(images)
+            ):
+                for seen in found:
                     ranges[seen.unit.name].add(seen.low, seen.high, seen.sample)
                 counted += len(batch)
                 advance(len(batch))
@@ -253,8 +276,11 @@ class Quantizer:
         """Take the mean error that quantized weights make in each output channel off its bias."""
         sums: dict[str, Any] = {}
         counted = 0
-        for batch in islice(_stacked(images), NOISE_BATCHES):
-            for unit, errors in self.net.mean_errors(batch, result.quantization):
+        for batch, found in self._each(
+            lambda net, batch: list(net.mean_errors(batch, result.quantization)),
+            islice(_stacked(images), NOISE_BATCHES),
+        ):
+            for unit, errors in found:
                 sums[unit.name] = sums.get(unit.name, 0) + errors * len(batch)
             counted += len(batch)
         corrected = {}
@@ -267,9 +293,12 @@ class Quantizer:
     def measure_noise(self, result: Result, images: Images) -> None:
         """Measure the noise of each output over the first batches."""
         result.noise = {}
-        for batch in islice(_stacked(images), NOISE_BATCHES):
+        for batch, found in self._each(
+            lambda net, batch: list(net.signal_and_noise(batch, result.quantization)),
+            islice(_stacked(images), NOISE_BATCHES),
+        ):
             result.noise_images += len(batch)
-            for unit, signal, noise in self.net.signal_and_noise(batch, result.quantization):
+            for unit, signal, noise in found:
                 result.noise.setdefault(unit.name, Energy()).add(signal, noise)
 
     def test(
@@ -289,9 +318,10 @@ class Quantizer:
         """
         before, after, same, tested = Tallied(), Tallied(), 0, 0
         with self._progress("test", images.total) as advance:
-            for batch, labels in _labelled(images):
-                exact = self.net.scores(batch, None)
-                rounded = self.net.scores(batch, result.quantization)
+            for (_, labels), (exact, rounded) in self._each(
+                lambda net, item: (net.scores(item[0], None), net.scores(item[0], result.quantization)),
+                _labelled(images),
+            ):
                 before.add(exact, labels)
                 after.add(rounded, labels)
                 same += int((exact.argmax(axis=1) == rounded.argmax(axis=1)).sum())
@@ -314,10 +344,33 @@ class Quantizer:
         with self._progress("sensitivity", images.total * len(names)) as advance:
             for name in names:
                 alone, tally = quantization.only(name), Tallied()
-                for batch, labels in _labelled(images):
-                    tally.add(self.net.scores(batch, alone), labels)
+                work = partial(_scores, quantization=alone)
+                for (_, labels), scores in self._each(work, _labelled(images)):
+                    tally.add(scores, labels)
                     advance(len(labels))
                 result.alone[name] = tally.accuracy(images.what).top1
+
+    def _each(self, work: Callable[[Any, T], R], items: Iterator[T]) -> Iterator[tuple[T, R]]:
+        """Each item with what ``work`` gives for it on one of the nets, which take turns; in order."""
+        if len(self._nets) == 1:
+            yield from ((item, work(self.net, item)) for item in items)
+            return
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        with ThreadPoolExecutor(len(self._nets)) as pool:
+            waiting: deque[tuple[T, Future[R]]] = deque()
+            for item, net in zip(items, cycle(self._nets), strict=False):
+                waiting.append((item, pool.submit(work, net, item)))
+                # The oldest has the net whose turn comes next.
+                if len(waiting) == len(self._nets):
+                    done, result = waiting.popleft()
+                    yield done, result.result()
+            for done, result in waiting:
+                yield done, result.result()
+
+
+def _scores(net: Passes, item: tuple[Values, list[int]], *, quantization: Quantization) -> Values:
+    return net.scores(item[0], quantization)
 
 
 class Tallied:

@@ -174,8 +174,8 @@ class TorchEngine:
         return {}
 
     def quantize_command(self, job: QuantizeJob) -> list[str]:
-        """On the first GPU."""
-        gpus = ["--gpus", *map(str, job.test.gpus[:1])] if job.test.gpus else []
+        """On the GPUs of the test."""
+        gpus = ["--gpus", ",".join(map(str, job.test.gpus))] if job.test.gpus else []
         return [str(self.info.executable), *quantize_arguments(job), *gpus]
 
     def resume_start_factor(self, sparse: SparseSettings, iteration: int, log: str) -> float | None:

@@ -7,6 +7,7 @@ below 2^24 are exact, as a processor's are, and one factor for each channel make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ class QuantizedNet:
 
     def scores(self, images: Values, quantization: Quantization | None) -> Values:
         """The network's output, images x classes."""
-        with torch.inference_mode():
+        with self._inference():
             for _, made in self.passing(images, quantization):
                 last = made
             found: Values = last.values.cpu().numpy()
@@ -139,7 +140,7 @@ class QuantizedNet:
 
     def seen(self, images: Values, quantization: Quantization | None, *, sampled: bool) -> Iterator[Seen]:
         """The range of each output that is quantized, in one pass; ``sampled``: with some of its values."""
-        with torch.inference_mode():
+        with self._inference():
             for unit, made in self.passing(images, quantization):
                 if unit.output == "quantized":
                     yield seen_of(unit, made.values, sampled=sampled)
@@ -149,7 +150,7 @@ class QuantizedNet:
     ) -> Iterator[tuple[Unit, float, float]]:
         """The energy of each quantized unit's output, and that of what quantization changes in it."""
         taken = self._on_device(images)
-        with torch.inference_mode():
+        with self._inference():
             both = zip(self.passing(taken, None), self.passing(taken, quantization), strict=True)
             for (unit, exact), (_, rounded) in both:
                 if unit.output == "quantized":
@@ -165,7 +166,7 @@ class QuantizedNet:
             for name, grid in quantization.weights.items()
         }
         inputs: dict[str, Tensor] = {}
-        with torch.inference_mode():
+        with self._inference():
             for unit, made in self.passing(taken, None):
                 if unit.name in differences:
                     blobs = [
@@ -178,6 +179,13 @@ class QuantizedNet:
                 inputs[unit.blob] = made.values
                 for name in self._done_with[unit.name]:
                     inputs.pop(name, None)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Passes without gradients; in a thread of its own, too, on this network's device."""
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, torch.inference_mode():
+            yield
 
     def _output(
         self,
