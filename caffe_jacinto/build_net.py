@@ -152,7 +152,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "NAME",
         str,
         "initial",
-        ", ".join(name for name, stage in recipe.stages.items() if stage.solver is not None),
+        ", ".join(recipe.trained),
     )
     count = whole_number(1)
     add("num-classes", "N", whole_number(2), data.num_classes)

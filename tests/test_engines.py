@@ -545,7 +545,7 @@ def stages_of(*overrides: str, dialect: Dialect = Dialect.BVLC, **changes: str) 
     """The prototxts of the demo's stages; ``changes`` are texts that replace others in all of them."""
     recipe = load_recipe("demo_digits", overrides)
     found = {}
-    for name in recipe.stages:
+    for name in recipe.trained:
         files = stage_files(
             recipe, name, dialect, folder=f"run/{name}", gpus=(), iter_size=1, solver_mode_gpu=False
         )

@@ -177,7 +177,7 @@ def test_the_widths_of_mobilenet_are_the_papers(width: float, parameters: float,
 @pytest.mark.parametrize("dialect", Dialect)
 def test_every_stage_parses_in_both_dialects(network: str, dialect: Dialect) -> None:
     recipe = load_recipe(f"imagenet_{network}")
-    for stage in recipe.stages:
+    for stage in recipe.trained:
         files = stage_files(
             recipe, stage, dialect, folder="out", gpus=(0,), iter_size=1, solver_mode_gpu=True, val_images=1
         )

@@ -562,6 +562,11 @@ class Recipe(_Settings):
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """In the order of the file, which is the order of training."""
 
+    @property
+    def trained(self) -> dict[str, Stage]:
+        """The stages with a solver, by their names, in order."""
+        return {name: stage for name, stage in self.stages.items() if stage.solver is not None}
+
     def counts_inner_products(self, name: str) -> bool:
         """Whether the zeros of inner products are held and counted in a stage.
 

@@ -123,7 +123,7 @@ class RunRecord(BaseModel):
 
 def steps_of(recipe: Recipe) -> list[str]:
     """The stages that train, the test of the final weights, and the stages that quantize."""
-    trained = [name for name, stage in recipe.stages.items() if stage.solver is not None]
+    trained = recipe.trained
     return [*trained, TEST, *(name for name in recipe.stages if name not in trained)]
 
 
