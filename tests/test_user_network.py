@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import h5py
+import numpy as np
 import pytest
 from digits_run import Trainer, write_lmdbs
 from hypothesis import given
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
-from caffe_jacinto.netspec.data_fit import LmdbSize
+from caffe_jacinto.netspec.data_fit import DataSize
 from caffe_jacinto.netspec.graph import TEST, layers_in, nodes_of
 from caffe_jacinto.netspec.summary import summarize
 from caffe_jacinto.networks.completion import complete
@@ -32,7 +35,7 @@ from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import NetworkSettings, Recipe
 from caffe_jacinto.train import main as train
 
-DIGITS = LmdbSize(images=50, shape=(3, 32, 32), largest=(32, 32), highest_label=9)
+DIGITS = DataSize(images=50, shape=(3, 32, 32), largest=(32, 32), highest_label=9)
 
 SMALL = """\
 name: "Small"
@@ -132,7 +135,7 @@ def files_of(recipe: Recipe, dialect: Dialect = Dialect.BVLC, gpus: tuple[int, .
         gpus=gpus,
         iter_size=recipe.training.iter_size,
         solver_mode_gpu=bool(gpus),
-        lmdbs=lmdbs,
+        data_sizes=lmdbs,
     )
 
 
@@ -456,6 +459,107 @@ def test_an_edit_changes_one_field_and_nothing_else(fields: list[tuple[str, str]
 
 
 # --------------------------------------------------------------------------------------------- real training
+
+
+LISTS = {
+    "ImageData": 'image_data_param { source: "%s.txt" batch_size: 10 root_folder: "digits/%s/" new_height: 28'
+    " new_width: 28 }",
+    "HDF5Data": 'hdf5_data_param { source: "%s_files.txt" batch_size: 10 }',
+}
+
+
+def write_lists(folder: Path) -> None:
+    """Lists of 320 and 50 digits for ImageData, ``train.txt`` and ``val.txt``, and the same in HDF5 files."""
+    write_lmdbs(folder)
+    for name, count in (("train", 320), ("val", 50)):
+        lines = (folder / f"digits/{name}.txt").read_text().splitlines()
+        chosen = lines[:: len(lines) // count][:count]
+        (folder / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+        pixels, labels = [], []
+        for line in chosen:
+            path, label = line.rsplit(" ", 1)
+            image = cv2.imread(str(folder / "digits" / name / path))
+            pixels.append(cv2.resize(image, (28, 28)).transpose(2, 0, 1))
+            labels.append(int(label))
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["data"], file["label"] = np.float32(pixels), np.float32(labels)
+        (folder / f"{name}_files.txt").write_text(f"{name}.h5\n")
+
+
+def with_list(kind: str) -> str:
+    """The network with its data from lists."""
+    text = SMALL.replace("  transform_param { crop_size: 28 }\n", "").replace('"Data"', f'"{kind}"')
+    for name, batch in (("train", 8), ("val", 10)):
+        data = f'data_param {{ source: "{name}_lmdb" batch_size: {batch} backend: LMDB }}'
+        assert data in text
+        text = text.replace(data, LISTS[kind].replace("%s", name))
+    return text
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("engine", ["bvlc", "torch"])
+@pytest.mark.parametrize("kind", LISTS)
+def test_data_from_lists_are_trained_and_checked(
+    caffe_engine: Engine, tmp_path: Path, kind: str, engine: str
+) -> None:
+    write_lists(tmp_path)
+    (tmp_path / "net.prototxt").write_text(with_list(kind))
+    recipe = recipe_file(tmp_path, "net.prototxt")
+    sparse = SOLVER.replace("initial", "sparse").replace("[stages.sparse.solver]", "[stages.sparse]\n%s\n")
+    recipe.write_text(recipe.read_text() + sparse % 'start = "initial"\n[stages.sparse.solver]')
+    recipe.write_text(
+        recipe.read_text() + "[stages.sparse.sparse]\ntarget = 0.3\nstart_iter = 1\nstep_iter = 1\n"
+    )
+    trainer = Trainer(None if engine == "torch" else caffe_engine.info.executable, tmp_path)
+    code, said = trainer.run("recipe.toml", "--output", "run")
+    assert code == 0, said
+    assert "data: 320 training images, 50 validation images" in said
+    assert "sparse: finished, 4 iterations" in said
+    assert "dim: 1 dim: 3 dim: 28 dim: 28" in (tmp_path / "run/sparse/deploy.prototxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("ImageData", ("train.txt", "0 a/nowhere.png 3\n"), r"train.txt:321: .*nowhere.png does not exist"),
+        ("ImageData", ("train.txt", "0.png three\n"), r"train.txt:321: "),
+        (
+            "ImageData",
+            ("net.prototxt", ("num_output: 10", "num_output: 9")),
+            r":35: layer ip: num_output: 9 out",
+        ),
+        (
+            "ImageData",
+            ("net.prototxt", ("new_height: 28", "new_height: 27")),
+            r"crop_size: 28 pixels, and the",
+        ),
+        ("HDF5Data", ("train_files.txt", "none.h5\n"), r"train_files.txt:2: none.h5 does not exist"),
+        (
+            "HDF5Data",
+            ("net.prototxt", ("num_output: 10", "num_output: 9")),
+            r":35: layer ip: num_output: 9 out",
+        ),
+    ],
+)
+def test_a_mistake_in_a_list_is_one_line_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, spoil: tuple[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lists(tmp_path)
+    text = with_list(kind)
+    if "crop_size" in message:
+        text = text.replace(
+            "include { phase: TRAIN }", "include { phase: TRAIN } transform_param { crop_size: 28 }"
+        )
+    Path("net.prototxt").write_text(text)
+    name, change = spoil
+    before = Path(name).read_text()
+    Path(name).write_text(before + change if isinstance(change, str) else before.replace(*change))
+    recipe_file(tmp_path, "net.prototxt")
+    with pytest.raises(UserError) as caught:
+        train(["recipe.toml", "--engine", "torch", "--output", "run"])
+    assert len([line for line in caught.value.lines() if re.search(message, line)]) == 1, caught.value.lines()
+    assert not Path("run").exists()
 
 
 @pytest.mark.caffe

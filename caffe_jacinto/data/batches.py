@@ -298,6 +298,14 @@ class Images(BatchSource):
         self.shape = (batch_size, crop or height, crop or width, channels)
         """Of a batch of images, channels last."""
 
+    def image(self, number: int) -> Pixels:
+        """The image of record ``number``, channels x height x width, before it is cut to its window.
+
+        Raises:
+            UserError: it cannot be read, or is smaller than the crop.
+        """
+        return self._read(number)[1]
+
     @property
     def top_shapes(self) -> list[tuple[int, ...]]:
         batch, height, width, channels = self.shape

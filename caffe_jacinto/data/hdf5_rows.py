@@ -90,6 +90,23 @@ class Rows(BatchSource):
     def top_shapes(self) -> list[tuple[int, ...]]:
         return [(self.batch_size, *shape) for shape in self._row_shapes]
 
+    def __len__(self) -> int:
+        return self._total
+
+    def highest(self, top: int) -> float:
+        """The largest number of a top, over all files.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        name, found = self.layer.tops[top], []
+        for file, count in enumerate(self._counts):
+            values = np.empty((count, prod(self._row_shapes[top])), np.float32)
+            self._read(file, name, list(range(count)), values)
+            found.append(float(values.max()))
+        self._close()
+        return max(found)
+
     def columns(self, top: int) -> slice:
         """Where the numbers of a top stand in a row."""
         return slice(self._ends[top - 1] if top else 0, self._ends[top])

@@ -1,4 +1,4 @@
-"""What is in an LMDB, in brief: enough to notice that it has been replaced by another one."""
+"""What is in an LMDB or a list, in brief: enough to notice that it has been replaced by another one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ class LmdbIdentity:
 
     def _words(self) -> str:
         return f"{count_of(self.images, 'image')} ({self.first_key!r} to {self.last_key!r})"
+
+
+def data_identity(path: Path) -> LmdbIdentity:
+    """The identity of an LMDB, or of the list of an ImageData or HDF5Data layer: all that this says.
+
+    Raises:
+        UserError: it cannot be read, or a record is not an image.
+    """
+    if not path.is_file():
+        return lmdb_identity(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = [line for line in content.split(b"\n") if line.strip()] or [b""]
+    first, last = (line.decode("utf-8", "backslashreplace") for line in (lines[0], lines[-1]))
+    return LmdbIdentity(len(lines), first, last, hashlib.sha256(content).hexdigest())
 
 
 def lmdb_identity(folder: Path) -> LmdbIdentity:

@@ -43,6 +43,11 @@ class ListedImages:
             self._lines.append(line)
         self._check_all_exist()
 
+    @property
+    def highest_label(self) -> int:
+        """0 where all are below."""
+        return max(0, *self._labels)
+
     def __len__(self) -> int:
         return len(self._paths)
 

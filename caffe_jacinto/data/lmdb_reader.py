@@ -23,6 +23,7 @@ from caffe_jacinto.common.files import looked_for
 from caffe_jacinto.common.text import count_of, image_progress
 from caffe_jacinto.data.datum import parse_datum, read_record
 from caffe_jacinto.data.encode import BadImageError
+from caffe_jacinto.netspec.data_fit import DataSize
 
 Record = tuple[bytes, bytes]
 """Key and value."""
@@ -296,6 +297,12 @@ class LmdbFacts:
     highest_label: int
     sampled: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> DataSize:
+        """What a network is held against."""
+        shape = (self.channels, self.height, self.width)
+        return DataSize(self.images, shape, self.largest, self.highest_label)
 
 
 def check_lmdb(

@@ -10,13 +10,10 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import BatchSource, Images, data_layer
 from caffe_jacinto.data.hdf5_rows import Rows, hdf5_layer
 from caffe_jacinto.data.lmdb_reader import check_lmdb
+from caffe_jacinto.netspec.data_fit import LISTED, READ, given_shape
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
-from caffe_jacinto.netspec.shapes import image_shape
 from caffe_jacinto.prototxt.tree import tree_of
-
-LISTED = ("HDF5Data", "ImageData")
-READ = ("Data", *LISTED)
 
 
 def source_of(layer: Any, where: str, *, training: bool, seed: int = 0, shuffle: bool = False) -> BatchSource:
@@ -58,8 +55,7 @@ def shapes_of_data(net: Any, phase: str | None, where: str) -> dict[str, tuple[i
             with suppress(UserError, OSError):
                 source = layer.data_param.source
                 facts = check_lmdb(source, num_classes=None, min_images=1, min_size=1, channels=None)
-                size = (facts.channels, facts.height, facts.width)
-                shape = image_shape(tree_of(layer), {source: size})
+                shape = given_shape(tree_of(layer), facts.size)
                 if shape is not None:
                     found[layer.name] = (1, *shape)
     return found

@@ -6,22 +6,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from caffe_jacinto.netspec.graph import layers_in
+from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
 from caffe_jacinto.netspec.mistakes import mistakes
 from caffe_jacinto.netspec.predictions import Prediction, head_of, parameters_of
 from caffe_jacinto.netspec.shapes import FullShape, ImageShape, image_shape, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
 
+LISTED = ("HDF5Data", "ImageData")
+"""Layers whose source is a list of files."""
+
+READ = ("Data", *LISTED)
+"""Layers whose data are looked at before a training."""
+
 
 @dataclass(frozen=True)
-class LmdbSize:
-    """What an LMDB holds."""
+class DataSize:
+    """What an LMDB, or what a list names, holds."""
 
     images: int
-    shape: ImageShape
-    """Channels, height and width of the smallest image."""
+    """Or rows."""
+
+    shape: tuple[int, ...]
+    """Of an item: channels, height and width of the smallest image; of a row of HDF5 any."""
 
     largest: tuple[int, int]
-    """Height and width of the largest."""
+    """Height and width of the largest image."""
 
     highest_label: int
 
@@ -36,24 +45,48 @@ class Reading:
     where: str
     """Its file."""
 
-    lmdbs: Mapping[str, tuple[str, LmdbSize]]
-    """By the source that a Data layer names: the path of the LMDB that is read, and its size, where known."""
+    data: Mapping[str, tuple[str, DataSize]]
+    """By the source that a layer names: the path that is read instead, and what is there, where known."""
 
     crop: int | None = None
     """Pixels; instead of the crop that Data layers have."""
 
-    def size_of(self, layer: Message) -> tuple[str, LmdbSize] | None:
-        """The LMDB of a Data layer."""
-        return self.lmdbs.get(source_of(layer)) if layer.string("type") == "Data" else None
+    def size_of(self, layer: Message) -> tuple[str, DataSize] | None:
+        """The path and the contents of what a layer reads."""
+        return self.data.get(source_of(layer)) if layer.string("type") in READ else None
 
 
 _INDEX_LABELS = ("Accuracy", "HingeLoss", "InfogainLoss", "MultinomialLogisticLoss", "SoftmaxWithLoss")
 """Layers that take a label as the number of a score. Their second bottom has the labels."""
 
 
+def settings_of(layer: Message) -> Message:
+    """The message in which a layer that reads a data set has its source and batch size."""
+    return layer.message(DATA_PARAMETERS.get(layer.string("type"), "data_param"))
+
+
 def source_of(layer: Message) -> str:
-    """What a Data layer reads."""
-    return layer.message("data_param").string("source")
+    """The LMDB or list that a layer reads."""
+    return settings_of(layer).string("source")
+
+
+def image_shapes(sizes: Mapping[str, DataSize]) -> dict[str, ImageShape]:
+    """Channels, height and width of what holds images, by its path."""
+    return {
+        path: (size.shape[0], size.shape[1], size.shape[2])
+        for path, size in sizes.items()
+        if len(size.shape) == 3
+    }
+
+
+def given_shape(layer: Message, size: DataSize | None) -> tuple[int, ...] | None:
+    """The shape of an item of the first top of a layer that reads ``size``; None where it is not known."""
+    if layer.string("type") == "Data":
+        return image_shape(layer, {} if size is None else image_shapes({source_of(layer): size}))
+    if size is None or layer.string("type") == "HDF5Data":
+        return None if size is None else size.shape
+    crop = layer.message("transform_param").integer("crop_size")
+    return (size.shape[0], crop, crop) if crop else size.shape
 
 
 def mistakes_with_data(readings: Sequence[Reading]) -> list[str]:
@@ -70,38 +103,38 @@ def mistakes_with_data(readings: Sequence[Reading]) -> list[str]:
 
 
 def _shapes(reading: Reading) -> dict[str, FullShape]:
-    """What Data layers give, by their names, where it is known."""
+    """What layers that read data give, by their names, where it is known."""
     found: dict[str, FullShape] = {}
     for layer in layers_in(reading.net):
-        if layer.string("type") == "Data":
+        if layer.string("type") in READ:
             size = reading.size_of(layer)
-            shape = image_shape(layer, {} if size is None else {source_of(layer): size[1].shape})
+            shape = given_shape(layer, None if size is None else size[1])
             if shape is not None:
                 found[layer.string("name")] = (1, *shape)
     return found
 
 
 def _of_images(reading: Reading, layer: Message) -> Iterator[str]:
-    """What of a Data layer's crop does not fit its images."""
+    """What of a layer's crop does not fit its images."""
     found = reading.size_of(layer)
-    if found is None:
+    if found is None or layer.string("type") == "HDF5Data":
         return
-    lmdb, size = found
+    path, size = found
     transform = layer.message("transform_param")
     crop = transform.integer("crop_size")
     if crop:
         crop = reading.crop or crop
-    height, width = size.shape[1:]
+    height, width = size.shape[-2:]
     begin = f"{reading.where}:{{}}: layer {layer.string('name')}: transform_param.crop_size:"
     if crop > min(height, width):
         yield (
-            f"{begin.format(transform.line_of('crop_size'))} {crop} pixels, and the images in {lmdb} have "
-            f"{width}x{height}; make it smaller, or the LMDB with larger images"
+            f"{begin.format(transform.line_of('crop_size'))} {crop} pixels, and the images in {path} have "
+            f"{width}x{height}; make it smaller, or give larger images"
         )
     elif not crop and size.largest != (height, width):
         line = transform.line if transform.place else layer.line
         yield (
-            f"{begin.format(line)} missing, and the images in {lmdb} have {width}x{height} to "
+            f"{begin.format(line)} missing, and the images in {path} have {width}x{height} to "
             f"{size.largest[1]}x{size.largest[0]} pixels; add it"
         )
 
@@ -117,7 +150,7 @@ def _labels_beyond_outputs(reading: Reading) -> Iterator[tuple[str, int, str]]:
         found = labels.get(bottoms[1]) if item.kind in _INDEX_LABELS and len(bottoms) > 1 else None
         if found is None:
             continue
-        lmdb, size = found
+        path, size = found
         head = head_of(layers, Prediction(at, bottoms[0]))
         outputs = None if head is None else parameters_of(head).integer("num_output")
         scores = _classes(item.layer, item.bottoms[0]) or outputs
@@ -134,7 +167,7 @@ def _labels_beyond_outputs(reading: Reading) -> Iterator[tuple[str, int, str]]:
         yield (
             place,
             size.highest_label,
-            f"{place} {scores} outputs are for labels 0 to {scores - 1}, and the images in {lmdb} have label "
+            f"{place} {scores} outputs are for labels 0 to {scores - 1}, and the images in {path} have label "
             f"{size.highest_label}; {mend}",
         )
 

@@ -64,6 +64,8 @@ def _refused(network: UserNetwork, given: Mapping[str, Any], data: Mapping[str, 
     reader = network.train.where(network.train.data)
     if given.get("crop_size") and not network.train.crop:
         yield Mistake(("network", "crop_size"), f"{reader} has no crop_size; add one there, or remove this")
+    if data.get("mirror") and network.train.data.string("type") == "HDF5Data":
+        yield Mistake(("data", "mirror"), f"{reader} (HDF5Data) transforms nothing; remove this")
     if data.get("mean_file") and not network.train.mean_file:
         yield Mistake(("data", "mean_file"), f"{reader} has no mean_file; add one there, or remove this")
     classes = data.get("num_classes")

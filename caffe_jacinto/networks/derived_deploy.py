@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.netspec.data_fit import DataSize, given_shape, source_of
 from caffe_jacinto.netspec.graph import Node, nodes_of
 from caffe_jacinto.netspec.predictions import leading_to, predictions
-from caffe_jacinto.netspec.shapes import ImageShape, image_shape
 from caffe_jacinto.networks.prototxt_file import NetFile
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.edit import Edits
@@ -24,7 +24,7 @@ _ACTIVATIONS = {
 _HEADER = ("name", "input", "input_shape", "input_dim")
 
 
-def deploy_text(net: NetFile, image_shapes: Mapping[str, ImageShape]) -> str:
+def deploy_text(net: NetFile, data: Mapping[str, DataSize]) -> str:
     """The deploy network of the test network ``net``, for a batch of one image.
 
     The layers that lead to a prediction stay as they are written, but for their `include` and `exclude`.
@@ -62,7 +62,7 @@ def deploy_text(net: NetFile, image_shapes: Mapping[str, ImageShape]) -> str:
         if layer in net.sources:
             read = {blob for other in needed for blob in nodes[other].bottoms}
             parts += [
-                _input(net, layer, top, index, image_shapes)
+                _input(net, layer, top, index, data)
                 for index, top in enumerate(nodes[at].tops)
                 if top in read
             ]
@@ -98,16 +98,15 @@ def _without_rules(net: NetFile, layer: Message) -> str:
     return edits.text()
 
 
-def _input(net: NetFile, layer: Message, top: str, index: int, image_shapes: Mapping[str, ImageShape]) -> str:
+def _input(net: NetFile, layer: Message, top: str, index: int, data: Mapping[str, DataSize]) -> str:
     if index:
         raise UserError(
             f"{net.where(layer)}: top {top}: the network computes its prediction from the labels, which a "
             "deploy network does not have"
         )
-    shape = image_shape(layer, image_shapes)
+    shape = given_shape(layer, data.get(source_of(layer)))
     if shape is None:
-        source = layer.message("data_param").string("source")
-        raise UserError(f"{net.where(layer)}: the size of the images in {source} is not known")
+        raise UserError(f"{net.where(layer)}: the size of the images in {source_of(layer)} is not known")
     dims = " ".join(f"dim: {dim}" for dim in (1, *shape))
     return (
         f'layer {{\n  name: {quote(top)}\n  type: "Input"\n  top: {quote(top)}\n'

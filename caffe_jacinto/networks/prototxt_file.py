@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from google.protobuf import text_format
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.netspec.data_fit import source_of
+from caffe_jacinto.netspec.data_fit import READ, settings_of, source_of
 from caffe_jacinto.netspec.graph import NetState, alone
 from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.prototxt.schema import parse_any_net
@@ -56,7 +57,7 @@ class NetFile:
         """The layer that gives the images: the first that reads a data set.
 
         Raises:
-            UserError: there is none, or it is not a Data layer.
+            UserError: there is none, or it is none that can be read.
         """
         if not self.sources:
             raise UserError(
@@ -64,21 +65,21 @@ class NetFile:
                 "add a Data layer"
             )
         first = self.sources[0]
-        if first.string("type") != "Data":
+        if first.string("type") not in READ:
             raise UserError(
-                f"{self.where(first)}: type {first.string('type')}: train reads images from LMDBs, by Data "
-                "layers; make one (python -m caffe_jacinto.create_lmdb) and a Data layer for it"
+                f"{self.where(first)}: type {first.string('type')}: train reads images by one of "
+                f"{', '.join(READ)}; make an LMDB (python -m caffe_jacinto.create_lmdb) and a Data layer"
             )
         return first
 
     @property
     def source(self) -> str:
-        """The LMDB of the images."""
+        """The LMDB or list of the images."""
         return source_of(self.data)
 
     @property
     def batch(self) -> int:
-        return self.data.message("data_param").integer("batch_size")
+        return settings_of(self.data).integer("batch_size")
 
     @property
     def crop(self) -> int | None:
@@ -88,6 +89,12 @@ class NetFile:
     @property
     def mean_file(self) -> str | None:
         return self.data.message("transform_param").string("mean_file") or None
+
+    def message_of(self, layer: Message) -> Any:
+        """A layer as a LayerParameter message."""
+        assert layer.place is not None
+        text = self.text[layer.place.start : layer.place.end]
+        return parse_any_net(text, self.path).layer[0]
 
     def where(self, layer: Message, line: int | None = None) -> str:
         """``FILE:LINE: layer NAME``."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import count_of, did_you_mean
-from caffe_jacinto.netspec.data_fit import LmdbSize
+from caffe_jacinto.netspec.data_fit import DataSize
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.derived_deploy import deploy_text
@@ -62,7 +62,7 @@ def stage_files(
     iter_size: int,
     solver_mode_gpu: bool,
     val_images: int | None = None,
-    lmdbs: Mapping[str, LmdbSize] | None = None,
+    data_sizes: Mapping[str, DataSize] | None = None,
     start_factor: float | None = None,
     ranks: int | None = None,
 ) -> dict[str, str]:
@@ -70,8 +70,9 @@ def stage_files(
 
     ``folder`` prefixes the solver's paths, which Caffe resolves against the folder it is started in.
     ``ranks`` (default: one for each of ``gpus``) and ``iter_size`` divide the recipe's effective batch. One
-    test covers all ``val_images``. ``lmdbs`` are the LMDBs that are known, by their paths: a network of the
-    user's own needs them. Where several networks test it, they are val.prototxt, val_2.prototxt and so on.
+    test covers all ``val_images``. ``data_sizes`` are those of the LMDBs and lists that are known, by
+    their paths: a network of the user's own needs them. Where several networks test it, they are
+    val.prototxt, val_2.prototxt and so on.
     ``start_factor`` replaces the recipe's where the fork's sparsity schedule continues after a resume.
 
     Raises:
@@ -85,7 +86,7 @@ def stage_files(
     nets = (
         _built(recipe, dialect, batch, images)
         if recipe.network.prototxt is None
-        else _users(recipe, dialect, batch, lmdbs or {})
+        else _users(recipe, dialect, batch, data_sizes or {})
     )
     files = {
         **nets.texts,
@@ -158,7 +159,7 @@ def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> Sta
     return StageNets(texts, (Test(VAL, iterations_per_test(val_images, recipe.training.val_batch_size)),))
 
 
-def _users(recipe: Recipe, dialect: Dialect, batch: int, lmdbs: Mapping[str, LmdbSize]) -> StageNets:
+def _users(recipe: Recipe, dialect: Dialect, batch: int, data: Mapping[str, DataSize]) -> StageNets:
     """The networks of a recipe with `network.prototxt`."""
     network = user_network(recipe)
     for net in (network.train, *network.tests):
@@ -166,7 +167,7 @@ def _users(recipe: Recipe, dialect: Dialect, batch: int, lmdbs: Mapping[str, Lmd
     names: dict[str, str] = {}  # of the test networks by their texts
     for text in test_texts(network, recipe):
         names.setdefault(text, f"val_{len(names) + 1}.prototxt" if names else VAL)
-    batches = test_batches(network, recipe, lmdbs)
+    batches = test_batches(network, recipe, data)
     tests = [
         Test(names[text], number or 1, State(net.state.level, tuple(sorted(net.state.stages))))
         for text, number, net in zip(test_texts(network, recipe), batches, network.tests, strict=True)
@@ -175,7 +176,7 @@ def _users(recipe: Recipe, dialect: Dialect, batch: int, lmdbs: Mapping[str, Lmd
     texts = {
         TRAIN: train_text(network, recipe, batch),
         **{name: text for text, name in names.items()},
-        DEPLOY: deploy_text(val, {path: lmdb.shape for path, lmdb in lmdbs.items()}),
+        DEPLOY: deploy_text(val, data),
     }
     state = network.train.state
     return StageNets(texts, tuple(tests), State(state.level, tuple(sorted(state.stages))))

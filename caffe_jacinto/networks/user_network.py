@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.text import did_you_mean
-from caffe_jacinto.netspec.data_fit import LmdbSize, Reading, mistakes_with_data, source_of
+from caffe_jacinto.netspec.data_fit import READ, DataSize, Reading, mistakes_with_data, settings_of, source_of
 from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, nodes_of, readers, scale_after
 from caffe_jacinto.netspec.layer_types import blob_shapes_of
 from caffe_jacinto.netspec.layer_types.forks import keeps_averages
@@ -147,16 +147,16 @@ def _checked(path: str, text: str, state: NetState) -> NetFile:
     return net
 
 
-def mistakes_of(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSize]) -> list[str]:
+def mistakes_of(network: UserNetwork, recipe: Recipe, data: Mapping[str, DataSize]) -> list[str]:
     """What is wrong in the network's files, each with its file, line and field.
 
-    ``lmdbs`` are the LMDBs that are known, by their paths.
+    ``data`` are the LMDBs and lists that are known, by their paths.
     """
     crop = recipe.network.crop_size if recipe.network.crop_size != network.train.crop else None
 
     def reading(net: NetFile, replaced: str, lmdb: str) -> Reading:
         used = {source: lmdb if source == replaced else source for source in map(source_of, net.sources)}
-        known = {source: (path, lmdbs[path]) for source, path in used.items() if path in lmdbs}
+        known = {source: (path, data[path]) for source, path in used.items() if path in data}
         return Reading(net.alone, net.path, known, crop)
 
     first = network.tests[0].source
@@ -211,10 +211,10 @@ def check_something_learns(network: UserNetwork, frozen: frozenset[str]) -> None
         raise UserError("network.frozen names all layers, so nothing would be trained; leave some out")
 
 
-def test_batches(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbSize]) -> list[int | None]:
-    """The batches of one test of each test network: the recipe's, else those that cover its LMDB once.
+def test_batches(network: UserNetwork, recipe: Recipe, data: Mapping[str, DataSize]) -> list[int | None]:
+    """The batches of one test of each test network: the recipe's, else those that cover its data once.
 
-    None where the LMDB is not known.
+    None where these are not known.
     """
     if recipe.network.test_iter:
         return list(recipe.network.test_iter)
@@ -223,18 +223,18 @@ def test_batches(network: UserNetwork, recipe: Recipe, lmdbs: Mapping[str, LmdbS
         first = network.tests[0]
         source = recipe.data.val_lmdb if net.source == first.source else net.source
         batch = recipe.training.val_batch_size if net.batch == first.batch else net.batch
-        found.append(ceil(lmdbs[source].images / batch) if source in lmdbs else None)
+        found.append(ceil(data[source].images / batch) if source in data else None)
     return found
 
 
 def _set_images(
     net: NetFile, edits: Edits, recipe: Recipe, network: UserNetwork, source: str, batch: int
 ) -> None:
-    """Set what the recipe has otherwise than the file: LMDB, batch, crop and mean image."""
-    before = net.data.message("data_param")
+    """Set what the recipe has otherwise than the file: LMDB or list, batch, crop and mean image."""
+    before = settings_of(net.data)
     for layer in net.sources:
-        data, transform = layer.message("data_param"), layer.message("transform_param")
-        if layer.string("type") != "Data":
+        data, transform = settings_of(layer), layer.message("transform_param")
+        if layer.string("type") not in READ:
             continue
         if data.string("source") == net.source and source != net.source:
             edits.set(data, "source", quote(source))

@@ -13,7 +13,7 @@ from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
-from caffe_jacinto.netspec.data_fit import LmdbSize
+from caffe_jacinto.netspec.data_fit import DataSize
 from caffe_jacinto.networks.stage_files import (
     has_batch_norm,
     names_in_weights,
@@ -97,13 +97,13 @@ class RunPlan:
     quantized: tuple[QuantizePlan, ...] = ()
     """Those that quantize, which come after the test."""
 
-    lmdbs: Mapping[str, LmdbSize] = field(default_factory=dict)
-    """What is known of the LMDBs, by their paths."""
+    data_sizes: Mapping[str, DataSize] = field(default_factory=dict)
+    """What is known of the LMDBs and lists, by their paths."""
 
     @property
     def val_images(self) -> int | None:
         """The number of validation images; None if unknown."""
-        known = self.lmdbs.get(self.recipe.data.val_lmdb)
+        known = self.data_sizes.get(self.recipe.data.val_lmdb)
         return None if known is None else known.images
 
     @property
@@ -131,7 +131,7 @@ class RunPlan:
             iter_size=plan.devices.iter_size,
             solver_mode_gpu=bool(plan.devices.gpus),
             val_images=self.val_images,
-            lmdbs=self.lmdbs,
+            data_sizes=self.data_sizes,
             start_factor=start_factor,
             ranks=plan.devices.ranks,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
@@ -18,7 +18,7 @@ from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import ImageShape, data_shapes
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.logs.discover import RUN_RECORD
-from caffe_jacinto.netspec.data_fit import LmdbSize
+from caffe_jacinto.netspec.data_fit import LISTED, READ, DataSize, image_shapes, settings_of, source_of
 from caffe_jacinto.netspec.graph import TRAIN
 from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
 from caffe_jacinto.networks.user_network import mistakes_of
@@ -33,7 +33,8 @@ from caffe_jacinto.runs.sparsity_check import shortfalls
 
 if TYPE_CHECKING:
     from caffe_jacinto.caffemodel.fit import Mismatch
-    from caffe_jacinto.data.lmdb_reader import LmdbFacts
+    from caffe_jacinto.networks.prototxt_file import NetFile
+    from caffe_jacinto.prototxt.tree import Message
 
 SHOWN = 3
 """Layers that one message names."""
@@ -52,13 +53,13 @@ class Findings:
     files_can_be_made: bool = False
     """Whether the files and commands of all stages could be made: a dry run shows them despite problems."""
 
-    lmdbs: dict[str, LmdbSize] = field(default_factory=dict)
-    """What the LMDBs hold that could be read, by their paths."""
+    data_sizes: dict[str, DataSize] = field(default_factory=dict)
+    """What the LMDBs and lists hold that could be read, by their paths."""
 
     @property
     def image_shapes(self) -> dict[str, ImageShape]:
-        """Channels, height and width of the images in each LMDB."""
-        return {path: lmdb.shape for path, lmdb in self.lmdbs.items()}
+        """Channels, height and width of the images in each."""
+        return image_shapes(self.data_sizes)
 
     def attempt(self, check: Callable[[], None]) -> None:
         """Run a check and record its UserError, if any, as a problem."""
@@ -89,17 +90,19 @@ def preflight(
     findings.attempt(lambda: check_gpus(run.engine.info, run.gpus, here=here))
     findings.attempt(lambda: _check_ranks(run, here))
     findings.attempt(lambda: _check_names(run))
-    findings.attempt(lambda: _check_train_lmdb(run, findings))
-    findings.attempt(lambda: _check_val_lmdb(run, findings))
+    findings.attempt(lambda: _check_training_data(run, findings))
+    findings.attempt(lambda: _check_validation_data(run, findings))
     findings.attempt(lambda: _check_mean_file(run, findings))
     findings.attempt(lambda: _check_labels(run, findings))
     if run.recipe.network.prototxt is not None:
         findings.attempt(lambda: _check_user_network(run, findings))
-    run = replace(run, lmdbs=findings.lmdbs)
+    run = replace(run, data_sizes=findings.data_sizes)
     texts: dict[str, dict[str, str]] = {}
     data = run.recipe.data
     for plan in stages:
-        if run.recipe.network.prototxt is not None and not {data.train_lmdb, data.val_lmdb} <= {*run.lmdbs}:
+        if run.recipe.network.prototxt is not None and not {data.train_lmdb, data.val_lmdb} <= {
+            *run.data_sizes
+        }:
             break  # the sizes of the images, which are not known, are part of the stages' files
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         findings.attempt(partial(_check_solver_type, run, plan))
@@ -188,68 +191,67 @@ def _check_names(run: RunPlan) -> None:
             raise UserError(f"{path!r}: the path is not UTF-8; rename it") from None
 
 
-def _check_train_lmdb(run: RunPlan, findings: Findings) -> None:
-    from caffe_jacinto.data.lmdb_reader import check_lmdb
-
-    facts = check_lmdb(
-        run.recipe.data.train_lmdb,
-        **_asked_of_images(run),
-        min_images=run.recipe.training.batch_size,
-        training=True,
-    )
-    findings.lmdbs[run.recipe.data.train_lmdb] = _size_of(facts)
-    _note_crop(run, run.recipe.data.train_lmdb, facts, findings)
-    findings.notes.extend(facts.notes)
+def _check_training_data(run: RunPlan, findings: Findings) -> None:
+    path, batch = run.recipe.data.train_lmdb, run.recipe.training.batch_size
+    net = user_network(run.recipe).train if run.recipe.network.prototxt is not None else None
+    _take_data(run, net, path, batch, findings, training=True)
 
 
-def _check_val_lmdb(run: RunPlan, findings: Findings) -> None:
-    from caffe_jacinto.data.lmdb_reader import check_lmdb
-
-    batch = run.recipe.training.val_batch_size
-    facts = check_lmdb(
-        run.recipe.data.val_lmdb,
-        **_asked_of_images(run),
-        min_images=batch,
-    )
-    findings.lmdbs[run.recipe.data.val_lmdb] = _size_of(facts)
-    _note_crop(run, run.recipe.data.val_lmdb, facts, findings)
-    findings.notes.extend(facts.notes)
-    rest = facts.images % batch
+def _check_validation_data(run: RunPlan, findings: Findings) -> None:
+    path, batch = run.recipe.data.val_lmdb, run.recipe.training.val_batch_size
+    net = user_network(run.recipe).tests[0] if run.recipe.network.prototxt is not None else None
+    size = _take_data(run, net, path, batch, findings, training=False)
+    rest = size.images % batch
     if rest:
         findings.notes.append(
-            f"the {facts.images:,} validation images do not divide into batches of {batch}: the last batch "
+            f"the {size.images:,} validation images do not divide into batches of {batch}: the last batch "
             f"of a test wraps round and counts the first {batch - rest} twice (training.val_batch_size)"
         )
 
 
-def _size_of(facts: LmdbFacts) -> LmdbSize:
-    shape = (facts.channels, facts.height, facts.width)
-    return LmdbSize(facts.images, shape, facts.largest, facts.highest_label)
+def _take_data(
+    run: RunPlan, net: NetFile | None, path: str, batch: int, findings: Findings, *, training: bool
+) -> DataSize:
+    """Check what the run trains on or tests with; ``net`` is the user's own network that reads it."""
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
+
+    if net is not None:
+        size, notes = _size_of(net, net.data, path, batch, training=training)
+    else:
+        classes, crop = run.recipe.data.num_classes, run.recipe.network.crop_size
+        facts = check_lmdb(path, num_classes=classes, min_images=batch, min_size=crop or 1, training=training)
+        size, notes = facts.size, facts.notes
+    findings.data_sizes[path] = size
+    _note_crop(run, path, size, findings)
+    findings.notes.extend(notes)
+    return size
 
 
-def _asked_of_images(run: RunPlan) -> dict[str, Any]:
-    """What `check_lmdb` is to check of the images; a user's own network is held against them by its lines."""
-    if run.recipe.network.prototxt is not None:
-        return {"num_classes": None, "min_size": 1, "channels": None}
-    return {"num_classes": run.recipe.data.num_classes, "min_size": run.recipe.network.crop_size}
+def _size_of(
+    net: NetFile, layer: Message, path: str, batch: int, *, training: bool
+) -> tuple[DataSize, tuple[str, ...]]:
+    """What a layer of a user's own network reads, to be held against the network; and notes."""
+    if layer.string("type") in LISTED:
+        from caffe_jacinto.data.list_check import check_list
+
+        return check_list(net.message_of(layer), net.path, path, min_images=batch), ()
+    from caffe_jacinto.data.lmdb_reader import check_lmdb
+
+    facts = check_lmdb(path, num_classes=None, min_images=batch, min_size=1, channels=None, training=training)
+    return facts.size, facts.notes
 
 
 def _check_user_network(run: RunPlan, findings: Findings) -> None:
-    """Check the network's prototxts, and the LMDBs that the recipe does not name."""
-    from caffe_jacinto.data.lmdb_reader import check_lmdb
-
+    """Check the network's prototxts, and the data that the recipe does not name."""
     network = user_network(run.recipe)
     replaced = (network.train.source, network.tests[0].source)
     for net in (network.train, *network.tests):
         for layer in net.sources:
-            data = layer.message("data_param")
-            source = data.string("source")
-            if layer.string("type") != "Data" or source in replaced or source in findings.lmdbs:
+            source, batch = source_of(layer), settings_of(layer).integer("batch_size")
+            if layer.string("type") not in READ or source in replaced or source in findings.data_sizes:
                 continue
-            batch = data.integer("batch_size")
-            facts = check_lmdb(source, num_classes=None, min_images=batch, min_size=1, channels=None)
-            findings.lmdbs[source] = _size_of(facts)
-    findings.problems += mistakes_of(network, run.recipe, findings.lmdbs)
+            findings.data_sizes[source], _ = _size_of(net, layer, source, batch, training=False)
+    findings.problems += mistakes_of(network, run.recipe, findings.data_sizes)
 
 
 def _check_mean_file(run: RunPlan, findings: Findings) -> None:
@@ -291,16 +293,16 @@ def _check_labels(run: RunPlan, findings: Findings) -> None:
         )
 
 
-def _note_crop(run: RunPlan, lmdb: str, facts: LmdbFacts, findings: Findings) -> None:
+def _note_crop(run: RunPlan, path: str, size: DataSize, findings: Findings) -> None:
     """Note a crop that shows only a small part of the images."""
-    crop, side = run.recipe.network.crop_size, min(facts.height, facts.width)
-    if crop is None:
+    crop = run.recipe.network.crop_size
+    if crop is None or len(size.shape) != 3:
         return
-    if side > 2 * crop:
-        share = crop * crop / (facts.height * facts.width)
+    height, width = size.shape[1:]
+    if min(height, width) > 2 * crop:
         findings.notes.append(
-            f"the network sees {crop}x{crop} pixels (network.crop_size) of the {facts.width}x{facts.height} "
-            f"of an image in {lmdb}, {share:.1%} of it: make the LMDB with "
+            f"the network sees {crop}x{crop} pixels (network.crop_size) of the {width}x{height} "
+            f"of an image in {path}, {crop * crop / (height * width):.1%} of it: make the LMDB with "
             f"smaller images (create_lmdb --size {round(crop * 256 / 224)}), or enlarge the crop"
         )
 

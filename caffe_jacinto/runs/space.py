@@ -67,12 +67,13 @@ def bytes_needed(run: RunPlan, stages: Sequence[StagePlan], keep: int) -> int:
 def _weight_count(run: RunPlan, plan: StagePlan) -> int:
     """Numbers in a weight file of the network."""
     from caffe_jacinto.engines.contract import data_shapes
+    from caffe_jacinto.netspec.data_fit import image_shapes
     from caffe_jacinto.netspec.graph import TRAIN
     from caffe_jacinto.netspec.shapes import blob_shapes
     from caffe_jacinto.prototxt.schema import parse_net
 
     net = parse_net(run.files(plan)["train.prototxt"], run.engine.info.dialect, "train.prototxt")
-    shapes = data_shapes(net, {path: lmdb.shape for path, lmdb in run.lmdbs.items()}, TRAIN)
+    shapes = data_shapes(net, image_shapes(run.data_sizes), TRAIN)
     blobs = blob_shapes(net, TRAIN, shapes)
     return sum(math.prod(dim or 1 for dim in shape) for shapes in blobs.values() for shape in shapes)
 

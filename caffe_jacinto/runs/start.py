@@ -118,7 +118,7 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         here=options.slurm is None,
         must_reach=options.must_reach,
     )
-    run = replace(run, lmdbs=findings.lmdbs)
+    run = replace(run, data_sizes=findings.data_sizes)
     _show_findings(run, findings, screen)
     if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
@@ -218,7 +218,7 @@ def resume(
     quantized = tuple(plan for plan in run.quantized if record.stages[plan.name].state != "finished")
     here = options.slurm is None
     findings = preflight(run, waiting, quantized, recipe.training.keep, resuming=True, here=here)
-    run = replace(run, lmdbs=findings.lmdbs)
+    run = replace(run, data_sizes=findings.data_sizes)
     _show_findings(run, findings, screen)
     _refuse(findings)
     if not options.accept_data:
@@ -395,7 +395,9 @@ def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
 
 
 def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
-    train, val = (findings.lmdbs.get(lmdb) for lmdb in (run.recipe.data.train_lmdb, run.recipe.data.val_lmdb))
+    train, val = (
+        findings.data_sizes.get(lmdb) for lmdb in (run.recipe.data.train_lmdb, run.recipe.data.val_lmdb)
+    )
     if train is not None and val is not None:
         screen.say(f"data: {train.images:,} training images, {val.images:,} validation images")
     for note in findings.notes:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.sources import READ
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
 from caffe_jacinto.engines.pytorch.indices import Indices
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
+from caffe_jacinto.netspec.data_fit import READ
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect

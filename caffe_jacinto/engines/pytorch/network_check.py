@@ -8,7 +8,7 @@ from typing import Any
 
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.data.lmdb_reader import check_lmdb
-from caffe_jacinto.netspec.data_fit import LmdbSize, Reading, mistakes_with_data, source_of
+from caffe_jacinto.netspec.data_fit import DataSize, Reading, mistakes_with_data, source_of
 from caffe_jacinto.netspec.graph import alone, state_of
 from caffe_jacinto.prototxt.solver import Written
 from caffe_jacinto.prototxt.tree import tree_of
@@ -36,11 +36,8 @@ def check_networks(networks: Sequence[tuple[Written, Any]]) -> None:
         raise UserErrors(found)
 
 
-def _size_of(lmdb: str) -> LmdbSize | None:
+def _size_of(lmdb: str) -> DataSize | None:
     try:
-        facts = check_lmdb(lmdb, num_classes=None, min_images=1, min_size=1, channels=None)
+        return check_lmdb(lmdb, num_classes=None, min_images=1, min_size=1, channels=None).size
     except (UserError, OSError):
         return None
-    return LmdbSize(
-        facts.images, (facts.channels, facts.height, facts.width), facts.largest, facts.highest_label
-    )
