@@ -128,6 +128,16 @@ def test_norm_and_scale_go_into_convolution_and_inner_product(settings: str, tmp
     assert merged.remarks == []
 
 
+@pytest.mark.parametrize("settings", ["stride: 2", "group: 3 bias_term: false", "pad: 1 stride: 2 group: 2"])
+def test_norm_and_scale_go_into_a_deconvolution(settings: str, tmp_path: Path) -> None:
+    """Its weights have the inputs first, and then the outputs of one group."""
+    up = conv("d", "c", settings).replace('"Convolution"', '"Deconvolution"')
+    text = INPUT + conv("c", "data") + up + after("d", NORM, SCALE, RELU)
+    merged = check(text, tmp_path)
+    assert types(merged) == ["Convolution", "Deconvolution", "ReLU"]
+    assert merged.merged == {"d": ["d/bn", "d/scale"]}
+
+
 def test_zeros_stay_zero(tmp_path: Path) -> None:
     text = INPUT + conv("c", "data") + after("c", NORM, SCALE)
     merged, weights = merged_of(text, tmp_path)

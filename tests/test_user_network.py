@@ -505,17 +505,14 @@ def test_data_from_lists_are_trained_and_checked(
     write_lists(tmp_path)
     (tmp_path / "net.prototxt").write_text(with_list(kind))
     recipe = recipe_file(tmp_path, "net.prototxt")
-    sparse = SOLVER.replace("initial", "sparse").replace("[stages.sparse.solver]", "[stages.sparse]\n%s\n")
-    recipe.write_text(recipe.read_text() + sparse % 'start = "initial"\n[stages.sparse.solver]')
-    recipe.write_text(
-        recipe.read_text() + "[stages.sparse.sparse]\ntarget = 0.3\nstart_iter = 1\nstep_iter = 1\n"
-    )
+    pruning = 'target = 0.3\nstart_iter = 1\nstep_iter = 1\nby = "network"\ninner_products = true\n'
+    recipe.write_text(f"{recipe.read_text()}[stages.initial.sparse]\n{pruning}")
     trainer = Trainer(None if engine == "torch" else caffe_engine.info.executable, tmp_path)
     code, said = trainer.run("recipe.toml", "--output", "run")
     assert code == 0, said
     assert "data: 320 training images, 50 validation images" in said
-    assert "sparse: finished, 4 iterations" in said
-    assert "dim: 1 dim: 3 dim: 28 dim: 28" in (tmp_path / "run/sparse/deploy.prototxt").read_text()
+    assert "initial: finished, 4 iterations" in said
+    assert "dim: 1 dim: 3 dim: 28 dim: 28" in (tmp_path / "run/initial/deploy.prototxt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.netspec.graph import Node, nodes_of
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 WEIGHTED = ("Convolution", "InnerProduct")
+"""What can take in a layer before it."""
+
+SCALED = (*WEIGHTED, "Deconvolution")
+"""What can take in a layer behind it."""
 
 
 def graph(layers: list[StockLayer]) -> list[Node]:
@@ -49,10 +53,7 @@ def gain_and_shift(layer: StockLayer) -> tuple[Doubles, Doubles]:
 
 def along_channels(layer: StockLayer) -> bool:
     """Whether axis 1 of what a convolution or inner product gives has a place for each of its outputs."""
-    parameters = (
-        layer.message.convolution_param if layer.type == "Convolution" else layer.message.inner_product_param
-    )
-    return bool(parameters.axis == 1 and layer.blobs)
+    return bool(_parameters(layer).axis == 1 and layer.blobs)
 
 
 def bias_of(layer: StockLayer) -> Doubles | int:
@@ -66,11 +67,13 @@ def set_bias(layer: StockLayer, bias: Doubles) -> None:
     """Give a convolution or inner product this bias."""
     import numpy as np
 
-    if layer.type == "Convolution":
-        layer.message.convolution_param.bias_term = True
-    else:
-        layer.message.inner_product_param.bias_term = True
+    _parameters(layer).bias_term = True
     layer.blobs[1:] = [bias.astype(np.float32)]
+
+
+def _parameters(layer: StockLayer) -> Any:
+    inner = layer.type == "InnerProduct"
+    return layer.message.inner_product_param if inner else layer.message.convolution_param
 
 
 def check_finite(layer: StockLayer, taken: StockLayer, weights: Path) -> None:

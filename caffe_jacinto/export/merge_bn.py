@@ -15,7 +15,7 @@ from caffe_jacinto.caffemodel.net_file import NewLayer, net_parts
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.export.channelwise import (
-    WEIGHTED,
+    SCALED,
     along_channels,
     bias_of,
     by_channel,
@@ -157,7 +157,7 @@ def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
     if at < 0:
         return "it reads the network's input"
     producer = layers[at]
-    if producer.type not in WEIGHTED:
+    if producer.type not in SCALED:
         return f"it reads {message.bottom[0]}, the output of {producer.name} ({producer.type})"
     if len(producer.message.bottom) != 1 or not along_channels(producer):
         return f"the outputs of {producer.name} ({producer.type}) are not its channels"
@@ -168,14 +168,18 @@ def _why_not(layers: list[StockLayer], layer: StockLayer) -> str | None:
 
 
 def _scale_outputs(layer: StockLayer, gain: Doubles, shift: Doubles) -> None:
-    """Make a convolution's or inner product's outputs ``gain`` times what they were, plus ``shift``."""
+    """Make a layer's outputs ``gain`` times what they were, plus ``shift``."""
     import numpy as np
 
     weights = layer.blobs[0]
-    transposed = layer.type == "InnerProduct" and layer.message.inner_product_param.transpose
-    along = (-1,) if transposed else (-1, *[1] * (weights.ndim - 1))
     set_bias(layer, gain * bias_of(layer) + shift)
-    layer.blobs[0] = (weights * gain.reshape(along)).astype(np.float32)
+    if layer.type == "Deconvolution":  # inputs of all groups x outputs of one group x kernel
+        groups = layer.message.convolution_param.group
+        by_input = gain.reshape(groups, -1).repeat(weights.shape[0] // groups, axis=0)
+        gain = by_input.reshape(weights.shape[:2] + (1,) * (weights.ndim - 2))
+    elif layer.type == "Convolution" or not layer.message.inner_product_param.transpose:
+        gain = gain.reshape(-1, *[1] * (weights.ndim - 1))
+    layer.blobs[0] = (weights * gain).astype(np.float32)
 
 
 def _producer(nodes: list[Node], at: int) -> int:
