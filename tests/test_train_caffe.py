@@ -587,12 +587,12 @@ def test_a_data_set_that_does_not_match_the_network_is_noted(trainer: Trainer) -
     }
 
 
-def test_a_target_out_of_reach_is_noted_and_trained_for(trainer: Trainer) -> None:
+def test_a_target_out_of_reach_is_warned_of_and_trained_for(trainer: Trainer) -> None:
     code, said = trainer.run(
         *tiny(), "--set", "stages.sparse.sparse.step_factor=0.05", "--output", "out of reach", "--dry-run"
     )
     assert code == 0, said
-    assert "note: stage sparse: the sparsity cannot reach the target of 0.8: 5 thresholds before" in said
+    assert "warning: stage sparse: the sparsity cannot reach the target of 0.8: 5 thresholds before" in said
     assert "stages.sparse.solver.max_iter=18 or stages.sparse.sparse.step_factor=0.161 would do" in said
 
 

@@ -47,6 +47,9 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     """Each of these would make the run fail."""
 
+    warnings: list[str] = field(default_factory=list)
+    """The run would not fail, but is unlikely to give what the recipe asks for."""
+
     notes: list[str] = field(default_factory=list)
     """Not wrong, but worth knowing."""
 
@@ -426,10 +429,10 @@ def _check_sparsity(
     must_reach: bool,
     resuming: bool,
 ) -> None:
-    """Refuse a sparse stage that would zero nothing; note, or refuse too, one that ends below its target."""
+    """Refuse a sparse stage that would zero nothing; warn of, or refuse too, one that ends below its target."""
     for shortfall in shortfalls(run, stages, texts, findings.image_shapes):
         refused = (shortfall.useless or must_reach) and not resuming
-        (findings.problems if refused else findings.notes).append(shortfall.message)
+        (findings.problems if refused else findings.warnings).append(shortfall.message)
 
 
 def _why(layer: str, mismatches: dict[str, Mismatch], left_out: Collection[str]) -> str:

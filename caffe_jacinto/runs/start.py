@@ -400,6 +400,8 @@ def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
     )
     if train is not None and val is not None:
         screen.say(f"data: {train.images:,} training images, {val.images:,} validation images")
+    for warning in findings.warnings:
+        screen.say(f"  warning: {warning}", style="bold yellow")
     for note in findings.notes:
         screen.say(f"  note: {note}", style="yellow")
 
