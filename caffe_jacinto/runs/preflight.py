@@ -429,7 +429,7 @@ def _check_sparsity(
     must_reach: bool,
     resuming: bool,
 ) -> None:
-    """Refuse a sparse stage that would zero nothing; warn of, or refuse too, one that ends below its target."""
+    """Refuse a sparse stage that would zero nothing; warn of one that ends below its target, or refuse it."""
     for shortfall in shortfalls(run, stages, texts, findings.image_shapes):
         refused = (shortfall.useless or must_reach) and not resuming
         (findings.problems if refused else findings.warnings).append(shortfall.message)
