@@ -27,7 +27,15 @@ from caffe_jacinto.engines.discovery import prefix as default_prefix
 ROOT = Path(__file__).resolve().parent.parent
 UTILS = ROOT / "tools" / "utils"
 SCRIPTS = sorted([*UTILS.glob("*.sh"), ROOT / ".ci" / "run"])
-INSTALLERS = ("setup.sh", "install_caffe.sh", "test.sh", "demo.sh", "bench.sh", "faults.sh")
+INSTALLERS = (
+    "setup.sh",
+    "install_caffe.sh",
+    "test.sh",
+    "demo.sh",
+    "bench.sh",
+    "faults.sh",
+    "sparsity_table.sh",
+)
 BASE_SYSTEM = """
 awk bash cat date df dirname env flock find grep id ls mkdir mktemp mv nproc rm rmdir sed sha256sum tail tr
 uname xargs

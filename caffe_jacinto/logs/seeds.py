@@ -1,4 +1,4 @@
-"""Runs that differ in their seed: the mean of each result, and how far the runs are apart.
+"""Runs that differ in their seed: the mean of each stage's figures, and how far the runs are apart.
 
 What belongs together is in the names: ``thin-seed1`` and ``thin-seed2`` are two runs of ``thin``.
 """
@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The runs of one name, in one of the rows that the result table has for each."""
+    """A stage of the runs of one name."""
 
     name: str
     stage: str
@@ -54,17 +54,18 @@ class Configuration:
 
 
 def configurations(runs: Sequence[Run]) -> list[Configuration]:
-    """What the runs were repeated with, in the order of the runs."""
+    """The stages that have an accuracy, in the order of the runs."""
     found: dict[tuple[str, str, str], Configuration] = {}
-    for run, stage in tables.shown_results(runs):
-        name = _SEED.sub("", run.name) or run.name
-        key = (name, stage.name, tables.bits_of(stage))
-        found.setdefault(key, Configuration(*key, [])).stages.append(stage)
+    for run in runs:
+        for stage in run.stages:
+            if stage.figures.top1 is not None:
+                key = (_name(run), stage.name, tables.bits_of(stage))
+                found.setdefault(key, Configuration(*key, [])).stages.append(stage)
     return list(found.values())
 
 
 def spread_table(runs: Sequence[Run]) -> Table:
-    """The mean and the standard deviation of each result of runs that differ in their seed."""
+    """The mean and the standard deviation of each stage of runs that differ in their seed."""
     columns: list[tuple[str, str, Callable[[Spread | None], str]]] = [
         ("Top-1", "top1", _percent(2)),
         ("Top-5", "top5", _percent(2)),
@@ -125,11 +126,15 @@ def _record(one: Configuration) -> dict[str, Any]:
     }
 
 
+def _name(run: Run) -> str:
+    return _SEED.sub("", run.name) or run.name
+
+
 def _notes(runs: Sequence[Run]) -> list[str]:
     """What is not the same in runs of one name, other than the seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_SEED.sub("", run.name) or run.name, []).append(run)
+        groups.setdefault(_name(run), []).append(run)
     notes = []
     for name, group in groups.items():
         differing = [

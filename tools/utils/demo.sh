@@ -17,10 +17,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$root/tools/utils/steps.sh"
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
-set_name=digits recipe=demo_digits size=32 form=()
+set_name=digits recipe=demo_digits steps=3
 case ${1:-} in
   digits) shift ;;
-  fashion) set_name=fashion recipe=fashion_jacintonet11 size=36 form=(--raw) && shift ;;
+  fashion) set_name=fashion recipe=fashion_jacintonet11 steps=4 && shift ;;
   '' | -*) ;;
   *) fail "unknown data set '$1'; there are digits and fashion; see --help" ;;
 esac
@@ -34,26 +34,25 @@ mkdir -p data training
 python=$root/.venv/bin/python
 started=$EPOCHSECONDS
 
-data=data/$set_name steps=4
-[ "$set_name" = digits ] || steps=5
-say "1/$steps Images: $data"
-"$python" -m "caffe_jacinto.data.$set_name" --output "$data"
-
-say "2/$steps LMDBs: ${data}_train_lmdb, ${data}_val_lmdb"
-PYTHON=$python DATA=$data TRAIN_LMDB=${data}_train_lmdb VAL_LMDB=${data}_val_lmdb SIZE=$size FORCE=0 \
-  tools/utils/create_imagenet_classification_lmdb.sh "${form[@]}"
+data=data/$set_name
+say "1/$steps Images and LMDBs: $data"
+if [ "$set_name" = fashion ]; then
+  tools/utils/fashion_lmdbs.sh "$python"
+else
+  "$python" -m caffe_jacinto.data.digits --output "$data"
+  PYTHON=$python DATA=$data TRAIN_LMDB=${data}_train_lmdb VAL_LMDB=${data}_val_lmdb SIZE=32 FORCE=0 \
+    tools/utils/create_imagenet_classification_lmdb.sh
+fi
 
 run=training/${set_name}_jacintonet11_$(date +%Y-%m-%d_%H-%M-%S)
-say "3/$steps Training: $run"
+say "2/$steps Training: $run"
 "$python" -m caffe_jacinto.train "$recipe" --output "$run" "$@"
 
-say "4/$steps Curves: $run/curves.png"
+say "3/$steps Curves: $run/curves.png"
 "$python" -m caffe_jacinto.report "$run" --plot "$run/curves.png" >/dev/null # train has printed the tables
 
 if [ "$set_name" = fashion ]; then
-  say "5/$steps Test images: ${data}_test_lmdb"
-  "$python" -m caffe_jacinto.create_lmdb --images "$data/test" --list "$data/test.txt" \
-    --labels "${data}_train_lmdb/labels.txt" --output "${data}_test_lmdb" --size "$size" "${form[@]}" --keep
+  say "4/$steps Test images: ${data}_test_lmdb"
   "$python" -m caffe_jacinto.classify "$run" -- "${data}_test_lmdb"
 fi
 say "The demo took $(duration $((EPOCHSECONDS - started)))"
