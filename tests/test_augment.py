@@ -17,9 +17,10 @@ from image_records import datum_of, noise, write_lmdb
 from PIL import Image, ImageEnhance
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.augment import CHANCES, Augmentation, read_augmentation
+from caffe_jacinto.data.augment import CHANCES, Augmentation, mixing, read_augmentation
 from caffe_jacinto.data.batches import Images, data_layer
 from caffe_jacinto.engines.pytorch.feed import Inputs
+from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
@@ -99,10 +100,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def net(transform: str) -> Any:
+def net(transform: str, more: str = "") -> Any:
     text = (
         f'layer {{ name: "data" type: "Data" top: "data" top: "label" transform_param {{ {transform} }}\n'
         '  data_param { source: "lmdb" batch_size: 4 backend: LMDB } }\n'
+        f"{more}"
     )
     return parse_net(text, Dialect.BVLC, "net")
 
@@ -163,3 +165,60 @@ def test_colours_of_images_that_are_not_8_bit_are_refused(
     layer = data_layer(net("random_contrast: 0.1").layer[0], "net", training=True)
     with pytest.raises(UserError, match="change in 8-bit images only, and those of lmdb are float32"):
         Images(layer, 4, 1)
+
+
+def test_mixed_images_and_their_loss(folder: Path) -> None:
+    """Against NumPy's mixture of the plain batch, and the cross-entropy of soft targets in torch."""
+    reads = "bottom: 'label' top:"
+    layers = (
+        "layer { name: 'fc' type: 'InnerProduct' bottom: 'data' top: 'fc' "
+        "inner_product_param { num_output: 10 weight_filler { type: 'gaussian' std: 0.001 } } }\n"
+        f"layer {{ name: 'loss' type: 'SoftmaxWithLoss' bottom: 'fc' {reads} 'loss' }}\n"
+        f"layer {{ name: 'accuracy' type: 'Accuracy' bottom: 'fc' {reads} 'accuracy' }}\n"
+    )
+    options: dict[str, Any] = {"device": torch.device("cpu"), "seed": 5, "workers": 1}
+    plain = batches("crop_size: 16", 0, 3)
+    definition = net("crop_size: 16 mixup_alpha: 0.7", layers)
+    shares = []
+    with Inputs(definition, TRAIN, "net", **options) as inputs:
+        built = Net(definition, TRAIN, Dialect.BVLC, where="net", seed=1, data_shapes=inputs.shapes)
+        inputs.fit(built)
+        inputs.start_at(0)
+        for batch in plain:
+            raw = inputs.raw()
+            others = raw[0].mixing[:, 0].long().numpy()
+            (share,) = set(raw[0].mixing[:, 1].tolist())
+            labels = raw[0].labels.clone()
+            given = inputs.transformed(raw)
+            expected = share * batch + (1 - share) * batch[others]
+            np.testing.assert_allclose(given["data"].numpy(), expected, rtol=1e-5, atol=1e-3)
+            result = built(dict(given))
+            scores = built.layer_blobs["fc"]
+            rows = given["data"].reshape(4, -1) @ scores[0].tensor.T + scores[1].tensor
+            targets = share * F.one_hot(labels, 10) + (1 - share) * F.one_hot(labels[others], 10)
+            torch.testing.assert_close(result.loss, F.cross_entropy(rows, targets.float()))
+            right = (rows.argmax(1) == labels).float().mean()
+            torch.testing.assert_close(result.outputs["accuracy"], right)
+            shares.append(share)
+    assert len(set(shares)) == 3 and all(0 <= share <= 1 for share in shares)
+
+
+def test_recalibration_sees_images_that_are_not_mixed(folder: Path) -> None:
+    mixed, plain = batches("crop_size: 16 mixup_alpha: 0.7", 0, 2), batches("crop_size: 16", 0, 2)
+    assert all((a == b).all() for a, b in zip(mixed, plain, strict=True))
+
+
+def test_shares_follow_the_beta_distribution() -> None:
+    shares = [mixing(0.4, 3, np.random.default_rng(seed))[0] for seed in range(3000)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
+    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)
+    assert sorted(mixing(0.4, 7, np.random.default_rng(1))[1].tolist()) == list(range(7))
+
+
+def test_what_cannot_read_mixed_labels_is_named() -> None:
+    layer = "layer { name: 'hinge' type: 'HingeLoss' bottom: 'data' bottom: 'label' top: 'hinge' }"
+    shapes = {"data": (4, 3, 1, 1), "label": (4,)}
+    definition = net("mixup_alpha: 0.1", layer)
+    with pytest.raises(UserError, match=r"hinge \(HingeLoss\): reads the labels of images that are mixed"):
+        Net(definition, TRAIN, Dialect.BVLC, where="net", seed=1, data_shapes=shapes)
+    Net(definition, TEST, Dialect.BVLC, where="net", seed=1, data_shapes=shapes)

@@ -35,6 +35,7 @@ PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-sol
 ENOUGH = 60
 SPARSE = settings_as_flags(sparse_settings())
 AVERAGED = {"lr_policy": '"cosine"', "warmup_iter": 4, "ema_decay": 0.8}
+AUGMENTED = "crop_size: 24 crop_min_area: 0.5 random_contrast: 0.2 mixup_alpha: 0.4"
 EVERY_WEIGHT = sparse_settings(
     by="network", inner_products=True, min_kernel=1, targets={"conv[1]": 0.25}, schedule="cubic"
 )
@@ -124,7 +125,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] |
         "Adam, shuffled",
         "sparse",
         "sparse, inner products too",
-        "averaged, warmed up",
+        "averaged, augmented",
         "rigl",
     ],
 )
@@ -135,6 +136,11 @@ def test_killed_and_resumed_to_the_bit(
     whole, killed = SmallStage(tmp_path / "whole", digits), SmallStage(tmp_path / "killed", digits)
     for stage in (whole, killed):
         stage.solver(**{"snapshot": 1, "display": 1, "test_interval": 7, **changes})
+        if changes is AVERAGED:
+            train = stage.folder / "train.prototxt"
+            train.write_text(
+                train.read_text().replace("transform_param {", f"transform_param {{ {AUGMENTED}")
+            )
     whole.run([[*PROGRAM, *arguments]])
     done = 0
     for kill_at in (3, 9, 16):

@@ -7,6 +7,9 @@ are the same on every rank and after a resume.
   area, with a random ratio of its sides, resized to the crop.
 - Brightness, contrast and saturation (Howard 2013, arXiv:1312.5402, section 2.1): the pixels times a random
   factor; the same about the mean grey of the image; the same about each pixel's own grey.
+- Mixup (Zhang et al. 2018, arXiv:1710.09412, equation 1): the images of a batch, each times a share that is
+  drawn from Beta(alpha, alpha), and those of the batch in another order times the rest. The loss is that of
+  the labels times the share, and that of the others' labels times the rest.
 """
 
 from __future__ import annotations
@@ -60,8 +63,12 @@ class Augmentation:
 
     random_contrast: float = 0.0
     random_saturation: float = 0.0
+    mixup_alpha: float = 0.0
+    """Of the distribution of the shares; 0: images are not mixed."""
 
-    def __bool__(self) -> bool:
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether single images change."""
         return bool(self.crop_min_area or self.jitters)
 
     @property
@@ -114,6 +121,11 @@ class Augmentation:
         return found
 
 
+def mixing(alpha: float, batch: int, random: np.random.Generator) -> tuple[float, NDArray[np.int64]]:
+    """The share of each image of a batch in what it is mixed to, and the number of the other image."""
+    return float(random.beta(alpha, alpha)), random.permutation(batch)
+
+
 def read_augmentation(settings: Any, where: str) -> Augmentation:
     """The augmentation that a ``transform_param`` message describes.
 
@@ -125,7 +137,7 @@ def read_augmentation(settings: Any, where: str) -> Augmentation:
     }
     found = Augmentation(**given)
     for name, value in given.items():
-        least, most = (1, 100) if name == "crop_max_aspect" else (0, 1)
+        least, most = {"crop_max_aspect": (1, 100), "mixup_alpha": (0, 100)}.get(name, (0, 1))
         if not least <= value <= most:
             raise UserError(
                 f"{where}: transform_param.{name} is {number(value)}; it has to be from {least} to {most}"

@@ -11,18 +11,21 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.data.augment import CHANCES, Augmentation, read_augmentation
+from caffe_jacinto.data.augment import CHANCES, Augmentation, mixing, read_augmentation
 from caffe_jacinto.data.datum import Pixels, Transform, Window, datum_pixels
 from caffe_jacinto.data.encode import BadImageError, jpeg_shape
 from caffe_jacinto.data.image_list import ListedImages
 from caffe_jacinto.data.lmdb_reader import NumberedRecords
 from caffe_jacinto.data.mean import read_mean
 from caffe_jacinto.recipes.model import AUGMENTATIONS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _TRANSFORM = frozenset(
     {"scale", "mirror", "crop_size", "mean_file", "mean_value", "force_color", "force_gray", *AUGMENTATIONS}
@@ -256,7 +259,16 @@ class Order:
 
 def random_numbers(seed: int, place: int, purpose: str) -> np.random.Generator:
     """Random numbers that are the same for the same arguments (Philox, counter-based)."""
-    stream = {"order": 0, "images": 1, "dropout": 2, "seed": 3, "skip": 4, "rows": 5, "augment": 6}[purpose]
+    stream = {
+        "order": 0,
+        "images": 1,
+        "dropout": 2,
+        "seed": 3,
+        "skip": 4,
+        "rows": 5,
+        "augment": 6,
+        "mixup": 7,
+    }[purpose]
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), stream], counter=[0, 0, 0, place]))
 
 
@@ -331,7 +343,7 @@ class Images(BatchSource):
             self._check_like_first(number, pixels)
             _, height, width = pixels.shape
             window = transform.window(height, width, chance, anywhere=anywhere)
-            if self.augmentation:
+            if self.augmentation.changes_pixels:
                 self._put_augmented(pixels, window, more[i], values[i])
             else:
                 _put(transform, pixels, window, values[i])
@@ -346,7 +358,7 @@ class Images(BatchSource):
         Raises:
             UserError: a record that holds no Datum.
         """
-        if self.augmentation:
+        if self.augmentation.changes_pixels:
             return None
         files = []
         for i, chance in enumerate(self._chances(block)):
@@ -368,7 +380,7 @@ class Images(BatchSource):
 
     def _more_chances(self, block: int) -> list[list[float]]:
         """The random numbers of each image's augmentation."""
-        if not self.augmentation:
+        if not self.augmentation.changes_pixels:
             return []
         drawn = random_numbers(self._seed, block, "augment").random((self.batch_size, CHANCES))
         chances: list[list[float]] = drawn.tolist()
@@ -384,6 +396,13 @@ class Images(BatchSource):
         if how.jitters:
             image = how.jittered(image, chances)
         into[...] = image[:, ::-1] if window.mirrored else image
+
+    def mixing(self, block: int) -> tuple[float, NDArray[np.int64]] | None:
+        """How the images of batch number ``block`` are mixed, as `augment.mixing`; None: they are not."""
+        alpha = self.augmentation.mixup_alpha
+        if not alpha:
+            return None
+        return mixing(alpha, self.batch_size, random_numbers(self._seed, block, "mixup"))
 
     def first_files(self, count: int) -> list[bytes] | None:
         """The first images as they are stored; None unless all are colour JPEG files of one size."""

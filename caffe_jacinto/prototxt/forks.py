@@ -28,7 +28,7 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(
         (
             *("warmup_iter", "ema_decay", "crop_min_area", "crop_max_aspect"),
-            *("random_brightness", "random_contrast", "random_saturation"),
+            *("random_brightness", "random_contrast", "random_saturation", "mixup_alpha"),
         ),
         _OURS,
     ),

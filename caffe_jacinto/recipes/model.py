@@ -57,7 +57,7 @@ MOST_TESTS_APART = 10_000
 
 AUGMENTATIONS = (
     *("crop_min_area", "crop_max_aspect"),
-    *("random_brightness", "random_contrast", "random_saturation"),
+    *("random_brightness", "random_contrast", "random_saturation", "mixup_alpha"),
 )
 """Keys of `[data]` that are fields of a ``transform_param`` beyond Caffe's."""
 
@@ -112,6 +112,10 @@ class DataSettings(_Settings):
 
     random_saturation: Share = 0.0
     """The same about the grey of each pixel."""
+
+    mixup_alpha: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """Above 0, each training image is mixed with another of its batch, by a share of Beta(alpha, alpha)
+    (PyTorch)."""
 
     mean_file: OptionalText = None
     """A .binaryproto with the mean image that is subtracted from every image, for networks that need one."""

@@ -11,7 +11,7 @@ are averaged: those of batch norm are sums or averages already, and theirs is on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,8 +57,9 @@ class WeightAverage:
             of_tensor[id(self._net.layer_blobs[layer][0].tensor)].mul_(mask)
 
     @torch.no_grad()
-    def end(self) -> None:
-        """Make the average the weights of the net."""
+    def end(self, pruned: Collection[str]) -> None:
+        """Make the average the weights of the net; what is zero in the layers ``pruned`` stays zero."""
+        self.hold({layer: self._net.layer_blobs[layer][0].tensor != 0 for layer in pruned})
         torch._foreach_copy_(self._weights, self._average)
 
     @contextmanager

@@ -29,6 +29,9 @@ class RawBatch(NamedTuple):
     windows: Tensor
     """batch x (top, left, mirrored)."""
 
+    mixing: Tensor
+    """batch x (number of the image that it is mixed with, its own share); empty where none is."""
+
 
 HostBatch = tuple[RawBatch, tuple[int, ...]]
 """A batch in the host's memory. Where ends are given, joined JPEG files are in the place of its images."""
@@ -138,6 +141,7 @@ class CopyAhead:
             torch.empty(self._shape, dtype=self._kind, device=self._device),
             torch.empty_like(host[0].labels, device=self._device),
             torch.empty_like(host[0].windows, device=self._device),
+            torch.empty_like(host[0].mixing, device=self._device),
         )
         return _Slot(batch, torch.cuda.Event(), torch.cuda.Event(), threading.Semaphore(0))
 

@@ -99,7 +99,7 @@ class Inputs:
         self._feeds.append(feed)
 
     def _decode_of(self, images: Images, workers: int) -> Decode:
-        if images.augmentation:
+        if images.augmentation.changes_pixels:
             if self._choice in ("gpu", "both"):
                 raise UserError(
                     f"{images.layer.where}: images are augmented where the CPU decodes them; leave out "
@@ -152,16 +152,16 @@ class Inputs:
         """The next batch of each data layer; see `Feed.raw`."""
         return [feed.raw() for feed in self._feeds]
 
-    def transformed(self, raw: Sequence[RawBatch]) -> Mapping[str, Tensor]:
+    def transformed(self, raw: Sequence[RawBatch], *, mixed: bool = True) -> Mapping[str, Tensor]:
         """The blobs of a batch, by the names of the net's inputs; see `Feed.tops`."""
         values = dict(self._zeros)
         for feed, batch in zip(self._feeds, raw, strict=True):
-            values.update(zip(feed.layer.tops, feed.tops(batch), strict=False))
+            values.update(zip(feed.layer.tops, feed.tops(batch, mixed=mixed), strict=False))
         return values
 
     def batch(self) -> Mapping[str, Tensor]:
-        """The next batch, ready for the net."""
-        return self.transformed(self.raw())
+        """The next batch, ready for the net; its images are not mixed."""
+        return self.transformed(self.raw(), mixed=False)
 
     def __enter__(self) -> Inputs:
         return self

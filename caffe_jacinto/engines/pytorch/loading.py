@@ -129,7 +129,7 @@ class _RowTops:
         assert isinstance(source, Rows)
         self._source = source
 
-    def __call__(self, raw: RawBatch) -> list[Tensor]:
+    def __call__(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
         return [
             raw.images[:, self._source.columns(top)].reshape(shape).clone()
             for top, shape in enumerate(self._source.top_shapes)
@@ -139,7 +139,8 @@ class _RowTops:
 class _ImageTops:
     """Images less their mean, scaled, and their labels.
 
-    Images are batch x channels x height x width, float32, channels last in memory.
+    Images are batch x channels x height x width, float32, channels last in memory. Where images are mixed,
+    the labels are 3 x batch: each image's own label, that of the one it is mixed with, and its own share.
     """
 
     def __init__(self, source: Images, device: torch.device) -> None:
@@ -147,15 +148,19 @@ class _ImageTops:
         self._source = source
         self._mean = self._mean_on(device)
 
-    def __call__(self, raw: RawBatch) -> list[Tensor]:
+    def __call__(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
         transform = self._source.layer.transform
         pixels = raw.images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
         if transform.mean_image is not None and self._mean is not None:
             pixels -= self._mean_windows(self._mean, raw.windows.to(pixels.device))
         elif self._mean is not None:
             pixels -= self._mean
+        if transform.scale != 1:
+            pixels.mul_(transform.scale)
+        if raw.mixing.numel():
+            return _mixed(pixels, raw) if mixed else [pixels, _as_mixed(raw.labels)]
         # The labels' own memory is overwritten with the next batch.
-        return [pixels.mul_(transform.scale) if transform.scale != 1 else pixels, raw.labels.clone()]
+        return [pixels, raw.labels.clone()]
 
     def _mean_windows(self, mean: Tensor, windows: Tensor) -> Tensor:
         """Each image's window of the mean image: batch x channels x height x width."""
@@ -173,6 +178,18 @@ class _ImageTops:
         except UnreadableImageError as error:
             raise UserError(f"{layer.where}: {error}") from None
         return None if mean is None else torch.from_numpy(mean.copy()).to(device)
+
+
+def _mixed(pixels: Tensor, raw: RawBatch) -> list[Tensor]:
+    other, share = raw.mixing[:, 0].long(), raw.mixing[:, 1]
+    images = torch.lerp(pixels[other], pixels, share[:, None, None, None])
+    labels = raw.labels.float()
+    return [images, torch.stack([labels, labels[other], share])]
+
+
+def _as_mixed(labels: Tensor) -> Tensor:
+    """The labels of images that are not mixed, as those that are have them."""
+    return torch.stack([labels.float(), labels.float(), torch.ones_like(labels, dtype=torch.float32)])
 
 
 class Feed:
@@ -257,9 +274,12 @@ class Feed:
             return self._ahead.take()
         return next(self._host_batches())[0]
 
-    def tops(self, raw: RawBatch) -> list[Tensor]:
-        """The layer's tops, in memory of their own: for images see `_ImageTops`."""
-        return self._finish(raw)
+    def tops(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
+        """The layer's tops, in memory of their own: for images see `_ImageTops`.
+
+        Not ``mixed``: images that are mixed in training are left as they are.
+        """
+        return self._finish(raw, mixed=mixed)
 
     def _host_batches(self) -> Iterator[HostBatch]:
         """The batches that the workers read, one by one, with labels that the net has."""
@@ -283,8 +303,17 @@ class Feed:
                 values = _values(self._buffers, done.slot, self._source)
             for top, limits in self._classes.items():
                 self._check_labels(self._source.labels_of(top, values.numpy(), labels.numpy()), *limits)
+            mixing = self._mixing(self._next)
             self._next += self._stride
-            yield RawBatch(values, labels, windows), done.ends
+            yield RawBatch(values, labels, windows, mixing), done.ends
+
+    def _mixing(self, block: int) -> Tensor:
+        """As `RawBatch` has it."""
+        found = self._source.mixing(block) if isinstance(self._source, Images) else None
+        if found is None:
+            return torch.empty((0, 2))
+        share, others = found
+        return torch.stack([torch.from_numpy(others).float(), torch.full((len(others),), share)], 1)
 
     def _check_labels(self, labels: Any, classes: int, ignored: int | None) -> None:
         """``labels``: batch x numbers."""

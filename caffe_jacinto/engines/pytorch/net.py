@@ -15,6 +15,7 @@ from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_fro
 from caffe_jacinto.engines.pytorch.indices import Indices
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Blob, Forward, LayerSetup, Shape
 from caffe_jacinto.engines.pytorch.layers import LAYERS, REFUSED
+from caffe_jacinto.engines.pytorch.layers.mixup import of_mixed_labels
 from caffe_jacinto.netspec.data_fit import READ
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
@@ -195,6 +196,9 @@ class Net(nn.Module):
         self.recordable = True
         """Whether a pass can be recorded as a CUDA graph."""
 
+        self._mixed_labels: set[str] = set()
+        """Blobs of labels of mixed images."""
+
         self.indices: list[Indices] = []
         """Labels, and other numbers that have to be in a range."""
 
@@ -354,6 +358,8 @@ class Net(nn.Module):
                 raise UserError(f"{where}: the shape of its top {name} is not known")
             self.inputs.append(name)
             self.shapes[name] = tuple(dim for dim in shape if dim is not None)
+        if self.phase == TRAIN and layer.transform_param.mixup_alpha:
+            self._mixed_labels.update(layer.top[1:])
 
     def _setup(self, layer: Any, where: str) -> LayerSetup:
         missing = [name for name in layer.bottom if name not in self.shapes]
@@ -373,6 +379,8 @@ class Net(nn.Module):
     def _add(self, setup: LayerSetup, function: Forward) -> None:
         """Take in a layer that runs alone."""
         layer = setup.message
+        if not self._mixed_labels.isdisjoint(layer.bottom):
+            function = of_mixed_labels(setup, function, self._mixed_labels)
         module = self._take(setup, function)
         weights = _loss_weights(layer)
         self.loss_weights.update({name: w for name, w in zip(layer.top, weights, strict=True) if w})

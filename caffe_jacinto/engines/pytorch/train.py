@@ -473,7 +473,7 @@ class Trainer:
             if pruned:
                 self.average.hold(self.pruner.held)
             if self.iteration == self.parameters.max_iter:
-                self.average.end()
+                self.average.end(self.pruner.layers if self.holds_zeros else ())
                 self.average = None
         self._stopped, asked = self.ranks.any(self._requests.stop, self._requests.take_snapshot())
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
