@@ -120,6 +120,11 @@ STOCK_FIELDS = {message.name: {field.name for field in message.field} for messag
 """Without those of forks, which real Caffe does not know."""
 
 
+def caffes_numbers(field: Any) -> list[int]:
+    """The numbers of an enumeration's values, without those of forks."""
+    return [value.number for value in field.enum_type.values if value.number < 20_000]
+
+
 @st.composite
 def filled(draw: st.DrawFn, message: Any, skip: frozenset[str] = frozenset(), depth: int = 0) -> Any:
     """``message`` with some of its fields set."""
@@ -140,7 +145,7 @@ def filled(draw: st.DrawFn, message: Any, skip: frozenset[str] = frozenset(), de
                     draw(filled(target, depth=depth + 1))
             continue
         if field.enum_type is not None:
-            values = st.sampled_from([value.number for value in field.enum_type.values])
+            values = st.sampled_from(caffes_numbers(field))
         else:
             values = {
                 field.CPPTYPE_BOOL: st.booleans(),
@@ -175,9 +180,7 @@ def v1_nets(draw: st.DrawFn) -> str:
     )
     for _ in range(draw(st.integers(1, 4))):
         layer = draw(filled(net.layers.add(), frozenset({"exclude"})))
-        layer.type = draw(
-            st.sampled_from(list(layer.DESCRIPTOR.fields_by_name["type"].enum_type.values))
-        ).number
+        layer.type = draw(st.sampled_from(caffes_numbers(layer.DESCRIPTOR.fields_by_name["type"])))
         for name in ("data_param", "image_data_param", "window_data_param"):
             if draw(st.integers(0, 3)) == 0:
                 getattr(layer, name).SetInParent()
@@ -279,6 +282,8 @@ layers { layer {
     name: "fc"
     type: "inner" }
   bottom: "conv" top: "fc" }"""
+    with pytest.raises(UserError, match=r"^net\.prototxt: layer '' reads 'x'"):  # which one is not known
+        parse_net('layers { layer { type: "relu" } bottom: "x" }', BVLC, "net.prototxt")
     for text, line in (
         (f'input: "data" input_dim: [1, 3, 8, 8] {layers}', 6),
         (f'input: "dat" input_dim: [1, 3, 8, 8] {layers}', 2),

@@ -26,7 +26,7 @@ def place_in(where: str, layer: str, field: str = "", text: str | None = None) -
     if layer:
         found = [_line(message, names) for message in _layers_called(tree, layer)]
     else:
-        found = [_line(message, names) for message in _nets(tree) if message.has(names[0])]
+        found = [_line(message, names) for message in _nets(tree) if names and message.has(names[0])]
     if not found:
         return where
     _, line = max(found, key=lambda item: item[0])
