@@ -51,6 +51,8 @@ def texts(recipe: Recipe, stage: str, dialect: Dialect) -> dict[str, str]:
         ("imagenet_jacintonet11", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
         ("imagenet_jacintonet11_channelwise", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
         ("imagenet_jacintonet11_channelwise", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
+        ("imagenet_jacintonet11_8bit", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
+        ("imagenet_jacintonet11_8bit", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
         ("imagenet_jacintonet11_l1_round", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
         ("imagenet_jacintonet11_l1_round", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
         ("imagenet_jacintonet11_layerwise", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),

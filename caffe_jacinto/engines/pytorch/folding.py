@@ -94,7 +94,7 @@ class Folding:
     def folded(self, layer: str) -> Folded:
         """The convolution or inner product ``layer`` as the net's present blobs make it."""
         plan = self._plans[layer]
-        weights, *others = self._blobs(layer)
+        weights, *others = self._net.tensors_of(layer)
         bias = others[0].reshape(-1) if others else None
         gain: Tensor | None = None
         for message in plan.behind:
@@ -111,19 +111,16 @@ class Folding:
 
     def averages(self, layer: str) -> tuple[Tensor, Tensor]:
         """Mean and variance of a BatchNorm of the net, as `caffemodel.batch_norm.averages`."""
-        mean, variance, factor = self._blobs(layer)
+        mean, variance, factor = self._net.tensors_of(layer)
         inverse = torch.where(factor == 0, 0.0, 1 / factor)
         return mean * inverse, variance * inverse
-
-    def _blobs(self, layer: str) -> list[Tensor]:
-        return [blob.tensor for blob in self._net.layer_blobs[layer]]
 
     def _gain_and_shift(self, message: Any) -> tuple[Tensor, Tensor]:
         if message.type == "BatchNorm":
             mean, variance = self.averages(message.name)
             gain = 1 / torch.sqrt(variance.double() + message.batch_norm_param.eps)
             return gain, -mean.double() * gain
-        values = [blob.reshape(-1).double() for blob in self._blobs(message.name)]
+        values = [blob.reshape(-1).double() for blob in self._net.tensors_of(message.name)]
         if message.type == "Bias":
             return torch.ones_like(values[0]), values[0]
         return values[0], values[1] if len(values) > 1 else torch.zeros_like(values[0])
@@ -131,13 +128,13 @@ class Folding:
     def _shift(self, message: Any) -> Tensor:
         """What a layer before a convolution adds to its input."""
         if message.type == "Bias":
-            return self._blobs(message.name)[0].reshape(-1).double()
+            return self._net.tensors_of(message.name)[0].reshape(-1).double()
         return torch.tensor([message.power_param.shift], dtype=torch.float64, device=self._net.device)
 
 
 def _new(net: Net, layer: Any) -> NewLayer:
     """A layer's blobs as they are now; of a batch norm, statistics of one image."""
-    blobs = [array(blob.tensor) for blob in net.layer_blobs.get(layer.name, [])]
+    blobs = [array(tensor) for tensor in net.tensors_of(layer.name)]
     if layer.type == "BatchNorm" and net.dialect is Dialect.BVLC:
         blobs[2] = np.ones_like(blobs[2])
     return NewLayer(layer, blobs)

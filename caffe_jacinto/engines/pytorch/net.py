@@ -213,6 +213,10 @@ class Net(nn.Module):
         """What each layer computes alone, from its blobs and bottoms, by its name."""
         return {name: module.function for name, module in self._by_name.items()}
 
+    def tensors_of(self, layer: str) -> list[Tensor]:
+        """A layer's blobs, in Caffe's order."""
+        return self._by_name[layer].tensors if layer in self._by_name else []
+
     @property
     def layer_blobs(self) -> dict[str, list[Blob]]:
         """Each layer's blobs by its name, for layers that have any."""

@@ -147,7 +147,7 @@ class QuantizedTraining(nn.Module):
         """Raise `UserError` where a batch norm to fold has no statistics; they come from ``weights``."""
         lacking = {}
         for name in sorted(self._moving & self.quantized_layers):
-            blobs = [array(blob.tensor) for blob in self.net.layer_blobs[name]]
+            blobs = [array(tensor) for tensor in self.net.tensors_of(name)]
             if lacks_statistics(blobs, plain=False):
                 lacking[name] = blobs
         require_statistics(weights, lacking)
@@ -209,7 +209,7 @@ class QuantizedTraining(nn.Module):
         quantization = None if exact else self._grids(folded)
         blobs: dict[str, Sequence[Tensor]] = {}
         functions, after = dict(self._passes.functions), {}
-        own, own_blobs = net.functions, net.layer_blobs
+        own = net.functions
         for name, kind in self._types.items():
             if kind in WEIGHTED:
                 moves = not frozen and not self._moving.isdisjoint(self._folding.behind(name))
@@ -221,7 +221,7 @@ class QuantizedTraining(nn.Module):
                 blobs[name] = [mean, variance, torch.ones_like(mean[:1])]
             elif name in own:
                 functions[name] = own[name]
-                blobs[name] = [blob.tensor for blob in own_blobs.get(name, ())]
+                blobs[name] = net.tensors_of(name)
         shown = self._see if see and self._ranks.first else None
         return quantization, Computed(blobs, functions, after, shown)
 
@@ -258,11 +258,11 @@ class QuantizedTraining(nn.Module):
             sums = sums + folded.added.float().reshape(over)
         gain = torch.where(folded.gain == 0, 1.0, folded.gain).float()
         values = sums / gain.reshape(over)
-        functions, blobs = self.net.functions, self.net.layer_blobs
-        if len(blobs[name]) > 1:
-            values = values + blobs[name][1].tensor.reshape(over)
+        functions, own = self.net.functions, self.net.tensors_of(name)
+        if len(own) > 1:
+            values = values + own[1].reshape(over)
         for behind in self._folding.behind(name):
-            made = functions[behind]([blob.tensor for blob in blobs[behind]], values)
+            made = functions[behind](self.net.tensors_of(behind), values)
             assert isinstance(made, Tensor)
             values = made
         return values
