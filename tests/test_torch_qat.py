@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_nets import built, write_random
+from digits_run import Trainer, recipe_of, tiny, write_lmdbs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -24,7 +25,7 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
-from caffe_jacinto.engines.contract import add_quantization_arguments, quantization_settings
+from caffe_jacinto.engines.contract import Engine, add_quantization_arguments, quantization_settings
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
@@ -44,6 +45,7 @@ from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
 from caffe_jacinto.quantization.settling import read_ranges
 from caffe_jacinto.quantize import main as quantize
 from caffe_jacinto.recipes.model import QuantizeSettings
+from caffe_jacinto.report import main as report
 
 ENGINE = TorchEngine(describe_torch(Dialect.BVLC))
 ITERATIONS = 16
@@ -349,6 +351,62 @@ def deploy_of(stage: SmallStage) -> str:
     kept = [part for part in layers if '"label"' not in part]
     shape = "shape { dim: 1 dim: 1 dim: 28 dim: 28 }"
     return f'layer {{ name: "data" type: "Input" top: "data" input_param {{ {shape} }} }}\n' + "".join(kept)
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+FOUR_BITS = """
+[stages.qat]
+start = "initial"
+
+[stages.qat.solver]
+max_iter = 4
+base_lr = 1e-3
+weight_decay = 1e-4
+snapshot = 2
+test_interval = 4
+
+[stages.qat.quantize]
+bits = 4
+batches = 2
+
+[stages.quantize]
+start = "qat"
+
+[stages.quantize.quantize]
+bits = 4
+batches = 2
+"""
+
+
+@pytest.mark.caffe
+def test_a_run_trains_in_four_bits_and_quantizes_with_the_ranges_of_that(
+    tmp_path: Path, caffe_engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lmdbs(tmp_path)
+    recipe = recipe_of(tmp_path, "initial")
+    (tmp_path / recipe).write_text((tmp_path / recipe).read_text() + FOUR_BITS)
+    arguments = [*tiny(recipe, ("initial",), initial=2), "--output", "run"]
+    code, said = Trainer(caffe_engine.info.executable, tmp_path).run(*arguments)
+    assert code == 2
+    assert "stages.qat.quantize: only PyTorch trains in quantized values: add --engine torch" in said
+    code, said = Trainer(None, tmp_path).run(*arguments, "--set", 'stages.qat.quantize.keep_float=["conv9"]')
+    assert code == 2
+    assert "stages.qat.quantize.keep_float: conv9: the network has no such layer" in said
+    assert not (tmp_path / "run").exists()
+    trainer = Trainer(None, tmp_path)
+    code, said = trainer.run(*arguments)
+    assert code == 0, said
+    assert trainer.states("run").values() == {"finished"} or set(trainer.states("run").values()) == {
+        "finished"
+    }
+    assert "these ranges are used" in trainer.log("run", "quantize")
+    record = json.loads((tmp_path / "run/quantize/quantization.json").read_text())
+    tests = test_outputs(trainer.log("run", "qat").replace("accuracy/top1", "accuracy"))
+    assert tests[-1] == (4, pytest.approx(record["accuracy"]["quantized"]["top1"]))
+    assert report([str(tmp_path / "run")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "4 bits" in line]
+    assert [re.search(r", (\w+) \(", row)[1] for row in rows] == ["qat", "quantize"]  # type: ignore[index]
 
 
 # ------------------------------------------------------------------------------------------------- refusals
