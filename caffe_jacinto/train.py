@@ -4,6 +4,8 @@ python -m caffe_jacinto.train demo_digits
 python -m caffe_jacinto.train imagenet_jacintonet11 -gpu 0,1 --set training.batch_size=512
 python -m caffe_jacinto.train my_recipe.toml --output training/first_try --dry-run
 python -m caffe_jacinto.train demo_digits --engine torch
+python -m caffe_jacinto.train demo_digits --sweep target=0.5,0.7,0.9
+python -m caffe_jacinto.train demo_digits --max-loss 1.0
 python -m caffe_jacinto.train --from solver.prototxt --weights trained.caffemodel
 python -m caffe_jacinto.train --new my_recipe.toml --train-lmdb data/train_lmdb --val-lmdb data/val_lmdb
 python -m caffe_jacinto.train imagenet_jacintonet11 --engine torch --slurm --nodes 2 --gpus-per-node 8
@@ -47,12 +49,17 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(
             "--weights and --target go with --from SOLVER; a recipe has stages.NAME.weights and targets"
         )
+    sweeps = options.sweep is not None or options.max_loss is not None
+    if sweeps and (options.recipe is None or options.slurm or options.open):
+        parser.error("--sweep and --max-loss go with RECIPE, and not with --slurm or --open")
     if options.new is not None:
         return _new_recipe(parser, options)
     if options.status is not None:
         from caffe_jacinto.runs.status import status_lines
+        from caffe_jacinto.runs.sweep import is_sweep, sweep_status
 
-        print("\n".join(status_lines(Path(options.status))))
+        place = Path(options.status)
+        print("\n".join(sweep_status(place) if is_sweep(place) else status_lines(place)))
         return 0
     from caffe_jacinto.runs.start import Options, full_disks_named, resume, start
 
@@ -75,6 +82,11 @@ def main(arguments: Sequence[str]) -> int:
             parser.error("--accept-data goes with --resume")
         if options.solver is not None:
             return _start_from(options, overrides, wanted)
+        if sweeps:
+            from caffe_jacinto.runs.sweep import Request, start_sweep
+
+            request = Request(options.sweep or (), options.max_loss)
+            return start_sweep(options.recipe, overrides, wanted, request)
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
         raise UserError(
@@ -82,6 +94,14 @@ def main(arguments: Sequence[str]) -> int:
             "--accept-data and the options for Slurm may be given with it; to change more, start a new run"
         )
     with full_disks_named(Path(options.resume)):
+        from caffe_jacinto.runs.sweep import is_sweep, resume_sweep
+
+        if is_sweep(Path(options.resume)):
+            if options.slurm or options.open or options.accept_data:
+                raise UserError(
+                    f"{options.resume} is a sweep: --slurm, --open and --accept-data go with one of its runs"
+                )
+            return resume_sweep(Path(options.resume), wanted)
         return resume(Path(options.resume), wanted)
 
 
@@ -110,6 +130,28 @@ def _new_recipe(parser: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
+def sweep_targets(text: str) -> tuple[float, ...]:
+    """An argument type: what is swept, ``target=0.5,0.8``, and its values."""
+    key, equals, values = text.partition("=")
+    if key != "target" or not equals:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not target=F,F,..., like target=0.5,0.8")
+    found = tuple(fraction(value) for value in values.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} has a target twice; give each once")
+    return found
+
+
+def points(text: str) -> float:
+    """An argument type: points of accuracy, 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of points from 0 to 100, like 1.0")
+    return value
+
+
 def _parser() -> Parser:
     description, _, examples = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.train", description, examples.strip("\n"))
@@ -121,6 +163,18 @@ def _parser() -> Parser:
     )
     count = whole_number(1)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--sweep",
+        type=sweep_targets,
+        metavar="target=0.5,0.8",
+        help="train the stages before pruning once, and the others for each of these sparsities",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=points,
+        metavar="P",
+        help="search the sparsest network that loses at most P points of the top-1 before pruning",
+    )
     parser.add_argument("--status", metavar="RUN", help="print how far the run in this folder is")
     parser.add_argument(
         "--from",

@@ -55,14 +55,20 @@ def draw_choices(runs: Sequence[Run], path: Path, published: Sequence[tables.Pub
         raise UserError(
             f"--scatter {path}: no run has a top-1 accuracy together with a sparsity or a complexity"
         )
-    image = _draw(found, published, path.suffix.lower().lstrip("."))
+    image = draw(found, path.suffix.lower().lstrip("."), published)
     try:
         write_whole(path, image)
     except OSError as error:
         raise UserError(f"--scatter {path}: cannot be written: {error.strerror}") from None
 
 
-def _draw(found: Sequence[Choice], published: Sequence[tables.Published], kind: str) -> bytes:
+def draw(
+    found: Sequence[Choice],
+    kind: str,
+    published: Sequence[tables.Published] = (),
+    cost: str = "complexity, GigaMACs for one crop",
+) -> bytes:
+    """The picture, of the ``kind`` png or svg; ``cost`` is what the x of `Choice.gigamacs` is."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -86,7 +92,7 @@ def _draw(found: Sequence[Choice], published: Sequence[tables.Published], kind: 
                         [row.gigamacs], [100 * row.top1], "+", color="#666666", markersize=9
                     )
                     handles[f"+  {row.name} (published)"] = drawn
-        _axes(dict(zip(panels, places, strict=True)))
+        _axes(dict(zip(panels, places, strict=True)), cost)
         names = sorted(
             handles, key=lambda name: (name[0] == "+", int(name.split()[0]) if name[0] != "+" else 0)
         )
@@ -124,14 +130,14 @@ def _number_points(place: Any, last: Sequence[Sequence[tuple[float, float]]], sc
         )
 
 
-def _axes(places: dict[str, Any]) -> None:
+def _axes(places: dict[str, Any], cost: str) -> None:
     next(iter(places.values())).set_ylabel("top-1 accuracy, %")
     for panel, place in places.items():
         place.margins(0.08)
         if panel == "sparsity":
             place.set_xlabel("sparsity of the convolutions, %")
             continue
-        place.set_xlabel("complexity, GigaMACs for one crop")
+        place.set_xlabel(cost)
         low, high = place.get_xlim()
         low = max(low, min(x for line in place.lines for x in line.get_xdata()))
         if high / low >= _LOGARITHMIC_FROM:

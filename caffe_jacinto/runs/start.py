@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,26 +100,32 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     if options.slurm and options.gpus is None:
         # Slurm gives each job its GPUs, and programs number them from 0.
         options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
+
+    def on(gpus: tuple[int, ...]) -> Recipe:
+        return load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"], completion=complete)
+
+    return start_recipe(recipe, options, on)
+
+
+def start_recipe(
+    recipe: Recipe,
+    options: Options,
+    on: Callable[[tuple[int, ...]], Recipe],
+    signals: StopSignals | None = None,
+) -> int:
+    """As `start`, of a recipe that is loaded; ``on`` gives it for other GPUs.
+
+    ``signals``: those of a caller that waits for signals already.
+
+    Raises:
+        UserError, RunFailed: as `start`.
+    """
     folder = options.output or run_folder.default_folder(recipe.data.dataset, recipe.network.name)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
-    engine, gpus = _engine(options, recipe.training.gpus, screen)
-    if options.gpus is not None:
-        recipe = load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"], completion=complete)
-    elif not gpus and any_visible() and options.slurm is None:
-        screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
-    run = plan_run(recipe, folder, engine, gpus)
-    findings = preflight(
-        run,
-        run.stages,
-        run.quantized,
-        recipe.training.keep,
-        here=options.slurm is None,
-        must_reach=options.must_reach,
-    )
-    run = replace(run, data_sizes=findings.data_sizes)
-    _show_findings(run, findings, screen)
+    run, findings = _checked(recipe, folder, options, on, screen)
+    recipe, engine = run.recipe, run.engine
     if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
     theirs = recipe
@@ -164,7 +170,46 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
         except UserError:
             shutil.rmtree(folder)  # it did not exist before, and nothing was trained in it
             raise
-    return _drive(run, record, lock, screen, StopSignals())
+    return _drive(run, record, lock, screen, signals or StopSignals())
+
+
+def check_recipe(
+    recipe: Recipe, folder: Path, options: Options, on: Callable[[tuple[int, ...]], Recipe]
+) -> None:
+    """Check what a run of ``recipe`` in ``folder`` would be checked for, and write nothing.
+
+    Raises:
+        UserError: something is wrong.
+    """
+    _, findings = _checked(recipe, folder, options, on, Screen())
+    _refuse(findings)
+
+
+def _checked(
+    recipe: Recipe,
+    folder: Path,
+    options: Options,
+    on: Callable[[tuple[int, ...]], Recipe],
+    screen: Screen,
+) -> tuple[RunPlan, Findings]:
+    """The plan of a new run, and what the checks before it have found and shown."""
+    engine, gpus = _engine(options, recipe.training.gpus, screen)
+    if options.gpus is not None:
+        recipe = on(gpus)
+    elif not gpus and any_visible() and options.slurm is None:
+        screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
+    run = plan_run(recipe, folder, engine, gpus)
+    findings = preflight(
+        run,
+        run.stages,
+        run.quantized,
+        recipe.training.keep,
+        here=options.slurm is None,
+        must_reach=options.must_reach,
+    )
+    run = replace(run, data_sizes=findings.data_sizes)
+    _show_findings(run, findings, screen)
+    return run, findings
 
 
 @contextmanager
@@ -211,7 +256,7 @@ def resume(
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
     engine, gpus = _same_engine(record, options, screen)
-    recipe = _changed(record.recipe, options, gpus)
+    recipe = changed(record.recipe, options, gpus)
     run = plan_run(recipe, folder, engine, gpus)
     _reopen_damaged(run, record, screen)
     waiting = tuple(plan for plan in run.stages if record.stages[plan.name].state != "finished")
@@ -357,7 +402,7 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
             wanted.add(plan.start_weights)
 
 
-def _changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
+def changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
     """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole."""
     from pydantic import ValidationError
 

@@ -1,0 +1,465 @@
+"""A recipe trained to several sparsities: its dense stages once, its sparse ones for each target.
+
+training/<dataset>_<network>_sweep_<time>/
+    sweep.json  the recipe in full, the targets, how it is trained
+    dense/      a run of the stages before the first one that prunes
+    target_0.8/ a run of the others for this target, from the weights in dense/; one for each
+    sweep.csv   the results; sweep.png: accuracy against sparsity and complexity
+
+Each of them is a run as any other. The sweep goes on with the first that has not finished: what there is to
+do, the search for the sparsest network included, follows from the results that are there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from caffe_jacinto import __version__
+from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.text import Column, Line, count_of, show_table
+from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.logs.discover import RUN_RECORD, find_runs
+from caffe_jacinto.logs.scatter import Choice, draw
+from caffe_jacinto.networks.completion import complete
+from caffe_jacinto.networks.registry import RECIPE_RULES
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.process import StopSignals
+from caffe_jacinto.runs.progress import Screen
+from caffe_jacinto.runs.start import Options, changed, check_recipe, resume, start_recipe
+from caffe_jacinto.runs.status import status_lines
+
+SWEEP_RECORD = "sweep.json"
+TABLE, PICTURE = "sweep.csv", "sweep.png"
+DENSE = "dense"
+
+FINEST = 100
+"""The search for the sparsest network tries multiples of 1/100."""
+
+HIGHEST = 96
+"""Where it begins to be hopeless: the published schedule ends at 0.95."""
+
+
+class SweepRecord(BaseModel):
+    """The contents of sweep.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[1] = 1
+    caffe_jacinto: str
+    start_folder: str
+    """Where the sweep was started; relative paths resolve against it."""
+
+    folder: str
+    recipe: Recipe
+    targets: tuple[float, ...]
+    """Those to train, in this order."""
+
+    max_loss: float | None = None
+    """Then search the sparsest network that loses at most so many points of top-1."""
+
+    caffe: str | None = None
+    engine: str | None = None
+    dialect: Dialect | None = None
+    precision: Precision | None = None
+    gpus: tuple[int, ...] | str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sweep."""
+
+    targets: tuple[float, ...] = ()
+    max_loss: float | None = None
+
+
+def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, request: Request) -> int:
+    """Start a sweep and drive it to its end; returns the exit code.
+
+    Raises:
+        UserError: something is wrong. Nothing was run or written.
+        RunFailed: a stage failed.
+    """
+    recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
+    pruning = [name for name, stage in recipe.stages.items() if stage.sparse is not None]
+    if not pruning:
+        raise UserError(f"{recipe_name}: no stage prunes, so there is no target; add stages.NAME.sparse")
+    if request.max_loss is not None and not dense_stages(recipe):
+        raise UserError(
+            f"{recipe_name}: --max-loss compares with the network before pruning, and no stage comes before "
+            f"{pruning[0]}; add one, or give targets with --sweep"
+        )
+    first = recipe.stages[pruning[-1]].sparse
+    assert first is not None
+    targets = request.targets or (first.target,)
+    for target in targets:
+        wanted = [f"stages.{name}.sparse.target={target}" for name in pruning]
+        whole = load_recipe(recipe_name, [*overrides, *wanted], rules=RECIPE_RULES, completion=complete)
+        if target == max(targets):
+            hardest = whole
+    folder = options.output or _default_folder(recipe)
+    if not run_folder.is_free(folder):
+        again = (folder / SWEEP_RECORD).is_file()
+        what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
+        raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
+    check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+    record = SweepRecord(
+        caffe_jacinto=__version__,
+        start_folder=str(Path.cwd()),
+        folder=str(folder),
+        recipe=recipe,
+        targets=targets,
+        max_loss=request.max_loss,
+        caffe=options.caffe,
+        engine=options.engine,
+        dialect=options.dialect,
+        precision=options.precision,
+        gpus=options.gpus,
+    )
+    sweep = Sweep(folder, record, options)
+    if options.dry_run:
+        sweep.say_plan()
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SWEEP_RECORD, record.model_dump_json(indent=2) + "\n")
+    return sweep.drive()
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder that a user names holds a sweep."""
+    return (folder / SWEEP_RECORD).is_file()
+
+
+def resume_sweep(folder: Path, options: Options) -> int:
+    """Go on with a sweep; returns the exit code.
+
+    Raises:
+        UserError: its record is damaged, or it has been moved; as `resume`.
+        RunFailed: a stage failed.
+    """
+    path = (folder / SWEEP_RECORD).absolute()
+    try:
+        record = SweepRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{path}: damaged, or of another version ({first}): start a new sweep") from None
+    try:
+        os.chdir(record.start_folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot change to {record.start_folder}, where the sweep was started: {error.strerror}"
+        ) from None
+    if Path(record.folder).resolve() != path.parent.resolve():
+        raise UserError(
+            f"{path.parent} was created as {Path(record.folder).absolute()}, a path that its files contain: "
+            "move it back, or put a link there"
+        )
+    before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
+    given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
+    return Sweep(Path(record.folder), record, replace(options, **before | given)).drive()
+
+
+def sweep_status(folder: Path) -> list[str]:
+    """The state of each run of a sweep, from its files alone."""
+    runs = [folder / DENSE, *sorted(folder.glob("target_*"))]
+    return [line for run in runs if (run / RUN_RECORD).is_file() for line in status_lines(run)]
+
+
+def dense_stages(recipe: Recipe) -> list[str]:
+    """The stages that train before the first one that prunes."""
+    found: list[str] = []
+    for name, stage in recipe.stages.items():
+        if stage.sparse is not None:
+            break
+        if stage.solver is not None:
+            found.append(name)
+    return found
+
+
+def dense_recipe(recipe: Recipe) -> Recipe:
+    """The dense stages, and those that quantize what they have trained."""
+    dense = dense_stages(recipe)
+    content = recipe.model_dump(mode="json")
+    stages = {
+        name: stage
+        for name, stage in content["stages"].items()
+        if name in dense or (stage["solver"] is None and stage["start"] in dense)
+    }
+    return Recipe.model_validate(content | {"stages": stages})
+
+
+def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
+    """The other stages, pruned to ``target``; they start from the weights in the run folder ``dense``."""
+    before = dense_recipe(recipe).stages if dense_stages(recipe) else {}
+    content = recipe.model_dump(mode="json")
+    stages: dict[str, Any] = {}
+    for name, stage in content["stages"].items():
+        if name in before:
+            continue
+        if stage["start"] in before:
+            last = f"{recipe.data.dataset}_{recipe.network.name}_iter_{before[stage['start']].max_iter}"
+            stage |= {"start": None, "weights": str(dense / stage["start"] / f"{last}.caffemodel")}
+        if stage["sparse"] is not None:
+            stage["sparse"]["target"] = target
+        stages[name] = stage
+    return Recipe.model_validate(content | {"stages": stages})
+
+
+class Sweep:
+    """A sweep in its folder."""
+
+    def __init__(self, folder: Path, record: SweepRecord, options: Options) -> None:
+        self.folder, self.record = folder, record
+        self._options = options
+        self._screen = Screen()
+
+    def say_plan(self) -> None:
+        """Say which runs there would be."""
+        recipe, screen = self.record.recipe, self._screen
+        if dense_stages(recipe):
+            screen.say(f"{self.folder / DENSE}: {', '.join(dense_recipe(recipe).stages)}")
+        for target in self.record.targets:
+            stages = sparse_recipe(recipe, target, self.folder / DENSE).stages
+            screen.say(f"{self._run_of(target)}: {', '.join(stages)}, target {target:g}")
+        if self.record.max_loss is not None:
+            screen.say(f"then the search for the sparsest that loses at most {self.record.max_loss:g} points")
+        screen.say("nothing was run or written")
+
+    def drive(self) -> int:
+        """Train what is not trained yet, and show the results; returns the exit code.
+
+        Raises:
+            RunFailed: a stage failed. What comes after it was not started.
+        """
+        recipe = self.record.recipe
+        signals = StopSignals()
+        if dense_stages(recipe):
+            code = self._run(self.folder / DENSE, dense_recipe(recipe), signals, "the dense stages")
+            if code:
+                return code
+        for target in self._targets():
+            title = f"target {target:g}"
+            one = sparse_recipe(recipe, target, self.folder / DENSE)
+            code = self._run(self._run_of(target), one, signals, title)
+            if code:
+                return code
+        self._show()
+        return 0
+
+    def _targets(self) -> Iterator[float]:
+        """The targets in order, the next one of a search after the result of the one before."""
+        yield from self.record.targets
+        if self.record.max_loss is None:
+            return
+        while (target := next_target(self._losses(), self.record.max_loss)) is not None:
+            yield target
+
+    def _losses(self) -> dict[float, float]:
+        """By target: the points of top-1 that a network has lost.
+
+        Raises:
+            RunFailed: a run has no top-1.
+        """
+        dense = self._top1(self.folder / DENSE)
+        return {target: 100 * (dense - self._top1(folder)) for target, folder in self._runs().items()}
+
+    def _top1(self, folder: Path) -> float:
+        top1 = _result(folder).top1
+        if top1 is None:
+            raise RunFailed(f"{folder}: its test has no top-1 accuracy, by which --max-loss chooses")
+        return top1
+
+    def _run_of(self, target: float) -> Path:
+        return self.folder / f"target_{target:g}"
+
+    def _runs(self) -> dict[float, Path]:
+        """The runs that have finished, by their targets, from the least."""
+        found = {float(path.name.removeprefix("target_")): path for path in self.folder.glob("target_*")}
+        return {target: found[target] for target in sorted(found) if _has_finished(found[target])}
+
+    def _run(self, folder: Path, recipe: Recipe, signals: StopSignals, title: str) -> int:
+        """Start the run in ``folder``, or go on with it; returns its exit code."""
+        if signals.requested:
+            return signals.exit_code
+        self._screen.say(f"{title}: {folder}", style="bold")
+        # A finished run says so; one that was stopped keeps its engine.
+        options = replace(self._options, output=folder, open_page=False)
+        try:
+            if (folder / RUN_RECORD).is_file():
+                code = resume(folder, replace(options, output=None, engine=None, dialect=None), signals)
+            else:
+                code = start_recipe(recipe, options, lambda gpus: changed(recipe, options, gpus), signals)
+        except RunFailed as error:
+            raise type(error)(f"{error}; to go on with the sweep: {_resume_command(self.folder)}") from None
+        if code:
+            self._screen.say(f"to go on with the sweep: {_resume_command(self.folder)}", style="yellow")
+        return code
+
+    def _show(self) -> None:
+        """Write the table and the picture, and show them."""
+        rows = self._rows()
+        best = None
+        if self.record.max_loss is not None:
+            best = sparsest(rows, self.record.max_loss)
+        _show_rows(rows, best)
+        write_whole(self.folder / TABLE, _as_csv(rows))
+        points = [choice for row in rows if (choice := row.choice()) is not None]
+        if points:
+            write_whole(self._picture, draw(points, "png", cost="GigaMACs left when zeros cost nothing"))
+        say = self._screen.say
+        if self.record.max_loss is not None:
+            limit = count_of_points(self.record.max_loss)
+            if best is None:
+                say(f"no network loses at most {limit} of top-1", style="yellow")
+            else:
+                say(f"the sparsest network that loses at most {limit}: {best.folder}", style="green")
+        say(f"table:   {self.folder / TABLE}")
+        say(f"picture: {self._picture}")
+
+    @property
+    def _picture(self) -> Path:
+        return self.folder / PICTURE
+
+    def _rows(self) -> list[SweepRow]:
+        folders: dict[str, Path] = {}
+        if (self.folder / DENSE / RUN_RECORD).is_file():
+            folders[DENSE] = self.folder / DENSE
+        folders |= {f"target {target:g}": folder for target, folder in self._runs().items()}
+        dense = _result(folders[DENSE]).top1 if DENSE in folders else None
+        return [SweepRow(name, folder, _result(folder), dense) for name, folder in folders.items()]
+
+
+class Result(NamedTuple):
+    """The figures of a run, each of the last of its stages that has it; None: none has."""
+
+    sparsity: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    gigamacs: float | None = None
+    gigamacs_left: float | None = None
+
+
+FIGURES = Result._fields
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The result of one run."""
+
+    name: str
+    folder: Path
+    figures: Result
+    dense_top1: float | None
+
+    @property
+    def loss(self) -> float | None:
+        """Points of top-1 below the dense network."""
+        if self.dense_top1 is None or self.figures.top1 is None or self.name == DENSE:
+            return None
+        return 100 * (self.dense_top1 - self.figures.top1)
+
+    def choice(self) -> Choice | None:
+        """The network in the picture; None without an accuracy."""
+        figures, top1 = self.figures, self.figures.top1
+        if top1 is None:
+            return None
+        left = figures.gigamacs if figures.gigamacs_left is None else figures.gigamacs_left
+        return Choice(
+            self.name, [(figures.sparsity or 0.0, top1)], [(left, top1)] if left is not None else []
+        )
+
+
+def next_target(losses: Mapping[float, float], max_loss: float) -> float | None:
+    """The target to try next, by bisection; None where the sparsest that loses at most that is known.
+
+    ``losses`` are those of the targets tried. It is taken that a sparser network loses more: of two that
+    disagree with that, the sparser one that is good enough counts.
+    """
+    good = [round(FINEST * target) for target, loss in losses.items() if loss <= max_loss + 1e-9]
+    low = max(good, default=0)
+    above = [round(FINEST * target) for target in losses if round(FINEST * target) > low]
+    high = min(above, default=HIGHEST)
+    return None if high - low <= 1 else (low + high) // 2 / FINEST
+
+
+def sparsest(rows: Sequence[SweepRow], max_loss: float) -> SweepRow | None:
+    """The sparsest network that loses at most so many points."""
+    good = [row for row in rows if row.loss is not None and row.loss <= max_loss + 1e-9]
+    return max(good, key=lambda row: row.figures.sparsity or 0.0, default=None)
+
+
+def count_of_points(number: float) -> str:
+    """``1 point``, ``0.5 points``."""
+    return count_of(1, "point") if number == 1 else f"{number:g} points"
+
+
+def _has_finished(folder: Path) -> bool:
+    if not (folder / RUN_RECORD).is_file():
+        return False
+    return all(state.state == "finished" for state in run_folder.load(folder).stages.values())
+
+
+def _result(folder: Path) -> Result:
+    """The result of the run in ``folder``: its test, and what the last stage that counts zeros has left."""
+    runs, _ = find_runs([folder])
+    stages = [stage.figures for stage in runs[0].stages if not stage.figures.quantized] if runs else []
+    found: dict[str, float | None] = {}
+    for figures in stages:
+        found |= {name: value for name in FIGURES if (value := getattr(figures, name)) is not None}
+    return Result(**{name: found.get(name) for name in FIGURES})
+
+
+def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
+    titles = ("Sparsity", "Top-1", "lost", "Top-5", "GigaMACs", "left without zeros")
+    lines = []
+    for row in rows:
+        figures = row.figures
+        cells = [
+            *(row.name, _percent(figures.sparsity, 1), _percent(figures.top1, 2)),
+            "-" if row.loss is None else f"{row.loss:+.2f}",
+            *(_percent(figures.top5, 2), _number(figures.gigamacs), _number(figures.gigamacs_left)),
+        ]
+        lines.append(Line(cells, "green" if row is best else ""))
+    columns = [Column("Network", words=True), *(Column(title) for title in titles)]
+    show_table(sys.stdout, "Sweep", columns, lines)
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _as_csv(rows: Sequence[SweepRow]) -> str:
+    """The table with plain numbers, fractions and points; what is not known is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["network", "folder", *FIGURES, "points_lost"])
+    for row in rows:
+        values = [getattr(row.figures, name) for name in FIGURES]
+        lost = None if row.loss is None else round(row.loss, 6)
+        writer.writerow([row.name, row.folder, *values, lost])
+    return out.getvalue()
+
+
+def _default_folder(recipe: Recipe) -> Path:
+    return run_folder.default_folder(recipe.data.dataset, f"{recipe.network.name}_sweep")
+
+
+def _resume_command(folder: Path) -> str:
+    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])

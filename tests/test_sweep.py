@@ -1,0 +1,154 @@
+"""`train --sweep` and `--max-loss`: dense stages once, sparse ones for each target, stopped and resumed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from digits_run import PREFIX, Trainer, recipe_of, tiny, wait_for, write_lmdbs
+from hypothesis import given
+from hypothesis import strategies as st
+from test_torch_runs import NARROW
+
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs.sweep import dense_recipe, dense_stages, next_target, sparse_recipe
+from caffe_jacinto.train import main
+
+STAGES = ("initial", "l1reg", "sparse")
+
+
+@given(limit=st.integers(0, 99), first=st.integers(1, 95), max_loss=st.floats(0, 5))
+def test_the_search_finds_the_sparsest_network_that_is_good_enough(
+    limit: int, first: int, max_loss: float
+) -> None:
+    """Networks up to a sparsity of ``limit`` hundredths lose no more than allowed, sparser ones do."""
+    losses: dict[float, float] = {}
+    target: float | None = first / 100
+    while target is not None:
+        assert target not in losses and 0 < target < 0.96
+        losses[target] = max_loss if round(100 * target) <= limit else max_loss + 0.1
+        target = next_target(losses, max_loss)
+    good = [round(100 * target) for target, loss in losses.items() if loss <= max_loss]
+    assert max(good, default=0) == min(limit, 95)
+    assert len(losses) <= 8
+
+
+def test_the_stages_are_shared_out() -> None:
+    recipe = load_recipe("demo_digits", ["training.batch_size=64"])
+    assert dense_stages(recipe) == ["initial", "l1reg"]
+    dense = dense_recipe(recipe)
+    assert list(dense.stages) == ["initial", "l1reg"]
+    assert dense == recipe.model_copy(update={"stages": dense.stages})
+    sparse = sparse_recipe(recipe, 0.6, Path("runs/dense"))
+    assert list(sparse.stages) == [name for name in recipe.stages if name not in dense.stages]
+    stage, before = sparse.stages["sparse"], recipe.stages["sparse"]
+    last = recipe.stages["l1reg"].max_iter
+    assert stage.weights == f"runs/dense/l1reg/{PREFIX}_iter_{last}.caffemodel"
+    assert before.sparse is not None
+    changed = {
+        "start": None,
+        "weights": stage.weights,
+        "sparse": before.sparse.model_copy(update={"target": 0.6}),
+    }
+    assert stage == before.model_copy(update=changed)
+    assert sparse.stages["finetune"] == recipe.stages["finetune"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sweep", "target=0.5,1.5"], r"'1\.5' is not a fraction between 0 and 1"),
+        (["--sweep", "target=0.5,0.5"], "has a target twice; give each once"),
+        (["--sweep", "0.5,0.6"], r"is not target=F,F,\.\.\., like target=0\.5,0\.8"),
+        (["--max-loss", "many"], "is not a number of points from 0 to 100"),
+        (["--sweep", "target=0.5", "--slurm"], "go with RECIPE, and not with --slurm"),
+    ],
+)
+def test_options_that_are_wrong(arguments: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        main(["demo_digits", *arguments])
+
+
+def test_recipes_that_cannot_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no stage prunes, so there is no target"):
+        main([recipe_of(tmp_path, "initial"), "--sweep", "target=0.5"])
+    path = tmp_path / recipe_of(tmp_path, "sparse")
+    path.write_text(path.read_text().replace('start = "l1reg"', 'weights = "trained.caffemodel"'))
+    with pytest.raises(UserError, match="no stage comes before sparse; add one, or give targets"):
+        main([str(path), "--max-loss", "1"])
+    with pytest.raises(UserError, match=r"0\.3 is more than the 0\.25 that the pattern 3:4 makes zero"):
+        pattern = ["--set", "stages.sparse.sparse.pattern=3:4", "--set", "stages.sparse.sparse.target=0.2"]
+        main(["demo_digits", "--sweep", "target=0.2,0.3", *pattern])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["initial.toml", "sparse.toml"]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("sweeps")
+    write_lmdbs(folder)
+    return Trainer(None, folder)
+
+
+def end_of(trainer: Trainer, *arguments: str) -> str:
+    process = trainer.start(*arguments, program=("-c", NARROW))
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return str(said)
+
+
+@pytest.mark.caffe
+def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in its second target; then the search goes on from what the sweep knows.
+
+    The weights of a target are those of a plain run with that target, to the bit.
+    """
+    iterations = {"initial": 3, "l1reg": 3, "sparse": 20}
+    recipe = recipe_of(trainer.folder, *STAGES)
+    request = ["--sweep", "target=0.3,0.94", "--max-loss", "100", "--output", "sweep"]
+    folder = trainer.folder / "sweep"
+    process = trainer.start(*tiny(recipe, STAGES, **iterations), *request, program=("-c", NARROW))
+    log = folder / "target_0.94" / "sparse" / "run.log"
+    wait_for(lambda: log.exists() and "Iteration 4 " in log.read_text(), "iteration 4", seconds=400)
+    process.terminate()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + 15
+    assert "to go on with the sweep: python -m caffe_jacinto.train --resume sweep" in said
+    assert not (folder / "sweep.csv").exists()
+    files = [folder / "dense" / "l1reg" / "run.log", folder / "target_0.3" / "sparse" / "run.log"]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    said = end_of(trainer, "--resume", "sweep")
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
+    assert "resumes at iteration" in said
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("dense", "sweep.csv", "sweep.json", "sweep.png", "target_0.3", "target_0.94", "target_0.95")
+    ]
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+    assert [row["network"] for row in rows] == ["dense", "target 0.3", "target 0.94", "target 0.95"]
+    sparsities = [float(row["sparsity"]) for row in rows[1:]]
+    assert sparsities[0] >= 0.3 and sparsities == sorted(sparsities)
+    for row in rows[1:]:
+        assert float(row["gigamacs_left"]) < float(row["gigamacs"])
+        lost = 100 * (float(rows[0]["top1"]) - float(row["top1"]))
+        assert float(row["points_lost"]) == pytest.approx(lost, abs=1e-4)
+    best = max(rows[1:], key=lambda row: float(row["sparsity"]))
+    assert f"the sparsest network that loses at most 100 points: {best['folder']}" in said
+    again = end_of(trainer, "--resume", "sweep")
+    assert again.count("this run has finished") == 3 and again.splitlines()[-2:] == said.splitlines()[-2:]
+    assert main(["--status", str(folder)]) == 0
+    states = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(folder))]
+    assert states == [f"{folder / row['network'].replace(' ', '_')}: finished" for row in rows]
+    target = ["--set", "stages.sparse.sparse.target=0.3"]
+    end_of(trainer, *tiny(recipe, STAGES, **iterations), *target, "--output", "plain")
+    last = f"sparse/{PREFIX}_iter_20.caffemodel"
+    ours, theirs = (read_weights(trainer.folder / run / last) for run in ("sweep/target_0.3", "plain"))
+    assert ours.keys() == theirs.keys()
+    for name, blobs in theirs.items():
+        for found, expected in zip(ours[name], blobs, strict=True):
+            np.testing.assert_array_equal(found, expected)
