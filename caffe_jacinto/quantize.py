@@ -57,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
     if not options.log:
         _quantize(options, scheme, None)
         return 0
+    from caffe_jacinto.engines.gpus import requested_gpus
     from caffe_jacinto.inference.quantize_log import QuantizeLog
 
-    log = QuantizeLog(f"{options.backend}, scheme {scheme.name}", options.gpus)
+    log = QuantizeLog(f"{options.backend}, scheme {scheme.name}", requested_gpus(options.gpus, None))
     try:
         _quantize(options, scheme, log)
     except UserError as error:
