@@ -585,12 +585,15 @@ def test_layers_of_forks_are_named_before_a_caffe_is_asked(caffe_engine: Engine)
 @pytest.mark.caffe
 def test_solver_settings_of_pytorch_alone_are_named_before_a_caffe_is_asked(caffe_engine: Engine) -> None:
     solver = "stages.finetune.solver"
-    overrides = (f'{solver}.lr_policy="cosine"', f"{solver}.warmup_iter=5")
+    overrides = (f'{solver}.lr_policy="cosine"', f"{solver}.warmup_iter=5", "stages.sparse.teacher=initial")
     for dialect, asked, who in (
         (Dialect.BVLC, caffe_engine, "stock Caffe"),
         (Dialect.CAFFE_JACINTO, engine("caffe-jacinto"), "caffe-jacinto"),
     ):
-        assert asked.check(stages_of(*overrides, dialect=dialect), LMDBS) == [
+        problems = asked.check(stages_of(*overrides, dialect=dialect), LMDBS)
+        taught = next(problem for problem in problems if problem.startswith("run/sparse/"))
+        assert f"{who} has no type DistillationLoss, which is of this program's engine on PyTorch" in taught
+        assert [problem for problem in problems if problem.startswith("run/finetune/solver")] == [
             f"run/finetune/solver.prototxt: {who} has no {what}, which is of this program's engine on "
             "PyTorch; or train on PyTorch, which can: --engine torch"
             for what in ("field warmup_iter", "lr_policy cosine")

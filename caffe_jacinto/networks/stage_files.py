@@ -17,6 +17,7 @@ from caffe_jacinto.netspec.data_fit import DataSize
 from caffe_jacinto.netspec.shapes import emptied_layer
 from caffe_jacinto.networks import registry
 from caffe_jacinto.networks.derived_deploy import deploy_text
+from caffe_jacinto.networks.distillation import taught
 from caffe_jacinto.networks.label_smoothing import smoothed
 from caffe_jacinto.networks.layers import (
     DATA_BLOB,
@@ -84,7 +85,7 @@ def stage_files(
     batch = file_batch(dialect, recipe.training.batch_size, iter_size, ranks or len(gpus))
     images = IMAGENET_VAL_IMAGES if val_images is None else val_images
     nets = (
-        _built(recipe, dialect, batch, images)
+        _built(recipe, stage_name, dialect, batch, images, folder)
         if recipe.network.prototxt is None
         else _users(recipe, dialect, batch, data_sizes or {})
     )
@@ -137,8 +138,10 @@ class StageNets:
     train_state: State = State(0, ())
 
 
-def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> StageNets:
-    """The networks of a recipe whose network this program builds."""
+def _built(
+    recipe: Recipe, stage_name: str, dialect: Dialect, batch: int, val_images: int, folder: str
+) -> StageNets:
+    """The networks of a stage of a recipe whose network this program builds."""
     if val_images < 1:
         raise UserError(f"{recipe.data.val_lmdb}: {val_images} validation images; a test needs at least one")
     network = network_of(recipe)
@@ -151,6 +154,7 @@ def _built(recipe: Recipe, dialect: Dialect, batch: int, val_images: int) -> Sta
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
     trained = (*network.trained_layers, *network.outputs)
     smooth = smoothed(trained, recipe.training.label_smoothing, network.num_classes)
+    smooth = taught(smooth, recipe, stage_name, network.scores, folder)
     texts = {
         TRAIN: _net(_title(network, "train"), (train, *smooth), dialect),
         VAL: _net(_title(network, "test"), (val, *trained), dialect),

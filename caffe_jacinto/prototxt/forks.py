@@ -29,6 +29,7 @@ FIELDS: dict[str, str] = {
         (
             *("warmup_iter", "ema_decay", "crop_min_area", "crop_max_aspect"),
             *("random_brightness", "random_contrast", "random_saturation", "mixup_alpha"),
+            "distillation_param",
         ),
         _OURS,
     ),
@@ -103,6 +104,7 @@ TYPES: dict[str, ForkType] = {
     "Axpy": ForkType("SENet"),
     "BN": ForkType(FIELDS["bn_param"], "BatchNorm and Scale"),
     "ConvolutionDepthwise": ForkType(_SHUFFLENET, "Convolution with group"),
+    "DistillationLoss": ForkType(_OURS),
     "DepthwiseConvolution": ForkType("forks for MobileNet", "Convolution with group"),
     "Interp": ForkType(FIELDS["interp_param"]),
     "Normalize": ForkType(SSD, field="norm_param"),

@@ -539,6 +539,18 @@ class Stage(_Settings):
     """Layers that start from random values instead of `weights`, because their shape or task differs. A
     convolution's batch norm is included."""
 
+    teacher: OptionalText = None
+    """A trained network to learn from beside the labels (PyTorch): an earlier stage, or a .caffemodel."""
+
+    teacher_prototxt: OptionalText = None
+    """With a .caffemodel: its deploy.prototxt."""
+
+    teacher_weight: PositiveFraction = 0.5
+    """The part of the loss that is the teacher's; the labels' is the rest."""
+
+    temperature: PositiveFloat = 4.0
+    """What scores are divided by before they are compared with the teacher's."""
+
     solver: Annotated[SolverSettings | None, Optional] = None
     sparse: Annotated[SparseSettings | None, Optional] = None
     quantize: Annotated[QuantizeSettings | None, Optional] = None

@@ -168,6 +168,37 @@ def _starts_after(stage: Values, earlier: list[str]) -> Iterator[Mistake]:
         )
 
 
+def _teachers_are_trained(recipe: Values) -> Iterator[Mistake]:
+    earlier: list[str] = []
+    for stage in recipe.stages():
+        yield from _found(lambda stage: _learns_from(stage, recipe, earlier), stage)
+        if not _only_quantizes(stage):
+            earlier.append(stage.table[-1])
+
+
+def _learns_from(stage: Values, recipe: Values, earlier: list[str]) -> Iterator[Mistake]:
+    teacher, prototxt = stage["teacher"], stage["teacher_prototxt"]
+    if teacher is None:
+        if prototxt is not None:
+            yield stage.mistake("teacher_prototxt", "no effect without teacher; add it, or remove this")
+        return
+    if recipe["network.prototxt"] is not None:
+        yield stage.mistake(
+            "teacher",
+            "the losses are those of network.prototxt; add a layer DistillationLoss there (docs/torch.md), "
+            "and remove it",
+        )
+    if teacher in earlier and prototxt is not None:
+        yield stage.mistake("teacher_prototxt", f'that of the stage "{teacher}" is known; remove it')
+    if teacher not in earlier and prototxt is None:
+        known = f"earlier stages: {', '.join(earlier)}" if earlier else "there is no earlier stage"
+        yield stage.mistake(
+            "teacher",
+            f'"{teacher}" is not an earlier stage ({known}); name one, or a .caffemodel with its deploy '
+            "prototxt as teacher_prototxt",
+        )
+
+
 def _frozen_layers_have_weights(recipe: Values) -> Iterator[Mistake]:
     frozen = recipe["network.frozen"]
     for stage in recipe.stages():
@@ -228,6 +259,7 @@ _RECIPE_RULES: tuple[Rule, ...] = (
     _names_make_folders,
     _some_stage_trains,
     _stages_follow,
+    _teachers_are_trained,
     _frozen_layers_have_weights,
 )
 
@@ -269,7 +301,7 @@ def _has_a_solver(stage: Values) -> Iterator[Mistake]:
         yield stage.mistake("solver", "missing; add it")
 
 
-_OF_TRAINING = ("weights", "reinit", "sparse", "freeze_zeros", "freeze_inner_products")
+_OF_TRAINING = ("weights", "reinit", "teacher", "sparse", "freeze_zeros", "freeze_inner_products")
 """Keys of a stage that a stage without a solver cannot have."""
 
 

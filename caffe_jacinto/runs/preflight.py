@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import read_text
+from caffe_jacinto.common.files import looked_for, read_text
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import ImageShape, data_shapes
@@ -109,6 +109,7 @@ def preflight(
             break  # the sizes of the images, which are not known, are part of the stages' files
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         findings.attempt(partial(_check_solver_type, run, plan))
+        findings.attempt(partial(_check_teacher, run, plan))
         if plan.name in texts and _starts_from_a_file(run, plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
     for quantize in quantized if len(texts) == len(stages) else ():
@@ -154,6 +155,18 @@ def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
             f"stage {plan.name}: {snapshot.solverstate} has {count_of(kept, 'blob')} of history for each of "
             f"its weights, and a solver of type {now} needs {histories(now)}{remedy}"
         )
+
+
+def _check_teacher(run: RunPlan, plan: StagePlan) -> None:
+    """Raise UserError where a file of the stage's teacher is missing that no stage of the run writes."""
+    stage = plan.stage
+    if stage.teacher is None or stage.teacher in run.recipe.stages:
+        return
+    for key, path in (("teacher", stage.teacher), ("teacher_prototxt", str(stage.teacher_prototxt))):
+        if not Path(path).is_file():
+            raise UserError(
+                f"stage {plan.name}: {path} ({key}) does not exist{looked_for(Path(path))}; name another"
+            )
 
 
 def _type_in(solver: Path, dialect: Dialect) -> str | None:

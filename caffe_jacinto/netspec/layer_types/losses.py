@@ -24,7 +24,7 @@ TYPES: dict[str, LayerType] = {
     **{
         kind: LayerType(_scalar)
         for kind in (
-            *("ContrastiveLoss", "EuclideanLoss", "HingeLoss", "InfogainLoss"),
+            *("ContrastiveLoss", "DistillationLoss", "EuclideanLoss", "HingeLoss", "InfogainLoss"),
             *("MultinomialLogisticLoss", "SigmoidCrossEntropyLoss", "SoftmaxWithLoss"),
         )
     },

@@ -1,0 +1,50 @@
+"""A stage that learns from a teacher: the loss that its training network gets beside its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from caffe_jacinto.networks.layers import DATA_BLOB, Layer, Other, SoftmaxWithLoss
+from caffe_jacinto.recipes.model import Recipe
+
+LAYER = "distillation"
+"""The layer and blob of the loss."""
+
+
+def taught(
+    layers: tuple[Layer, ...], recipe: Recipe, stage_name: str, scores: str, folder: str
+) -> tuple[Layer, ...]:
+    """``layers`` with the part of the weight of each loss on what the stage's teacher says.
+
+    ``scores`` is the blob of class scores, ``folder`` that of the stage in a run.
+    """
+    stage = recipe.stages[stage_name]
+    if stage.teacher is None:
+        return layers
+    net, weights = teacher_files(recipe, stage_name, folder)
+    share = stage.teacher_weight
+    parameters = {"net": net, "weights": weights, "temperature": stage.temperature}
+    loss = {"loss_weight": share, "distillation_param": parameters}
+    own = tuple(_lighter(layer, 1 - share) for layer in layers)
+    return (*own, Other(LAYER, (scores, DATA_BLOB), LAYER, "DistillationLoss", loss))
+
+
+def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, str]:
+    """The deploy.prototxt and the weights of a stage's teacher: an earlier stage of the run, or files."""
+    stage = recipe.stages[stage_name]
+    assert stage.teacher is not None
+    if stage.teacher not in recipe.stages:
+        return str(stage.teacher_prototxt), stage.teacher
+    place, last = Path(folder).parent / stage.teacher, recipe.stages[stage.teacher].max_iter
+    name = f"{recipe.data.dataset}_{recipe.network.name}_iter_{last}.caffemodel"
+    return str(place / "deploy.prototxt"), str(place / name)
+
+
+def _lighter(layer: Layer, factor: float) -> Layer:
+    if isinstance(layer, SoftmaxWithLoss):
+        return replace(layer, loss_weight=layer.loss_weight * factor)
+    if isinstance(layer, Other) and layer.type == "InfogainLoss":
+        weight = layer.parameters.get("loss_weight", 1.0) * factor
+        return replace(layer, parameters={**layer.parameters, "loss_weight": weight})
+    return layer

@@ -1,0 +1,169 @@
+"""Learning from a teacher: the loss by its formula, in a training that resumes exactly, and in recipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_stage import SmallStage, write_digits
+
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.pytorch.net import TRAIN, Net
+from caffe_jacinto.engines.pytorch.snapshot import save_weights
+from caffe_jacinto.engines.pytorch.train import check_stages
+from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.solver import TEST
+from caffe_jacinto.recipes.load import load_recipe
+
+pytestmark = pytest.mark.caffe  # Needs no Caffe, but seconds.
+
+TEACHER = """
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 6 } } }
+layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" inner_product_param {
+  num_output: 5 weight_filler { type: "gaussian" std: 1 } } }
+layer { name: "prob" type: "Softmax" bottom: "fc" top: "prob" }
+"""
+
+
+def learner(settings: str, scores: int = 5) -> str:
+    return (
+        'layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 4 dim: 6 } } }\n'
+        'layer { name: "own" type: "InnerProduct" bottom: "data" top: "own" inner_product_param {\n'
+        f'  num_output: {scores} weight_filler {{ type: "gaussian" std: 1 }} }} }}\n'
+        'layer { name: "distillation" type: "DistillationLoss" bottom: "own" bottom: "data" top: "loss"\n'
+        f"  loss_weight: 0.25 distillation_param {{ {settings} }} }}\n"
+    )
+
+
+def built(text: str, phase: int = TRAIN) -> Net:
+    return Net(parse_net(text, Dialect.BVLC, "net"), phase, Dialect.BVLC, where="net", seed=3)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Net:
+    monkeypatch.chdir(tmp_path)
+    Path("deploy.prototxt").write_text(TEACHER)
+    net = Net(parse_net(TEACHER, Dialect.BVLC, "net"), TEST, Dialect.BVLC, where="net", seed=8)
+    save_weights(net, Path("big.caffemodel"))
+    return net
+
+
+FILES = 'net: "deploy.prototxt" weights: "big.caffemodel"'
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_loss_and_its_gradient_are_hintons(teacher: Net, temperature: float) -> None:
+    """Against NumPy. The gradient of the scores is T (q - p) over the batch: the paper's equation 2, T^2."""
+    net = built(learner(f"{FILES} temperature: {temperature}"))
+    images = np.random.default_rng(2).standard_normal((4, 6)).astype(np.float32)
+    result = net({"data": torch.from_numpy(images)})
+    result.loss.backward()
+
+    def scores(blobs: list[np.ndarray]) -> np.ndarray:
+        return images.astype(float) @ blobs[0].T + blobs[1]
+
+    def soft(values: np.ndarray) -> np.ndarray:
+        powers = np.exp(values / temperature)
+        return powers / powers.sum(1, keepdims=True)
+
+    wanted = soft(scores(read_weights(Path("big.caffemodel"))["fc"]))
+    found = soft(scores([blob.tensor.detach().numpy() for blob in net.layer_blobs["own"]]))
+    expected = temperature**2 * (wanted * (np.log(wanted) - np.log(found))).sum(1).mean()
+    assert float(result.outputs["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(result.loss.detach()) == pytest.approx(0.25 * expected, rel=1e-4)
+    slope = 0.25 * temperature * (found - wanted) / len(images)
+    gradient = net.layer_blobs["own"][0].tensor.grad
+    assert gradient is not None
+    np.testing.assert_allclose(gradient.numpy(), slope.T @ images, rtol=1e-3, atol=1e-5)
+    assert [learnable.layer for learnable in net.learnables] == ["own", "own"], "the teacher learns nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scores", "says"),
+    [
+        ('weights: "big.caffemodel"', 5, "distillation_param.net is missing; name the teacher's file"),
+        (f"{FILES} temperature: 0", 5, "temperature is 0; it has to be above 0"),
+        (FILES, 4, r"deploy.prototxt gives fc \(4, 5\), and the scores are \(4, 4\); name a network of"),
+        ('net: "none.prototxt" weights: "big.caffemodel"', 5, "none.prototxt"),
+        ('net: "deploy.prototxt" weights: "none.caffemodel"', 5, "none.caffemodel"),
+    ],
+)
+def test_teachers_that_cannot_be_are_one_line(teacher: Net, settings: str, scores: int, says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        built(learner(settings, scores))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_training_with_a_teacher_resumes_to_the_bit(tmp_path: Path) -> None:
+    digits = write_digits(tmp_path / "lmdb")
+    program = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-solver", "solver.prototxt"]
+    stages = [SmallStage(tmp_path / name, digits) for name in ("big", "whole", "resumed")]
+    big = stages[0]
+    big.solver(max_iter=5, snapshot=5, test_interval=1000)
+    big.run([program])
+    body = (big.folder / "val.prototxt").read_text()
+    body = body[body.index('layer { name: "conv1"') : body.index('layer { name: "accuracy"')]
+    shape = "shape { dim: 1 dim: 1 dim: 28 dim: 28 }"
+    entry = f'layer {{ name: "data" type: "Input" top: "data" input_param {{ {shape} }} }}\n'
+    (tmp_path / "deploy.prototxt").write_text(entry + body)
+    loss = (
+        'layer { name: "distillation" type: "DistillationLoss" bottom: "fc" bottom: "data"\n'
+        '  top: "distillation" distillation_param { net: "../deploy.prototxt"\n'
+        '  weights: "../big/small_iter_5.caffemodel" } }\n'
+    )
+    for stage in stages[1:]:
+        train = stage.folder / "train.prototxt"
+        train.write_text(train.read_text() + loss)
+        stage.solver(max_iter=8, snapshot=4, test_interval=1000, display=1)
+    _, whole, resumed = stages
+    assert "Train net output #0: distillation = " in whole.run([program])
+    for ending in ("caffemodel", "solverstate"):
+        name = f"small_iter_4.{ending}"
+        (resumed.folder / name).write_bytes((whole.folder / name).read_bytes())
+    resumed.run([[*program, "-snapshot", "small_iter_4.solverstate"]])
+    ends = [stage.folder / "small_iter_8.caffemodel" for stage in (whole, resumed)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_a_stage_of_the_run_teaches_a_later_one() -> None:
+    """The files need not be there when the stages are checked; the weights of the losses sum to one."""
+    recipe = load_recipe(
+        "demo_digits",
+        ("stages.sparse.teacher=initial", "training.label_smoothing=0.1", "stages.sparse.teacher_weight=0.7"),
+    )
+    files = {
+        name: stage_files(
+            recipe, name, Dialect.BVLC, folder=f"run/{name}", gpus=(), iter_size=1, solver_mode_gpu=False
+        )
+        for name in ("initial", "sparse")
+    }
+    lmdbs = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
+    assert check_stages(files, lmdbs, Dialect.BVLC) == []
+    assert "DistillationLoss" not in files["initial"]["train.prototxt"]
+    assert "DistillationLoss" not in files["sparse"]["val.prototxt"]
+    net = parse_net(files["sparse"]["train.prototxt"], Dialect.BVLC, "train.prototxt")
+    weights = {layer.name: layer.loss_weight[0] for layer in net.layer if layer.loss_weight}
+    expected = {"loss": 0.27, "loss/smoothing": 0.03, "distillation": 0.7}
+    assert weights == pytest.approx(expected)
+    (taught,) = (layer for layer in net.layer if layer.type == "DistillationLoss")
+    assert list(taught.bottom) == ["fc10", "data"]
+    assert taught.distillation_param.net == "run/initial/deploy.prototxt"
+    assert taught.distillation_param.weights == "run/initial/digits_jacintonet11_iter_200.caffemodel"
+    assert taught.distillation_param.temperature == 4
+
+
+def test_a_teacher_that_is_not_there_is_named_before_the_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "caffe_jacinto.train", "demo_digits", "--engine", "torch", "--dry-run"]
+    command += ["--output", str(tmp_path / "run"), "--set", "stages.sparse.teacher=big.caffemodel"]
+    command += ["--set", "stages.sparse.teacher_prototxt=big.prototxt"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "stage sparse: big.caffemodel (teacher) does not exist" in ran.stderr + ran.stdout
+    assert "Traceback" not in ran.stderr
