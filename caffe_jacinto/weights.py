@@ -4,6 +4,7 @@
     python -m caffe_jacinto.weights diff before.caffemodel after.caffemodel
     python -m caffe_jacinto.weights convert training/RUN --to caffe_jacinto
     python -m caffe_jacinto.weights sparsify dense.caffemodel --target 0.8 --output sparse.caffemodel
+    python -m caffe_jacinto.weights sensitivity training/RUN --target 0.8
     python -m caffe_jacinto.weights shrink training/RUN
     python -m caffe_jacinto.weights merge-bn trained.caffemodel deploy.prototxt --output merged
     python -m caffe_jacinto.weights export training/RUN --onnx trained.onnx
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_output, read_text, write_whole
-from caffe_jacinto.common.text import count_of
+from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.export.input_shift import INPUT_SHIFTS
 from caffe_jacinto.prototxt.dialects import Dialect
 
@@ -117,6 +118,28 @@ def _parser() -> Parser:
     )
     _add_output(sparsify, "NAME_sparsified.caffemodel")
     _add_dialect(sparsify)
+
+    sensitivity = add(
+        "sensitivity", "prune each layer alone, test the network, and give targets by layer", _sensitivity
+    )
+    _add_network(sensitivity)
+    sensitivity.add_argument(
+        "--target", type=fraction, required=True, metavar="0.8", help="sparsity of the layers together"
+    )
+    images = "validation images that each test takes, spread over the LMDB (default: 500)"
+    sensitivity.add_argument("--images", type=whole_number(1), default=500, metavar="N", help=images)
+    lmdb = "the validation LMDB (default: that of the val.prototxt)"
+    sensitivity.add_argument("--lmdb", type=Path, metavar="DIR", help=lmdb)
+    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
+    sensitivity.add_argument("--val", type=Path, metavar="FILE", help=val)
+    sensitivity.add_argument(
+        "--min-kernel",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
+    )
+    sensitivity.add_argument("--inner-products", action="store_true", help="prune inner products, too")
 
     shrink = add("shrink", "remove the channels that have no effect, such as those without weights", _shrink)
     _add_network(shrink)
@@ -327,6 +350,50 @@ def _rule(options: argparse.Namespace) -> SparseSettings:
         return sparse_settings({fields[key].name: value for key, value in rule.items()}, "--")
     except UserError as error:
         raise UserError(str(error).replace("--sparsity_", "--")) from None
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from caffe_jacinto.inference.network import (
+        lmdb_samples,
+        network_files,
+        trained_network,
+        validation_preprocessing,
+    )
+    from caffe_jacinto.inference.sensitivity import LEVELS, as_toml, measure, targets_for
+    from caffe_jacinto.recipes.model import SparseSettings
+
+    files = _take_network(options) or network_files(options.deploy, options.file, options.val)
+    network = trained_network(files.deploy, files.weights)
+    done = validation_preprocessing(options.val or files.val, network.shape, files.base)
+    lmdb = options.lmdb or done.lmdb
+    if lmdb is None:
+        raise UserError(f"{files.val}: names no LMDB; give one with --lmdb")
+    rule = SparseSettings(start_iter=0, min_kernel=options.min_kernel, inner_products=options.inner_products)
+    total, samples = lmdb_samples(lmdb, done, options.images)
+    found = measure(
+        network, samples, rule, lambda label: print(f"{label}, {count_of(total, 'image')} of {lmdb}")
+    )
+    targets = targets_for(found, options.target)
+    titles = [*(f"at {level:g}" for level in LEVELS), "target"]
+    lines = [
+        Line(
+            [
+                one.layer.name,
+                f"{one.layer.weights:,}",
+                *(f"{rise:+.3g}" for rise in one.rises),
+                f"{targets.get(one.layer.name, 0):g}",
+            ]
+        )
+        for one in found
+    ]
+    columns = [Column("Layer", words=True), Column("Weights"), *(Column(title) for title in titles)]
+    show_table(sys.stdout, "Rise of the loss, each layer pruned alone", columns, lines)
+    print(f"for a recipe's [stages.NAME.sparse], with target = {options.target:g}:\n{as_toml(targets)}")
+    left_out = [one.layer.name for one in found if one.layer.name not in targets]
+    if left_out:
+        names = ", ".join(f'"{name}"' for name in left_out)
+        print(f"skip = [{names}]")
+    return 0
 
 
 def _shrink(options: argparse.Namespace) -> int:
