@@ -16,7 +16,7 @@ from machine_files import GTX_1080, TWO_H200, Machine, stand_in_machine
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines import discovery as find
-from caffe_jacinto.engines.contract import Engine, EngineInfo, TestJob, TrainJob
+from caffe_jacinto.engines.contract import Engine, EngineInfo, QuantizeJob, TestJob, TrainJob
 from caffe_jacinto.engines.discovery import check_gpus, describe, find_engine
 from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
 from caffe_jacinto.engines.pycaffe.engine import BvlcEngine
@@ -25,7 +25,7 @@ from caffe_jacinto.engines.pytorch.engine import TorchEngine, built_for, describ
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.recipes.model import SolverSettings, SparseSettings, Stage
+from caffe_jacinto.recipes.model import QuantizeSettings, SolverSettings, SparseSettings, Stage
 
 STOCK = b"snapshot_prefix"
 FORK = b"snapshot_prefix sparsity_target default_forward_type"
@@ -539,6 +539,37 @@ def test_scoring_runs_on_one_device() -> None:
         *("/opt/caffe", "test", "-model", "val.prototxt", "-weights", "w.caffemodel"),
         *("-iterations", "1000", "-gpu", "3"),
     ]
+
+
+def quantize_job(**settings: object) -> QuantizeJob:
+    test = TestJob(Path("run/finetune/val.prototxt"), Path("run/finetune/w.caffemodel"), 20, (3,))
+    chosen = QuantizeSettings(**settings)  # type: ignore[arg-type]
+    return QuantizeJob(Path("run/finetune"), chosen, "train", "val", Path("run/quantize"), test)
+
+
+def test_commands_that_quantize() -> None:
+    job = quantize_job(bits_of={"a=b": 16}, keep_float=("-x",), percentile=99.0, bias_correction=True)
+    options = [
+        *("-m", "caffe_jacinto.quantize", "run/finetune", "--calibrate", "train", "--val", "val"),
+        *("--output", "run/quantize", "--bits-of=a=b=16", "--keep-float=-x", "--percentile", "99.0"),
+        *("--bias-correction", "--log"),
+    ]
+    assert engine("torch").quantize_command(job) == ["/opt/caffe", *options, "--gpus", "3"]
+    caffe = ["--backend", "caffe", "--caffe", "/opt/caffe"]
+    assert engine("bvlc").quantize_command(job) == [sys.executable, *options, *caffe]
+    with pytest.raises(
+        UserError, match=r"quantizing needs pycaffe, and /opt/caffe has none .* remove the stage"
+    ):
+        engine("bvlc", pycaffe=None).quantize_command(job)
+    fork = engine("caffe-jacinto")
+    assert fork.quantize_command(job) == [
+        *("/opt/caffe", "test", "-model", "run/quantize/val.prototxt"),
+        *("-weights", "run/finetune/w.caffemodel", "-iterations", "20", "-gpu", "3"),
+    ]
+    with pytest.raises(UserError, match=r"^bits_of: caffe-jacinto's own quantized test has no field"):
+        fork.quantization(job.settings)
+    scheme = fork.quantization(QuantizeSettings(scheme="power2", weight_bits=8))
+    assert (scheme.name, scheme.power_of_two, scheme.bits.weights) == ("caffe_jacinto", True, 8)
 
 
 def stages_of(*overrides: str, dialect: Dialect = Dialect.BVLC, **changes: str) -> dict[str, dict[str, str]]:

@@ -438,6 +438,7 @@ def test_a_stage_without_a_solver_quantizes_an_earlier_one(tmp_path: Path) -> No
         ('scheme = "caffe_jacinto"\nranges = "mse"', "", ".quantize.ranges", "has ranges of its own; leave"),
         ('keep_float = ["a", "a"]', "", ".quantize.keep_float", "has a name twice"),
         ('keep_float = ["a"]\nbits_of = { a = 4 }', "", ".quantize.bits_of", "a is in keep_float, too"),
+        ("", 'teacher = "initial"', ".teacher", "a stage without a solver quantizes a trained network"),
         ("", "freeze_zeros = true", ".freeze_zeros", "a stage without a solver quantizes a trained network"),
         ("", "bits = 8", ".bits", "belongs in [stages.eight.quantize]; move it there"),
     ],
