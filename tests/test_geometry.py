@@ -13,7 +13,8 @@ from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, Net
 from caffe_jacinto.inference.backends import last_words
-from caffe_jacinto.netspec.layer_types import geometry_fault
+from caffe_jacinto.netspec.layer_types import geometry_fault, spatial_axes
+from caffe_jacinto.netspec.mistakes import geometry_mistakes
 from caffe_jacinto.netspec.shapes import layer_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
@@ -47,7 +48,9 @@ def convolutions(draw: st.DrawFn) -> tuple[str, int]:
             fields += [f"{name}: {draw(st.integers(smallest, 3))}"] * draw(st.integers(name != "pad", 3))
     fields += [f"dilation: {draw(st.integers(1, 2))}"] * draw(st.sampled_from([0, 0, 1, 2, 3]))
     kind = draw(st.sampled_from(["Convolution", "Deconvolution", "Im2col"]))
-    outputs = "" if kind == "Im2col" else "num_output: 4 group: 2"
+    axis = draw(st.sampled_from([1, 1, 1, 2, -2]))
+    outputs = "" if kind == "Im2col" else f"num_output: 4 group: {2 if axis == 1 else 1}"
+    outputs += "" if axis == 1 else f" axis: {axis}"
     return f'type: "{kind}" convolution_param {{ {outputs} {" ".join(fields)} }}', axes
 
 
@@ -71,7 +74,8 @@ def test_caffe_takes_what_is_taken_and_stops_where_it_is_refused(
     text = network(layer, axes)
     path.write_text(text)
     tree = parse(text)
-    fault = geometry_fault(tree.messages("layer")[1], axes)
+    tested = tree.messages("layer")[1]
+    fault = geometry_fault(tested, spatial_axes(tested, (1,) * (axes + 2)))
     said = last_words(lambda: pycaffe.Net(str(path), pycaffe.TEST))
     assert (fault is not None) == bool(said), f"{fault}; Caffe: {said}"
     shaped = layer_shapes(tree)[1]
@@ -81,10 +85,10 @@ def test_caffe_takes_what_is_taken_and_stops_where_it_is_refused(
         assert shaped.tops == [(1, *net.blobs["y"].shape[1:])]
         blobs = net.params.get("l", [])
         assert shaped.blobs == [tuple(blob.shape) for blob in blobs]
-        if axes == 2:
+        if axes == 2 and "axis" not in layer:
             ours = Net(definition, TEST, Dialect.BVLC, where=str(path), seed=1)
             assert ours.shapes["y"] == tuple(net.blobs["y"].shape)
-    elif axes == 2:
+    elif axes == 2 and "axis" not in layer:
         says = f"^{path}:2: layer l: {fault.field}: {fault.what}$".replace("_", ".")
         with pytest.raises(UserError, match=says):
             Net(definition, TEST, Dialect.BVLC, where=str(path), seed=1)
@@ -120,6 +124,16 @@ def test_a_mistake_has_its_file_line_and_field(
         with pytest.raises(UserError) as error:
             act()
         assert str(error.value).startswith(text)
+
+
+def test_behind_a_layer_of_unknown_output_nothing_is_refused_for_its_number_of_axes() -> None:
+    convolution = "convolution_param { num_output: 2 kernel_size: [1, 2, 3] }"
+    tree = parse(
+        'layer { name: "p" type: "Python" top: "x" }\n'
+        f'layer {{ name: "l" type: "Convolution" bottom: "x" top: "y" {convolution} }}'
+    )
+    assert list(geometry_mistakes(tree, "net.prototxt")) == []
+    assert layer_shapes(tree)[1].blobs == [(2, None, 1, 2, 3), (2,)]
 
 
 def test_convolutions_over_three_axes_are_counted_and_refused_by_name(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from caffe_jacinto.common.text import did_you_mean
-from caffe_jacinto.netspec.layer_types import geometry_fault, role_of
+from caffe_jacinto.netspec.layer_types import geometry_fault, role_of, spatial_axes
 from caffe_jacinto.netspec.shapes import DataShapes, layer_shapes
 from caffe_jacinto.prototxt.places import place_in
 from caffe_jacinto.prototxt.tree import Message
@@ -29,7 +29,7 @@ def geometry_mistakes(net: Message, where: str, data_shapes: DataShapes = ()) ->
         if item.kind != "Im2col" and role_of(item.kind) not in ("convolution", "pooling"):
             continue
         source = item.bottoms[0] if item.bottoms else None
-        fault = geometry_fault(item.layer, 2 if source is None else max(len(source) - 2, 1))
+        fault = geometry_fault(item.layer, spatial_axes(item.layer, source))
         if fault is not None:
             name = item.layer.string("name")
             message, _, field = fault.field.partition(".")

@@ -21,6 +21,7 @@ from caffe_jacinto.netspec.layer_types import (
     output_shapes,
     role_of,
 )
+from caffe_jacinto.netspec.layer_types.geometry import channel_axis
 from caffe_jacinto.prototxt.tree import Message, tree_of
 
 FullShape = tuple[int, ...]
@@ -222,7 +223,8 @@ def _cost(item: LayerShapes, counted: bool) -> LayerCost:
         positions = math.prod(target[:-1])
     else:
         # Several bottoms share one set of weights, each with its own top.
-        positions = math.prod((source if item.kind == "Deconvolution" else target)[2:]) * len(item.bottoms)
+        grid = source if item.kind == "Deconvolution" else target
+        positions = math.prod(grid) // grid[channel_axis(item.layer, grid)] * len(item.bottoms)
     macs = weights * positions
     if macs > _MOST_MACS:
         return LayerCost(name, item.kind, None, None, filters, counted)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import Column, Line, show_table
 from caffe_jacinto.netspec.graph import TEST
-from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, Shape, geometry, role_of
+from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, Shape, geometry, role_of, spatial_axes
 from caffe_jacinto.netspec.mistakes import geometry_mistakes
 from caffe_jacinto.netspec.shapes import DataShapes, LayerCost, LayerShapes, layer_costs, layer_shapes
 from caffe_jacinto.prototxt.tree import Message
@@ -199,7 +199,7 @@ def _detail(item: LayerShapes) -> str:
     if pooling.flag("global_pooling"):
         return " ".join([*parts, "global"])
     source = item.bottoms[0] if item.bottoms else None
-    shape = geometry(item.layer, 2 if source is None else len(source) - 2)
+    shape = geometry(item.layer, spatial_axes(item.layer, source))
     parts.append("x".join(map(str, shape.kernel)))
     group = item.layer.message("convolution_param").integer("group", 1)
     for name, value in (("stride", shape.stride[0]), ("dilation", shape.dilation[0]), ("group", group)):

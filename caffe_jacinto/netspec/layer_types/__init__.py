@@ -21,7 +21,13 @@ from caffe_jacinto.netspec.layer_types import (
     sources,
 )
 from caffe_jacinto.netspec.layer_types.base import Dim, LayerType, Role, Shape, Shapes, is_known
-from caffe_jacinto.netspec.layer_types.geometry import Geometry, GeometryFault, geometry, geometry_fault
+from caffe_jacinto.netspec.layer_types.geometry import (
+    Geometry,
+    GeometryFault,
+    geometry,
+    geometry_fault,
+    spatial_axes,
+)
 from caffe_jacinto.netspec.layer_types.sources import DATA_PARAMETERS
 from caffe_jacinto.prototxt.tree import Message
 
@@ -60,7 +66,7 @@ def blob_shapes_of(layer: Message, bottoms: Shapes) -> list[Shape]:
         return []
     try:
         return kind.blobs(layer, bottoms)
-    except ValueError:
+    except (IndexError, ValueError, TypeError, ZeroDivisionError):
         return []
 
 
@@ -92,4 +98,5 @@ __all__ = [
     "is_known",
     "output_shapes",
     "role_of",
+    "spatial_axes",
 ]

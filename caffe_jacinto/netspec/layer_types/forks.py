@@ -21,7 +21,7 @@ from caffe_jacinto.netspec.layer_types.base import (
     required,
     same,
 )
-from caffe_jacinto.netspec.layer_types.geometry import geometry
+from caffe_jacinto.netspec.layer_types.geometry import geometry, spatial_axes
 from caffe_jacinto.prototxt.forks import DEPTHWISE
 from caffe_jacinto.prototxt.tree import Message
 
@@ -45,7 +45,7 @@ def _depthwise(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
 def _depthwise_blobs(layer: Message, bottoms: Shapes) -> list[Shape]:
     channels = channels_of(bottoms)
     first = first_of(bottoms)
-    kernel = geometry(layer, 2 if first is None else max(len(first) - 2, 1)).kernel
+    kernel = geometry(layer, spatial_axes(layer, first)).kernel
     bias = layer.message("convolution_param").flag("bias_term", True)
     return [(channels, 1, *kernel), (channels,)] if bias else [(channels, 1, *kernel)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from caffe_jacinto.netspec.layer_types.base import Shape
 from caffe_jacinto.prototxt.tree import Message
 
 _HALVES = {"kernel_size": "kernel", "stride": "stride", "pad": "pad"}
@@ -35,8 +36,20 @@ class GeometryFault(NamedTuple):
     """What is wrong with it, and what to do."""
 
 
-def geometry(layer: Message, axes: int = 2) -> Geometry:
+def channel_axis(layer: Message, shape: Shape) -> int:
+    """The axis of the channels of a bottom of this shape; those after it are spatial."""
+    return _parameter(layer).integer("axis", 1) % len(shape)
+
+
+def spatial_axes(layer: Message, shape: Shape | None) -> int | None:
+    """How many spatial axes a bottom of this shape has; None where nothing is known of it."""
+    return len(shape) - 1 - channel_axis(layer, shape) if shape else None
+
+
+def geometry(layer: Message, axes: int | None = 2) -> Geometry:
     """The geometry of a Convolution, Deconvolution, Im2col or Pooling layer over ``axes`` spatial axes.
+
+    Where their number is not known, it is that of the kernels that are given, or else 2.
 
     Raises:
         ValueError: Caffe stops at it: see `geometry_fault`.
@@ -45,6 +58,8 @@ def geometry(layer: Message, axes: int = 2) -> Geometry:
     if fault is not None:
         raise ValueError(f"{fault.field}: {fault.what}")
     parameter, pooling = _parameter(layer), layer.string("type") == "Pooling"
+    if axes is None:
+        axes = max(2, *(len(parameter.integers(name)) for name in _DEFAULTS))
 
     def setting(name: str) -> tuple[int, ...]:
         # Pooling takes kernel_size with one of kernel_h and kernel_w beside it, and passes over that.
@@ -57,8 +72,11 @@ def geometry(layer: Message, axes: int = 2) -> Geometry:
     return Geometry(*map(setting, _DEFAULTS))
 
 
-def geometry_fault(layer: Message, axes: int = 2) -> GeometryFault | None:
-    """The first setting of the layer's geometry at which Caffe stops, or divides by zero."""
+def geometry_fault(layer: Message, axes: int | None = 2) -> GeometryFault | None:
+    """The first setting of the layer's geometry at which Caffe stops, or divides by zero.
+
+    Where the number of spatial ``axes`` is None, it is not known, and no reason to stop.
+    """
     pooling = layer.string("type") == "Pooling"
     parameter, message = _parameter(layer), "pooling_param" if pooling else "convolution_param"
     found = _pooling_faults(parameter) if pooling else _convolution_faults(parameter, axes)
@@ -75,10 +93,10 @@ def _given_halves(parameter: Message, name: str) -> list[str]:
     return [field for axis in "hw" if parameter.has(field := f"{_HALVES[name]}_{axis}")]
 
 
-def _convolution_faults(parameter: Message, axes: int) -> Iterator[tuple[str, str]]:
+def _convolution_faults(parameter: Message, axes: int | None) -> Iterator[tuple[str, str]]:
     for name in _DEFAULTS:
         given, halves = parameter.integers(name), _given_halves(parameter, name)
-        if halves and axes != 2:
+        if halves and axes not in (2, None):
             yield halves[0], f"the input has {axes} spatial axes, and height and width are 2; use {name}"
         elif halves and given:
             yield halves[0], f"{name} is given, too; remove one of them"
@@ -89,12 +107,12 @@ def _convolution_faults(parameter: Message, axes: int) -> Iterator[tuple[str, st
             zero = next((field for field in halves if parameter.integer(field) < 1), None)
             if zero is not None and name != "pad":
                 yield zero, "is 0; it has to be at least 1"
-        elif len(given) > 1 and len(given) != axes:
+        elif len(given) > 1 and axes is not None and len(given) != axes:
             yield (
                 name,
                 f"is given {len(given)} times; give it once, or {axes} times: once for each spatial axis",
             )
-        elif not given and name == "kernel_size" and axes:
+        elif not given and name == "kernel_size" and axes != 0:
             yield name, "is missing; add it"
         elif name in ("kernel_size", "stride") and any(value < 1 for value in given):
             yield name, "is 0; it has to be at least 1"

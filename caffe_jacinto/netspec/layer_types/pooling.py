@@ -18,7 +18,7 @@ def _pooling(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     parameter = layer.message("pooling_param")
     if parameter.flag("global_pooling"):
         return [(*first[:2], *[1] * (len(first) - 2))] * tops
-    kernel, stride, pad, _ = geometry(layer, len(first) - 2)
+    kernel, stride, pad, _ = geometry(layer)
     down = rounds_down(parameter)
     sizes: list[Dim] = []
     for axis, size in enumerate(first[2:]):
