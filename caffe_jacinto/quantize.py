@@ -204,6 +204,10 @@ def _check(options: Namespace) -> None:
             f"{options.network} is a folder, whose weights are found automatically; "
             f"leave {options.weights} out"
         )
+    layers = [layer for layer, _ in options.bits_of]
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise UserError(f"--bits-of {twice}: is there twice; give each layer once")
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"--output {options.output} is a file; name a folder")
     check_parent(options.output.absolute(), "--output ")

@@ -468,7 +468,7 @@ def _export(options: argparse.Namespace) -> int:
         raise UserError("no network: give its weights and deploy.prototxt, a run folder, or --quantized DIR")
     files = None if quantized else _take_network(options)
     output = options.onnx or _beside(options.file, ".onnx")
-    for source in (options.file, options.deploy):
+    for source in (options.file, options.deploy, *(quantized.files if quantized else ())):
         check_output(output, source, "--onnx")
     text = _deploy_text(options)
     given = options.val or options.labels

@@ -152,6 +152,16 @@ def test_a_processor_computes_a_convolution_with_its_relu(tmp_path: Path) -> Non
     assert units["pool1"].output == "kept"
 
 
+def test_what_only_orders_values_anew_keeps_their_scale() -> None:
+    text = 'input: "data"\n' + "".join(
+        f'layer {{ name: "{kind}" type: "{kind}" bottom: "data" top: "{kind}" }}\n'
+        for kind in ("ShuffleChannel", "Permute")
+    )
+    net = parse_any_net(text, "deploy.prototxt")
+    units = units_of(net.layer, ["data"], fork=False, where="deploy.prototxt")
+    assert [unit.output for unit in units] == ["quantized", "kept", "kept"]
+
+
 def test_what_the_fork_merges(tmp_path: Path) -> None:
     """A batch norm that comes before a convolution and not after one is merged with it."""
     net = parse_any_net(built("resnet10", Dialect.BVLC, tmp_path), "deploy.prototxt")

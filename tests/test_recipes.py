@@ -434,6 +434,7 @@ def test_a_stage_without_a_solver_quantizes_an_earlier_one(tmp_path: Path) -> No
         ("bits_of = { fc10 = 1 }", "", ".quantize.bits_of.fc10", "is 1; give 2 or more"),
         ('ranges = "mean"', "", ".quantize.ranges", "known: minmax, percentile, mse"),
         ("percentile = 50", "", ".quantize.percentile", "give more than 50"),
+        ("percentile = 99", "", ".quantize.percentile", "only ranges by percentile have one"),
         ("batches = 0", "", ".quantize.batches", "is 0; give 1 or more"),
         ('scheme = "caffe_jacinto"\nranges = "mse"', "", ".quantize.ranges", "has ranges of its own; leave"),
         ('keep_float = ["a", "a"]', "", ".quantize.keep_float", "has a name twice"),

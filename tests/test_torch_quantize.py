@@ -354,7 +354,10 @@ def test_a_recipes_table_has_the_commands_options() -> None:
         *("network", "weights", "calibrate", "output", "val", "plot", "preprocessing", "resize")
     }
     of_the_command |= {"backend", "caffe", "gpus", "log"}
-    assert {key: value for key, value in options.items() if key not in of_the_command} == defaults
+    of_training = {"settle_iter", "freeze_bn_iter"}
+    assert defaults.keys() >= of_training
+    shared = {key: value for key, value in defaults.items() if key not in of_training}
+    assert {key: value for key, value in options.items() if key not in of_the_command} == shared
 
 
 @pytest.mark.parametrize(
@@ -756,6 +759,63 @@ def test_a_folder_that_quantize_has_not_written(content: str | None, message: st
         weights_main(["export", "--quantized", str(tmp_path)])
 
 
+def scales_of_two(record: dict[str, Any]) -> None:
+    record["layers"][2]["weights"]["scale"] = [1.0, 2.0]
+
+
+def no_limits(record: dict[str, Any]) -> None:
+    record["layers"][2]["output"]["limits"] = None
+
+
+def limits_swapped(record: dict[str, Any]) -> None:
+    record["layers"][2]["output"]["limits"].reverse()
+
+
+def another_axis(record: dict[str, Any]) -> None:
+    record["layers"][2]["weights"]["axis"] = 9
+
+
+def another_name(record: dict[str, Any]) -> None:
+    record["layers"][2].update(name="c", layers=["c"])
+
+
+def another_scale(record: dict[str, Any]) -> None:
+    record["layers"][3]["weights"]["scale"][0] *= 0.7
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (scales_of_two, "layer conv1: 2 scales in quantization.json do not fit its weights"),
+        (no_limits, "layer conv1/relu has numbers without limits"),
+        (limits_swapped, "quantization.json: damaged"),
+        (another_axis, "layer conv1: 24 scales in quantization.json do not fit its weights"),
+        (another_name, "has no layer c, which quantization.json names"),
+        (another_scale, "layer fc: its weights are not those that were quantized"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_one_line(
+    damage: Any, message: str, made: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(made[0], tmp_path / "q")
+    record = json.loads((folder / "quantization.json").read_text())
+    damage(record)
+    (folder / "quantization.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        weights_main(["export", "--quantized", str(folder), "--onnx", str(tmp_path / "q.onnx")])
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.caffe
+def test_no_file_of_the_folder_is_written_over(made: tuple[Path, str]) -> None:
+    for name in ("quantization.json", "deploy.prototxt", "deploy_stock.prototxt", "w_quantized.caffemodel"):
+        before = (made[0] / name).read_bytes()
+        with pytest.raises(UserError, match=f"--onnx .*{name} is the file itself"):
+            weights_main(["export", "--quantized", str(made[0]), "--onnx", str(made[0] / name)])
+        assert (made[0] / name).read_bytes() == before
+
+
 @pytest.mark.caffe
 def test_layers_of_their_own_bits_and_in_float(trained: Trained, tmp_path: Path) -> None:
     arguments = [
@@ -805,6 +865,12 @@ WRONG = [
     (
         ["--scheme", "caffe_jacinto", "--input-shift", "bias"],
         "--input-shift: the scheme caffe_jacinto leaves layers as they are; leave it out",
+    ),
+    (["--percentile", "99"], "--percentile: only ranges by percentile have one"),
+    (["--bits-of", "fc=4", "--bits-of", "fc=8"], "--bits-of fc: is there twice; give each layer once"),
+    (
+        ["--bits-of", "conv1=4", "--keep-float", "conv1/relu"],
+        "--keep-float conv1/relu: --bits-of gives it bits",
     ),
     (["--plot", "x.pdf"], "--plot x.pdf: the name must end in .png or .svg"),
     (["--val", "nowhere"], "nowhere"),

@@ -150,6 +150,8 @@ def network_of(
     kept: set[str] = set()
     for name in floats:
         unit = unit_named(units, name, called[1])
+        if unit.name in given:
+            raise UserError(f"{called[1]} {name}: {called[0]} gives it bits; leave one of them out")
         kept.update((unit.name, *unit.layers))
     axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
     return Network(scheme, units, blobs, read, axes, given, kept)

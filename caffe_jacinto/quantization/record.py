@@ -127,6 +127,9 @@ class Recorded:
     """For stock Caffe."""
 
     weights: Path
+    files: tuple[Path, ...]
+    """quantization.json and the network in caffe-jacinto's dialect."""
+
     preprocessing: Mapping[str, str]
     outputs: Mapping[str, Grid]
     """By the last layer of a unit, or the input's blob."""
@@ -159,6 +162,7 @@ def read_recorded(folder: Path, network: str) -> Recorded:
             str(record["scheme"]),
             folder / network,
             folder / str(record["weights"]),
+            (path, folder / str(record["network"])),
             {str(key): str(value) for key, value in record["preprocessing"].items()},
             {(u["layers"] or [u["blob"]])[-1]: _read_grid(u["output"]) for u in units if u["output"]},
             frozenset(name for u in units if u["keeps_scale"] for name in u["layers"]),
@@ -169,9 +173,15 @@ def read_recorded(folder: Path, network: str) -> Recorded:
         raise UserError(f"{path}: damaged, or of another program; quantize again") from None
 
 
+_LEAST, _MOST = -(2**31), 2**31 - 1
+"""Of the numbers, which have 32 bits at most."""
+
+
 def _read_grid(record: Mapping[str, Any]) -> Grid:
-    low, high = record["limits"] or (-inf, inf)
+    low, high = map(float, record["limits"] or (-inf, inf))
+    if not low < high or (isfinite(low) and not (low >= _LEAST and high <= _MOST)):
+        raise ValueError("limits")
     steps = np.array(record["scale"], np.float32)
     if steps.ndim != 1 or not steps.size or not (np.isfinite(steps) & (steps > 0)).all():
         raise ValueError("scale")
-    return Grid(steps, float(low), float(high), float(record["zero_point"]), int(record.get("axis", 0)))
+    return Grid(steps, low, high, float(record["zero_point"]), int(record.get("axis", 0)))

@@ -124,6 +124,8 @@ def scheme_mistakes(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in _OF_CHOSEN_RANGES:
             if settings[key]:
                 yield key, f"the scheme {scheme.name} has ranges of its own; leave it out"
+    elif settings["percentile"] and "percentile" not in (settings["ranges"], settings["weight_ranges"]):
+        yield "percentile", "only ranges by percentile have one; leave it out, or set ranges or weight_ranges"
     if settings["input_shift"] and not scheme.folded:
         yield "input_shift", f"the scheme {scheme.name} leaves layers as they are; leave it out"
 

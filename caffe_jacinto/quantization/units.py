@@ -33,7 +33,20 @@ _FOLLOWERS = {
 }
 """The layers that a processor computes together with the one before."""
 
-_KEEPING = (*("BatchReindex", "Crop", "Dropout", "Filter", "Flatten", "Reshape", "Slice", "Split", "Tile"),)
+_KEEPING = (
+    *(
+        "BatchReindex",
+        "Crop",
+        "Dropout",
+        "Filter",
+        "Flatten",
+        "Permute",
+        "Reshape",
+        "ShuffleChannel",
+        "Slice",
+    ),
+    *("Split", "Tile"),
+)
 _ROUNDED = (
     *WEIGHTED,
     *("AbsVal", "BNLL", "BatchNorm", "Bias", "Clip", "Concat", "ELU", "Eltwise", "Exp", "LRN", "Log"),

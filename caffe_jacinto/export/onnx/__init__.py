@@ -79,6 +79,9 @@ def export_onnx(
     if not OPSET <= opset <= NEWEST_OPSET:
         raise UserError(f"opset {opset}: give {OPSET} to {NEWEST_OPSET}")
     rounding = Rounding(quantized, opset, where) if quantized is not None else None
+    if rounding is not None:
+        inputs = [top for layer in net.layers if layer.type == "Input" for top in layer.message.top]
+        rounding.check_names([layer.name for layer in net.layers], inputs)
     model = Graph(net, where, OPERATORS, opset=opset, batch=batch, rounding=rounding).model()
     onnx.helper.set_model_props(model, dict(metadata or {}))
     try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import isfinite
 from typing import TYPE_CHECKING, Protocol
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.quantization.grids import Grid
 from caffe_jacinto.quantization.record import Recorded
+from caffe_jacinto.quantization.schemes import MOST_BITS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Values = NDArray[np.float32]
+
+_MOST_APART = 0.01
+"""Of a weight from its number, in steps; float32 holds 16 bits more exactly than that."""
 
 OPSET_OF_16_BITS = 21
 """From this one on, QuantizeLinear gives numbers of 16 bits."""
@@ -31,7 +37,7 @@ class Rounding:
 
     def __init__(self, recorded: Recorded, opset: int, where: str) -> None:
         """Raises UserError where ONNX has no form for this quantization."""
-        self._recorded = recorded
+        self._recorded, self._where = recorded, where
         self._on_grid: dict[str, Grid] = {}
         """The values that are rounded already."""
 
@@ -41,11 +47,27 @@ class Rounding:
                     f"{where}: layer {name}: the scheme {recorded.scheme} has no number for zero, which ONNX "
                     "cannot express; quantize with the scheme processor or power2"
                 )
+            if not isfinite(grid.high) or bits_of(grid) > MOST_BITS:
+                raise UserError(f"{where}: layer {name} has numbers without limits; quantize again")
             if bits_of(grid) > 8 and opset < OPSET_OF_16_BITS:
                 raise UserError(
                     f"{where}: layer {name} has {bits_of(grid)} bits, and opset {opset} has 8; "
                     f"give --opset {OPSET_OF_16_BITS}"
                 )
+
+    def check_names(self, layers: Iterable[str], blobs: Iterable[str]) -> None:
+        """Check that the network has what was quantized: ``layers``, and the ``blobs`` that are its inputs.
+
+        Raises:
+            UserError: it has not.
+        """
+        recorded = self._recorded
+        known, named = {*layers, *blobs}, [*recorded.outputs, *recorded.weight_grids, *recorded.bias_grids]
+        lost = next((name for name in named if name not in known), None)
+        if lost is not None:
+            raise UserError(
+                f"{self._where}: has no layer {lost}, which quantization.json names; quantize again"
+            )
 
     def grid_of(self, layer: str, bottoms: list[str]) -> Grid | None:
         """The grid of the output of ``layer``, the last of a unit or an input; None: it is not rounded."""
@@ -88,9 +110,17 @@ class Rounding:
         kind = "int32" if name == "bias" else _number_type(grid)
         several = grid.steps.size > 1
         steps = grid.steps if several else grid.steps.reshape(())
-        numbers = np.clip(
-            np.rint(values.astype(np.float64) / _along(steps, grid, values)), grid.low, grid.high
-        )
+        if several and (grid.axis >= values.ndim or values.shape[grid.axis] != steps.size):
+            raise UserError(
+                f"{self._where}: layer {layer}: {steps.size} scales in quantization.json do not fit its "
+                f"{name}; quantize again"
+            )
+        exact = values.astype(np.float64) / _along(steps, grid, values)
+        numbers = np.clip(np.rint(exact), grid.low, grid.high)
+        if name == "weights" and np.abs(numbers - exact).max(initial=0) > _MOST_APART:
+            raise UserError(
+                f"{self._where}: layer {layer}: its weights are not those that were quantized; quantize again"
+            )
         stored = [
             graph.constant(f"{full}:numbers", numbers.astype(kind)),
             graph.constant(f"{full}:scale", steps),
