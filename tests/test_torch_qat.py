@@ -43,6 +43,7 @@ from caffe_jacinto.quantization.grids import Grid
 from caffe_jacinto.quantization.network import quantization_of
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
 from caffe_jacinto.quantization.settling import read_ranges
+from caffe_jacinto.quantization.trained_part import check_tested, trained_part
 from caffe_jacinto.quantize import main as quantize
 from caffe_jacinto.recipes.model import QuantizeSettings
 from caffe_jacinto.report import main as report
@@ -433,6 +434,47 @@ def test_refused_before_the_training(
     with pytest.raises(UserError, match=re.escape(says)):
         caffe_torch(["train", "-solver", "solver.prototxt", "-quantize", *flags])
     assert not list(stage.folder.glob("*.caffemodel"))
+
+
+ONE_LOSS = (
+    INPUT
+    + """
+layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" inner_product_param { num_output: 5 } }
+layer { name: "label" type: "Input" top: "label" input_param { shape { dim: 1 } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+"""
+)
+
+
+def test_only_the_layers_that_lead_to_the_prediction_are_rounded() -> None:
+    aside = 'layer { name: "aside" type: "ReLU" bottom: "data" top: "aside" }\n'
+    layers = parse_net(ONE_LOSS + aside, Dialect.BVLC, "net").layer
+    assert [layer.name for layer in trained_part(layers, "net")] == ["data", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (INPUT, "net: quantization-aware training needs one prediction"),
+        (
+            ONE_LOSS + 'layer { name: "l2" type: "EuclideanLoss" bottom: "data" bottom: "label" top: "l2" }',
+            "this network has 2 (data, fc)",
+        ),
+        (
+            ONE_LOSS.replace('"InnerProduct"', '"BN"').replace("inner_product_param { num_output: 5 }", ""),
+            "layer fc (BN): quantization-aware training folds only BatchNorm and Scale",
+        ),
+    ],
+)
+def test_networks_that_are_not_trained_in_quantized_values(text: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        trained_part(parse_net(text, Dialect.BVLC, "net").layer, "net")
+    assert says in str(error.value)
+
+
+def test_a_test_network_of_other_layers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"val: lacks layer conv of train, which is quantized there"):
+        check_tested({"data", "conv"}, {"data", "fc"}, "train", "val")
 
 
 @pytest.mark.parametrize(

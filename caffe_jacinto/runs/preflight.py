@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,19 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import looked_for, read_text
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
-from caffe_jacinto.engines.contract import ImageShape, data_shapes
+from caffe_jacinto.engines.contract import ImageShape, data_shapes, stage_solver
 from caffe_jacinto.engines.discovery import check_gpus
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.netspec.data_fit import LISTED, READ, DataSize, image_shapes, settings_of, source_of
-from caffe_jacinto.netspec.graph import TRAIN
+from caffe_jacinto.netspec.graph import TEST, TRAIN, messages_in
+from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
 from caffe_jacinto.networks.user_network import mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_solver
 from caffe_jacinto.prototxt.solver import histories
 from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
+from caffe_jacinto.quantization.trained_part import check_tested, trained_part
 from caffe_jacinto.recipes.model import QuantizeSettings
 from caffe_jacinto.runs.plan import QuantizePlan, RunPlan, StagePlan, quantize_job, train_job
 from caffe_jacinto.runs.space import check_space
@@ -332,6 +334,20 @@ def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[
     if plan.stage.quantize is not None:
         scheme = chosen_scheme(plan.stage.quantize.model_dump())
         _check_quantizable(run, plan, f"stages.{plan.name}.quantize", plan.stage.quantize, scheme)
+        _check_trained_part(run, plan, texts[plan.name])
+
+
+def _check_trained_part(run: RunPlan, plan: StagePlan, files: Mapping[str, str]) -> None:
+    """Check that a stage's networks have the layers that quantization-aware training rounds."""
+    solver = stage_solver(files, run.engine.info.dialect)
+    try:
+        part = trained_part(messages_in(solver.train_net, TRAIN), str(solver.train_file))
+        names = {layer.name for layer in part if role_of(layer.type) != "data"}
+        for test in solver.tests:
+            there = {layer.name for layer in messages_in(test.definition, TEST)}
+            check_tested(names, there, str(solver.train_file), str(test.file))
+    except UserError as error:
+        raise UserError(f"stages.{plan.name}.quantize: {error}") from None
 
 
 def _check_engine_quantizes(run: RunPlan, plan: StagePlan) -> None:

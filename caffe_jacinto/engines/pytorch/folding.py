@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
-from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.export.merge_bn import merge_bn
@@ -57,15 +56,9 @@ class Folding:
         """``layers`` are LayerParameter messages: those of ``net`` that are folded, and declared inputs.
 
         Raises:
-            UserError: as `merge_bn`; or a fork's BN layer.
+            UserError: as `merge_bn`.
         """
         self._net = net
-        for layer in layers:
-            if layer.type == "BN":
-                raise UserError(
-                    f"{where}: layer {layer.name} (BN): only BatchNorm and Scale are folded in training; "
-                    "write it as these"
-                )
         from google.protobuf import text_format
 
         whole = type(net.definition)(name=net.name)

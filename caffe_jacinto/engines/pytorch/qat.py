@@ -21,16 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from caffe_jacinto.caffemodel.batch_norm import lacks_statistics, require_statistics
-from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.folding import Folded, Folding
 from caffe_jacinto.engines.pytorch.net import FED, TEST, Net, NetResult
 from caffe_jacinto.engines.pytorch.quantized import Computed, QuantizedNet, seen_of
 from caffe_jacinto.engines.pytorch.rounding import rounded, stands_for, steps_over
 from caffe_jacinto.engines.pytorch.snapshot import array
-from caffe_jacinto.netspec.graph import nodes_of
-from caffe_jacinto.netspec.predictions import leading_to, predictions
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.tree import tree_of
 from caffe_jacinto.quantization.fork_settings import fields_of
 from caffe_jacinto.quantization.grids import symmetric_grid
 from caffe_jacinto.quantization.network import (
@@ -42,6 +38,7 @@ from caffe_jacinto.quantization.network import (
 )
 from caffe_jacinto.quantization.schemes import Scheme
 from caffe_jacinto.quantization.settling import SettlingRanges
+from caffe_jacinto.quantization.trained_part import check_tested, trained_part
 from caffe_jacinto.quantization.units import WEIGHTED, Unit
 
 if TYPE_CHECKING:
@@ -142,6 +139,15 @@ class QuantizedTraining(nn.Module):
         return result
 
     # The course of a training
+
+    def resume(self, state: Mapping[str, Any], iteration: int, where: str) -> None:
+        """Continue before ``iteration`` from a snapshot's ranges.
+
+        Raises:
+            UserError: as `SettlingRanges.load`.
+        """
+        self.ranges.load(state, where)
+        self._frozen = iteration > self.freeze_from
 
     def check_statistics(self, weights: Path) -> None:
         """Raise `UserError` where a batch norm to fold has no statistics; they come from ``weights``."""
@@ -284,13 +290,8 @@ class QuantizedTest:
         Raises:
             UserError: it lacks a layer that is quantized in training.
         """
-        there = {layer.name for layer in net.layers} | set(net.inputs)
-        lost = sorted(training.quantized_layers - there)
-        if lost:
-            raise UserError(
-                f"{net.where}: lacks layer {lost[0]} of {training.net.where}, which is quantized there; both "
-                "need the same layers up to the prediction"
-            )
+        there = {*(layer.name for layer in net.layers), *net.inputs}
+        check_tested(training.quantized_layers, there, training.net.where, net.where)
         self._training, self._net = training, net
         self._rest = training.rest_of(net)
         self._prepared: tuple[Quantization | None, Computed] | None = None
@@ -311,20 +312,12 @@ def layers_to_prediction(net: Net) -> list[Any]:
     """The layers that a network's prediction is computed by, with declared inputs in the place of its data.
 
     Raises:
-        UserError: it has not one prediction.
+        UserError: as `trained_part`.
     """
-    trees = [tree_of(layer) for layer in net.layers]
-    found = predictions(trees)
-    if len(found) != 1:
-        names = ", ".join(prediction.blob for prediction in found) or "none"
-        raise UserError(
-            f"{net.where}: quantization-aware training needs one prediction, which a loss or an accuracy "
-            f"reads; this network has {len(found)} ({names})"
-        )
-    needed = sorted(leading_to(nodes_of(trees), found))
-    read = {blob for at in needed for blob in net.layers[at].bottom}
+    part = trained_part(net.layers, net.where)
+    read = {blob for layer in part for blob in layer.bottom}
     layers = []
-    for layer in (net.layers[at] for at in needed):
+    for layer in part:
         if layer.type in FED:
             layers += [_input(type(layer), top, net.shapes[top]) for top in layer.top if top in read]
             continue

@@ -363,7 +363,7 @@ class Trainer:
                     f"{snapshot}: it has no ranges: it was not trained with -quantize; start from its "
                     "weights alone, with -weights"
                 )
-            self.quantized.ranges.load(state, str(snapshot))
+            self.quantized.resume(state, self.iteration, str(snapshot))
         if not self.holds_zeros:
             return
         if self.solver.holds_zeros and not masks_file(snapshot).exists():
