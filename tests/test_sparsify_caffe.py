@@ -552,3 +552,24 @@ def test_without_masks_a_step_is_caffes_own(
         ends.append(conv_weights(stage.folder / "small_iter_8.caffemodel"))
     for name in LAYERS:
         np.testing.assert_allclose(ends[0][name], ends[1][name], atol=1e-6)
+
+
+def test_a_stage_with_snapshots_in_hdf5_resumes_from_them(
+    caffe_engine: Engine, initial: SmallStage, sparse: SmallStage, tmp_path: Path
+) -> None:
+    """As with binary ones, to the bit; the Caffe of install_caffe.sh reads no weights from HDF5."""
+    stage = SmallStage(tmp_path, initial.lmdb)
+    stage.solver(snapshot=10, snapshot_format="HDF5")
+    final = Path("small_iter_20.caffemodel.h5")
+    job = replace(sparse_job(stage, initial), final_weights=final)
+    stage.run(caffe_engine.train_commands(job))
+    expected = conv_weights(sparse.folder / "small_iter_20.caffemodel")
+    for name, weights in conv_weights(tmp_path / final).items():
+        np.testing.assert_array_equal(weights, expected[name])
+    assert caffe_engine.finished(replace(job, final_weights=tmp_path / final))
+    for path in tmp_path.glob("small_iter_20.*"):
+        path.unlink()
+    resumed = replace(job, snapshot=Path("small_iter_10.solverstate.h5"))
+    stage.run(caffe_engine.train_commands(resumed))
+    for name, weights in conv_weights(tmp_path / final).items():
+        np.testing.assert_array_equal(weights, expected[name])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from caffe_jacinto.caffemodel.hdf5 import without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import (
     DevicePlan,
@@ -104,7 +105,8 @@ class BvlcEngine:
 
         Only the recalibration if the snapshot is the final one.
         """
-        if job.snapshot is not None and job.snapshot.stem == job.final_weights.stem:
+        final = without_suffix(job.final_weights).stem
+        if job.snapshot is not None and without_suffix(job.snapshot).stem == final:
             return [self._recalibrate(job)] if job.reestimate_batches else []
         if job.sparse or job.freeze_zeros:
             return [self._stepper(job)]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffe_jacinto.caffemodel.fit import in_binary_form
-from caffe_jacinto.caffemodel.hdf5 import is_hdf5
+from caffe_jacinto.caffemodel.hdf5 import SUFFIX, is_hdf5
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import replacing, write_whole
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.snapshots import layer_of_no_numbers, no_numbers
 from caffe_jacinto.prototxt.solver import SolverFile
@@ -127,6 +128,18 @@ def load_weights(net: Any, path: Path, definition: Any) -> None:
         file.write(in_binary_form(path, definition))
         file.flush()
         net.copy_from(file.name)
+
+
+def save_weights(net: Any, path: Path) -> None:
+    """Write the weights of ``net`` to ``path``, whole or not at all; a ``.h5`` file as HDF5."""
+    if path.suffix != SUFFIX:
+        with replacing(path) as (_, beside):
+            net.save(str(beside))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name  # HDF5 opens no file that is locked, as one of `replacing` is
+        net.save_hdf5(str(file))
+        write_whole(path, file.read_bytes())
 
 
 def output_values(net: Any) -> dict[str, list[float]]:

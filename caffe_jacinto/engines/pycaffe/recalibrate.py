@@ -16,13 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from caffe_jacinto.caffemodel.hdf5 import SUFFIX
 from caffe_jacinto.common.arguments import Parser, whole_number
 from caffe_jacinto.common.errors import RunFailed, run_command
-from caffe_jacinto.common.files import replacing
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
-from caffe_jacinto.engines.pycaffe.net import TestNets, check_numbers, load_weights, start_caffe, use_device
+from caffe_jacinto.engines.pycaffe.net import (
+    TestNets,
+    check_numbers,
+    load_weights,
+    save_weights,
+    start_caffe,
+    use_device,
+)
 from caffe_jacinto.engines.snapshots import final_is_complete, iteration_of, mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.solver import SolverFile, read_solver, require_network_files
@@ -109,8 +114,7 @@ def complete_stage(
             return False
         check_numbers(net, final_weights, log)
         log.writes_weights(final_weights)
-        with replacing(final_weights) as (_, beside):
-            (net.save_hdf5 if final_weights.suffix == SUFFIX else net.save)(str(beside))
+        save_weights(net, final_weights)
     if not tests.test(iteration_of(final_weights), stop, batches if statistics.layers else 0):
         return False
     mark_complete(final_weights, batches)
