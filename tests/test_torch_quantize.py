@@ -780,7 +780,8 @@ def another_name(record: dict[str, Any]) -> None:
 
 
 def another_scale(record: dict[str, Any]) -> None:
-    record["layers"][3]["weights"]["scale"][0] *= 0.7
+    (fc,) = (unit for unit in record["layers"] if unit["name"] == "fc")
+    fc["weights"]["scale"][0] *= 0.7
 
 
 @pytest.mark.caffe
