@@ -1,6 +1,6 @@
 """Calibration of JacintoNet11 at 224x224 compared with its forward passes alone, and its memory.
 
-    python bench/quantize.py [--images 400]
+    python bench/quantize.py [--images 2500]
 
 Both read the same images of noise; their making is not counted. CPU seconds of the process are compared, so
 that other work on the machine matters little. The exit code is 1 if a limit is broken: at most 1.3 times the
@@ -36,7 +36,7 @@ BATCH = 50
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=400, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2500, help="(default: %(default)s)")
     options = parser.parse_args(argv)
     quantizer, scores = network()
     for batch in stacked(BATCH):
