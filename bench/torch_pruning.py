@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _noise(scratch / "noise")
+        write_noise(scratch / "noise")
         trainers = {name: _trainer(stack, scratch / name, name) for name in ("plain", *METHODS)}
         times: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(arguments.iterations):
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     return 0 if within else 1
 
 
-def _noise(folder: Path) -> None:
+def write_noise(folder: Path) -> None:
     import lmdb
     import numpy as np
 
