@@ -37,6 +37,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.mean import read_mean
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.onnx import export_onnx
+from caffe_jacinto.export.shrink import shrink
 from caffe_jacinto.inference.network import trained_network, validation_preprocessing
 from caffe_jacinto.netspec.drawing import boxes_of
 from caffe_jacinto.netspec.shapes import batch_size, gigamacs
@@ -217,6 +218,7 @@ def read_binary(path: Path, folder: Path) -> None:
         readers += [
             lambda dialect=dialect, deploy=deploy: check_fit(path, parse_net(deploy, dialect, "x")),
             lambda dialect=dialect, deploy=deploy: merge_bn(deploy, "x", dialect, path).weight_bytes(),
+            lambda dialect=dialect, deploy=deploy: shrink(deploy, "x", dialect, path).weight_bytes(),
             lambda dialect=dialect, deploy=deploy: export_onnx(deploy, "x", dialect, path),
             lambda dialect=dialect: blob_facts(path, dialect),
             lambda dialect=dialect: convert(path, folder / "out", dialect),
@@ -246,7 +248,7 @@ def read_text(path: Path, folder: Path) -> None:
         boxes_of(summarize(tree.tree_of(parse_any_net(text, "x")), "x"))
     for dialect in Dialect:
         weights = folder / WEIGHTS.format(dialect.value)
-        for use in (merge_bn, export_onnx):
+        for use in (merge_bn, export_onnx, shrink):
             with contextlib.suppress(UserError):
                 use(text, "x", None, weights)
         with contextlib.suppress(UserError):
