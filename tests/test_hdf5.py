@@ -21,6 +21,8 @@ from caffe_jacinto.caffemodel.storage import mapped, read_weights, stored_layers
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pycaffe.net import load_weights
+from caffe_jacinto.inference.backends import BACKENDS
+from caffe_jacinto.inference.network import trained_network
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.weights import main as weights_command
@@ -296,3 +298,16 @@ def test_damaged_files_are_one_line(tmp_path_factory: pytest.TempPathFactory, da
             read(path)
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_each_backend_of_classify_computes_with_them(theirs: Path, backend: str) -> None:
+    images = np.random.default_rng(0).normal(size=(3, 3, 5, 5)).astype(np.float32)
+    scores = []
+    for name in ("hdf5_iter_4.caffemodel.h5", "binary_iter_4.caffemodel"):
+        network = trained_network(theirs / "deploy.prototxt", theirs / name)
+        _, compute = BACKENDS[backend](network, None, None)
+        scores.append(compute(images))
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert np.ptp(scores[0]) > 0
