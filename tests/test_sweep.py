@@ -58,6 +58,17 @@ def test_the_stages_are_shared_out() -> None:
     assert sparse.stages["finetune"] == recipe.stages["finetune"]
 
 
+def test_a_teacher_that_is_trained_once_is_found_in_its_run() -> None:
+    recipe = load_recipe(
+        "demo_digits", ['stages.sparse.teacher="initial"', 'stages.finetune.teacher="sparse"']
+    )
+    stages = sparse_recipe(recipe, 0.6, Path("runs/dense")).stages
+    last = recipe.stages["initial"].max_iter
+    assert stages["sparse"].teacher == f"runs/dense/initial/{PREFIX}_iter_{last}.caffemodel"
+    assert stages["sparse"].teacher_prototxt == "runs/dense/initial/deploy.prototxt"
+    assert (stages["finetune"].teacher, stages["finetune"].teacher_prototxt) == ("sparse", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

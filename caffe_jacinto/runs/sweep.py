@@ -202,16 +202,23 @@ def dense_recipe(recipe: Recipe) -> Recipe:
 
 
 def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
-    """The other stages, pruned to ``target``; they start from the weights in the run folder ``dense``."""
+    """The other stages, pruned to ``target``; they start and learn from the run ``dense``."""
     before = dense_recipe(recipe).stages if dense_stages(recipe) else {}
+    prefix = f"{recipe.data.dataset}_{recipe.network.name}"
+
+    def trained(stage: str) -> str:
+        return str(dense / stage / f"{prefix}_iter_{before[stage].max_iter}.caffemodel")
+
     content = recipe.model_dump(mode="json")
     stages: dict[str, Any] = {}
     for name, stage in content["stages"].items():
         if name in before:
             continue
         if stage["start"] in before:
-            last = f"{recipe.data.dataset}_{recipe.network.name}_iter_{before[stage['start']].max_iter}"
-            stage |= {"start": None, "weights": str(dense / stage["start"] / f"{last}.caffemodel")}
+            stage |= {"start": None, "weights": trained(stage["start"])}
+        if stage["teacher"] in before:
+            network = str(dense / stage["teacher"] / "deploy.prototxt")
+            stage |= {"teacher": trained(stage["teacher"]), "teacher_prototxt": network}
         if stage["sparse"] is not None:
             stage["sparse"]["target"] = target
         stages[name] = stage
