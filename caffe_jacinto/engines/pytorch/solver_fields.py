@@ -119,7 +119,7 @@ def _check_rates(solver: SolverFile) -> None:
     policy = fields.lr_policy
     if policy not in LR_POLICIES:
         raise UserError(f"{where}: lr_policy {policy!r} is unknown; known: {', '.join(LR_POLICIES)}")
-    if not 0 <= fields.warmup_iter < fields.max_iter:
+    if fields.warmup_iter and not 0 < fields.warmup_iter < fields.max_iter:
         raise UserError(
             f"{where}: warmup_iter is {fields.warmup_iter}; it has to be at least 0 and less than max_iter"
         )
