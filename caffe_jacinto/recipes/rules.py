@@ -235,11 +235,6 @@ def _network_has_its_keys(recipe: Values) -> Iterator[Mistake]:
         if recipe["network.crop_size"] is None:
             yield recipe.mistake("network.crop_size", "missing; add it")
         return
-    if recipe["training.label_smoothing"]:
-        yield recipe.mistake(
-            "training.label_smoothing",
-            "the losses are those of network.prototxt; smooth them there (docs/recipes.md), and remove it",
-        )
     for key, whose in (("strides", "the strides are those"), ("width", "the width is that")):
         if recipe[f"network.{key}"] is not None:
             yield recipe.mistake(f"network.{key}", f"{whose} of network.prototxt; remove it")
@@ -251,8 +246,17 @@ def _network_has_its_keys(recipe: Values) -> Iterator[Mistake]:
         )
 
 
+def _losses_are_smoothed_where_they_are(recipe: Values) -> Iterator[Mistake]:
+    if recipe["network.prototxt"] is not None and recipe["training.label_smoothing"]:
+        yield recipe.mistake(
+            "training.label_smoothing",
+            "the losses are those of network.prototxt; smooth them there (docs/recipes.md), and remove it",
+        )
+
+
 _RECIPE_RULES: tuple[Rule, ...] = (
     _network_has_its_keys,
+    _losses_are_smoothed_where_they_are,
     _frozen_once,
     _crops_are_resized,
     _gpus_once,
