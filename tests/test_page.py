@@ -184,7 +184,7 @@ def test_every_figure_of_the_json_stands_in_the_page(
                 text = value if isinstance(value, str) else json.dumps(value)
                 assert shown[name][number] == ("-" if value is None else text)
     assert texts(browser, "#results tbody tr:first-child th") == ["first, initial"]
-    assert texts(browser, "#results tbody tr:first-child td") == ["75.00 %", "95.00 %", "3.79e-05"]
+    assert texts(browser, "#results tbody tr:first-child td") == ["75.00 %", "95.00 %", "3.79e-05", "-"]
     assert "initial (unfinished)" in texts(browser, "#stages tr.unfinished th")
 
 

@@ -296,6 +296,7 @@ def test_convolutions_are_measured_only_where_pytorch_may_choose(
 ) -> None:
     kept = Choices(tmp_path / "choices.json")
     monkeypatch.setattr(Choices, "of_this_machine", lambda: kept)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     convolution = Convolution(Geometry((1, 1), (1, 1), (1, 1), 1))
     images, weights = torch.randn(4, 64, 2, 2), torch.randn(64, 64, 3, 3, requires_grad=True)
     convolution(images, weights, None)

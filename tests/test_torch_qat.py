@@ -505,6 +505,7 @@ def test_the_flags_say_what_the_recipe_says() -> None:
         weight_bits=4,
         bits_of={"conv1=a": 16},
         keep_float=("fc",),
+        ranges="percentile",
         percentile=99.5,
         settle_iter=0,
     )

@@ -24,8 +24,12 @@ _CLOSED = re.compile(rb"(?:\)|Done\.)$")
 _ZERO, _NINE = b"09"
 """Of an iteration's lines, those of a test, and of a loss that is not a number, do not end in a digit."""
 
-_TRAINING = re.compile(rb"^(?:[IWEF].*\] (?:Iteration .*\d|    Train.*)\n){4,}", re.MULTILINE)
-"""Lines of training, one after the other, as `LogReader._ends` knows them."""
+_TRAINING = re.compile(
+    rb"^(?:[IWEF].{30,80}\] (?:Iteration .{0,200}\d|    Train.{0,300})\n){4,}", re.MULTILINE
+)
+"""Lines of training, one after the other, as `LogReader._ends` knows them. Of a bounded length: no line takes
+more time than others of its length.
+"""
 _ITERATION = b"] Iteration "
 _RATE_FROM, _RATE_TO = 11, 50
 """Where in a message the learning rate would be."""

@@ -40,7 +40,7 @@ class Written(NamedTuple):
         found = parse(self.text, str(self.file))
         if self.field:
             found = found.messages(self.field)[self.number]
-        if not found.has("layers"):
+        if not (found.has("layers") or found.has("input")):
             return found
         tree = tree_of(today)
         keep_lines(tree, found)

@@ -359,7 +359,7 @@ def keep_lines(today: Message, older: Message) -> None:
 
     A field that has another name there gets its layer's line.
     """
-    layers = older.messages("layers")
+    layers = [*older.messages("layers"), *older.messages("layer")]
     at = 0
     for layer in today.messages("layer"):
         name = layer.string("name")
