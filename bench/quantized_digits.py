@@ -6,7 +6,7 @@ Trains JacintoNet11, ResNet10 (32x32) and SqueezeNet 1.1 (64x64) on 4,000 handwr
 calibrates on 2,500 of them, and tests on the 1,000 others. The ONNX model of each is computed by onnxruntime
 on the same 1,000 and compared with fake quantization. Prints a Markdown table; the exit code is 1 if a limit
 is broken: at least 95 % top-1 in float, the same class for at least 99 % of the images, onnxruntime within
-one step at the last layer and within 0.1 points of top-1. DIR keeps images, runs and quantized networks, and
+two steps at the last layer and within 0.1 points of top-1. DIR keeps images, runs and quantized networks, and
 what is in it already is not made again.
 """
 
@@ -44,6 +44,9 @@ from caffe_jacinto.weights import main as weights
 
 AGREEMENT, TOP1_BY_ONNX = 0.99, 0.001
 """Shares of the images."""
+
+STEPS = 2
+"""Sums in another order round a value on a boundary to the other side; the layers behind may add to that."""
 
 LEARNT = 0.95
 """The least top-1 in float: a network that has learnt nothing loses nothing either."""
@@ -160,7 +163,7 @@ def compared(folder: Path, run: Path, name: str, scheme: str) -> tuple[str, bool
     accuracy = json.loads((quantized / "quantization.json").read_text())["accuracy"]
     assert accuracy["images"] == IMAGES
     steps, top1 = by_onnxruntime(folder, run, scheme, model, size)
-    kept = accuracy["float"]["top1"] >= LEARNT and accuracy["agreement"] >= AGREEMENT and steps <= 1
+    kept = accuracy["float"]["top1"] >= LEARNT and accuracy["agreement"] >= AGREEMENT and steps <= STEPS
     kept = kept and abs(top1 - accuracy["quantized"]["top1"]) <= TOP1_BY_ONNX + 1e-9
     shares = (accuracy["float"]["top1"], accuracy["quantized"]["top1"], accuracy["agreement"])
     cells = [name, scheme, *(f"{100 * share:.2f} %" for share in shares), f"{steps:g}", f"{100 * top1:.2f} %"]
