@@ -9,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/utils/steps.sh
 . "$root/tools/utils/steps.sh"
 
-tests=() needed=(--tests) estimate="about 25 min on two cores"
+tests=() needed=(--tests) estimate="about an hour on two cores"
 case ${1:-} in
   '') ;;
   --fast) tests=(-m 'not caffe') needed=() estimate="about 1 min" ;;
