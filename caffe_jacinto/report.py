@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from caffe_jacinto.common.arguments import Parser
 from caffe_jacinto.common.errors import USER_ERROR, UserError, invoked_as, run_command
 from caffe_jacinto.common.text import printable
-from caffe_jacinto.logs import compare, seeds, tables
+from caffe_jacinto.logs import compare, tables
 from caffe_jacinto.logs.compare import SORT_KEYS, in_order
 from caffe_jacinto.logs.curves import AXES
 from caffe_jacinto.logs.discover import Run, find_runs
@@ -152,20 +152,32 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _print(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
     form, published = arguments.format, arguments.published
-    view = compare if arguments.compare else seeds if arguments.seeds else None
-    if form == "json":
-        print(tables.as_json(runs) if view is None else view.as_json(runs))
-    elif form == "csv":
-        print(tables.as_csv(runs, published=published) if view is None else view.as_csv(runs), end="")
+    views: tuple[Callable[[], str], Callable[[], str], Callable[[], list[tables.Table]]]
+    if arguments.seeds:
+        from caffe_jacinto.logs import seeds
+
+        views = (lambda: seeds.as_json(runs), lambda: seeds.as_csv(runs), lambda: [seeds.spread_table(runs)])
+    elif arguments.compare:
+        views = (
+            lambda: compare.as_json(runs),
+            lambda: compare.as_csv(runs),
+            lambda: compare.comparison(runs),
+        )
     else:
-        if arguments.seeds:
-            found = [seeds.spread_table(runs)]
-        else:
-            found = compare.comparison(runs) if view else tables.tables(runs, published=published)
-        if form == "markdown":
-            print(tables.as_markdown(found))
-        else:
-            tables.show(found, sys.stdout)
+        views = (
+            lambda: tables.as_json(runs),
+            lambda: tables.as_csv(runs, published=published),
+            lambda: tables.tables(runs, published=published),
+        )
+    as_json, as_csv, as_tables = views
+    if form == "json":
+        print(as_json())
+    elif form == "csv":
+        print(as_csv(), end="")
+    elif form == "markdown":
+        print(tables.as_markdown(as_tables()))
+    else:
+        tables.show(as_tables(), sys.stdout)
 
 
 if __name__ == "__main__":
