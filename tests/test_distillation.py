@@ -21,6 +21,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.prototxt.solver import TEST
 from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.model import Teacher
 
 pytestmark = pytest.mark.caffe  # Needs no Caffe, but seconds.
 
@@ -159,11 +160,51 @@ def test_a_stage_of_the_run_teaches_a_later_one() -> None:
     assert taught.distillation_param.temperature == 4
 
 
-def test_a_teacher_that_is_not_there_is_named_before_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), {"initial": None, "l1reg": None, "sparse": None, "finetune": None}),
+        (("sparse.distill=true",), {"sparse": Teacher("l1reg"), "finetune": None}),
+        (("finetune.distill=true", "l1reg.distill=true"), {"l1reg": Teacher("initial"), "sparse": None}),
+        (("finetune.distill=true",), {"finetune": Teacher("l1reg")}),
+        (("finetune.distill=true", "finetune.teacher=sparse"), {"finetune": Teacher("sparse")}),
+        (
+            ("sparse.start=", "sparse.weights=big.caffemodel", "finetune.distill=true"),
+            {"finetune": Teacher(None, "big.caffemodel")},
+        ),
+    ],
+)
+def test_the_dense_network_teaches_the_sparse_one(
+    overrides: tuple[str, ...], expected: dict[str, Teacher | None]
+) -> None:
+    recipe = load_recipe("demo_digits", [f"stages.{override}" for override in overrides])
+    assert {name: recipe.teacher_of(name) for name in expected} == expected
+
+
+def test_weights_with_another_head_do_not_teach() -> None:
+    overrides = ("sparse.start=", "sparse.weights=big.caffemodel", "sparse.reinit=['fc10']")
+    with pytest.raises(UserError, match=r"big\.caffemodel, of which fc10 is not used \(reinit\)"):
+        load_recipe("demo_digits", [f"stages.{one}" for one in (*overrides, "sparse.distill=true")])
+
+
+def test_teachers_that_are_not_there_or_do_not_fit_are_named_before_the_run(teacher: Net) -> None:
+    overrides = ("sparse.teacher=none.caffemodel", "sparse.teacher_prototxt=deploy.prototxt")
+    overrides += ("finetune.start=", "finetune.weights=big.caffemodel", "finetune.distill=true")
     command = [sys.executable, "-m", "caffe_jacinto.train", "demo_digits", "--engine", "torch", "--dry-run"]
-    command += ["--output", str(tmp_path / "run"), "--set", "stages.sparse.teacher=big.caffemodel"]
-    command += ["--set", "stages.sparse.teacher_prototxt=big.prototxt"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode != 0
-    assert "stage sparse: big.caffemodel (teacher) does not exist" in ran.stderr + ran.stdout
-    assert "Traceback" not in ran.stderr
+    command += [part for override in overrides for part in ("--set", f"stages.{override}")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = ran.stderr + ran.stdout
+    assert ran.returncode != 0 and "Traceback" not in said
+    assert "stage sparse: none.caffemodel (teacher) does not exist" in said
+    assert "stages.finetune.distill: big.caffemodel does not fit the network: " in said
+
+
+def test_a_teacher_of_other_classes_is_named_before_the_run(teacher: Net) -> None:
+    images = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
+    Path("deploy.prototxt").write_text(TEACHER.replace("dim: 1 dim: 6", "dim: 1 dim: 3 dim: 32 dim: 32"))
+    overrides = ("sparse.teacher=big.caffemodel", "sparse.teacher_prototxt=deploy.prototxt")
+    recipe = load_recipe("demo_digits", [f"stages.{override}" for override in overrides])
+    settings = {"gpus": (), "iter_size": 1, "solver_mode_gpu": False}
+    files = stage_files(recipe, "sparse", Dialect.BVLC, folder="run/sparse", **settings)
+    (problem,) = check_stages({"sparse": files}, images, Dialect.BVLC)
+    assert "deploy.prototxt gives fc (64, 5), and the scores are (64, 10); name a network of the" in problem

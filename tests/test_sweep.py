@@ -67,6 +67,11 @@ def test_a_teacher_that_is_trained_once_is_found_in_its_run() -> None:
     assert stages["sparse"].teacher == f"runs/dense/initial/{PREFIX}_iter_{last}.caffemodel"
     assert stages["sparse"].teacher_prototxt == "runs/dense/initial/deploy.prototxt"
     assert (stages["finetune"].teacher, stages["finetune"].teacher_prototxt) == ("sparse", None)
+    recipe = load_recipe("demo_digits", ["stages.sparse.distill=true", "stages.finetune.distill=true"])
+    last = recipe.stages["l1reg"].max_iter
+    for stage in sparse_recipe(recipe, 0.6, Path("runs/dense")).stages.values():
+        if stage.distill:
+            assert stage.teacher == f"runs/dense/l1reg/{PREFIX}_iter_{last}.caffemodel"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,8 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     recipe = recipe_of(trainer.folder, *STAGES)
     path = trainer.folder / recipe
     path.write_text(path.read_text().replace('start = "l1reg"', 'start = "initial"'))
-    request = ["--sweep", "target=0.94", "--max-loss", "100", "--output", "sweep"]
+    taught = ["--set", "stages.sparse.distill=true"]
+    request = [*taught, "--sweep", "target=0.94", "--max-loss", "100", "--output", "sweep"]
     folder = trainer.folder / "sweep"
     process = trainer.start(*tiny(recipe, STAGES, **iterations), *request, program=("-c", NARROW))
     log = folder / "target_0.95" / "sparse" / "run.log"
@@ -157,7 +163,7 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     assert main(["--status", str(folder)]) == 0
     states = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(folder))]
     assert states == [f"{folder / row['network'].replace(' ', '_')}: finished" for row in rows]
-    target = ["--set", "stages.sparse.sparse.target=0.94"]
+    target = [*taught, "--set", "stages.sparse.sparse.target=0.94"]
     end_of(trainer, *tiny(recipe, STAGES, **iterations), *target, "--output", "plain")
     last = f"sparse/{PREFIX}_iter_20.caffemodel"
     ours, theirs = (read_weights(trainer.folder / run / last) for run in ("sweep/target_0.94", "plain"))

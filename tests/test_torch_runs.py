@@ -102,7 +102,8 @@ def test_killed_in_the_schedule_and_resumed_it_ends_at_the_same_weights(
     trainer: Trainer, dialect: str
 ) -> None:
     recipe = recipe_of(trainer.folder, "initial", "l1reg", "sparse")
-    arguments = [*tiny(recipe, ("initial", "l1reg", "sparse"), sparse=40), "--dialect", dialect]
+    taught = ["--set", "stages.sparse.distill=true"]
+    arguments = [*tiny(recipe, ("initial", "l1reg", "sparse"), sparse=40), *taught, "--dialect", dialect]
     assert trainer.run(*arguments, "--output", f"{dialect} whole")[0] == 0
     run = f"{dialect} killed"
     with trainer.running(*arguments, "--output", run) as process:

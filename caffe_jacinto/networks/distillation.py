@@ -19,10 +19,11 @@ def taught(
 
     ``scores`` is the blob of class scores, ``folder`` that of the stage in a run.
     """
-    stage = recipe.stages[stage_name]
-    if stage.teacher is None:
+    files = teacher_files(recipe, stage_name, folder)
+    if files is None:
         return layers
-    net, weights = teacher_files(recipe, stage_name, folder)
+    net, weights = files
+    stage = recipe.stages[stage_name]
     share = stage.teacher_weight
     parameters = {"net": net, "weights": weights, "temperature": stage.temperature}
     loss = {"loss_weight": share, "distillation_param": parameters}
@@ -30,13 +31,15 @@ def taught(
     return (*own, Other(LAYER, (scores, DATA_BLOB), LAYER, "DistillationLoss", loss))
 
 
-def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, str]:
-    """The deploy.prototxt and the weights of a stage's teacher: an earlier stage of the run, or files."""
-    stage = recipe.stages[stage_name]
-    assert stage.teacher is not None
-    if stage.teacher not in recipe.stages:
-        return str(stage.teacher_prototxt), stage.teacher
-    place, last = Path(folder).parent / stage.teacher, recipe.stages[stage.teacher].max_iter
+def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, str] | None:
+    """The deploy.prototxt and the weights of a stage's teacher; None: it has none."""
+    teacher = recipe.teacher_of(stage_name)
+    if teacher is None:
+        return None
+    if teacher.stage is None:
+        own = Path(folder, "deploy.prototxt")
+        return str(teacher.prototxt or own), str(Path(str(teacher.weights)).expanduser())
+    place, last = Path(folder).parent / teacher.stage, recipe.stages[teacher.stage].max_iter
     name = f"{recipe.data.dataset}_{recipe.network.name}_iter_{last}.caffemodel"
     return str(place / "deploy.prototxt"), str(place / name)
 

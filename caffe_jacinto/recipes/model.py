@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -545,6 +545,9 @@ class Stage(_Settings):
     teacher_prototxt: OptionalText = None
     """With a .caffemodel: its deploy.prototxt."""
 
+    distill: bool = False
+    """Learn from the dense network that this one was made from, where `teacher` names no other."""
+
     teacher_weight: PositiveFraction = 0.5
     """The part of the loss that is the teacher's; the labels' is the rest."""
 
@@ -568,6 +571,15 @@ class Stage(_Settings):
         return self.solver.max_iter if self.solver is not None else 0
 
 
+class Teacher(NamedTuple):
+    """The network that a stage learns from: of an earlier stage of the recipe, or in files."""
+
+    stage: str | None
+    weights: str | None = None
+    prototxt: str | None = None
+    """With `weights`; None: the network is the recipe's own."""
+
+
 class Recipe(_Settings):
     """A data set, a network and the stages that train it, in order."""
 
@@ -582,6 +594,19 @@ class Recipe(_Settings):
     def trained(self) -> dict[str, Stage]:
         """The stages with a solver, by their names, in order."""
         return {name: stage for name, stage in self.stages.items() if stage.solver is not None}
+
+    def teacher_of(self, name: str) -> Teacher | None:
+        """What a stage learns from beside the labels; None: nothing."""
+        stage = self.stages[name]
+        if stage.teacher in self.stages:
+            return Teacher(stage.teacher)
+        if stage.teacher is not None:
+            return Teacher(None, stage.teacher, stage.teacher_prototxt)
+        if not stage.distill:
+            return None
+        values = rules.Values(self.model_dump())
+        source, is_result = rules.dense_source(values, values.stage(name))
+        return Teacher(source.table[-1]) if is_result else Teacher(None, source["weights"])
 
     def counts_inner_products(self, name: str) -> bool:
         """Whether the zeros of inner products are held and counted in a stage.

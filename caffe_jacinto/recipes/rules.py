@@ -67,7 +67,11 @@ class Values:
             names = self["stages"]
         except _UnknownValue:
             return []
-        return [Values(self._content, self._wrong, ("stages", name)) for name in names]
+        return [self.stage(name) for name in names]
+
+    def stage(self, name: str) -> Values:
+        """The stage of that name, which need not exist."""
+        return Values(self._content, self._wrong, ("stages", name))
 
     def mistake(self, dotted: str, what: str) -> Mistake:
         """A mistake at a key below the table, or with "" at the table itself."""
@@ -178,16 +182,19 @@ def _teachers_are_trained(recipe: Values) -> Iterator[Mistake]:
 
 def _learns_from(stage: Values, recipe: Values, earlier: list[str]) -> Iterator[Mistake]:
     teacher, prototxt = stage["teacher"], stage["teacher_prototxt"]
-    if teacher is None:
-        if prototxt is not None:
-            yield stage.mistake("teacher_prototxt", "no effect without teacher; add it, or remove this")
+    if teacher is None and prototxt is not None:
+        yield stage.mistake("teacher_prototxt", "no effect without teacher; add it, or remove this")
+    if teacher is None and not stage["distill"]:
         return
     if recipe["network.prototxt"] is not None:
         yield stage.mistake(
-            "teacher",
+            "distill" if teacher is None else "teacher",
             "the losses are those of network.prototxt; add a layer DistillationLoss there (docs/torch.md), "
             "and remove it",
         )
+    if teacher is None:
+        yield from _has_a_dense_network(stage, recipe)
+        return
     if teacher in earlier and prototxt is not None:
         yield stage.mistake("teacher_prototxt", f'that of the stage "{teacher}" is known; remove it')
     if teacher not in earlier and prototxt is None:
@@ -197,6 +204,40 @@ def _learns_from(stage: Values, recipe: Values, earlier: list[str]) -> Iterator[
             f'"{teacher}" is not an earlier stage ({known}); name one, or a .caffemodel with its deploy '
             "prototxt as teacher_prototxt",
         )
+
+
+def _has_a_dense_network(stage: Values, recipe: Values) -> Iterator[Mistake]:
+    source, is_result = dense_source(recipe, stage)
+    if is_result:
+        return
+    if source["weights"] is None:
+        yield stage.mistake(
+            "distill",
+            "no dense network is trained before this stage; set `start` or `weights`, or name a teacher",
+        )
+    elif source["reinit"]:
+        yield stage.mistake(
+            "distill",
+            f"the dense network is {source['weights']}, of which {source['reinit'][0]} is not used (reinit); "
+            "name a teacher",
+        )
+
+
+def dense_source(recipe: Values, stage: Values) -> tuple[Values, bool]:
+    """Where the dense network is that a stage was made from.
+
+    That is the nearest stage back along `start` that prunes nothing, holds no zeros and rounds nothing, with
+    True. If there is none, it is the stage where `start` ends, whose `weights` are the network, with False.
+    """
+    passed = set()
+    while (name := stage["start"]) is not None:
+        if name in passed:
+            raise _UnknownValue  # the stages start from each other
+        passed.add(name)
+        stage = recipe.stage(name)
+        if not (stage["sparse"] or stage["freeze_zeros"] or stage["quantize"]):
+            return stage, True
+    return stage, False
 
 
 def _frozen_layers_have_weights(recipe: Values) -> Iterator[Mistake]:
@@ -305,7 +346,10 @@ def _has_a_solver(stage: Values) -> Iterator[Mistake]:
         yield stage.mistake("solver", "missing; add it")
 
 
-_OF_TRAINING = ("weights", "reinit", "teacher", "sparse", "freeze_zeros", "freeze_inner_products")
+_OF_TRAINING = (
+    *("weights", "reinit", "teacher", "distill"),
+    *("sparse", "freeze_zeros", "freeze_inner_products"),
+)
 """Keys of a stage that a stage without a solver cannot have."""
 
 

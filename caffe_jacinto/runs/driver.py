@@ -267,6 +267,9 @@ class Driver:
             start = f"from {plan.start_weights}" if plan.start_weights else "from random weights"
             if plan.stage.reinit:
                 start += f" without {', '.join(plan.stage.reinit)}"
+        teacher = self.run.recipe.teacher_of(plan.name)
+        if teacher is not None:
+            start += f", learns from {teacher.stage or teacher.weights}"
         self.screen.say(
             f"{place.title()}: {place.max_iter:,} iterations, {start}; log: {plan.log}", style="bold"
         )

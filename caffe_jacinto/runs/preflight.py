@@ -21,10 +21,11 @@ from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.netspec.data_fit import LISTED, READ, DataSize, image_shapes, settings_of, source_of
 from caffe_jacinto.netspec.graph import TEST, TRAIN, messages_in
 from caffe_jacinto.netspec.layer_types import role_of
+from caffe_jacinto.networks.distillation import teacher_files
 from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
 from caffe_jacinto.networks.user_network import mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_solver
+from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.prototxt.solver import histories
 from caffe_jacinto.quantization.schemes import Scheme, chosen_scheme
 from caffe_jacinto.quantization.trained_part import check_tested, trained_part
@@ -111,7 +112,8 @@ def preflight(
             break  # the sizes of the images, which are not known, are part of the stages' files
         findings.attempt(partial(_check_stage, run, plan, findings, texts))
         findings.attempt(partial(_check_solver_type, run, plan))
-        findings.attempt(partial(_check_teacher, run, plan))
+        if plan.name in texts:
+            findings.attempt(partial(_check_teacher, run, plan, stages, texts[plan.name]))
         if plan.name in texts and _starts_from_a_file(run, plan, stages):
             findings.attempt(partial(_check_start, run, plan, texts[plan.name], findings))
     for quantize in quantized if len(texts) == len(stages) else ():
@@ -159,16 +161,35 @@ def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
         )
 
 
-def _check_teacher(run: RunPlan, plan: StagePlan) -> None:
-    """Raise UserError where a file of the stage's teacher is missing that no stage of the run writes."""
-    stage = plan.stage
-    if stage.teacher is None or stage.teacher in run.recipe.stages:
+def _check_teacher(
+    run: RunPlan, plan: StagePlan, stages: tuple[StagePlan, ...], texts: Mapping[str, str]
+) -> None:
+    """Check the files of the stage's teacher, but for those that ``stages`` are still to write.
+
+    Raises:
+        UserError: a file is missing; or weights for the network of the recipe itself do not fill it.
+    """
+    teacher = run.recipe.teacher_of(plan.name)
+    files = teacher_files(run.recipe, plan.name, str(plan.folder))
+    if teacher is None or files is None or any(other.name == teacher.stage for other in stages):
         return
-    for key, path in (("teacher", stage.teacher), ("teacher_prototxt", str(stage.teacher_prototxt))):
-        if not Path(path).is_file():
+    own = teacher.stage is None and teacher.prototxt is None
+    prototxt, weights = files
+    for key, path in (("teacher_prototxt", prototxt), ("teacher", weights)):
+        if not Path(path).is_file() and not (own and path == prototxt):
+            what = key if teacher.stage is None else f"of its teacher, stage {teacher.stage}"
+            remedy = "name another" if teacher.stage is None else "put it back"
             raise UserError(
-                f"stage {plan.name}: {path} ({key}) does not exist{looked_for(Path(path))}; name another"
+                f"stage {plan.name}: {path} ({what}) does not exist{looked_for(Path(path))}; {remedy}"
             )
+    if own:
+        from caffe_jacinto.caffemodel.fit import require_fit
+
+        net = parse_net(texts["deploy.prototxt"], run.engine.info.dialect, prototxt)
+        try:
+            require_fit(Path(weights), net, "the network")
+        except UserError as error:
+            raise UserError(f"stages.{plan.name}.distill: {error}, or name a teacher") from None
 
 
 def _type_in(solver: Path, dialect: Dialect) -> str | None:
@@ -413,7 +434,6 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
             `reinit`, a frozen layer is not there, or the file has nothing for the network.
     """
     from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
-    from caffe_jacinto.prototxt.schema import parse_net
 
     assert plan.start_weights is not None
     if not plan.start_weights.is_file():

@@ -216,9 +216,10 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
             continue
         if stage["start"] in before:
             stage |= {"start": None, "weights": trained(stage["start"])}
-        if stage["teacher"] in before:
-            network = str(dense / stage["teacher"] / "deploy.prototxt")
-            stage |= {"teacher": trained(stage["teacher"]), "teacher_prototxt": network}
+        teacher = recipe.teacher_of(name)
+        if teacher is not None and teacher.stage in before:
+            network = str(dense / teacher.stage / "deploy.prototxt")
+            stage |= {"teacher": trained(teacher.stage), "teacher_prototxt": network}
         if stage["sparse"] is not None:
             stage["sparse"]["target"] = target
         stages[name] = stage

@@ -35,7 +35,10 @@ def distillation_loss(layer: LayerSetup) -> Forward:
             layer.refuse(f"distillation_param.{name} is missing; name the teacher's file")
     if len(layer.bottoms[0]) != 2:
         layer.refuse(f"its first bottom has to be class scores, batch x classes, and is {layer.bottoms[0]}")
-    teacher = _teacher(layer, Path(fields.net), Path(fields.weights)) if layer.filled else None
+    files = Path(fields.net), Path(fields.weights)
+    # Before a run, those of an earlier stage do not exist yet.
+    ready = layer.filled or all(file.is_file() for file in files)
+    teacher = _teacher(layer, *files) if ready else None
 
     def forward(blobs: Blobs, scores: Tensor, images: Tensor) -> Tensor:
         assert teacher is not None, "a net for checks only"
@@ -66,6 +69,7 @@ def _teacher(layer: LayerSetup, file: Path, weights: Path) -> Callable[[Tensor],
         seed=0,
         device=layer.device,
         data_shapes={inputs[0]: layer.bottoms[1]},
+        filled=layer.filled,
     )
     found = {name: net.shapes[name] for name in net.output_names}
     if list(found.values()) != [layer.bottoms[0]]:
