@@ -78,6 +78,15 @@ def assert_same(found: Blobs, expected: Blobs, error: float = 0) -> None:
             np.testing.assert_allclose(blob, other, rtol=error, atol=error, err_msg=name)
 
 
+def diffs_in(path: Path) -> Blobs:
+    with h5py.File(path, "r") as file:
+        return {
+            name: [layer[str(index)][()] for index in range(len(layer))]
+            for name, layer in file["diff"].items()
+            if len(layer)
+        }
+
+
 @pytest.fixture(scope="module")
 def theirs(caffe_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training by real Caffe with snapshots in both forms."""
@@ -176,10 +185,13 @@ def test_pytorch_resumes_from_caffes_and_caffe_reads_its_own(
     for file in theirs.iterdir():
         shutil.copy(file, tmp_path)
     own = tmp_path / "own.prototxt"
-    own.write_text(f'{SOLVER} snapshot_prefix: "own" snapshot_format: HDF5\n')
+    own.write_text(f'{SOLVER} snapshot_prefix: "own" snapshot_format: HDF5 snapshot_diff: true\n')
     expected = read_weights(theirs / "binary_iter_4.caffemodel")
     run(tmp_path, *TORCH, "train", "-solver", own, "-snapshot", "hdf5_iter_2.solverstate.h5")
     assert_same(weights_for(tmp_path / "own_iter_4.caffemodel.h5", net_of()), expected, 1e-4)
+    assert_same(
+        diffs_in(tmp_path / "own_iter_4.caffemodel.h5"), diffs_in(theirs / "hdf5_iter_4.caffemodel.h5"), 1e-5
+    )
     log = run(tmp_path, *TORCH, "train", "-solver", own, "-weights", "hdf5_iter_4.caffemodel.h5")
     assert "Snapshotting to HDF5 file own_iter_2.caffemodel.h5" in log
     assert "Snapshotting solver state to HDF5 file own_iter_2.solverstate.h5" in log

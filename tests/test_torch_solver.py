@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -27,13 +28,15 @@ from torch.optim.lr_scheduler import (
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
-from caffe_jacinto.engines.pytorch.net import Learnable
+from caffe_jacinto.engines.pytorch.net import TRAIN, Learnable, Net
+from caffe_jacinto.engines.pytorch.snapshot import put, save_weights
 from caffe_jacinto.engines.pytorch.solver_fields import check_solver
 from caffe_jacinto.engines.pytorch.solvers import SOLVERS, CaffeSolver, solver_class
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import messages, parse_solver
+from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
 from caffe_jacinto.prototxt.solver import SolverFile, Written, histories, learning_rate, read_solver
 from caffe_jacinto.prototxt.upgrade import SOLVER_TYPES
+from caffe_jacinto.weights import main as weights_command
 
 pytestmark = pytest.mark.caffe
 
@@ -147,6 +150,7 @@ class Both:
     st.sampled_from([1, 3]),
     st.sampled_from([-1, 0.5, 1000]),
     st.booleans(),
+    st.booleans(),
 )
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_update_is_caffes(
@@ -159,12 +163,14 @@ def test_every_update_is_caffes(
     passes: int,
     clip: float,
     capturable: bool,
+    diff: bool,
 ) -> None:
     both = Both(
         pycaffe,
         tmp_path_factory.mktemp("solver"),
         f'{kind} {policy} regularization_type: "{regularization}" weight_decay: {decay}\n'
-        f"iter_size: {passes} clip_gradients: {clip} base_lr: 0.01 max_iter: {UPDATES} random_seed: 3\n",
+        f"iter_size: {passes} clip_gradients: {clip} base_lr: 0.01 max_iter: {UPDATES} random_seed: 3\n"
+        f"snapshot_diff: {str(diff).lower()}\n",
         capturable,
     )
     began = [learnable.tensor.detach().clone() for _, learnable in both.blobs]
@@ -179,6 +185,15 @@ def test_every_update_is_caffes(
                 atol=1e-5 * max(most, 1e-2),  # small gradients, divided by their own size, are rounded so
                 err_msg=f"{learnable.name} after iteration {iteration}",
             )
+            if diff:
+                assert both.optimizer.updates is not None
+                np.testing.assert_allclose(
+                    both.optimizer.updates[learnable.tensor].numpy(),
+                    blob.diff,
+                    rtol=0,
+                    atol=1e-5 * max(float(np.abs(blob.diff).max()), 1e-3),
+                    err_msg=f"{learnable.name}: the update of iteration {iteration}",
+                )
     for start, (_, learnable) in zip(began, both.blobs, strict=True):
         if learnable.layer != "bn":
             assert torch.equal(start, learnable.tensor) == (learnable.lr_mult == 0), learnable.name
@@ -540,7 +555,7 @@ def test_networks_inside_a_solver_and_its_log_are_caffes(caffe_engine: Engine, t
         f"net_param {{ {NETWORK} }}\n"
         'test_net: "test.prototxt" test_iter: [2, 3] test_interval: 3 test_compute_loss: true\n'
         'base_lr: 0.5 lr_policy: "multistep" gamma: 0.5 stepvalue: 4 stepvalue: 2 max_iter: 6 display: 2\n'
-        "average_loss: 3 momentum: 0.9 solver_mode: CPU debug_info: false snapshot_diff: true\n"
+        "average_loss: 3 momentum: 0.9 solver_mode: CPU\n"
     )
     python = [sys.executable, "-m", "caffe_jacinto.engines.pytorch", "train", "-dialect", "bvlc"]
     lines = []
@@ -555,7 +570,105 @@ def test_networks_inside_a_solver_and_its_log_are_caffes(caffe_engine: Engine, t
     caffes, ours = lines
     assert len(caffes) > 20
     assert [_rounded(line) for line in ours] == [_rounded(line) for line in caffes]
-    assert "snapshot_diff: weight files do not hold the gradients" in done.stderr
+
+
+DEBUGGED = """name: "debugged"
+layer { name: "data" type: "HDF5Data" top: "x" top: "y" hdf5_data_param { source: "list.txt" batch_size: 4 } }
+layer { name: "conv" type: "Convolution" bottom: "x" top: "c" param { lr_mult: 1 } param { lr_mult: 0 }
+  convolution_param { num_output: 6 kernel_size: 3 } }
+layer { name: "bn" type: "BatchNorm" bottom: "c" top: "c" }
+layer { name: "scale" type: "Scale" bottom: "c" top: "c" scale_param { bias_term: true } }
+layer { name: "relu" type: "ReLU" bottom: "c" top: "c" }
+layer { name: "pool" type: "Pooling" bottom: "c" top: "p"
+  pooling_param { pool: MAX kernel_size: 2 stride: 2 } }
+layer { name: "left" type: "Convolution" bottom: "p" top: "l" param { name: "w" } param { name: "b" }
+  convolution_param { num_output: 6 kernel_size: 1 } }
+layer { name: "right" type: "Convolution" bottom: "l" top: "r" param { name: "w" } param { name: "b" }
+  convolution_param { num_output: 6 kernel_size: 1 } }
+layer { name: "sum" type: "Eltwise" bottom: "p" bottom: "r" bottom: "r" top: "sum" }
+layer { name: "side" type: "InnerProduct" bottom: "p" top: "side" propagate_down: false
+  inner_product_param { num_output: 4 } }
+layer { name: "fixed" type: "InnerProduct" bottom: "sum" top: "f" param { lr_mult: 0 } param { lr_mult: 0 }
+  inner_product_param { num_output: 5 } }
+layer { name: "fc" type: "InnerProduct" bottom: "f" top: "fc" inner_product_param { num_output: 4 } }
+layer { name: "lost" type: "SoftmaxWithLoss" bottom: "side" bottom: "y" top: "lost" loss_weight: 0.3 }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "y" top: "loss" }
+layer { name: "right_ones" type: "Accuracy" bottom: "fc" bottom: "y" top: "right_ones" }
+layer { name: "size" type: "Reduction" bottom: "fc" top: "size" loss_weight: 0.01
+  reduction_param { operation: SUMSQ } include { phase: TRAIN } }
+layer { name: "half" type: "Power" bottom: "size" top: "half" power_param { scale: 0.5 }
+  include { phase: TRAIN } }
+"""
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("display", [1, 2])
+def test_debug_info_and_snapshot_diff_are_caffes(
+    caffe_engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    display: int,
+) -> None:
+    """The mean of each blob and gradient, with the Split layers and the shared blobs that Caffe has."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    with h5py.File("data.h5", "w") as file:
+        file["x"] = generator.normal(size=(8, 3, 8, 8)).astype(np.float32)
+        file["y"] = (np.arange(8) % 4).astype(np.float32)
+    Path("list.txt").write_text("data.h5\n")
+    Path("net.prototxt").write_text(DEBUGGED)
+    net = Net(
+        parse_net(DEBUGGED, Dialect.BVLC, "net"),
+        TRAIN,
+        Dialect.BVLC,
+        where="net",
+        data_shapes={"x": (4, 3, 8, 8), "y": (4,)},
+    )
+    for _, _, blob in net.blobs:
+        shape = tuple(blob.tensor.shape)
+        put(generator.normal(scale=0.3, size=shape).astype(np.float32), blob.tensor)
+    for blob in net.layer_blobs["bn"]:
+        blob.tensor.zero_()
+    save_weights(net, Path("start.caffemodel"))
+    Path("solver.prototxt").write_text(
+        'net: "net.prototxt" base_lr: 0.05 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.01 max_iter: 4 '
+        f"iter_size: 2 display: {display} test_iter: 2 test_interval: 2 solver_mode: CPU debug_info: true\n"
+        'snapshot_diff: true snapshot_prefix: "made"\n'
+    )
+    arguments = ["train", "-solver", "solver.prototxt", "-weights", "start.caffemodel"]
+    logs, files = [], []
+    for train in (
+        lambda: subprocess.run([caffe_engine.info.executable, *arguments], check=True).returncode,
+        lambda: caffe_torch(arguments),
+    ):
+        capfd.readouterr()
+        assert train() == 0
+        logs.append(capfd.readouterr().err)
+        written = Path("made_iter_4.caffemodel").read_bytes()
+        files.append(messages(Dialect.BVLC).NetParameter.FromString(written))
+        assert weights_command(["show", "made_iter_4.caffemodel"]) == 0
+    wanted = re.compile(r"[IE]    \[(?:Forward|Backward)\]|IIteration \d+(?:, Testing| \(|, loss)")
+    said = []
+    for log in logs:
+        lines = re.sub(r"^(.).*?\] ", r"\1", log, flags=re.MULTILINE).splitlines()
+        said.append([re.sub(r" \(\S+ iter/s.*", "", line) for line in lines if wanted.match(line)])
+    caffes, ours = said
+    number = re.compile(r"-?[\d.]+(?:e[-+]\d+)?(?=$|[,)])")
+    assert [number.sub("#", line) for line in ours] == [number.sub("#", line) for line in caffes]
+    for own, other in zip(ours, caffes, strict=True):
+        values = [[float(value) for value in number.findall(line)] for line in (own, other)]
+        np.testing.assert_allclose(values[0], values[1], rtol=2e-4, atol=1e-6, err_msg=own)
+    assert any(line.startswith("E    [Backward] All net params (data, diff): L1 norm = (") for line in ours)
+    theirs, own = ({layer.name: layer.blobs for layer in file.layer if layer.blobs} for file in files)
+    assert theirs.keys() == own.keys()
+    for name, blobs in theirs.items():
+        for blob, mine in zip(blobs, own[name], strict=True):
+            assert len(mine.diff) == len(blob.diff) == len(blob.data)
+            np.testing.assert_allclose(mine.data, blob.data, rtol=0, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                mine.diff, blob.diff, rtol=0, atol=2e-4 * max(np.abs(blob.diff)) + 1e-7, err_msg=name
+            )
 
 
 @pytest.mark.caffe

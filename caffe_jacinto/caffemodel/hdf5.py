@@ -223,14 +223,29 @@ def unwritable_layer(names: Sequence[str]) -> str | None:
     return None if twice is None else f"two layers {twice!r}; rename one"
 
 
-def write_weights(path: Path, layers: Mapping[str, Mapping[int, Values]]) -> None:
-    """Write the blobs of each layer by their indices, whole or not at all."""
+def write_weights(
+    path: Path,
+    layers: Mapping[str, Mapping[int, Values]],
+    diffs: Mapping[str, Sequence[Values]] | None = None,
+) -> None:
+    """Write the blobs of each layer by their indices, whole or not at all.
+
+    ``diffs``: the last update of every blob of each layer, shared ones included, which Caffe writes into a
+    group of their own (snapshot_diff).
+    """
     with _new(path) as file:
-        data = file.create_group("data")
-        for name, blobs in layers.items():
-            group = data.create_group(name)
-            for index, values in blobs.items():
-                group.create_dataset(str(index), data=values, dtype="<f4")
+        _write_blobs(file.create_group("data"), layers)
+        if diffs is not None:
+            _write_blobs(
+                file.create_group("diff"), {name: dict(enumerate(blobs)) for name, blobs in diffs.items()}
+            )
+
+
+def _write_blobs(group: Any, layers: Mapping[str, Mapping[int, Values]]) -> None:
+    for name, blobs in layers.items():
+        layer = group.create_group(name)
+        for index, values in blobs.items():
+            layer.create_dataset(str(index), data=values, dtype="<f4")
 
 
 def write_state(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ class NewLayer:
 
     blobs: Sequence[Values | tuple[memoryview, Blob]]
     """Arrays, or blobs of a file, which are copied as they are."""
+
+    diffs: Sequence[Values] = ()
+    """The last update of each blob, where the file shall have it; then ``blobs`` are arrays."""
 
 
 @contextmanager
@@ -261,12 +265,12 @@ def net_parts(name: str, layers: Iterable[NewLayer], dialect: Dialect) -> Iterat
     yield messages(dialect).NetParameter(name=name).SerializeToString()
     for layer in layers:
         content: list[Part] = [layer.header.SerializeToString()]
-        for blob in layer.blobs:
-            content += field_parts(LAYER_BLOBS, _blob_parts(blob, dialect))
+        for blob, diff in zip_longest(layer.blobs, layer.diffs):
+            content += field_parts(LAYER_BLOBS, _blob_parts(blob, dialect, diff))
         yield from field_parts(NET_LAYER, content)
 
 
-def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> list[Part]:
+def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect, diff: Values | None) -> list[Part]:
     if isinstance(blob, tuple):
         view, stored = blob
         if stored.number_format == "<f4":
@@ -274,7 +278,7 @@ def _blob_parts(blob: Values | tuple[memoryview, Blob], dialect: Dialect) -> lis
             shape = _old_shape_bytes if stored.four_axes else shape_bytes
             return [shape(stored.shape, dialect), *field_parts(BLOB_DATA, data)]
         blob = blob_values(view, stored)
-    return array_parts(blob, dialect)
+    return array_parts(blob, dialect, diff=diff)
 
 
 def _old_shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Part = bytes | memoryview
 
 NET_NAME, NET_LAYER, NET_V1_LAYER = 1, 100, 2
-LAYER_BLOBS, BLOB_DATA = 7, 5
+LAYER_BLOBS, BLOB_DATA, BLOB_DIFF = 7, 5, 6
 """Field numbers, the same in both dialects: NetParameter's name, layer and layers (the V1 form),
-LayerParameter's blobs, BlobProto's data."""
+LayerParameter's blobs, BlobProto's data and diff."""
 
 STATE_ITER, STATE_NET, STATE_HISTORY = 1, 2, 3
 """SolverState's iter, learned_net and history."""
@@ -106,12 +106,16 @@ def text(buffer: memoryview, field: Field) -> str:
     return bytes(buffer[field.start : field.end]).decode(errors="replace")
 
 
-def array_parts(values: Values, dialect: Dialect = Dialect.BVLC) -> list[Part]:
-    """A BlobProto of an array, which is not copied."""
+def array_parts(values: Values, dialect: Dialect = Dialect.BVLC, *, diff: Values | None = None) -> list[Part]:
+    """A BlobProto of an array and its ``diff``, if there is one; they are not copied."""
+    parts: list[Part] = [shape_bytes(values.shape, dialect), *field_parts(BLOB_DATA, [_packed(values)])]
+    return parts if diff is None else [*parts, *field_parts(BLOB_DIFF, [_packed(diff)])]
+
+
+def _packed(values: Values) -> memoryview:
     import numpy as np
 
-    flat = np.ascontiguousarray(values, "<f4").reshape(-1)
-    return [shape_bytes(values.shape, dialect), *field_parts(BLOB_DATA, [flat.data.cast("B")])]
+    return np.ascontiguousarray(values, "<f4").reshape(-1).data.cast("B")
 
 
 def shape_bytes(shape: Sequence[int], dialect: Dialect) -> bytes:

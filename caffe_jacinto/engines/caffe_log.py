@@ -93,6 +93,19 @@ class CaffeLog:
             self.info(f"This network produces output {name}")
         self.info("Network initialization done.")
 
+    def debug_info(self, text: str, value: float) -> None:
+        """A line of ``debug_info``: which blob, and the mean of its absolute values or of its gradient's."""
+        self.info(f"{text}{number(value)}")
+
+    def all_parameters(self, sums: Sequence[float], norms: Sequence[float]) -> None:
+        """The L1 and L2 norms of all weights and of their gradients, which Caffe logs as an error."""
+        write_line(
+            "E",
+            "    [Backward] All net params (data, diff): "
+            f"L1 norm = ({', '.join(map(number, sums))}); L2 norm = ({', '.join(map(number, norms))})",
+            self._source,
+        )
+
     def train_progress(self, iteration: int, seconds: float, iterations: int, loss: float) -> None:
         """``iterations`` counts those since the last such line, which took ``seconds``."""
         rate = iterations / seconds if seconds > 0 else 0.0

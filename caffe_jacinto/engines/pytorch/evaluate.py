@@ -17,6 +17,7 @@ from caffe_jacinto.common.files import read_text
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog, number, weighted
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
+from caffe_jacinto.engines.pytorch.debug_info import DebugInfo, watched
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.feed import Inputs
@@ -147,7 +148,7 @@ class TestNets:
         """
         self._statistics, self._log = statistics, log
         self._computes_loss = bool(solver.parameters.test_compute_loss)
-        self._evaluators = []
+        self._tests: list[tuple[Evaluator, int, DebugInfo | None]] = []
         for index, (test, fed) in enumerate(zip(solver.tests, inputs, strict=True)):
             log.info(f"Creating test net (#{index}) specified by {test.source}")
             definition, settings = tested_network(test.definition, solver.dialect, str(test.file))
@@ -165,11 +166,13 @@ class TestNets:
             net.definition = test.definition
             net.write_to(log, quantized.fields if quantized is not None else "")
             trained = None if quantized is None else QuantizedTest(quantized, net)
-            self._evaluators.append((Evaluator(net, fed, ranks, precision, settings, trained), test.batches))
+            evaluator = Evaluator(net, fed, ranks, precision, settings, trained)
+            debug = DebugInfo(net, log) if solver.parameters.debug_info and ranks.first else None
+            self._tests.append((evaluator, test.batches, debug))
         self._quantized = quantized is not None
 
     def __len__(self) -> int:
-        return len(self._evaluators)
+        return len(self._tests)
 
     def test(
         self,
@@ -184,10 +187,10 @@ class TestNets:
         ``recalibrated_over``: the batches that the statistics were recalibrated over; 0: running averages.
         ``averaged``: the weights are the average of those that are trained; the log numbers the nets on.
         """
-        if not self._evaluators:
+        if not self._tests:
             return True
         self._statistics.share()
-        for index, (evaluator, batches) in enumerate(self._evaluators):
+        for index, (evaluator, batches, debug) in enumerate(self._tests):
             number_in_log = index + len(self) * averaged
             self._log.test_begins(
                 iteration,
@@ -196,7 +199,8 @@ class TestNets:
                 averaged=averaged,
                 quantized=self._quantized,
             )
-            found = evaluator.mean_outputs(batches, stop)
+            with watched(debug):
+                found = evaluator.mean_outputs(batches, stop)
             if found is None:
                 self._log.test_interrupted()
                 return False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from caffe_jacinto.data.batches import random_numbers
 from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
+from caffe_jacinto.engines.pytorch.debug_info import DebugInfo, watched
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
@@ -71,24 +72,24 @@ class Iteration:
         self.block = block
         self._inputs.start_at(block + self._ranks.rank, self._ranks.size)
 
-    def forward(self) -> NetResult:
-        """One pass forward over this rank's next batch, without an update."""
+    def forward(self, debug: DebugInfo | None = None) -> NetResult:
+        """One pass forward over this rank's next batch, without an update, which ``debug`` watches."""
         self._reseed(0)
-        with autocast(self._net.device, self._precision):
+        with watched(debug), autocast(self._net.device, self._precision):
             result: NetResult = self._net(self._inputs.batch())
         self.block += self._ranks.size
         return result
 
-    def __call__(self, iteration: int, rate: float) -> NetResult:
-        """Carry out ``iteration`` at the learning ``rate``.
+    def __call__(self, iteration: int, rate: float, debug: DebugInfo | None = None) -> NetResult:
+        """Carry out ``iteration`` at the learning ``rate``; ``debug`` watches its passes.
 
         Returns the loss, averaged over the passes, and the outputs of the last pass.
         """
         self._optimizer.prepare(iteration, rate)
-        if self._eager_left or not self._records or self._pruner.needs_gradients(iteration):
+        if self._eager_left or not self._records or debug or self._pruner.needs_gradients(iteration):
             self._eager_left = max(self._eager_left - 1, 0)
             before_update = partial(self._pruner.before_update, iteration)
-            result = self._compute(self._inputs.raw, self._reseed, before_update)
+            result = self._compute(self._inputs.raw, self._reseed, before_update, debug)
         else:
             result = self._replay()
         self.block += self._passes * self._ranks.size
@@ -99,6 +100,7 @@ class Iteration:
         next_batch: Callable[[], Sequence[RawBatch]],
         before_pass: Callable[[int], None],
         before_update: Callable[[], None],
+        debug: DebugInfo | None = None,
     ) -> NetResult:
         """The passes and the update, kernel by kernel."""
         loss: Tensor | None = None
@@ -106,10 +108,12 @@ class Iteration:
             before_pass(number)
             # Only the last pass exchanges gradients between the ranks.
             with self._ranks.no_exchange(self._model) if number < self._passes - 1 else nullcontext():
-                with autocast(self._net.device, self._precision):
+                with watched(debug), autocast(self._net.device, self._precision):
                     result: NetResult = self._model(self._inputs.transformed(next_batch()))
                 if result.loss.requires_grad:
                     result.loss.backward()
+                if debug is not None:
+                    debug.log_backward()
             part = result.loss.detach()
             loss = part if loss is None else loss + part
         assert loss is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,25 @@ class SharedBlob:
     """Which of lr_mult and decay_mult a layer has set."""
 
 
+class Observer(Protocol):
+    """Computes layers in their own place, to see what they read and make."""
+
+    def run(
+        self, name: str, function: Forward, blobs: Sequence[Tensor], bottoms: Sequence[Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The top or tops of the layer ``name``, which are those of ``function``."""
+
+
 class LayerModule(nn.Module):
     """A layer of a net: its blobs as parameters and buffers, named by their index, and what it computes."""
 
     def __init__(self, setup: LayerSetup, function: Forward) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.name = function, str(setup.message.name)
         self._blobs = setup.blobs
+        self.observer: Observer | None = None
+        """What computes this layer while somebody watches."""
+
         for index, blob in enumerate(setup.blobs):
             if isinstance(blob.tensor, nn.Parameter):
                 self.register_parameter(str(index), blob.tensor)
@@ -98,7 +110,8 @@ class LayerModule(nn.Module):
     @property
     def is_hooked(self) -> bool:
         """Whether somebody wants to see what it computes: then it runs alone."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        return bool(hooks or self.observer)
 
     def share(self, other: LayerModule) -> None:
         """Take the blobs of ``other``, which have the same shapes, for its own."""
@@ -108,6 +121,8 @@ class LayerModule(nn.Module):
 
     def forward(self, *bottoms: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The layer's top or tops."""
+        if self.observer is not None:
+            return self.observer.run(self.name, self.function, self.tensors, bottoms)
         return self.function(self.tensors, *bottoms)
 
 
@@ -386,7 +401,7 @@ class Net(nn.Module):
         if not self._mixed_labels.isdisjoint(layer.bottom):
             function = of_mixed_labels(setup, function, self._mixed_labels)
         module = self._take(setup, function)
-        weights = _loss_weights(layer)
+        weights = loss_weights(layer)
         self.loss_weights.update({name: w for name, w in zip(layer.top, weights, strict=True) if w})
         cuts = [not down for down in layer.propagate_down] or [False] * len(layer.bottom)
         if len(cuts) != len(layer.bottom):
@@ -478,7 +493,8 @@ class Net(nn.Module):
             seen |= touched
 
 
-def _loss_weights(layer: Any) -> tuple[float, ...]:
+def loss_weights(layer: Any) -> tuple[float, ...]:
+    """How much each top of a LayerParameter counts in the loss."""
     given = tuple(layer.loss_weight)
     if given:
         return given + (0.0,) * (len(layer.top) - len(given))

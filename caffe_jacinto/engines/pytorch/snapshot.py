@@ -82,13 +82,18 @@ def load_weights(net: Net, path: Path) -> tuple[list[str], list[str]]:
     return missing, unused_layers(path, definition)
 
 
-def save_weights(net: Net, path: Path) -> None:
+def save_weights(net: Net, path: Path, updates: Mapping[Tensor, Tensor] | None = None) -> None:
     """Write all layers of ``net`` with their blobs, as Caffe does, atomically; ``.h5`` files as HDF5.
+
+    ``updates``: of each blob, what its last update subtracted, which is written, too (``snapshot_diff``).
 
     Raises:
         RunFailed: a weight is not a number. Nothing was written.
     """
     weights = {layer.name: _arrays(net, layer.name) for layer in net.layers}
+    diffs = None
+    if updates is not None:
+        diffs = {name: [array(updates[tensor]) for tensor in net.tensors_of(name)] for name in weights}
     wrong = layer_of_no_numbers(weights)
     if wrong is not None:
         raise RunFailed(f"{path.name} is not written: {no_numbers(wrong)}")
@@ -100,9 +105,13 @@ def save_weights(net: Net, path: Path) -> None:
                 layer: {index: values for index, values in enumerate(blobs) if (layer, index) in own}
                 for layer, blobs in weights.items()
             },
+            diffs,
         )
         return
-    new = [NewLayer(_header(net, layer), weights[layer.name]) for layer in net.layers]
+    new = [
+        NewLayer(_header(net, layer), weights[layer.name], (diffs or {}).get(layer.name, ()))
+        for layer in net.layers
+    ]
     write_whole(path, net_parts(net.name, new, net.dialect))
 
 

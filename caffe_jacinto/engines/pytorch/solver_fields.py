@@ -21,7 +21,7 @@ _CARRIED_OUT = frozenset(
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
         *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode", "snapshot_format"),
-        *("warmup_iter", "ema_decay"),
+        *("snapshot_diff", "debug_info", "warmup_iter", "ema_decay"),
         *(field.name for field in sparse_fields().values()),
     }
 )
@@ -34,12 +34,6 @@ _NO_EFFECT = frozenset(
         *("momentum_power", "max_momentum", "larc_policy", "larc_eta", "weight_decay_power"),
     }
 )
-_NOT_DONE = {
-    "debug_info": "the means of blobs and gradients are not logged",
-    "snapshot_diff": "weight files do not hold the gradients, which no Caffe reads",
-}
-"""Fields without which the weights are the same, and what is left out."""
-
 _ONLY_DEFAULT: dict[str, Any] = {
     "rampup_interval": 0,
     "rampup_lr": 0.0,
@@ -66,7 +60,7 @@ def check_solver(solver: SolverFile) -> None:
         if name in _ONLY_DEFAULT:
             if value != _ONLY_DEFAULT[name]:
                 raise UserError(f"{where}: {name}: only its default is supported; remove it")
-        elif name not in _CARRIED_OUT | _NO_EFFECT | _NOT_DONE.keys():
+        elif name not in _CARRIED_OUT | _NO_EFFECT:
             raise UserError(f"{where}: {name} is not supported; remove it")
     if fields.regularization_type not in ("L1", "L2"):
         raise UserError(f"{where}: regularization_type has to be L1 or L2")
@@ -85,16 +79,6 @@ def check_solver(solver: SolverFile) -> None:
         if why is not None:
             raise UserError(f"{where}: snapshot_format: HDF5 cannot hold {why}, or remove snapshot_format")
     solver.pruning()
-
-
-def solver_notes(solver: SolverFile) -> list[str]:
-    """What is not done that a solver file asks for, and changes no weights: a line for each field."""
-    fields = solver.parameters
-    return [
-        f"{solver.path}: {name}: {why}"
-        for name, why in _NOT_DONE.items()
-        if getattr(fields, name) != fields.DESCRIPTOR.fields_by_name[name].default_value
-    ]
 
 
 def _check_rule(fields: Any, where: str) -> None:

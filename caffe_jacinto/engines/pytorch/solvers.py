@@ -74,6 +74,11 @@ class CaffeSolver(Optimizer):
         self._order = [learnable.tensor for learnable in learnables]
         self._learning = [learnable.tensor for learnable in learnables if learnable.lr_mult]
         self._device = self._order[0].device if self._order else torch.device("cpu")
+        self.updates: dict[Tensor, Tensor] | None = None
+        """What the last step subtracted from each blob; only with ``snapshot_diff``."""
+
+        if parameters.snapshot_diff:
+            self.updates = {tensor: torch.zeros_like(tensor, requires_grad=False) for tensor in self._order}
         self._delta = float(parameters.delta)
         if dialect is Dialect.CAFFE_JACINTO:
             self._delta = max(self._delta, self.least_delta)
@@ -133,7 +138,10 @@ class CaffeSolver(Optimizer):
             self._regularize(weights, gradients, group["weight_decay"])
             histories = [self.state[tensor]["history"] for tensor in weights]
             by_moment = [list(moment) for moment in zip(*histories, strict=True)]
-            self._update(weights, gradients, by_moment, group["lr"])
+            if self.updates is None:
+                self._update(weights, gradients, by_moment, group["lr"])
+            else:
+                self._update_and_keep(weights, gradients, by_moment, group["lr"])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +158,17 @@ class CaffeSolver(Optimizer):
     def _update(self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate) -> None:
         """The solver's rule, for blobs that learn at ``rate``; ``gradients`` may be overwritten."""
         raise NotImplementedError
+
+    def _update_and_keep(
+        self, weights: Tensors, gradients: Tensors, history: list[Tensors], rate: Rate
+    ) -> None:
+        """As `_update`; `updates` has then what it subtracted, as Caffe's blobs have it in their diff."""
+        assert self.updates is not None
+        updates = [self.updates[tensor] for tensor in weights]
+        torch._foreach_zero_(updates)
+        self._update(updates, gradients, history, rate)  # from zero: the update with its sign turned
+        torch._foreach_add_(weights, updates)
+        torch._foreach_neg_(updates)
 
     def _variable(self, value: float, into: Rate | None) -> Rate:
         """A number that changes between steps: of type float, or a tensor that keeps its place."""

@@ -27,6 +27,7 @@ from caffe_jacinto.engines.contract import ImageShape, stage_solver
 from caffe_jacinto.engines.pytorch import cpu_kernels
 from caffe_jacinto.engines.pytorch.average import WeightAverage, average_file
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
+from caffe_jacinto.engines.pytorch.debug_info import DebugInfo
 from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
 from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
@@ -47,7 +48,7 @@ from caffe_jacinto.engines.pytorch.snapshot import (
     save_weights,
     write_state,
 )
-from caffe_jacinto.engines.pytorch.solver_fields import check_solver, solver_notes
+from caffe_jacinto.engines.pytorch.solver_fields import check_solver
 from caffe_jacinto.engines.pytorch.solvers import solver_class
 from caffe_jacinto.engines.snapshots import mark_complete
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -126,8 +127,6 @@ class Trainer:
         self._requests, self._stopped = requests, False
         self._share_batches()
         log.solver(self.parameters)
-        for note in solver_notes(solver):
-            log.warning(note)
         place = read_place(options.snapshot) if options.snapshot else None
         self.seed = self._choose_seed(place)
         self._decode = self._choose_decode(place, device)
@@ -200,6 +199,8 @@ class Trainer:
             log,
             self.quantized,
         )
+        wanted = self.parameters.debug_info and ranks.first
+        self._debug = DebugInfo(self.net, log) if wanted else None
         log.info("Solver scaffolding done.")
         self._begin()
         self.average = self._choose_average()
@@ -460,9 +461,11 @@ class Trainer:
         iteration = self.iteration
         if self.quantized is not None and self.quantized.begin(iteration):
             self.statistics.share()
-        result = self.iterate(iteration, self.solver.rate(iteration))
+        displayed = self.parameters.display and iteration % self.parameters.display == 0
+        rate = self.solver.rate(iteration)
+        result = self.iterate(iteration, rate, self._debug if displayed else None)
         self._remember_loss(result.loss)
-        if self.parameters.display and iteration % self.parameters.display == 0:
+        if displayed:
             self._display(iteration, result)
         pruned = self.pruner.after_update(iteration)
         if pruned:
@@ -543,7 +546,7 @@ class Trainer:
             self.log.info(f"Writing the average of the weights to {average_file(state)}")
             self.average.save(state)
         self.log.writes_weights(weights)
-        save_weights(self.net, weights)
+        save_weights(self.net, weights, self.optimizer.updates)
         self.log.writes_state(state)
         write_state(
             state,
@@ -576,7 +579,9 @@ class Trainer:
         batches, place = self.options.reestimate_batches, self.iterate.block
         if display and self.iteration % display == 0:
             with torch.no_grad():
-                self._losses.append(self.iterate.forward().loss.detach())
+                # Caffe's net is watched as it was in the last iteration.
+                result = self.iterate.forward(self._debug if display == 1 else None)
+            self._losses.append(result.loss.detach())
             (value,) = self.ranks.total([float(torch.stack(list(self._losses)).mean())])
             self.log.last_loss(self.iteration, value / self.ranks.size)
         if batches:
@@ -609,7 +614,7 @@ class Trainer:
         final = self._file(".caffemodel")
         if self.ranks.first:
             self.log.writes_weights(final)
-            save_weights(self.net, final)
+            save_weights(self.net, final, self.optimizer.updates)
         if not self.tests.test(self.iteration, self._stop, batches if layers else 0):
             return False
         if self.ranks.first:
@@ -640,6 +645,10 @@ def check_quantized(options: Options, solver: SolverFile) -> None:
         )
     if options.sparse is not None:
         raise UserError("-sparsity_target: prune before a training with -quantize, and hold its zeros")
+    if solver.parameters.debug_info:
+        raise UserError(
+            f"{solver.path}: debug_info: with -quantize, layers are not computed one by one; leave it out"
+        )
     if solver.parameters.ema_decay:
         raise UserError(
             f"{solver.path}: ema_decay: with -quantize, the ranges would be of other weights than their "
