@@ -1,7 +1,8 @@
 """Passes through a quantized network on PyTorch: fake quantization.
 
 Where weights and inputs are on grids, a convolution computes with their whole numbers, held as float32: sums
-below 2^24 are exact, as a processor's are, and one factor for each channel makes values of them.
+below 2^24 are exact, as a processor's are. One factor for each channel, (input step x weight step) / output
+step in float32, brings them to the grid of the output, as in onnxruntime's QLinearConv and QGemm.
 """
 
 from __future__ import annotations
@@ -39,20 +40,36 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float32]
 
+_ONE = np.ones(1, np.float32)
+
 
 @dataclass(frozen=True)
 class Carried:
-    """A blob in a pass: its values, or numbers of a grid."""
+    """A blob in a pass: its values, numbers of a grid, or what a layer makes of numbers."""
 
     tensor: Tensor
     grid: Grid | None = None
+    factors: Values | None = None
+    """What 1 of a layer's sums of numbers stands for: one, or one for each channel."""
 
     @property
     def values(self) -> Tensor:
+        if self.factors is not None:
+            return self.tensor * along_channels(self.factors, self.tensor)
         if self.grid is None:
             return self.tensor
         shifted = self.tensor - self.grid.offset if self.grid.offset else self.tensor
         return shifted * self.grid.step
+
+    def rounded(self, grid: Grid) -> Carried:
+        """Its values as numbers of ``grid``."""
+        if self.factors is None:
+            return Carried(rounded(self.values, grid), grid)
+        # A multiplication alone, as processors do: with a division after it, other values would be rounded
+        # to the other side, and the layers behind add to that.
+        factors = self.factors / np.float32(grid.step)
+        scaled = self.tensor * along_channels(factors, self.tensor)
+        return Carried(rounded(scaled, replace(grid, steps=_ONE)), grid)
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class QuantizedNet:
         self.functions: dict[str, Callable[..., Any]] = {}
         """What each layer computes from its blobs and bottoms."""
 
+        self._types = {layer.name: layer.type for layer in net.layers}
         self._bottoms: dict[str, tuple[str, ...]] = {}
         self._tops: dict[str, tuple[str, ...]] = {}
         for step in net.steps:
@@ -122,7 +140,7 @@ class QuantizedNet:
                 computed.see(unit, made.values)
             grid = quantization.outputs.get(unit.name) if quantization else None
             if grid is not None:
-                made = Carried(rounded(made.values, grid), grid)
+                made = made.rounded(grid)
             values[unit.blob] = made
             yield unit, made
             for name in self._done_with[unit.name]:
@@ -204,9 +222,15 @@ class QuantizedNet:
             for name, top in zip(self._tops[first], tops, strict=True):
                 values[name] = Carried(top, given[0].grid)
             return values[unit.blob]
-        if quantization is not None and quantization.in_whole_numbers(unit.name):
-            sums = functions[first](blobs[first], given[0].tensor)
-            result = sums * self._along_channels(quantization.factor(unit.name), sums)
+        factors = self._factors(unit, given[0].grid, quantization)
+        if factors is not None:
+            made = Carried(functions[first](blobs.get(first, []), given[0].tensor), factors=factors)
+            if first not in computed.after and all(self._types[name] == "ReLU" for name in others):
+                numbers = made.tensor
+                for name in others:
+                    numbers = functions[name]([], numbers)
+                return Carried(numbers, factors=factors)
+            result: Any = made.values
         else:
             result = functions[first](blobs.get(first, []), *(carried.values for carried in given))
         if isinstance(result, tuple):  # a layer of several tops, which runs alone
@@ -218,9 +242,18 @@ class QuantizedNet:
             result = functions[name](blobs.get(name, []), result)
         return Carried(result)
 
-    def _along_channels(self, factors: NDArray[np.float64], sums: Tensor) -> Tensor:
-        shape = (-1, *[1] * (sums.dim() - 2)) if factors.size > 1 else ()
-        return torch.from_numpy(factors.astype(np.float32)).to(self.device).reshape(shape)
+    def _factors(self, unit: Unit, given: Grid | None, quantization: Quantization | None) -> Values | None:
+        """What 1 of the unit's first layer's results stands for; None where it computes with values.
+
+        ``given``: the grid of its input.
+        """
+        if quantization is None:
+            return None
+        if quantization.in_whole_numbers(unit.name):
+            return quantization.factor(unit.name).astype(np.float32)
+        # The mean of numbers is that of their values, over the step. The fork takes that of the values.
+        averages = unit.type == "Pooling" and self.network.scheme.moving is None
+        return given.steps if averages and given is not None else None
 
     def _blobs_for(self, quantization: Quantization | None) -> Mapping[str, list[Tensor]]:
         """Each layer's blobs as ``quantization`` has them; kept until another one is asked for."""
@@ -241,6 +274,12 @@ class QuantizedNet:
             return values
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def along_channels(factors: Values, values: Tensor) -> Tensor:
+    """One number, or one for each channel, in a shape that broadcasts over ``values``."""
+    shape = (-1, *[1] * (values.dim() - 2)) if factors.size > 1 else ()
+    return torch.from_numpy(factors).to(values.device).reshape(shape)
 
 
 def quantized_blobs(network: Network, quantization: Quantization, name: str, grid: Grid) -> list[Values]:
