@@ -83,9 +83,7 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     where = str(files.deploy)
     net = loaded(trained, scheme, options.input_shift or "power")
     network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
-    ranges = _trained_ranges(options, files.weights, network)
-    if ranges is not None:
-        network = replace(network, scheme=replace(scheme, activation_ranges=TRAINED))
+    network, ranges = _trained_ranges(options, files.weights, network)
     if options.backend == "caffe":
         nets: list[Any] = [on_caffe(net, network, options.caffe, where)]
     else:
@@ -240,21 +238,27 @@ def _scheme(options: Namespace) -> Scheme:
     return chosen_scheme(settings)
 
 
-def _trained_ranges(options: Namespace, weights: Path, network: Network) -> Mapping[str, Range] | None:
-    """The ranges that quantization-aware training has left beside ``weights``, if these are to be used."""
+def _trained_ranges(
+    options: Namespace, weights: Path, network: Network
+) -> tuple[Network, Mapping[str, Range] | None]:
+    """The ranges that quantization-aware training has left beside ``weights``, if these are to be used.
+
+    Returns:
+        ``network`` by their scheme, and they; or ``network`` as it is and None.
+    """
     from caffe_jacinto.quantization.settling import read_ranges
 
-    if options.ranges is not None:
-        return None
-    found = read_ranges(weights)
+    found = None if options.ranges is not None else read_ranges(weights)
     if found is None:
-        return None
-    misfit = found.misfit(network)
+        return network, None
+    scheme = network.scheme if options.weight_ranges is not None else found.for_weights(network.scheme)
+    asked = replace(network, scheme=replace(scheme, activation_ranges=TRAINED))
+    misfit = found.misfit(asked)
     if misfit is not None:
         print(f"{found.path}: not used, and the ranges are calibrated: {misfit}", file=sys.stderr)
-        return None
+        return network, None
     print(f"{found.path}: these ranges are used; --ranges calibrates others", file=sys.stderr)
-    return found.ranges
+    return asked, found.ranges
 
 
 def _calibration(options: Namespace, done: Preprocessing) -> Images:

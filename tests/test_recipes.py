@@ -375,7 +375,6 @@ def quantizing(folder: Path, quantize: str, more: str = "") -> Path:
             "quantize.scheme",
             'tests only; train with "processor" or "power2"',
         ),
-        ({"quantize.weight_ranges": "mse"}, "quantize.weight_ranges", "covers all weights"),
         ({"quantize.bias_correction": "true"}, "quantize.bias_correction", "corrects the biases by itself"),
         ({"quantize.sensitivity": "true"}, "quantize.sensitivity", "only a stage without a solver has it"),
         ({"quantize.batch": "10"}, "quantize.batch", "only a stage without a solver has it"),

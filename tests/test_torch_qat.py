@@ -41,7 +41,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.quantization.grids import Grid
 from caffe_jacinto.quantization.network import quantization_of
-from caffe_jacinto.quantization.schemes import SCHEMES, Scheme
+from caffe_jacinto.quantization.schemes import SCHEMES, Scheme, chosen_scheme
 from caffe_jacinto.quantization.settling import read_ranges
 from caffe_jacinto.quantization.trained_part import check_tested, trained_part
 from caffe_jacinto.quantize import main as quantize
@@ -190,9 +190,15 @@ def test_outputs(log: str) -> list[tuple[int, float]]:
 test_outputs.__test__ = False  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("stopped_at", [4, 8, 12])
+BY_PERCENTILE = {"weight_ranges": "percentile", "percentile": 95.0}
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "settings"), [(4, BY_PERCENTILE), (8, {"weight_ranges": "mse"}), (12, {})]
+)
 def test_resumed_to_the_bit(
     stopped_at: int,
+    settings: dict[str, Any],
     digits: Path,
     start: Path,
     tmp_path: Path,
@@ -201,13 +207,13 @@ def test_resumed_to_the_bit(
 ) -> None:
     """While ranges settle, when these are fixed and batch norms still learn, and when all is fixed."""
     whole = Stage(tmp_path / "whole", digits).prepared(iter_size=2)
-    log = whole.train(capfd, monkeypatch, "-weights", str(start), "-freeze_zeros")
+    log = whole.train(capfd, monkeypatch, "-weights", str(start), "-freeze_zeros", **settings)
     resumed = Stage(tmp_path / "resumed", digits).prepared(iter_size=2)
     for name in (".caffemodel", ".solverstate", ".masks.npz"):
         file = f"small_iter_{stopped_at}{name}"
         (resumed.folder / file).write_bytes((whole.folder / file).read_bytes())
     snapshot = f"small_iter_{stopped_at}.solverstate"
-    again = resumed.train(capfd, monkeypatch, "-snapshot", snapshot, "-freeze_zeros")
+    again = resumed.train(capfd, monkeypatch, "-snapshot", snapshot, "-freeze_zeros", **settings)
     assert "Calibrating" in log
     assert "Calibrating" not in again
     assert resumed.final.read_bytes() == whole.final.read_bytes()
@@ -242,18 +248,30 @@ def test_zeros_hold_and_what_learns_moves(
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("scheme", ["processor", "power2"])
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("processor", {}),
+        ("power2", {}),
+        ("processor", {"weight_ranges": "mse"}),
+        ("power2", BY_PERCENTILE),
+    ],
+)
 def test_what_is_trained_is_what_quantize_tests(
     scheme: str,
+    settings: dict[str, Any],
     digits: Path,
     start: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To the bit: the scores that the training computed its loss from; and the accuracy of its last test."""
+    """To the bit: the scores that the training computed its loss from; and the accuracy of its last test.
+
+    `quantize` chooses the ranges of weights as the training did, unless it is asked for others.
+    """
     stage = Stage(tmp_path / "stage", digits).prepared()
-    log = stage.train(capfd, monkeypatch, "-weights", str(start), scheme=scheme)
+    log = stage.train(capfd, monkeypatch, "-weights", str(start), scheme=scheme, **settings)
     deploy = stage.folder / "deploy.prototxt"
     deploy.write_text(deploy_of(stage))
     options = ["--scheme", scheme, "--bits", "4", "--calibrate", str(digits), "--batches", "2"]
@@ -264,18 +282,26 @@ def test_what_is_trained_is_what_quantize_tests(
     record = json.loads((tmp_path / "made/quantization.json").read_text())
     assert f"{record['accuracy']['quantized']['top1']:g}" == f"{test_outputs(log)[-1][1]:g}"
     assert record["settings"]["activation_ranges"] == "trained"
+    assert record["settings"]["weight_ranges"] == settings.get("weight_ranges", "minmax")
+    if settings:
+        others = [str(deploy), str(stage.final), *options, "--weight-ranges", "minmax"]
+        assert quantize([*others, "--output", str(tmp_path / "others")]) == 0
+        assert "not used, and the ranges are calibrated: they are for ranges of weights by" in (
+            capfd.readouterr().err
+        )
 
     net = train_net(stage)
     load_weights(net, stage.final)
-    training = training_of(net, SCHEMES[scheme].with_bits(4))
+    chosen = chosen_scheme(QuantizeSettings(scheme=scheme, bits=4, **settings).model_dump())
+    training = training_of(net, chosen)
     state = read_ranges_state(stage.final.with_suffix(".solverstate"))
     training.ranges.load(state, "")
     training.begin(ITERATIONS)
     given = batch_of(digits)
     values = training.predicted(given, *training.prepared(net, frozen=True))
     trained = trained_network(deploy, stage.final)
-    stock = loaded(trained, SCHEMES[scheme].with_bits(4))
-    network = described(stock, SCHEMES[scheme].with_bits(4), "", {}, ())
+    stock = loaded(trained, chosen)
+    network = described(stock, chosen, "", {}, ())
     passes = on_pytorch(stock, network, (), "")
     ranges = read_ranges(stage.final)
     assert ranges is not None
@@ -506,6 +532,7 @@ def test_the_flags_say_what_the_recipe_says() -> None:
         bits_of={"conv1=a": 16},
         keep_float=("fc",),
         ranges="percentile",
+        weight_ranges="mse",
         percentile=99.5,
         settle_iter=0,
     )

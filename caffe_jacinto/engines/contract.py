@@ -451,6 +451,7 @@ _QUANTIZATION: dict[str, tuple[Any, str]] = {
     "bits_of": (None, "bits of one layer's weights and output; may be given again"),
     "keep_float": (None, "do not quantize this layer; may be given again"),
     "ranges": (str, "how ranges of activations are chosen (default: the scheme's way)"),
+    "weight_ranges": (str, "the same for weights, which are covered anew in each pass (default: minmax)"),
     "percentile": (float, "of the values in a range"),
     "batches": (int, "training batches for the first ranges (default: 50)"),
     "settle_iter": (int, "the iteration from which on ranges stay (default: a quarter of all)"),

@@ -60,6 +60,10 @@ class Network:
     def weights(self, unit: Unit) -> Values:
         return self.blobs[unit.name][0]
 
+    def axis_of_steps(self, unit: Unit) -> int | None:
+        """The axis of its weights' channels that have a step each; None: all have one."""
+        return self.channel_axes[unit.name] if self.scheme.by_channel else None
+
     def bias(self, unit: Unit) -> Values | None:
         blobs = self.blobs[unit.name]
         return blobs[1] if len(blobs) > 1 else None
@@ -196,7 +200,10 @@ def quantization_of(
     }
     if before is not None and network.scheme.moving is not None:
         return replace(before, outputs=outputs)
-    weights = {unit.name: _weight_grid(network, unit) for unit in quantized_weights(network)}
+    weights = {
+        unit.name: grid_of_weights(network, unit, network.weights(unit))
+        for unit in quantized_weights(network)
+    }
     return with_grids(network, outputs, weights)
 
 
@@ -269,16 +276,16 @@ def _inputs(network: Network, outputs: Mapping[str, Grid]) -> dict[str, Grid]:
     return found
 
 
-def _weight_grid(network: Network, unit: Unit) -> Grid:
-    scheme, weights = network.scheme, network.weights(unit)
-    bits = network.bits_of(unit).weights
+def grid_of_weights(network: Network, unit: Unit, weights: Values) -> Grid:
+    """The grid of ``weights``, the unit's own or those that it has at a moment of its training."""
+    scheme, bits = network.scheme, network.bits_of(unit).weights
     if scheme.moving is not None:
         grid = offset_grid if scheme.offset_weights else magnitude_grid
         return grid(float(weights.min()), float(weights.max()), bits, power_of_two=scheme.power_of_two)
     return weight_grid(
         weights,
         bits,
-        axis=network.channel_axes[unit.name] if scheme.by_channel else None,
+        axis=network.axis_of_steps(unit),
         power_of_two=scheme.power_of_two,
         squared_error=scheme.weight_ranges == "mse",
         percentile=scheme.percentile if scheme.weight_ranges == "percentile" else 100.0,

@@ -90,6 +90,11 @@ class Scheme:
     bias_correction: bool = False
     """The mean error of each output channel is added to its bias."""
 
+    @property
+    def weights_chosen_by(self) -> tuple[RangeMethod, float | None]:
+        """The method of `weight_ranges`, and the percentile where that has one."""
+        return self.weight_ranges, self.percentile if self.weight_ranges == "percentile" else None
+
     def with_bits(self, bits: int) -> Scheme:
         """With this many bits for weights and activations."""
         return replace(self, bits=replace(self.bits, weights=bits, activations=bits))
@@ -135,11 +140,6 @@ def training_mistakes(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if SCHEMES[settings["scheme"]].moving is not None:
         others = " or ".join(f'"{name}"' for name, scheme in SCHEMES.items() if scheme.moving is None)
         yield "scheme", f'"{settings["scheme"]}" is for tests only; train with {others}'
-    elif settings["weight_ranges"] not in (None, "minmax"):
-        yield (
-            "weight_ranges",
-            "a training covers all weights, which change with each update; leave it out",
-        )
     if settings["bias_correction"]:
         yield "bias_correction", "a training corrects the biases by itself; leave it out"
 

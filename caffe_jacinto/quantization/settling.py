@@ -10,7 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from caffe_jacinto.common.files import parse_json, sha256_of, write_whole
 from caffe_jacinto.quantization.grids import Grid, is_range
 from caffe_jacinto.quantization.network import Network, output_grid, quantized_outputs
 from caffe_jacinto.quantization.ranges import Histogram, Range
+from caffe_jacinto.quantization.schemes import RANGE_METHODS, RangeMethod, Scheme
 
 FORMAT = 1
 """Of the file; a program refuses one that it does not know."""
@@ -164,11 +165,20 @@ class TrainedRanges:
     """Of each unit's output, by its name."""
 
     ranges: Mapping[str, Range]
+    weights_by: tuple[RangeMethod, float | None] = ("minmax", None)
+    """How the ranges of weights were chosen in each pass, and their percentile."""
+
+    def for_weights(self, scheme: Scheme) -> Scheme:
+        """``scheme`` with the ranges of weights chosen as in the training."""
+        method, percentile = self.weights_by
+        return replace(scheme, weight_ranges=method, percentile=percentile or scheme.percentile)
 
     def misfit(self, network: Network) -> str | None:
         """Why ``network`` is not what was trained; None if it is."""
         if network.scheme.name != self.scheme:
             return f"they are for the scheme {self.scheme}"
+        if network.scheme.weights_chosen_by != self.weights_by:
+            return f"they are for ranges of weights by {_by(self.weights_by)}"
         for unit in quantized_outputs(network):
             bits = network.bits_of(unit).activations
             if unit.name not in self.bits:
@@ -183,14 +193,22 @@ def ranges_file(weights: Path) -> Path:
     return weights.with_suffix(RANGES_SUFFIX)
 
 
+def _by(way: tuple[RangeMethod, float | None]) -> str:
+    method, percentile = way
+    return method if percentile is None else f"{method} {percentile:g}"
+
+
 def write_ranges(weights: Path, network: Network, ranges: SettlingRanges) -> None:
     """Write the file beside ``weights``, which are there."""
+    method, percentile = network.scheme.weights_chosen_by
     content = {
         "format": FORMAT,
         "program": f"caffe_jacinto {__version__}",
         "weights": weights.name,
         "sha256": sha256_of(weights),
         "scheme": network.scheme.name,
+        "weight_ranges": method,
+        "percentile": percentile,
         "outputs": {
             unit.name: {"bits": network.bits_of(unit).activations, "range": list(ranges.chosen[unit.name])}
             for unit in network.units
@@ -223,6 +241,7 @@ def read_ranges(weights: Path) -> TrainedRanges | None:
             str(record["scheme"]),
             {str(name): int(output["bits"]) for name, output in outputs.items()},
             {str(name): _read_range(output["range"]) for name, output in outputs.items()},
+            _weights_by(record),
         )
         checksum = str(record["sha256"])
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -241,6 +260,13 @@ def has_ranges(weights: Path) -> bool:
         return read_ranges(weights) is not None
     except UserError:
         return False
+
+
+def _weights_by(record: Mapping[str, Any]) -> tuple[RangeMethod, float | None]:
+    method, percentile = record.get("weight_ranges", "minmax"), record.get("percentile")
+    if method not in RANGE_METHODS or (method == "percentile") != (percentile is not None):
+        raise ValueError("weight_ranges")
+    return method, None if percentile is None else float(percentile)
 
 
 def _read_range(pair: Any) -> Range:

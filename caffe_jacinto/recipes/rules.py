@@ -393,7 +393,7 @@ def _trains_quantized(stage: Values) -> Iterator[Mistake]:
             if stage[f"quantize.{key}"] is not None:
                 yield stage.mistake(f"quantize.{key}", "only a stage with a solver has it; remove it")
         return
-    names = ("scheme", "weight_ranges", "bias_correction")
+    names = ("scheme", "bias_correction")
     for key, what in training_mistakes({name: stage[f"quantize.{name}"] for name in names}):
         yield stage.mistake(f"quantize.{key}", what)
     for key, default in _OF_TESTS.items():

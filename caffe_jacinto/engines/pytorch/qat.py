@@ -28,10 +28,11 @@ from caffe_jacinto.engines.pytorch.rounding import rounded, stands_for, steps_ov
 from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.fork_settings import fields_of
-from caffe_jacinto.quantization.grids import symmetric_grid
+from caffe_jacinto.quantization.grids import Grid, symmetric_grid
 from caffe_jacinto.quantization.network import (
     Network,
     Quantization,
+    grid_of_weights,
     network_of,
     quantized_weights,
     with_grids,
@@ -243,18 +244,11 @@ class QuantizedTraining(nn.Module):
     def _grids(self, folded: Mapping[str, Folded]) -> Quantization:
         """The quantization of the present weights; it waits once for the device."""
         units = quantized_weights(self.network)
-        reaches = _on_cpu(_reach(self.network, unit, folded[unit.name].weights) for unit in units)
+        weights = {unit: folded[unit.name].weights.detach() for unit in units}
+        grids = _grids_to_the_largest if self.network.scheme.weight_ranges == "minmax" else _chosen_grids
         biases = iter(_on_cpu(bias for unit in units if (bias := folded[unit.name].bias) is not None))
-        grids = {}
-        for unit, reach in zip(units, reaches, strict=True):
-            grids[unit.name] = symmetric_grid(
-                reach,
-                self.network.bits_of(unit).weights,
-                axis=_channels(self.network, unit),
-                power_of_two=self.network.scheme.power_of_two,
-            )
         given = {unit.name: None if folded[unit.name].bias is None else next(biases) for unit in units}
-        return with_grids(self.network, self.ranges.grids, grids, given)
+        return with_grids(self.network, self.ranges.grids, grids(self.network, weights), given)
 
     def _normalized(self, name: str, folded: Folded, sums: Tensor) -> Tensor:
         """What layers with statistics of this batch make of a folded layer's sums without its bias."""
@@ -356,14 +350,29 @@ def _blobs_of(
     return [weights] if bias is None else [weights, bias]
 
 
-def _channels(network: Network, unit: Unit) -> int | None:
-    """The axis of the channels that have a step each."""
-    return network.channel_axes[unit.name] if network.scheme.by_channel else None
+def _grids_to_the_largest(network: Network, weights: Mapping[Unit, Tensor]) -> dict[str, Grid]:
+    """The grids of weights whose ranges cover all of them: only the largest are copied from the device."""
+    axes = {unit: network.axis_of_steps(unit) for unit in weights}
+    reaches = _on_cpu(_reach(values, axes[unit]) for unit, values in weights.items())
+    return {
+        unit.name: symmetric_grid(
+            reach,
+            network.bits_of(unit).weights,
+            axis=axes[unit],
+            power_of_two=network.scheme.power_of_two,
+        )
+        for unit, reach in zip(weights, reaches, strict=True)
+    }
 
 
-def _reach(network: Network, unit: Unit, weights: Tensor) -> Tensor:
-    """The largest magnitude of each channel, or of all."""
-    axis, sizes = _channels(network, unit), weights.detach().abs()
+def _chosen_grids(network: Network, weights: Mapping[Unit, Tensor]) -> dict[str, Grid]:
+    """The grids of weights whose ranges leave some of them out."""
+    return {unit.name: grid_of_weights(network, unit, array(values)) for unit, values in weights.items()}
+
+
+def _reach(weights: Tensor, axis: int | None) -> Tensor:
+    """The largest magnitude of each channel along ``axis``, or of all."""
+    sizes = weights.abs()
     return sizes.amax().reshape(1) if axis is None else sizes.movedim(axis, 0).flatten(1).amax(1)
 
 
