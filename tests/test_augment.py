@@ -126,6 +126,21 @@ def test_any_place_and_any_rank_give_the_same_images(folder: Path) -> None:
     assert whole[0].shape == (4, 3, 16, 16)
 
 
+@pytest.mark.parametrize("size", [7, 16])
+def test_smaller_images_are_pillows(folder: Path, size: int) -> None:
+    """The same crops and mirrors, resized as Pillow does it."""
+    options: dict[str, Any] = {"device": torch.device("cpu"), "seed": 5, "workers": 1}
+    transform = "crop_size: 20 mirror: true mean_value: 100 scale: 0.1"
+    with Inputs(net(transform), TRAIN, "net", **options) as inputs:
+        inputs.start_at(1)
+        raw = inputs.raw()
+        whole, small = (inputs.transformed(raw, size=side)["data"].numpy() for side in (None, size))
+    assert small.shape == (4, 3, size, size)
+    for image, found in zip(whole.reshape(-1, 20, 20), small.reshape(-1, size, size), strict=True):
+        expected = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(found, np.asarray(expected), atol=1e-4)
+
+
 def test_colours_leave_crops_and_mirrors_as_they_are(folder: Path) -> None:
     plain = "crop_size: 16 mirror: true"
     pairs = zip(batches(plain, 0, 4), batches(f"{plain} random_brightness: 0.05", 0, 4), strict=True)

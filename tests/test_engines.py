@@ -617,6 +617,7 @@ def test_layers_of_forks_are_named_before_a_caffe_is_asked(caffe_engine: Engine)
 def test_solver_settings_of_pytorch_alone_are_named_before_a_caffe_is_asked(caffe_engine: Engine) -> None:
     solver = "stages.finetune.solver"
     overrides = (f'{solver}.lr_policy="cosine"', f"{solver}.warmup_iter=5", "stages.sparse.teacher=initial")
+    overrides += (f"{solver}.image_sizes=[[0, 16]]",)
     for dialect, asked, who in (
         (Dialect.BVLC, caffe_engine, "stock Caffe"),
         (Dialect.CAFFE_JACINTO, engine("caffe-jacinto"), "caffe-jacinto"),
@@ -627,7 +628,7 @@ def test_solver_settings_of_pytorch_alone_are_named_before_a_caffe_is_asked(caff
         assert [problem for problem in problems if problem.startswith("run/finetune/solver")] == [
             f"run/finetune/solver.prototxt: {who} has no {what}, which is of this program's engine on "
             "PyTorch; or train on PyTorch, which can: --engine torch"
-            for what in ("field warmup_iter", "lr_policy cosine")
+            for what in ("field warmup_iter", "field image_size", "lr_policy cosine")
         ]
 
 

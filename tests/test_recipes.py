@@ -552,6 +552,18 @@ def test_an_override_sets_one_value() -> None:
         ("stages.sparse.teacher_prototxt=x", "no effect without teacher; add it, or remove this"),
         ("stages.initial.distill=true", "no dense network is trained before this stage; set `start` or"),
         ("stages.initial.solver.warmup_iter=200", "200 is not below the stage's max_iter 200; make it"),
+        (
+            "stages.initial.solver.image_sizes=[[0, 16], [9]]",
+            "[9] is not an iteration and the size from there",
+        ),
+        (
+            "stages.initial.solver.image_sizes=[[0, 16], [0, 32]]",
+            "the iterations 0, 0 do not grow; name them",
+        ),
+        (
+            "stages.initial.solver.image_sizes=[[0, 9], [200, 32]]",
+            "200 is not below the stage's max_iter 200",
+        ),
         ("stages.initial.solver.lr_policy=stepp", "did you mean step?"),
         ("stages.initial.solver.type=AdaGrad", "momentum"),
         ("stages.initial.solver.rms_decay=0.9", 'no effect with type "SGD", only with RMSProp; remove it'),

@@ -469,6 +469,11 @@ def test_the_fork_raises_a_small_delta(kind: str, least: float) -> None:
         ({"lr_policy": '"step"', "gamma": 0.1}, "lr_policy step needs a stepsize of at least 1"),
         ({"lr_policy": '"one_cycle"'}, "lr_policy one_cycle needs warmup_iter, the iteration of its largest"),
         ({"ema_decay": 1}, "ema_decay is 1; it has to be at least 0 and less than 1"),
+        (
+            {"image_size": "{ size: 14 from_iter: 5 }"},
+            "image_size: the first size is that of iteration 5; begin",
+        ),
+        ({"image_size": "{ size: 0 }"}, "image_size: a size of 0 pixels; it has to be at least 1"),
         ({"warmup_iter": 20}, "warmup_iter is 20; it has to be at least 0 and less than max_iter"),
         (
             {"lr_policy": '"inv"', "gamma": -0.5, "power": 0.5},

@@ -23,6 +23,7 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.engines.pytorch.snapshot import read_place
+from caffe_jacinto.engines.pytorch.train import check_stages
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -232,6 +233,57 @@ def test_the_average_of_the_weights_is_tested_and_ends_the_stage(digits: Path, t
     logged = re.findall(r": loss = (\S+)", log.partition("Iteration 10, Testing net (#1)")[2])
     assert float(logged[0]) == pytest.approx(float(said[0]), rel=1e-5)
     assert final_is_complete(tmp_path / "small_iter_20.caffemodel", Dialect.BVLC)
+
+
+def test_small_images_first_and_resumed_to_the_bit(digits: Path, tmp_path: Path) -> None:
+    """Tests and recalibration see the full size: without an update they are those of any training."""
+    steps = "{ size: 12 } image_size { from_iter: 6 size: 20 } image_size { from_iter: 14 size: 28 }"
+    stages = [SmallStage(tmp_path / name, digits) for name in ("whole", "resumed", "plain")]
+    recalibrated = [*PROGRAM, "-reestimate_batches", "3", "-recalibrate_tests"]
+    for stage in stages:
+        sized = {} if stage is stages[2] else {"image_size": steps}
+        stage.solver(**sized, snapshot=10, test_initialization="true", display=1)
+    whole, resumed, plain = stages
+    log = whole.run([recalibrated])
+    for ending in ("caffemodel", "solverstate"):
+        name = f"small_iter_10.{ending}"
+        (resumed.folder / name).write_bytes((whole.folder / name).read_bytes())
+    again = resumed.run([[*recalibrated, "-snapshot", "small_iter_10.solverstate"]])
+    for iteration in (20,):
+        ends = [stage.folder / f"small_iter_{iteration}.caffemodel" for stage in (whole, resumed)]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+    sizes = r"Training images are resized to (\d+)x\d+ from here on"
+    assert re.findall(sizes, log) == ["12", "20", "28"]
+    assert re.findall(sizes, again) == ["20", "28"]
+    first = r"Iteration 0, Testing net \(#0\)\n.*\n.*accuracy = (\S+)\n.* loss = (\S+)"
+    other = plain.run([[*recalibrated]])
+    assert re.findall(first, log) == re.findall(first, other) != []
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (29, "the network's images are 28x28 pixels; give a size of at most 28, or a larger crop_size"),
+        (4, "train.prototxt: layer pool (Pooling): a window of 2x2 lies outside of the 1x1 pixels"),
+    ],
+)
+def test_sizes_that_a_network_cannot_take_are_named_before_it_trains(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(image_size=f"{{ size: {size} }}")
+    train = tmp_path / "train.prototxt"
+    pooled = "kernel_size: 2 } }\nlayer { name: 'all' type: 'Pooling' bottom: 'pool' top: 'all'\n"
+    pooled += "  pooling_param { pool: AVE global_pooling: true"
+    train.write_text(
+        train.read_text()
+        .replace("global_pooling: true", pooled)
+        .replace('bottom: "pool" top: "fc"', "bottom: 'all' top: 'fc'")
+    )
+    files = {path.name: path.read_text() for path in tmp_path.glob("*.prototxt")}
+    (problem,) = check_stages({"small": files}, {str(digits): (1, 28, 28)}, Dialect.BVLC)
+    assert problem.startswith(f"solver.prototxt: image_size {size}: ") and says in problem
 
 
 def test_an_average_that_is_missing_is_one_line(digits: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ FIELDS: dict[str, str] = {
     "upsample_param": f"{SEGNET} and forks for YOLO",
     **dict.fromkeys(
         (
-            *("warmup_iter", "ema_decay", "crop_min_area", "crop_max_aspect"),
+            *("warmup_iter", "ema_decay", "image_size", "crop_min_area", "crop_max_aspect"),
             *("random_brightness", "random_contrast", "random_saturation", "mixup_alpha"),
             "distillation_param",
         ),

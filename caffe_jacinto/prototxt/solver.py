@@ -94,6 +94,11 @@ class SolverFile:
         """The learning rate of an iteration."""
         return learning_rate(self.parameters, iteration)
 
+    def image_size(self, iteration: int) -> int | None:
+        """The side, in pixels, that training images are resized to in an iteration; None: they are not."""
+        sizes = [step.size for step in self.parameters.image_size if step.from_iter <= iteration]
+        return sizes[-1] if sizes else None
+
     def current_step(self, updates: int) -> int:
         """How often the learning rate had stepped in the last of ``updates``; solver states have it."""
         return _steps(self.parameters, max(updates - 1, 0))

@@ -264,6 +264,10 @@ class SolverSettings(_Settings):
     ema_decay: Annotated[PositiveFraction | None, Optional] = None
     """Of a moving average of the weights, with which the stage ends (PyTorch only)."""
 
+    image_sizes: Annotated[tuple[Annotated[tuple[NaturalInt, ...], Ints], ...], Ints] = ()
+    """Pairs of an iteration and the side, in pixels, that training images are resized to from there on
+    (PyTorch only); by default they are not."""
+
     clip_gradients: OptionalFloat = None
     average_loss: PositiveInt = 1
     """The displayed loss is the mean of so many iterations."""

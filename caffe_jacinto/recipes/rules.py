@@ -568,6 +568,38 @@ def _steps_grow(stage: Values) -> Iterator[Mistake]:
         yield stage.mistake("solver.stepvalue", f"{steps} does not grow; name the iterations in order")
 
 
+def _image_sizes_grow(stage: Values) -> Iterator[Mistake]:
+    steps = stage["solver.image_sizes"] or ()
+    for step in steps:
+        if len(step) != 2:
+            yield stage.mistake(
+                "solver.image_sizes",
+                f"{list(step)} is not an iteration and the size from there on, like [5000, 128]",
+            )
+            return
+    for what in image_size_mistakes(steps, stage["solver.max_iter"]):
+        yield stage.mistake("solver.image_sizes", what)
+    if steps and stage["quantize"]:
+        yield stage.mistake(
+            "solver.image_sizes",
+            "with `quantize`, the ranges would be of images of other sizes than in tests; remove it",
+        )
+
+
+def image_size_mistakes(steps: Sequence[Sequence[int]], max_iter: int) -> Iterator[str]:
+    """What is wrong with ``steps``, each an iteration and the size of training images from there on."""
+    iterations = [iteration for iteration, _ in steps]
+    if iterations and iterations[0] != 0:
+        yield f"the first size is that of iteration {iterations[0]}; begin with that of iteration 0"
+    if any(later <= earlier for earlier, later in pairwise(iterations)):
+        yield f"the iterations {', '.join(map(str, iterations))} do not grow; name them in order"
+    if iterations and iterations[-1] >= max_iter:
+        yield f"{iterations[-1]} is not below the stage's max_iter {max_iter}; make it smaller"
+    for _, size in steps:
+        if size < 1:
+            yield f"a size of {size} pixels; it has to be at least 1"
+
+
 _STAGE_RULES: tuple[Rule, ...] = (
     _has_a_solver,
     _quantizes_a_stage,
@@ -587,4 +619,5 @@ _STAGE_RULES: tuple[Rule, ...] = (
     _momentum_fits_type,
     _settings_fit_type,
     _steps_grow,
+    _image_sizes_grow,
 )

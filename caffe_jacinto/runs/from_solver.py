@@ -39,6 +39,7 @@ _UNSET_BY_ZERO = (
 _OF_OTHER_PARTS = (
     *("net", "train_net", "test_net", "net_param", "train_net_param", "test_net_param", "train_state"),
     *("test_state", "test_iter", "iter_size", "random_seed", "stepvalue", "regularization_type"),
+    "image_size",
 )
 _OF_THE_RUN = ("solver_mode", "device_id", "snapshot_prefix", "snapshot_after_train", "snapshot_format")
 """What a run decides itself: its devices, and its snapshots and their names."""
@@ -249,6 +250,8 @@ def _their_solver(solver: Any, where: str) -> TheirSolver:
     settings.setdefault("weight_decay", 0.0)
     if solver.stepvalue:
         settings["stepvalue"] = list(solver.stepvalue)
+    if solver.image_size:
+        settings["image_sizes"] = [[step.from_iter, step.size] for step in solver.image_size]
     settings["regularization"] = str(solver.regularization_type)
     if solver.lr_policy in ("poly", "inv"):
         settings.setdefault("power", 0.0)

@@ -152,11 +152,13 @@ class Inputs:
         """The next batch of each data layer; see `Feed.raw`."""
         return [feed.raw() for feed in self._feeds]
 
-    def transformed(self, raw: Sequence[RawBatch], *, mixed: bool = True) -> Mapping[str, Tensor]:
+    def transformed(
+        self, raw: Sequence[RawBatch], *, mixed: bool = True, size: int | None = None
+    ) -> Mapping[str, Tensor]:
         """The blobs of a batch, by the names of the net's inputs; see `Feed.tops`."""
         values = dict(self._zeros)
         for feed, batch in zip(self._feeds, raw, strict=True):
-            values.update(zip(feed.layer.tops, feed.tops(batch, mixed=mixed), strict=False))
+            values.update(zip(feed.layer.tops, feed.tops(batch, mixed=mixed, size=size), strict=False))
         return values
 
     def batch(self) -> Mapping[str, Tensor]:

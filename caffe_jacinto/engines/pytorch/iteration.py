@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,11 @@ class Iteration:
         """
         self._net, self._inputs, self._optimizer, self._pruner = net, inputs, optimizer, pruner
         self._ranks, self._seed, self._passes, self._precision = ranks, seed, passes, precision
-        self._model = ranks.parallel(net)
+        self._learner = net
+        """What runs in the passes of an update: ``net``, or one with its blobs for images of another size."""
+
+        self._size: int | None = None
+        self._model: Any = ranks.parallel(net)
         alone = net.device.type == "cuda" and ranks.size == 1
         self._records = graph and alone and not (net.draws and passes > 1) and net.recordable
         self._eager_left = _EAGER_FIRST
@@ -72,9 +77,25 @@ class Iteration:
         self.block = block
         self._inputs.start_at(block + self._ranks.rank, self._ranks.size)
 
+    def resize(self, net: Net, size: int) -> bool:
+        """From now on update by images of ``size`` x ``size`` pixels, with a ``net`` of the same blobs.
+
+        False: they were so before.
+        """
+        if size == self._size:
+            return False
+        self._size, self._learner = size, net
+        self._graph = self._result = self._model = None  # what was made for the size before
+        self._model = self._ranks.parallel(net)
+        self._eager_left = _EAGER_FIRST
+        return True
+
     def forward(self, debug: DebugInfo | None = None) -> NetResult:
-        """One pass forward over this rank's next batch, without an update, which ``debug`` watches."""
-        self._reseed(0)
+        """One pass forward over this rank's next batch, its images in full size, without an update.
+
+        ``debug`` watches it.
+        """
+        self._reseed(0, self._net)
         with watched(debug), autocast(self._net.device, self._precision):
             result: NetResult = self._net(self._inputs.batch())
         self.block += self._ranks.size
@@ -89,7 +110,8 @@ class Iteration:
         if self._eager_left or not self._records or debug or self._pruner.needs_gradients(iteration):
             self._eager_left = max(self._eager_left - 1, 0)
             before_update = partial(self._pruner.before_update, iteration)
-            result = self._compute(self._inputs.raw, self._reseed, before_update, debug)
+            reseed = partial(self._reseed, net=self._learner)
+            result = self._compute(self._inputs.raw, reseed, before_update, debug)
         else:
             result = self._replay()
         self.block += self._passes * self._ranks.size
@@ -109,7 +131,7 @@ class Iteration:
             # Only the last pass exchanges gradients between the ranks.
             with self._ranks.no_exchange(self._model) if number < self._passes - 1 else nullcontext():
                 with watched(debug), autocast(self._net.device, self._precision):
-                    result: NetResult = self._model(self._inputs.transformed(next_batch()))
+                    result: NetResult = self._model(self._inputs.transformed(next_batch(), size=self._size))
                 if result.loss.requires_grad:
                     result.loss.backward()
                 if debug is not None:
@@ -126,7 +148,7 @@ class Iteration:
     def _replay(self) -> NetResult:
         """As `_compute`, by the recorded graph."""
         self._take_batches()
-        self._reseed(0)
+        self._reseed(0, self._learner)
         if self._graph is None or self._recorded_holds != self._pruner.holds:
             self._record()
         assert self._graph is not None and self._result is not None
@@ -154,8 +176,8 @@ class Iteration:
             self._result = self._compute(lambda: next(batches), lambda number: None, lambda: None)
         self._graph, self._recorded_holds = graph, self._pruner.holds
 
-    def _reseed(self, number: int) -> None:
-        """Make what pass ``number`` draws (dropout, random data) follow from its place alone."""
-        if self._net.draws:
+    def _reseed(self, number: int, net: Net | QuantizedTraining) -> None:
+        """Make what pass ``number`` of ``net`` draws (dropout, random data) follow from its place alone."""
+        if net.draws:
             place = self.block + number * self._ranks.size + self._ranks.rank
-            self._net.reseed(int(random_numbers(self._seed, place, "dropout").integers(1 << 62)))
+            net.reseed(int(random_numbers(self._seed, place, "dropout").integers(1 << 62)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -129,7 +130,7 @@ class _RowTops:
         assert isinstance(source, Rows)
         self._source = source
 
-    def __call__(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
+    def __call__(self, raw: RawBatch, *, mixed: bool, size: int | None = None) -> list[Tensor]:
         return [
             raw.images[:, self._source.columns(top)].reshape(shape).clone()
             for top, shape in enumerate(self._source.top_shapes)
@@ -148,7 +149,7 @@ class _ImageTops:
         self._source = source
         self._mean = self._mean_on(device)
 
-    def __call__(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
+    def __call__(self, raw: RawBatch, *, mixed: bool, size: int | None = None) -> list[Tensor]:
         transform = self._source.layer.transform
         pixels = raw.images.permute(0, 3, 1, 2).to(torch.float32, copy=True)
         if transform.mean_image is not None and self._mean is not None:
@@ -157,6 +158,9 @@ class _ImageTops:
             pixels -= self._mean
         if transform.scale != 1:
             pixels.mul_(transform.scale)
+        if size is not None and size != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         if raw.mixing.numel():
             return _mixed(pixels, raw) if mixed else [pixels, _as_mixed(raw.labels)]
         # The labels' own memory is overwritten with the next batch.
@@ -274,12 +278,13 @@ class Feed:
             return self._ahead.take()
         return next(self._host_batches())[0]
 
-    def tops(self, raw: RawBatch, *, mixed: bool) -> list[Tensor]:
+    def tops(self, raw: RawBatch, *, mixed: bool, size: int | None = None) -> list[Tensor]:
         """The layer's tops, in memory of their own: for images see `_ImageTops`.
 
-        Not ``mixed``: images that are mixed in training are left as they are.
+        Not ``mixed``: images that are mixed in training are left as they are. ``size``: the side, in pixels,
+        that images are resized to.
         """
-        return self._finish(raw, mixed=mixed)
+        return self._finish(raw, mixed=mixed, size=size)
 
     def _host_batches(self) -> Iterator[HostBatch]:
         """The batches that the workers read, one by one, with labels that the net has."""

@@ -12,6 +12,7 @@ from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import LR_POLICIES, SolverFile
 from caffe_jacinto.recipes.model import sparse_fields
+from caffe_jacinto.recipes.rules import image_size_mistakes
 
 _CARRIED_OUT = frozenset(
     {
@@ -21,7 +22,7 @@ _CARRIED_OUT = frozenset(
         *("gamma", "power", "momentum", "momentum2", "rms_decay", "delta", "weight_decay"),
         *("regularization_type", "stepsize", "stepvalue", "clip_gradients", "snapshot", "snapshot_prefix"),
         *("random_seed", "type", "snapshot_after_train", "weights", "sparse_mode", "snapshot_format"),
-        *("snapshot_diff", "debug_info", "warmup_iter", "ema_decay"),
+        *("snapshot_diff", "debug_info", "warmup_iter", "ema_decay", "image_size"),
         *(field.name for field in sparse_fields().values()),
     }
 )
@@ -74,6 +75,9 @@ def check_solver(solver: SolverFile) -> None:
         raise UserError(
             f"{where}: ema_decay is {number(fields.ema_decay)}; it has to be at least 0 and less than 1"
         )
+    steps = [(step.from_iter, step.size) for step in fields.image_size]
+    for what in image_size_mistakes(steps, fields.max_iter):
+        raise UserError(f"{where}: image_size: {what}")
     if solver.in_hdf5:
         why = unwritable_layer([layer.name for layer in messages_in(solver.train_net)])
         if why is not None:

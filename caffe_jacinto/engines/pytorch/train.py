@@ -33,6 +33,7 @@ from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
 from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
 from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
 from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
+from caffe_jacinto.engines.pytorch.image_sizes import sized_nets
 from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.net import Net, NetResult
 from caffe_jacinto.engines.pytorch.network_check import check_networks
@@ -177,6 +178,11 @@ class Trainer:
             unchanged=solver.frozen_layers(),
             history={id(blob): state["history"] for blob, state in self.optimizer.state.items()},
         )
+        self._nets = sized_nets(solver, self.net)
+        """By the sizes that training images are resized to."""
+
+        for net in self._nets.values():
+            self.inputs.fit(net)
         self.quantized = None if quantize is None else self._quantized(quantize)
         self.iterate = Iteration(
             self.quantized or self.net,
@@ -200,7 +206,8 @@ class Trainer:
             self.quantized,
         )
         wanted = self.parameters.debug_info and ranks.first
-        self._debug = DebugInfo(self.net, log) if wanted else None
+        watched = (self.net, *self._nets.values()) if wanted else ()
+        self._debug = {net: DebugInfo(net, log) for net in watched}
         log.info("Solver scaffolding done.")
         self._begin()
         self.average = self._choose_average()
@@ -462,8 +469,9 @@ class Trainer:
         if self.quantized is not None and self.quantized.begin(iteration):
             self.statistics.share()
         displayed = self.parameters.display and iteration % self.parameters.display == 0
-        rate = self.solver.rate(iteration)
-        result = self.iterate(iteration, rate, self._debug if displayed else None)
+        net = self._net_of(iteration)
+        debug = self._debug.get(net) if displayed else None
+        result = self.iterate(iteration, self.solver.rate(iteration), debug)
         self._remember_loss(result.loss)
         if displayed:
             self._display(iteration, result)
@@ -483,6 +491,15 @@ class Trainer:
         if asked or due:
             self._snapshot()
 
+    def _net_of(self, iteration: int) -> Net:
+        """The net that takes images of the size of ``iteration``, in which they are from now on."""
+        size = self.solver.image_size(iteration)
+        if size is None:
+            return self.net
+        if self.iterate.resize(self._nets[size], size):
+            self.log.info(f"Training images are resized to {size}x{size} from here on")
+        return self._nets[size]
+
     # The log
 
     def _remember_loss(self, loss: Tensor) -> None:
@@ -501,7 +518,8 @@ class Trainer:
         """
         if not self._unchecked:
             return
-        self.net.check_indices()
+        for net in (self.net, *self._nets.values()):
+            net.check_indices()
         values = self.ranks.total(torch.stack([loss for _, loss in self._unchecked]).tolist())
         bad = [at for (at, _), value in zip(self._unchecked, values, strict=True) if not math.isfinite(value)]
         self._unchecked.clear()
@@ -580,7 +598,7 @@ class Trainer:
         if display and self.iteration % display == 0:
             with torch.no_grad():
                 # Caffe's net is watched as it was in the last iteration.
-                result = self.iterate.forward(self._debug if display == 1 else None)
+                result = self.iterate.forward(self._debug.get(self.net) if display == 1 else None)
             self._losses.append(result.loss.detach())
             (value,) = self.ranks.total([float(torch.stack(list(self._losses)).mean())])
             self.log.last_loss(self.iteration, value / self.ranks.size)
@@ -654,6 +672,11 @@ def check_quantized(options: Options, solver: SolverFile) -> None:
             f"{solver.path}: ema_decay: with -quantize, the ranges would be of other weights than their "
             "average; leave it out"
         )
+    if solver.parameters.image_size:
+        raise UserError(
+            f"{solver.path}: image_size: with -quantize, the ranges would be of images of other sizes than "
+            "in tests; leave it out"
+        )
     if not options.weights and options.snapshot is None:
         raise UserError("-quantize: trained weights are needed to start from; give them with -weights")
 
@@ -694,6 +717,8 @@ def check_stages(
             continue
         attempt(partial(check_solver, solver))
         net = attempt(partial(built, solver.train_net, solver.train_file, TRAIN))
+        if net is not None:
+            attempt(partial(sized_nets, solver, net, filled=False))
         for test in solver.tests:
             tested = attempt(partial(built, test.definition, test.file, TEST))
             if net is not None and tested is not None:
