@@ -17,6 +17,7 @@ from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.lines import LineSplitter
 from caffe_jacinto.logs.processes import read_log
 from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.skim import thinned
 from caffe_jacinto.logs.stage import StageFigures, StageLog
 
 WHOLE = whole_stage().sparsity(0.5, 0.25).text.encode()
@@ -317,23 +318,55 @@ TRAINING_LINES = st.sampled_from(
 )
 
 
-@settings(max_examples=100)
-@given(st.lists(st.tuples(TRAINING_LINES, st.integers(1, 9)), max_size=12), st.data())
-def test_lines_that_are_taken_out_at_once_are_those_that_are_left_out_one_by_one(
-    parts: list[tuple[str, int]], data: st.DataObject
+TESTED_TRAINING = """\
+Iteration 40, Testing net (#0)
+    Test net output #0: right = 0.5
+    Test net output #1: loss = 1.5 (* 1 = 1.5 loss)
+Iteration 40 (5 iter/s, 2s/10 iters), loss = 1.5
+    Train net output #0: loss = 1.5 (* 1 = 1.5 loss)
+Iteration 40, lr = 0.001
+Iteration 50, loss = 1.25
+Iteration 50, lr = 0.001""".splitlines()
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(TRAINING_LINES.map(lambda line: [line]) | st.just(TESTED_TRAINING), st.integers(1, 9)),
+        max_size=12,
+    ),
+    st.data(),
+)
+def test_figures_are_those_of_lines_that_are_left_out_one_by_one(
+    parts: list[tuple[list[str], int]], data: st.DataObject
 ) -> None:
-    prefix = "I0815 10:00:{:02}.000000  1 solver.cpp:239] "
-    lines = [message for message, times in parts for _ in range(times)]
-    text = "".join(f"{prefix.format(at % 60)}{line}\n" for at, line in enumerate(lines)).encode()
+    prefix = "I0815 10:{:02}:{:02}.000000  1 solver.cpp:239] "
+    lines = [line for repeated, times in parts for line in repeated * times]
+    # Each test and each loss has a number of its own.
+    numbered = [
+        line.replace("= 0.5", f"= 0.{at}").replace("= 1.5", f"= 1.{at}") for at, line in enumerate(lines)
+    ]
+    text = "".join(f"{prefix.format(at // 60, at % 60)}{line}\n" for at, line in enumerate(numbered)).encode()
     cut = data.draw(st.integers(0, len(text)))
-    one_by_one = LogReader(skim=True)
-    one_by_one._lines = LineSplitter()
-    at_once = LogReader(skim=True)
+    one_by_one, at_once = StageLog(), StageLog()
+    one_by_one._reader._lines = LineSplitter()
     for piece in (text[:cut], text[cut:]):
-        assert repr(at_once.feed(piece)) == repr(one_by_one.feed(piece))  # nan differs from itself
-    assert repr(at_once.close()) == repr(one_by_one.close())
+        for log in (one_by_one, at_once):
+            log.feed(piece)
+        assert repr(at_once.figures()) == repr(one_by_one.figures())  # nan differs from itself
+    for log in (one_by_one, at_once):
+        log.close()
+    assert repr(at_once.figures()) == repr(one_by_one.figures())
     assert at_once.first_stamp == one_by_one.first_stamp
     assert at_once.last_stamp == one_by_one.last_stamp
+    assert (at_once.displays, repr(at_once.losses)) == (one_by_one.displays, repr(one_by_one.losses))
+
+
+def test_a_summary_reads_few_lines_of_a_long_training() -> None:
+    lines = "".join(f"I0815 10:00:00.000000  1234 solver.cpp:239] {line}\n" for line in TESTED_TRAINING)
+    text = (lines * 100).encode()
+    assert thinned(text).count(b"\n") < 400
+    assert thinned(text[:-1]).endswith(text[-30:-1])
 
 
 def test_memory_for_a_line_without_end_is_bounded() -> None:

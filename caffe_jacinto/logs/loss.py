@@ -89,6 +89,9 @@ class LossCheck:
         """Take the loss displayed at ``iteration``; ``losses`` are those of the network, where known."""
         kinds = _kinds(loss, losses)
         self._last, self._losses = loss, losses
+        if not kinds and not self._streaks:  # nearly always
+            self.sound = iteration
+            return
         for kind in self._streaks.keys() - kinds:
             del self._streaks[kind]
         for kind in kinds:

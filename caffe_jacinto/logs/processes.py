@@ -16,7 +16,8 @@ from pathlib import Path
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.lines import LineSplitter
-from caffe_jacinto.logs.reader import LogReader, thinned
+from caffe_jacinto.logs.reader import LogReader
+from caffe_jacinto.logs.skim import thinned
 from caffe_jacinto.logs.stage import CHUNK, StageLog
 
 _MOST_WAITING = 20_000

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from caffe_jacinto.logs.events import Event
 from caffe_jacinto.logs.lines import PREFIX, LineSplitter
 from caffe_jacinto.logs.messages import ITERATION, TEST_OUTPUT, MessageReader, stamp
+from caffe_jacinto.logs.skim import thinned
 
 _CAFFE_SOURCES = re.compile(
     rb"(?:_?caffe|solver|sgd_solver|net|parallel|common|upgrade_proto|io|layer_factory|math_functions|syncedmem|"
@@ -24,13 +25,6 @@ _CLOSED = re.compile(rb"(?:\)|Done\.)$")
 _ZERO, _NINE = b"09"
 """Of an iteration's lines, those of a test, and of a loss that is not a number, do not end in a digit."""
 
-_TRAINING = re.compile(
-    rb"^(?:[IWEF].{30,80}\] (?:Iteration .{0,200}\d|    Train.{0,300})\n){4,}", re.MULTILINE
-)
-"""Lines of training, one after the other, as `LogReader._ends` knows them. Of a bounded length: no line takes
-more time than others of its length.
-"""
-_ITERATION = b"] Iteration "
 _RATE_FROM, _RATE_TO = 11, 50
 """Where in a message the learning rate would be."""
 
@@ -117,7 +111,8 @@ class LogReader:
                 yield waiting
             self._note_last(last)
             first, waiting, last = True, b"", b""
-            yield line
+            if line:
+                yield line
         if waiting:
             yield waiting
         self._note_last(last)
@@ -189,31 +184,3 @@ class LogReader:
             self.is_caffe = True
         self._messages.take(line, prefix.end(), int(prefix.group(1)), self._last_line)
         self._last_line = line
-
-
-def thinned(content: bytes) -> bytes:
-    """Whole lines of a log, without most of those that skimming leaves out: the events are the same."""
-    return _TRAINING.sub(_thinned, content)
-
-
-def _thinned(match: re.Match[bytes]) -> bytes:
-    """Lines of training up to the first loss and from the last one on."""
-    lines = match.group()
-    if lines.count(b"] ") != lines.count(b"\n"):
-        return lines  # some of them hold a second message
-    first = lines.find(_ITERATION)
-    while first >= 0 and _is_rate(lines, first):
-        first = lines.find(_ITERATION, first + 1)
-    last = lines.rfind(_ITERATION)
-    while last > first >= 0 and _is_rate(lines, last):
-        last = lines.rfind(_ITERATION, 0, last)
-    if not last > first >= 0:
-        return lines
-    return lines[: lines.index(b"\n", first) + 1] + lines[lines.rfind(b"\n", 0, last) + 1 :]
-
-
-def _is_rate(lines: bytes, at: int) -> bool:
-    """Whether the line with `_ITERATION` at this place shows a learning rate, not a loss."""
-    message = at + 2
-    end = min(lines.index(b"\n", at), message + _RATE_TO)
-    return lines.find(b"lr = ", message + _RATE_FROM, end) >= 0
