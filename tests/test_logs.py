@@ -314,6 +314,9 @@ TRAINING_LINES = st.sampled_from(
         "    [0.0]     Train net output #0: loss = 1.5",
         "Iteration 60, loss = 2I0815 10:00:00.000000  1 solver.cpp:1] Iteration 60, lr = 0.1",
         "Snapshotting to binary proto file a_iter_40.caffemodel",
+        "Restarting data prefetching from start.",
+        "[MultiGPU] Tests completed in 20.7644s",
+        "Use CPU.",
     ]
 )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,6 +103,8 @@ _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
 
 def _locked_file(path: Path) -> tuple[int, Path]:
     """A new file beside ``path``, open and locked."""
+    import tempfile
+
     while True:
         name = f".{path.name[:_NAME_SHOWN]}."
         descriptor, beside = tempfile.mkstemp(prefix=name, suffix=".unfinished", dir=path.parent)
@@ -188,6 +188,8 @@ def parse_json(text: str | bytes) -> Any:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
+    import hashlib
+
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

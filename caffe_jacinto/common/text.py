@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +44,8 @@ def count_of(number: int, noun: str) -> str:
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """``did you mean X? known: X, Y, Z``; without a name that is close to ``wrong``, ``known: X, Y, Z``."""
+    import difflib
+
     names = list(known)
     nearest = difflib.get_close_matches(wrong, names, n=1)
     allowed = f"known: {', '.join(names)}"

@@ -12,7 +12,7 @@ from typing import Any
 from caffe_jacinto.common.text import duration, printable
 from caffe_jacinto.logs import tables
 from caffe_jacinto.logs.discover import Run, Stage
-from caffe_jacinto.logs.page_content import Settings, settings_of, side_by_side
+from caffe_jacinto.logs.solver_settings import Settings, settings_of, side_by_side
 from caffe_jacinto.logs.tables import UNKNOWN, Row, Table
 
 NAME = "name"

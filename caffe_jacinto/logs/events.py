@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeAlias
 
@@ -278,16 +279,20 @@ Event: TypeAlias = (
 _LEAP_YEAR = 2016
 """Used where the year is unknown: 29 February must be a valid date."""
 
+_STAMP = re.compile(r"(\d{4})?(\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{6})", re.ASCII)
+
 
 def moment(stamp: str, year: int | None = None) -> datetime | None:
     """The stamp as a date and time, with ``year`` where the stamp has none. None if it is not a date."""
-    date, _, time = stamp.partition(" ")
-    if len(date) == 4:
-        date = f"{year or _LEAP_YEAR:04d}{date}"
+    match = _STAMP.fullmatch(stamp)
+    if match is None:
+        return None
+    own_year, *others = match.groups()
+    month, day, hour, minute, second, microsecond = map(int, others)
     try:
-        return datetime.strptime(f"{date} {time}", "%Y%m%d %H:%M:%S.%f")
+        return datetime(int(own_year or year or _LEAP_YEAR), month, day, hour, minute, second, microsecond)
     except ValueError:
-        return moment(f"{_LEAP_YEAR}{stamp}") if date.endswith("0229") and len(stamp) < 25 else None
+        return moment(f"{_LEAP_YEAR}{stamp}") if (month, day) == (2, 29) and not own_year else None
 
 
 def elapsed(first: str, last: str, year: int | None = None) -> float:

@@ -65,7 +65,6 @@ TEST_OUTPUT = re.compile(
 _BEFORE_DEVICE = (b" ", b"[", b"(")
 DEVICE = re.compile(rb" {0,8}([\[(])([\w.]{1,20})[\])](?= )")
 """The device before a message of NVCaffe's, in square brackets for training and in round ones for tests."""
-_TEST_RESULT = re.compile(rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER))
 _MARK = re.compile(
     rb"This is \S{0,99}[Cc]affe\S{0,99} \d|Use CPU\.$|Using GPUs \d|Use GPU with device ID \d"
     rb"|Initializing solver from parameters:"
@@ -78,18 +77,6 @@ _GAVE_UP = 9
 """After any mark of a process."""
 
 _VERSION = re.compile(rb"This is (\S{0,99}[Cc]affe\S{0,99} \d[\w.+-]*)(?: .*)?$")
-_STARTED = re.compile(rb" started at .{1,99} (\d{4})$")
-_SPEED = re.compile(
-    rb" *(Root |Overall multi-GPU |Overall )?(?:Solver )?performance(?: on device \d+)?: "
-    rb"(?:.* = )?(%b) img/sec(?: \([^()]*\))?$" % NUMBER
-)
-_DONE = re.compile(
-    rb"Optimization Done(?:\.| in(?: (\d{1,9})d)?(?: (\d{1,9})h)?(?: (\d{1,9})m)?(?: (\d{1,9})s)?)$"
-)
-_PARAMETER = re.compile(rb"(.+)_param_(\d{1,18})\((%b)\)$" % NUMBER)
-_TOTAL = re.compile(
-    rb"Total Sparsity \(zero_weights/count\) = +\((%b)/(%b)\) (%b)$" % (NUMBER, NUMBER, NUMBER)
-)
 _SHAPE = re.compile(rb"[Oo]utput data size: (\d{1,10}(?:[ ,]+\d{1,10}){0,31})[ ,]*$")
 _TOP_SHAPE = re.compile(
     rb"(?:(?:TRAIN|TEST) )?Top shape(?: for layer \d{1,9} '(.{1,200})')?:? "
@@ -97,21 +84,32 @@ _TOP_SHAPE = re.compile(
 )
 _SETTING_UP = re.compile(rb"Setting up (\S{1,200})$")
 _DATA_SIZE = re.compile(rb"A total of (\d{1,18}) images\.$")
-_SCORE = re.compile(rb"Test score #(\d{1,18}): (%b)$" % NUMBER)
-_MEAN_AP = re.compile(rb" {0,8}Test net output mAP #(\d{1,9}): (.{1,200}) = (%b)$" % NUMBER)
-_CLASS_AP = re.compile(rb"class(?: AP )?(\d{1,9}): (%b)$" % NUMBER)
-_BENCHMARK = re.compile(
-    rb"(Average Forward pass|Average Backward pass|Average Forward-Backward|Total Time): (%b) ms\.$" % NUMBER
-)
 _BATCH = re.compile(rb"Batch (\d{1,18}), .* = %b$" % NUMBER)
 _WROTE = re.compile(rb"Wrote snapshot to:? (\S.*)$")
-_RECALIBRATED = re.compile(
+_PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
+
+# Rare messages: these patterns are compiled when one comes.
+_TEST_RESULT = rb"(.*) = (%b)(?: \(\* %b = (%b) loss\))?$" % (NUMBER, NUMBER, NUMBER)
+_SPEED = (
+    rb" *(Root |Overall multi-GPU |Overall )?(?:Solver )?performance(?: on device \d+)?: "
+    rb"(?:.* = )?(%b) img/sec(?: \([^()]*\))?$" % NUMBER
+)
+_DONE = rb"Optimization Done(?:\.| in(?: (\d{1,9})d)?(?: (\d{1,9})h)?(?: (\d{1,9})m)?(?: (\d{1,9})s)?)$"
+_PARAMETER = rb"(.+)_param_(\d{1,18})\((%b)\)$" % NUMBER
+_TOTAL = rb"Total Sparsity \(zero_weights/count\) = +\((%b)/(%b)\) (%b)$" % (NUMBER, NUMBER, NUMBER)
+_SCORE = rb"Test score #(\d{1,18}): (%b)$" % NUMBER
+_MEAN_AP = rb" {0,8}Test net output mAP #(\d{1,9}): (.{1,200}) = (%b)$" % NUMBER
+_CLASS_AP = rb"class(?: AP )?(\d{1,9}): (%b)$" % NUMBER
+_BENCHMARK = (
+    rb"(Average Forward pass|Average Backward pass|Average Forward-Backward|Total Time): (%b) ms\.$" % NUMBER
+)
+_RECALIBRATED = (
     rb"    Test statistics: recalibrated over (\d{1,18}) batches$"
     rb"|(?:Re-estimating|Recalibrating) the statistics of \d+ batch-norm layers over (\d{1,18}) batches$"
 )
-_QUANTIZING = re.compile(rb"Quantizing: (\w{1,20}), (\d{1,18}) of (\d{1,18}) images$")
-_FLOAT = re.compile(rb"Float network: (.*) = (%b)$" % NUMBER)
-_PROTO_LINE = re.compile(rb"\s*(?:\}|\w+ \{|\w+: \S.*)$")
+_QUANTIZING = rb"Quantizing: (\w{1,20}), (\d{1,18}) of (\d{1,18}) images$"
+_FLOAT = rb"Float network: (.*) = (%b)$" % NUMBER
+_STARTED = rb" started at .{1,99} (\d{4})$"
 
 _CLASS_OUTPUTS = 1_000_000
 """The average precision of class n is numbered from here on among a test's outputs."""
@@ -262,7 +260,7 @@ class MessageReader:
         match = _VERSION.match(message)
         if match is not None and b"caffe.cpp:" in line[:80]:
             self._process_mark(line, 0, thread)
-            started = _STARTED.search(message)
+            started = re.search(_STARTED, message)
             self.events.append(Version(_text(match.group(1)), int(started.group(1)) if started else None))
 
     def _devices(self, line: bytes, message: bytes, thread: int) -> None:
@@ -354,7 +352,7 @@ class MessageReader:
             self._mean_ap(line, message, thread)
 
     def _mean_ap(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _MEAN_AP.match(message)
+        match = re.match(_MEAN_AP, message)
         if match is not None:
             iteration, net = self._test
             number, name, value = match.groups()
@@ -362,7 +360,7 @@ class MessageReader:
             self.events.append(output)
 
     def _class_ap(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _CLASS_AP.match(message)
+        match = re.match(_CLASS_AP, message)
         if match is not None and b"solver.c" in line[:80]:
             iteration, net = self._test
             number = int(match.group(1))
@@ -370,7 +368,7 @@ class MessageReader:
             self.events.append(TestOutput(name, value, iteration, net, _CLASS_OUTPUTS + number, None))
 
     def _recalibrated(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _RECALIBRATED.match(message)
+        match = re.match(_RECALIBRATED, message)
         if match is not None:
             test, stage = match.groups()
             self.events.append(Recalibrated(int(test or stage), test is not None))
@@ -395,12 +393,12 @@ class MessageReader:
 
     def _listed(self, thread: int, message: bytes) -> bool:
         """Read a line of a thread that is listing sparsity; False if it is not part of the listing."""
-        match = _PARAMETER.match(message)
+        match = re.match(_PARAMETER, message)
         if match is not None:
             layer, number, fraction = match.groups()
             self._listings[thread][_text(layer), int(number)] = _value(fraction)
             return True
-        match = _TOTAL.match(message)
+        match = re.match(_TOTAL, message)
         if match is not None:
             zeros, count, total = (_value(group) for group in match.groups())
             blobs = self._listings.pop(thread)
@@ -412,13 +410,13 @@ class MessageReader:
         if message.startswith(b"Total Time: "):
             self._benchmark(line, message, thread)
             return
-        match = _TOTAL.match(message)
+        match = re.match(_TOTAL, message)
         if match is not None:
             zeros, count, total = (_value(group) for group in match.groups())
             self.events.append(Sparsity(total, zeros, count, {}))
 
     def _speed(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _SPEED.match(message)
+        match = re.match(_SPEED, message)
         if match is not None:
             whose = match.group(1) or b""
             # The lines of the further GPUs are indented; the root's, or a single GPU's, are not.
@@ -429,7 +427,7 @@ class MessageReader:
         if message.startswith(b"Optimization stopped early"):
             self.events.append(StoppedEarly())
             return
-        match = _DONE.match(message)
+        match = re.match(_DONE, message)
         if match is not None:
             days, hours, minutes, seconds = (int(group) if group else None for group in match.groups())
             parts = (days, hours, minutes, seconds)
@@ -440,7 +438,7 @@ class MessageReader:
     def _interrupted(self, line: bytes, message: bytes, thread: int) -> None:
         if message == b"Test interrupted.":
             self.events.append(StoppedEarly())
-        elif (score := _SCORE.match(message)) is not None:
+        elif (score := re.match(_SCORE, message)) is not None:
             number, value = score.groups()
             self.events.append(TestScore(int(number), _value(value), *self._test))
         elif message.startswith(b"Test net output"):
@@ -452,17 +450,17 @@ class MessageReader:
             self.events.append(Benchmarked("", 0.0))
         elif message == b"*** Benchmark ends ***":
             self.events.append(Finished(None))
-        elif (match := _BENCHMARK.match(message)) is not None:
+        elif (match := re.match(_BENCHMARK, message)) is not None:
             self.events.append(Benchmarked(_text(match.group(1)), _value(match.group(2))))
 
     def _quantizing(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _QUANTIZING.match(message)
+        match = re.match(_QUANTIZING, message)
         if match is not None:
             what, done, total = match.groups()
             self.events.append(Quantizing(_text(what), int(done), int(total)))
 
     def _float(self, line: bytes, message: bytes, thread: int) -> None:
-        match = _FLOAT.match(message)
+        match = re.match(_FLOAT, message)
         if match is not None:
             self.events.append(FloatOutput(_text(match.group(1)), _value(match.group(2))))
 
@@ -492,7 +490,7 @@ class MessageReader:
 
     def _result(self, thread: int, message: bytes) -> bool:
         """Read a line of a thread that prints the results of ``caffe test``; False after the last."""
-        match = _TEST_RESULT.match(message)
+        match = re.match(_TEST_RESULT, message)
         if match is None:
             del self.results[thread]
             return False

@@ -21,6 +21,7 @@ from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import page_content, tables
 from caffe_jacinto.logs.discover import Run
 from caffe_jacinto.logs.quantized import quantized_of
+from caffe_jacinto.logs.solver_settings import solver_settings
 
 if TYPE_CHECKING:
     import jinja2
@@ -89,7 +90,7 @@ def page_of(
             has_pruning=any(run["pruning"] for run in data["runs"]),
             costs=page_content.costs(runs),
             quantized=[one for found, _ in quantized for one in found],
-            settings=page_content.settings(runs),
+            settings=solver_settings(runs),
             percent=tables.percent,
             printable=printable,
             **_assets(),

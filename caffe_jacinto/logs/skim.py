@@ -8,19 +8,27 @@ from __future__ import annotations
 import re
 
 _NUMBER = rb"-?\d{1,20}(?:\.\d{0,20})?(?:e[-+]?\d{1,3})?"
-_HEADER = rb"I.{30,60}\] "
+_NOTICE = (
+    rb"(?:Data layer prefetch queue empty|Waiting for data|Restarting data prefetching from start\."
+    rb"|Starting prefetch of epoch \d{1,9})\n"
+)
+_HEADER = rb"I[^\]\n]{30,60}\] "
 _TRAINING = re.compile(
     rb"^(%(header)bIteration \d{1,18}, Testing net \(#0\)\n"
-    rb"(?:%(header)b    Test net output #\d{1,9}: .{1,200} = %(number)b"
-    rb"(?: \(\* %(number)b = %(number)b loss\))?\n)+)?"
-    rb"((?:%(header)b(?:Iteration .{0,200}\d|    Train.{0,300})\n){4,})"
-    % {b"header": _HEADER, b"number": _NUMBER},
+    rb"(?:%(header)b%(notice)b)*"
+    rb"(?:%(header)b    Test net output #\d{1,9}: [^\]\n]{1,200} = %(number)b"
+    rb"(?: \(\* %(number)b = %(number)b loss\))?\n)+"
+    rb"(?:%(header)b\[MultiGPU\] Tests completed in [\d.]{1,30}s\n)?)?"
+    rb"((?:I.{30,60}\] (?:Iteration .{0,200}\d|    Train.{0,300})\n){4,})"
+    % {b"header": _HEADER, b"number": _NUMBER, b"notice": _NOTICE},
     re.MULTILINE,
 )
 """A test of the first test network, if one comes before them (group 1), and lines of training (group 2).
 
 Of a bounded length: no line takes more time than others of its length.
 """
+_BETWEEN = re.compile(rb"(?:%b(?:Snapshotting .{1,300}\n|%b))+" % (_HEADER, _NOTICE))
+"""Lines that may come between such lines of training, and do not belong to another process."""
 _ITERATION = b"] Iteration "
 _LOSS = b"loss = "
 _RATE_FROM, _RATE_TO = 13, 52
@@ -30,32 +38,34 @@ _RATE_FROM, _RATE_TO = 13, 52
 def thinned(content: bytes) -> bytes:
     """Whole lines of a log, and perhaps the beginning of another, without most of what a summary leaves out.
 
-    Of the lines of training between two tests, the first and the last loss are kept; of tests with nothing but
-    training between them, the first and the last two. An empty line stands for the others.
+    Of the lines of training between two tests, the first and the last loss are kept; of the tests of a
+    process that goes on, the first and the last. An empty line stands for the others.
     """
     kept: list[bytes] = []
     end = 0
     tests: list[int] = []
-    """Where in ``kept`` tests are that have only lines of training, with a loss, between them and after."""
+    """Where in ``kept`` tests of the present process are. Each is followed by a loss, so it is complete."""
     for match in _TRAINING.finditer(content):
         begin = match.start()
         if begin > end:
-            kept.append(content[end:begin])
-            tests.clear()
+            between = content[end:begin]
+            kept.append(between)
+            if not _BETWEEN.fullmatch(between):
+                tests.clear()
+        elif tests:
+            kept[-1] = b""  # the last line before a test, which was kept for its stamp
         end = match.end()
-        parts = _parts(match)
-        if parts is None:
+        test, training = match.groups()
+        losses = _losses(training)
+        if losses is None:
             kept.append(content[begin:end])
             tests.clear()
             continue
-        test, *losses = parts
         if test:
-            if tests:
-                kept[-1] = b""  # the last line before the test, which was kept for its stamp
+            if len(tests) > 1:
+                kept[tests.pop()] = b"\n"  # which keeps the losses before and after it apart
             tests.append(len(kept))
             kept.append(test)
-            if len(tests) > 3:
-                kept[tests.pop(1)] = b"\n"  # which keeps the losses before and after it apart
         kept += losses
     if not kept:
         return content
@@ -63,22 +73,20 @@ def thinned(content: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _parts(match: re.Match[bytes]) -> tuple[bytes, bytes, bytes, bytes] | None:
-    """The test; the lines of training up to the first loss; the line of the last loss; the last line.
+def _losses(lines: bytes) -> tuple[bytes, bytes] | None:
+    """Of lines of training: those up to the first loss and the one of the last loss; and the last line.
 
     None if there are not two losses, or if some of the lines hold a second message.
     """
-    lines = match.group()
     # Two bytes are counted faster than one.
     if lines.count(b"] ") != lines.count(b"\nI") + 1:
         return None
-    training = match.start(2) - match.start()
-    first = lines.find(_ITERATION, training)
+    first = lines.find(_ITERATION)
     while first >= 0 and _is_rate(lines, first):
         first = lines.find(_ITERATION, first + 1)
-    last = lines.rfind(_ITERATION, training)
+    last = lines.rfind(_ITERATION)
     while last > first >= 0 and _is_rate(lines, last):
-        last = lines.rfind(_ITERATION, training, last)
+        last = lines.rfind(_ITERATION, 0, last)
     if not last > first >= 0:
         return None
     first_end, last_end = lines.find(b"\n", first) + 1, lines.find(b"\n", last) + 1
@@ -86,7 +94,7 @@ def _parts(match: re.Match[bytes]) -> tuple[bytes, bytes, bytes, bytes] | None:
         return None
     last_begin = lines.rfind(b"\n", 0, last) + 1
     last_line = max(lines.rfind(b"\n", 0, -1) + 1, last_end)
-    return lines[:training], lines[training:first_end], lines[last_begin:last_end], lines[last_line:]
+    return lines[:first_end] + lines[last_begin:last_end], lines[last_line:]
 
 
 def _is_rate(lines: bytes, at: int) -> bool:
