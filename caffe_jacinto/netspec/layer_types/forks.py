@@ -73,9 +73,16 @@ def _axpy(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     return [bottoms[1]]
 
 
+def gives_its_size(layer: Message) -> bool:
+    """Whether the settings of an Interp layer give its size: then a second bottom does not (DeepLab v2)."""
+    parameter = layer.message("interp_param")
+    factors = parameter.has("shrink_factor") or parameter.has("zoom_factor")
+    return factors or (parameter.has("height") and parameter.has("width"))
+
+
 def _interp(layer: Message, bottoms: Shapes, tops: int) -> Shapes:
     shape = image(bottoms)
-    if len(bottoms) == 2:
+    if len(bottoms) == 2 and not gives_its_size(layer):
         return [(*shape[:2], *image(bottoms[1:])[2:])]
     return [(*shape[:2], *(interpolated(layer, size, axis) for axis, size in enumerate(shape[2:])))]
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
 from caffe_jacinto.engines.pytorch.layers.convolution import convolution
-from caffe_jacinto.netspec.layer_types.forks import keeps_averages, permuted_axes, upsampling
+from caffe_jacinto.netspec.layer_types.forks import (
+    gives_its_size,
+    keeps_averages,
+    permuted_axes,
+    upsampling,
+)
 from caffe_jacinto.prototxt.forks import DEPTHWISE
 from caffe_jacinto.prototxt.solver import TEST
 
@@ -162,21 +167,17 @@ def axpy(layer: LayerSetup) -> Forward:
 def interp(layer: LayerSetup) -> Forward:
     """Bilinear, with the corners in place; padding below zero cuts the image first.
 
-    With a second bottom, to the height and width of that, whose values play no part.
+    With a second bottom, to the height and width of that, whose values play no part, unless the settings give
+    the size.
     """
     layer.takes(1, 2)
     fields = layer.parameters(
         "interp_param", "height", "width", "zoom_factor", "shrink_factor", "pad_beg", "pad_end"
     )
     shape = layer.bottoms[0]
-    if len(layer.bottoms) == 2:
-        sized = [
-            name for name in ("height", "width", "zoom_factor", "shrink_factor") if fields.HasField(name)
-        ]
-        if sized:
-            layer.refuse(f"interp_param.{sized[0]}: its second bottom says the size; remove one of them")
-        if len(layer.bottoms[1]) != 4:
-            layer.refuse(f"its second bottom {layer.bottoms[1]} has no height and width")
+    from_second = len(layer.bottoms) == 2 and not gives_its_size(layer.tree)
+    if from_second and len(layer.bottoms[1]) != 4:
+        layer.refuse(f"its second bottom {layer.bottoms[1]} has no height and width")
     before, behind = fields.pad_beg, fields.pad_end
     if len(shape) != 4 or max(before, behind) > 0 or min(shape[2:]) + before + behind < 1:
         layer.refuse("takes images of four axes, and padding that is 0 or cuts off a part of them")
