@@ -84,7 +84,7 @@ def _read_arguments(argv: Sequence[str]) -> Namespace:
         if not options.rest:
             raise UserError(f"{options.network}: not the folder of a run; {wanted}")
         options.weights, *rest = rest
-    elif options.rest and options.rest[0].suffix == ".caffemodel":
+    elif options.rest and options.rest[0].name.endswith((".caffemodel", ".caffemodel.h5")):
         raise UserError(
             f"{options.network} is a folder, whose weights are found automatically; leave {rest[0]} out, "
             "or give a deploy.prototxt with it"

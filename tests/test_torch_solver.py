@@ -404,7 +404,8 @@ def test_a_closure_computes_the_gradients() -> None:
 def test_a_step_for_a_graph_never_waits_for_the_device(kind: str) -> None:
     """PyTorch's own stand-in for a GPU computes no values: whoever asks for one fails."""
     with FakeTensorMode():
-        made = optimizer(kind, "clip_gradients: 1 iter_size: 2", capturable=True, device="cuda")
+        fields = "clip_gradients: 1 iter_size: 2 snapshot_diff: true"
+        made = optimizer(kind, fields, capturable=True, device="cuda")
         rate = made.param_groups[1]["lr"]
         for iteration in range(2):
             for blob in blobs_of(made):

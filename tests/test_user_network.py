@@ -16,6 +16,8 @@ from digits_run import Trainer, write_lmdbs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caffe_jacinto.caffemodel.fit import weights_for
+from caffe_jacinto.classify import main as classify
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
@@ -580,3 +582,77 @@ def test_a_run_trains_the_users_network_and_resumes_without_its_file(
     assert (tmp_path / "run/network.prototxt").read_text() == CROPPED
     assert (tmp_path / "run/initial/digits_Small_iter_4.caffemodel").is_file()
     assert trainer.states("run") == {"initial": "finished", "test": "finished"}
+
+
+SHARING = (
+    CROPPED.replace('bottom: "data"\n  top: "conv"', 'bottom: "data"\n  top: "first"')
+    .replace("num_output: 4 ", "num_output: 32 ")
+    .replace(
+        'layer { name: "bn"',
+        """layer { name: "twice" type: "Convolution" bottom: "first" top: "twice" param { name: "w" }
+  convolution_param { num_output: 32 kernel_size: 3 bias_term: false weight_filler { type: "xavier" } } }
+layer { name: "again" type: "Convolution" bottom: "twice" top: "conv" param { name: "w" }
+  convolution_param { num_output: 32 kernel_size: 3 bias_term: false weight_filler { type: "xavier" } } }
+layer { name: "bn\"""",
+    )
+)
+
+IN_HDF5 = """
+[stages.sparse]
+start = "initial"
+[stages.sparse.solver]
+max_iter = 4
+base_lr = 1e-4
+weight_decay = 0
+snapshot = 2
+snapshot_format = "HDF5"
+[stages.sparse.sparse]
+start_iter = 1
+step_iter = 1
+step_factor = 0.3
+target = 0.5
+threshold_maxratio = 10.0
+threshold_value_max = 10.0
+"""
+
+
+@pytest.mark.caffe
+@pytest.mark.parametrize("engine", ["bvlc", "torch"])
+def test_snapshots_in_hdf5_are_resumed_pruned_tested_and_classified(
+    caffe_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Stock Caffe takes an HDF5 file for an empty one: it gets copies in binary form. Layers share a blob."""
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    Path("net.prototxt").write_text(SHARING)
+    recipe = recipe_file(tmp_path, "net.prototxt")
+    slow = recipe.read_text().replace("base_lr = 0.01", 'base_lr = 1e-4\nsnapshot_format = "HDF5"')
+    recipe.write_text(slow + IN_HDF5)
+    trainer = Trainer(None if engine == "torch" else caffe_engine.info.executable, tmp_path)
+    code, said = trainer.run("recipe.toml", "--output", "run", "--dry-run")
+    assert code == 0, said
+    prefix = "run/initial/digits_Small"
+    Path("short.prototxt").write_text(
+        Path("run/initial/solver.prototxt").read_text().replace("random_seed: ", "random_seed: 7")
+    )
+    assert caffe_torch(["train", "-solver", "short.prototxt"]) == 0
+    for name in ("caffemodel", "solverstate"):
+        Path(f"{prefix}_iter_4.{name}.h5").unlink()
+    net = parse_net(SHARING, Dialect.BVLC, "net")
+    before = weights_for(Path(f"{prefix}_iter_2.caffemodel.h5"), net)
+    code, said = trainer.run("--resume", "run")
+    assert code == 0, said
+    assert "resumes at iteration 2" in said
+    found = [
+        weights_for(Path(f"run/{stage}/digits_Small_iter_4.caffemodel.h5"), net)
+        for stage in ("initial", "sparse")
+    ]
+    # At so low a rate the weights stay near those of the snapshot: not those that another seed draws.
+    for weights, share in zip(found, (0.05, 1), strict=True):
+        far = np.linalg.norm(weights["twice"][0] - before["twice"][0]) / np.linalg.norm(before["twice"][0])
+        assert far < share
+    assert (found[1]["twice"][0] == 0).mean() > 0.5
+    assert not list(Path("run").glob("*/digits_*.caffemodel"))
+    losses = re.findall(r"loss = (\S+) \(\*", trainer.log("run", "sparse"))
+    assert f"loss = {losses[-1]} (*" in trainer.log("run", "test")
+    assert classify(["run", "--", "digits/val"]) == 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_origin
 
+from caffe_jacinto.caffemodel.hdf5 import unwritable_layer
 from caffe_jacinto.common.arguments import fraction, whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.gpus import Maker
@@ -250,6 +251,24 @@ def stage_solver(files: StageFiles, dialect: Dialect) -> SolverFile:
     folder = Path(fields.train_net or fields.net).parent
     texts = {str(folder / name): text for name, text in files.items()}
     return read_solver(folder / "solver.prototxt", dialect, texts)
+
+
+def unwritable(solver: SolverFile, *, splits: bool = True) -> list[str]:
+    """What keeps Caffe from writing and reading the snapshots of ``solver`` in HDF5, if these are asked for.
+
+    One line, or none. Caffe makes a group of the name of each layer; with ``splits``, of those of the Split
+    layers that it inserts, too, which are named after a blob.
+    """
+    if not solver.in_hdf5:
+        return []
+    layers = messages_in(solver.train_net)
+    why = unwritable_layer([layer.name for layer in layers])
+    if why is None and splits:
+        blob = next((name for layer in layers for name in layer.top if "/" in name), None)
+        why = blob and f"what Caffe makes of the blob {blob!r}; rename it"
+    return (
+        [f"{solver.path}: snapshot_format: HDF5 cannot hold {why}, or remove snapshot_format"] if why else []
+    )
 
 
 def not_of_this_caffe(solver: SolverFile) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,8 +26,9 @@ from caffe_jacinto.caffemodel.storage import (
 )
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import parse_json, read_text, sha256_of, write_whole
+from caffe_jacinto.netspec.graph import shared_blobs
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.schema import parse_any_net, parse_net
 from caffe_jacinto.pruning.pruner import MASKS_SUFFIX, load_masks
 
 if TYPE_CHECKING:
@@ -150,15 +151,17 @@ def survey(prefix: Path, dialect: Dialect, *, masks: bool = False) -> Survey:
     ``masks``: the stage holds zeros, and a snapshot is usable only with its pruning masks. If any of the
     snapshots has masks, all need theirs.
     """
-    name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)")
+    name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?")
     folder = prefix.parent
     found = [name.fullmatch(file.name) for file in folder.iterdir()] if folder.is_dir() else []
     # A stage that holds zeros writes the masks of each snapshot before its other files.
     masks = masks or any(folder.glob(f"{_glob_literal(prefix.name)}_iter_*{MASKS_SUFFIX}"))
     complete, skipped = [], []
     for iteration in sorted({int(match[1]) for match in found if match}, reverse=True):
-        caffemodel = folder / f"{prefix.name}_iter_{iteration}.caffemodel"
+        binary = folder / f"{prefix.name}_iter_{iteration}.caffemodel"
+        in_hdf5 = binary.with_name(f"{binary.name}{SUFFIX}")
         try:
+            caffemodel = binary if binary.is_file() or not in_hdf5.is_file() else in_hdf5
             snapshot = _checked(iteration, caffemodel, dialect)
             if masks:
                 _check_masks(caffemodel)
@@ -204,7 +207,8 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
     with mapped(caffemodel) as view:
         layers = stored_layers(view, caffemodel)
     if dialect is Dialect.BVLC:
-        if not _same_shapes(layers, state):
+        weights = [blob.shape for layer in layers for blob in layer.blobs]
+        if not _same_shapes(weights, state) and not _same_shapes(own_shapes(caffemodel, layers), state):
             raise UserError(f"{solverstate} belongs to a different network than {caffemodel}")
     else:
         _check_against_network(caffemodel, dialect)
@@ -233,9 +237,23 @@ def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:
             raise UserError(f"{caffemodel} does not fill {net}: {mismatches[0]}")
 
 
-def _same_shapes(layers: list[StoredLayer], state: StoredState) -> bool:
-    """Whether the history has the shapes of the weights, once (SGD) or several times (Adam: two moments)."""
-    weights = [blob.shape for layer in layers for blob in layer.blobs]
+def own_shapes(caffemodel: Path, layers: Sequence[StoredLayer]) -> list[tuple[int, ...]]:
+    """The shapes of a snapshot's blobs, in order, each one that layers share (``param.name``) once.
+
+    The solver keeps one history of it. Which ones are shared is in the train.prototxt beside the snapshot.
+    """
+    path = caffemodel.parent / "train.prototxt"
+    shared = shared_blobs(parse_any_net(read_text(path), str(path))) if path.is_file() else {}
+    return [
+        blob.shape
+        for layer in layers
+        for index, blob in enumerate(layer.blobs)
+        if index not in shared.get(layer.name, {})
+    ]
+
+
+def _same_shapes(weights: list[tuple[int, ...]], state: StoredState) -> bool:
+    """Whether the history has these shapes once (SGD) or several times (Adam: two moments)."""
     history = [blob.shape for blob in state.history]
     times, rest = divmod(len(history), len(weights))
     return rest == 0 and history == weights * times

@@ -162,11 +162,12 @@ def _read_run(path: Path) -> _Run:
 
 def _newest_weights(stage: Path, prefix: str) -> Path | None:
     """The complete weight file of the highest iteration."""
+    from caffe_jacinto.caffemodel.hdf5 import SUFFIX, without_suffix
     from caffe_jacinto.caffemodel.storage import mapped, stored_layers
 
     found = []
-    for path in stage.glob("*.caffemodel"):
-        iteration = path.stem.removeprefix(f"{prefix}_iter_")
+    for path in (*stage.glob("*.caffemodel"), *stage.glob(f"*.caffemodel{SUFFIX}")):
+        iteration = without_suffix(path).stem.removeprefix(f"{prefix}_iter_")
         if iteration.isdecimal():
             found.append((int(iteration), path))
     for _, path in sorted(found, reverse=True):

@@ -39,8 +39,8 @@ def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, st
     if teacher.stage is None:
         own = Path(folder, "deploy.prototxt")
         return str(teacher.prototxt or own), str(Path(str(teacher.weights)).expanduser())
-    place, last = Path(folder).parent / teacher.stage, recipe.stages[teacher.stage].max_iter
-    name = f"{recipe.data.dataset}_{recipe.network.name}_iter_{last}.caffemodel"
+    place = Path(folder).parent / teacher.stage
+    name = recipe.stages[teacher.stage].weights_name(f"{recipe.data.dataset}_{recipe.network.name}")
     return str(place / "deploy.prototxt"), str(place / name)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from caffe_jacinto import __version__
+from caffe_jacinto.caffemodel.hdf5 import without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import parse_json, sha256_of, write_whole
 from caffe_jacinto.quantization.grids import Grid, is_range
@@ -190,7 +191,7 @@ class TrainedRanges:
 
 def ranges_file(weights: Path) -> Path:
     """The file beside a ``.caffemodel``."""
-    return weights.with_suffix(RANGES_SUFFIX)
+    return without_suffix(weights).with_suffix(RANGES_SUFFIX)
 
 
 def _by(way: tuple[RangeMethod, float | None]) -> str:

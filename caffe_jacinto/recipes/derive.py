@@ -76,7 +76,10 @@ def derived_stages(
             **regularization,
         }
         settings |= _intervals(theirs, iterations)
-        kept = ("type", "momentum", "momentum2", "rms_decay", "delta", "clip_gradients", "average_loss")
+        kept = (
+            *("type", "momentum", "momentum2", "rms_decay", "delta", "clip_gradients", "average_loss"),
+            "snapshot_format",
+        )
         settings |= {key: theirs[key] for key in kept if key in theirs}
         return {"name": name, "about": about, "table": {}, "solver": settings, "sparse": {}}
 

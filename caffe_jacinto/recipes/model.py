@@ -259,6 +259,9 @@ class SolverSettings(_Settings):
     snapshot: IntWithDefault = Field(default_factory=_snapshot_at_a_test)
     """A snapshot belongs to the test of its iteration, so by default there is a test for each."""
 
+    snapshot_format: Literal["BINARYPROTO", "HDF5"] = "BINARYPROTO"
+    """HDF5: snapshots are `.caffemodel.h5` and `.solverstate.h5`."""
+
     display: PositiveInt = 100
     type: Literal["SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta", "Adam"] = "SGD"
     ema_decay: Annotated[PositiveFraction | None, Optional] = None
@@ -271,6 +274,11 @@ class SolverSettings(_Settings):
     clip_gradients: OptionalFloat = None
     average_loss: PositiveInt = 1
     """The displayed loss is the mean of so many iterations."""
+
+    def weights_name(self, prefix: str, iteration: int) -> str:
+        """The name of the weight file of a snapshot."""
+        form = ".h5" if self.snapshot_format == "HDF5" else ""
+        return f"{prefix}_iter_{iteration}.caffemodel{form}"
 
 
 @dataclass(frozen=True)
@@ -573,6 +581,11 @@ class Stage(_Settings):
     def max_iter(self) -> int:
         """Updates of the weights; 0 without a solver."""
         return self.solver.max_iter if self.solver is not None else 0
+
+    def weights_name(self, prefix: str) -> str:
+        """The name of the file of its final weights; it has a solver."""
+        assert self.solver is not None
+        return self.solver.weights_name(prefix, self.solver.max_iter)
 
 
 class Teacher(NamedTuple):

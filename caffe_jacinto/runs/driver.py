@@ -35,10 +35,12 @@ from caffe_jacinto.runs.plan import (
     quantize_job,
     test_job,
     train_job,
+    write_binary_snapshot,
     write_quantize,
     write_stage,
     write_start_weights,
     write_test,
+    write_tested_weights,
 )
 from caffe_jacinto.runs.process import Child, StopSignals
 from caffe_jacinto.runs.progress import (
@@ -187,7 +189,8 @@ class Driver:
         dialect = self.run.engine.info.dialect
         self._remove_spoiled(plan)
         point = self.run.start_point(plan)
-        job = train_job(self.run, plan, point.snapshot.solverstate if point.snapshot else None)
+        resumed = write_binary_snapshot(self.run, plan, point.snapshot) if point.snapshot else None
+        job = train_job(self.run, plan, resumed)
         commands = self.run.engine.train_commands(job)
         factor = self._start_factor(plan, point)
         texts = self.run.files(plan, start_factor=factor)
@@ -287,6 +290,7 @@ class Driver:
             return state.state == "finished"
         command = self.run.engine.test_command(test_job(self.run))
         write_test(self.run, self.run.files(self.run.stages[-1]), command)
+        write_tested_weights(self.run, self.run.stages[-1], folder)
         self.screen.say(f"test: {self.run.final_weights}; log: {folder / STAGE_LOG}", style="bold")
         return self._evaluate(TEST, TEST, folder, state, command)
 
@@ -297,6 +301,7 @@ class Driver:
             return state.state == "finished"
         command = self.run.engine.quantize_command(quantize_job(self.run, plan))
         write_quantize(self.run, plan, command)
+        write_tested_weights(self.run, plan.source, plan.source.folder)
         scheme, weights = self.run.engine.quantization(plan.settings).name, plan.source.final_weights
         self.screen.say(f"{title}: {weights} by {scheme}; log: {plan.folder / STAGE_LOG}", style="bold")
         if not self._evaluate(plan.name, title, plan.folder, state, command):

@@ -40,8 +40,9 @@ _OF_OTHER_PARTS = (
     *("net", "train_net", "test_net", "net_param", "train_net_param", "test_net_param", "train_state"),
     *("test_state", "test_iter", "iter_size", "random_seed", "stepvalue", "regularization_type"),
     "image_size",
+    "snapshot_format",
 )
-_OF_THE_RUN = ("solver_mode", "device_id", "snapshot_prefix", "snapshot_after_train", "snapshot_format")
+_OF_THE_RUN = ("solver_mode", "device_id", "snapshot_prefix", "snapshot_after_train")
 """What a run decides itself: its devices, and its snapshots and their names."""
 
 
@@ -253,6 +254,8 @@ def _their_solver(solver: Any, where: str) -> TheirSolver:
     if solver.image_size:
         settings["image_sizes"] = [[step.from_iter, step.size] for step in solver.image_size]
     settings["regularization"] = str(solver.regularization_type)
+    if solver.snapshot_format == solver.HDF5:
+        settings["snapshot_format"] = "HDF5"
     if solver.lr_policy in ("poly", "inv"):
         settings.setdefault("power", 0.0)
     for name in _UNSET_BY_ZERO:
@@ -282,7 +285,4 @@ def _not_taken(solver: Any) -> Sequence[str]:
     """Lines on the fields that a run does otherwise."""
     known = {*_TAKEN, *_OF_OTHER_PARTS, *_OF_THE_RUN}
     left = [descriptor.name for descriptor, _ in solver.ListFields() if descriptor.name not in known]
-    notes = [f"  note: of the solver, {', '.join(left)} is not taken over"] if left else []
-    if solver.snapshot_format == solver.HDF5:
-        notes.append("  note: snapshots of the run are in Caffe's binary form, not HDF5 (snapshot_format)")
-    return notes
+    return [f"  note: of the solver, {', '.join(left)} is not taken over"] if left else []

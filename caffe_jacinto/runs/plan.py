@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from caffe_jacinto.caffemodel.hdf5 import is_hdf5
+from caffe_jacinto.caffemodel.hdf5 import SUFFIX, binary_form, is_hdf5, without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
-from caffe_jacinto.engines.snapshots import StartPoint, start_point
+from caffe_jacinto.engines.snapshots import Snapshot, StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
 from caffe_jacinto.netspec.data_fit import DataSize
 from caffe_jacinto.networks.stage_files import (
@@ -20,11 +20,14 @@ from caffe_jacinto.networks.stage_files import (
     stage_files,
     write_stage_files,
 )
-from caffe_jacinto.prototxt.schema import parse_net, parse_solver
+from caffe_jacinto.prototxt.schema import messages, parse_net, parse_solver
 from caffe_jacinto.recipes.model import QuantizeSettings, Recipe, SolverSettings, Stage
 from caffe_jacinto.runs.folder import TEST
 from caffe_jacinto.runs.lock import LOCK_NAME
 from caffe_jacinto.runs.process import ENVIRONMENT
+
+BINARY_WEIGHTS = "binary.caffemodel"
+"""Beside a test: its weights, where the stage's own are in HDF5 and a ``caffe`` shall read them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class StagePlan:
     stage: Stage
     folder: Path
     prefix: Path
-    """Its snapshots are ``<prefix>_iter_N.caffemodel``."""
+    """Its snapshots are ``<prefix>_iter_N.caffemodel``, in HDF5 with ``.h5`` behind it."""
 
     start_weights: Path | None
     devices: DevicePlan
@@ -50,7 +53,13 @@ class StagePlan:
     @property
     def copies_weights(self) -> bool:
         """Whether the start weights are not loaded as they are: they are HDF5, or have layers of `reinit`."""
-        return bool(self.stage.reinit) or (self.start_weights is not None and is_hdf5(self.start_weights))
+        start = self.start_weights
+        in_hdf5 = start is not None and (start.suffix == SUFFIX or is_hdf5(start))
+        return bool(self.stage.reinit) or in_hdf5
+
+    @property
+    def start_weights_exist(self) -> bool:
+        return self.start_weights is not None and self.start_weights.is_file()
 
     @property
     def solver(self) -> SolverSettings:
@@ -63,7 +72,16 @@ class StagePlan:
 
     @property
     def final_weights(self) -> Path:
-        return self.prefix.with_name(f"{self.prefix.name}_iter_{self.max_iter}.caffemodel")
+        return self.weights(self.max_iter)
+
+    def weights(self, iteration: int) -> Path:
+        """The weight file of a snapshot."""
+        return self.prefix.with_name(self.solver.weights_name(self.prefix.name, iteration))
+
+    @property
+    def in_hdf5(self) -> bool:
+        """Whether its snapshots are HDF5 files."""
+        return self.solver.snapshot_format == "HDF5"
 
     @property
     def log(self) -> Path:
@@ -223,7 +241,7 @@ def _test_of(run: RunPlan, plan: StagePlan, folder: Path) -> TestJob:
     state = solver.test_state[0] if solver.test_state else None
     return TestJob(
         model=folder / "val.prototxt",
-        weights=plan.final_weights,
+        weights=folder / BINARY_WEIGHTS if _needs_binary(run, plan) else plan.final_weights,
         iterations=solver.test_iter[0],
         gpus=run.gpus[:1],
         level=state.level if state else 0,
@@ -237,29 +255,78 @@ def write_stage(run: RunPlan, plan: StagePlan, texts: dict[str, str], commands: 
     write_script(run, plan.folder, commands)
 
 
+def _needs_binary(run: RunPlan, plan: StagePlan) -> bool:
+    """Whether the stage's snapshots have to be copied for a ``caffe`` that shall read them.
+
+    The one that install_caffe.sh builds takes an HDF5 file for an empty one, and says nothing.
+    """
+    return plan.in_hdf5 and run.engine.info.kind != "torch"
+
+
+def write_binary_snapshot(run: RunPlan, plan: StagePlan, snapshot: Snapshot) -> Path:
+    """The solver state that the stage resumes from: a copy in binary form for a ``caffe`` that shall read it.
+
+    Raises:
+        UserError: the snapshot is damaged, or the copy cannot be written.
+    """
+    # The stepper reads HDF5 itself, and after the last iteration no Caffe is started.
+    if not _needs_binary(run, plan) or plan.needs_masks or snapshot.iteration >= plan.max_iter:
+        return snapshot.solverstate
+    folder = plan.folder / "binary"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.caffemodel"), *folder.glob("*.solverstate")):
+        old.unlink()
+    weights, copy = (
+        folder / without_suffix(file).name for file in (snapshot.caffemodel, snapshot.solverstate)
+    )
+    state = messages(run.engine.info.dialect).SolverState.FromString(binary_form(snapshot.solverstate))
+    state.learned_net = str(weights)
+    _write(weights, _binary(run, plan, snapshot.caffemodel))
+    _write(copy, state.SerializeToString())
+    return copy
+
+
+def write_tested_weights(run: RunPlan, plan: StagePlan, folder: Path) -> None:
+    """Write the copy of the stage's final weights that a test in ``folder`` needs."""
+    if _needs_binary(run, plan):
+        _write(folder / BINARY_WEIGHTS, _binary(run, plan, plan.final_weights))
+
+
+def _binary(run: RunPlan, plan: StagePlan, weights: Path, left_out: Collection[str] = ()) -> bytes:
+    """The HDF5 file ``weights``, of the stage's network, in binary form, without the layers ``left_out``."""
+    from caffe_jacinto.caffemodel.fit import in_binary_form
+
+    net = parse_net(run.files(plan)["train.prototxt"], run.engine.info.dialect, "train.prototxt")
+    return in_binary_form(weights, net, left_out)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
     """Write the copy of the start weights that the stage needs: binary, without the layers of `reinit`.
 
     Raises:
         UserError: the start weights are missing or broken, or the file cannot be written.
     """
-    if not plan.copies_weights:
-        return
-    from caffe_jacinto.caffemodel.fit import in_binary_form
+    if not plan.copies_weights or (plan.stage.start and not plan.start_weights_exist):
+        return  # those of a stage that a dry run does not train
     from caffe_jacinto.caffemodel.net_file import without_layers
 
     assert plan.start_weights is not None
     assert plan.loaded_weights is not None
     left_out = run.left_out(plan)
-    if is_hdf5(plan.start_weights):
-        net = parse_net(run.files(plan)["train.prototxt"], run.engine.info.dialect, "train.prototxt")
-        content = in_binary_form(plan.start_weights, net, left_out)
-    else:
-        content = without_layers(plan.start_weights, left_out)
-    try:
-        write_whole(plan.loaded_weights, content)
-    except OSError as error:
-        raise UserError(f"{plan.loaded_weights}: cannot be written: {error.strerror}") from None
+    in_hdf5 = is_hdf5(plan.start_weights)
+    content = (
+        _binary(run, plan, plan.start_weights, left_out)
+        if in_hdf5
+        else without_layers(plan.start_weights, left_out)
+    )
+    _write(plan.loaded_weights, content)
 
 
 def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:

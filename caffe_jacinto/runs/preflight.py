@@ -17,6 +17,7 @@ from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import ImageShape, data_shapes, stage_solver
 from caffe_jacinto.engines.discovery import check_gpus
+from caffe_jacinto.engines.snapshots import own_shapes
 from caffe_jacinto.logs.discover import RUN_RECORD
 from caffe_jacinto.netspec.data_fit import LISTED, READ, DataSize, image_shapes, settings_of, source_of
 from caffe_jacinto.netspec.graph import TEST, TRAIN, messages_in
@@ -152,7 +153,7 @@ def _check_solver_type(run: RunPlan, plan: StagePlan) -> None:
     if run.engine.info.dialect is not Dialect.BVLC:
         return  # the layout of the fork's history is not known
     with mapped(snapshot.caffemodel) as view:
-        blobs = sum(len(layer.blobs) for layer in stored_layers(view, snapshot.caffemodel))
+        blobs = len(own_shapes(snapshot.caffemodel, stored_layers(view, snapshot.caffemodel)))
     kept = len(stored_state(snapshot.solverstate).history) // blobs
     if kept != histories(now):
         raise UserError(

@@ -81,7 +81,7 @@ def _progress(folder: Path) -> set[str]:
     """What is done of the run: its snapshots, and the stages that have finished."""
     stages = run_folder.load(folder).stages
     done = {name for name, state in stages.items() if state.state == "finished"}
-    return done | {str(file) for name in stages for file in (folder / name).glob("*.solverstate")}
+    return done | {str(file) for name in stages for file in (folder / name).glob("*.solverstate*")}
 
 
 def _losses(folder: Path) -> int:

@@ -60,7 +60,7 @@ def full_disk(
 def bytes_needed(run: RunPlan, stages: Sequence[StagePlan], keep: int) -> int:
     """What the snapshots of ``stages`` will take beside what is there already, at most."""
     snapshots = sum(_snapshots_at_once(plan, keep) * _snapshot_bytes(run, plan) for plan in stages)
-    starts = sum(BYTES_PER_WEIGHT * _weight_count(run, plan) for plan in stages if plan.stage.reinit)
+    starts = sum(BYTES_PER_WEIGHT * _weight_count(run, plan) for plan in stages if plan.copies_weights)
     return max(int((snapshots + starts) * MARGIN) - sum(_bytes_there(plan.prefix) for plan in stages), 0)
 
 

@@ -207,7 +207,7 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
     prefix = f"{recipe.data.dataset}_{recipe.network.name}"
 
     def trained(stage: str) -> str:
-        return str(dense / stage / f"{prefix}_iter_{before[stage].max_iter}.caffemodel")
+        return str(dense / stage / before[stage].weights_name(prefix))
 
     content = recipe.model_dump(mode="json")
     stages: dict[str, Any] = {}

@@ -116,7 +116,7 @@ def _wrote_a_part(run: RunPlan, plan: StagePlan, log: StageLog) -> bool:
     """Whether Caffe gave up in the middle of a snapshot's file, where it does not say what was wrong."""
     if "SerializeToOstream" not in (log.fatal or "") or not log.snapshots:
         return False
-    weights = plan.prefix.with_name(f"{plan.prefix.name}_iter_{max(log.snapshots)}.caffemodel")
+    weights = plan.weights(max(log.snapshots))
     return weights.is_file() and not final_is_complete(weights, run.engine.info.dialect)
 
 

@@ -22,6 +22,7 @@ from caffe_jacinto.engines.contract import (
     caffe_train,
     not_of_this_caffe,
     stage_solver,
+    unwritable,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
 from caffe_jacinto.pruning.schedule import is_step, next_factor
@@ -57,7 +58,8 @@ class CaffeJacintoEngine:
             except UserError as error:
                 problems.append(str(error))
                 continue
-            problems += [line for line in not_of_this_caffe(solver) if line not in problems]
+            found = [*unwritable(solver), *not_of_this_caffe(solver)]
+            problems += [line for line in found if line not in problems]
         return problems
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
@@ -106,7 +108,7 @@ def fork_start_factor(sparse: SparseSettings, iteration: int, log: str) -> float
         r"^sparsity_start_factor: (?P<start>\S+)"
         r"|\] Initializing solver from (?P<fresh>parameters)"
         r"|\] Finding and applying sparsity: (?P<applied>\S+)"
-        rf"|\] Snapshotting to binary proto file .*_iter_(?P<snapshot>{iteration})\.caffemodel",
+        rf"|\] Snapshotting to (?:binary proto|HDF5) file .*_iter_(?P<snapshot>{iteration})\.caffemodel",
         re.MULTILINE,
     )
     for found in event.finditer(log):

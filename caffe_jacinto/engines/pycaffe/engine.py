@@ -32,6 +32,7 @@ from caffe_jacinto.engines.contract import (
     quantize_arguments,
     recalibration_arguments,
     stage_solver,
+    unwritable,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete, is_marked_complete
 from caffe_jacinto.prototxt.solver import SolverFile
@@ -73,7 +74,7 @@ class BvlcEngine:
                 except UserError as error:
                     problems[str(error)] = None
                     continue
-                unknown = not_of_this_caffe(solver)
+                unknown = [*unwritable(solver), *not_of_this_caffe(solver)]
                 problems.update(dict.fromkeys(unknown))
                 if unknown:
                     continue

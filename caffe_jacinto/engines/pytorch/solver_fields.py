@@ -5,10 +5,9 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from caffe_jacinto.caffemodel.hdf5 import unwritable_layer
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.engines.contract import unwritable
 from caffe_jacinto.engines.pytorch.solvers import solver_class
-from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.solver import LR_POLICIES, SolverFile
 from caffe_jacinto.recipes.model import sparse_fields
@@ -78,10 +77,8 @@ def check_solver(solver: SolverFile) -> None:
     steps = [(step.from_iter, step.size) for step in fields.image_size]
     for what in image_size_mistakes(steps, fields.max_iter):
         raise UserError(f"{where}: image_size: {what}")
-    if solver.in_hdf5:
-        why = unwritable_layer([layer.name for layer in messages_in(solver.train_net)])
-        if why is not None:
-            raise UserError(f"{where}: snapshot_format: HDF5 cannot hold {why}, or remove snapshot_format")
+    for why in unwritable(solver, splits=False):
+        raise UserError(why)
     solver.pruning()
 
 
