@@ -312,6 +312,52 @@ def test_what_is_trained_is_what_quantize_tests(
     assert float(training(given).loss.detach()) == pytest.approx(float(loss), rel=1e-6)
 
 
+def test_a_teacher_in_float32_teaches_what_is_rounded(
+    digits: Path,
+    start: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loss is that of the rounded scores and the teacher's, whose images are not; resumed to the bit."""
+    stages = [Stage(tmp_path / name, digits).prepared(display=1) for name in ("whole", "resumed")]
+    (tmp_path / "deploy.prototxt").write_text(deploy_of(stages[0]))
+    loss = (
+        'layer { name: "distillation" type: "DistillationLoss" bottom: "fc" bottom: "data"\n'
+        '  top: "distillation" distillation_param { temperature: 2 net: "../deploy.prototxt"\n'
+        f'  weights: "{start}" }} }}\n'
+    )
+    for stage in stages:
+        train = stage.folder / "train.prototxt"
+        train.write_text(train.read_text() + loss)
+    whole, resumed = stages
+    log = whole.train(capfd, monkeypatch, "-weights", str(start))
+    assert log.count(": distillation = ") == ITERATIONS
+    for name in (".caffemodel", ".solverstate"):
+        (resumed.folder / f"small_iter_8{name}").write_bytes(
+            (whole.folder / f"small_iter_8{name}").read_bytes()
+        )
+    resumed.train(capfd, monkeypatch, "-snapshot", "small_iter_8.solverstate")
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+
+    monkeypatch.chdir(whole.folder)
+    net, given = train_net(whole), batch_of(digits)
+    load_weights(net, start)
+    training = training_of(net, SCHEMES["processor"].with_bits(3))
+    training.calibrate(given)
+    training.choose()
+    training.begin(0)
+    found = float(training(given).outputs["distillation"].detach())
+    exact, rounded_scores = (
+        training.predicted(given, *training.prepared(net, frozen=True, exact=exact))["fc"].detach()
+        for exact in (True, False)
+    )
+    wanted, learnt = (torch.log_softmax(scores / 2, 1) for scores in (exact, rounded_scores))
+    divergence = float((wanted.exp() * (wanted - learnt)).sum(1).mean())
+    assert divergence > 1e-3
+    assert found == pytest.approx(4 * divergence, rel=1e-4)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_in_16_bits_gradients_and_statistics_are_those_of_float32(
     frozen: bool, digits: Path, start: Path, tmp_path: Path

@@ -40,7 +40,7 @@ from caffe_jacinto.quantization.network import (
 from caffe_jacinto.quantization.schemes import Scheme
 from caffe_jacinto.quantization.settling import SettlingRanges
 from caffe_jacinto.quantization.trained_part import check_tested, trained_part
-from caffe_jacinto.quantization.units import WEIGHTED, Unit
+from caffe_jacinto.quantization.units import INPUT, WEIGHTED, Unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +95,10 @@ class QuantizedTraining(nn.Module):
         whole.layer.extend(layer.message for layer in merged.layers)
         built = Net(whole, TEST, Dialect.BVLC, where=net.where, seed=0, device=net.device, fused=False)
         self._passes = QuantizedNet(built, self.network)
+        computed = {unit.blob for unit in self.network.units if unit.type != INPUT}
+        self._unchanged = {unit.blob for unit in self.network.units} - computed
+        """The inputs that no layer writes over."""
+
         self.ranges = SettlingRanges(self.network, net.where)
         norms = [layer for layer in net.layers if layer.type == "BatchNorm"]
         self._moving = {layer.name for layer in norms if not layer.batch_norm_param.use_global_stats}
@@ -196,11 +200,11 @@ class QuantizedTraining(nn.Module):
     def predicted(
         self, inputs: Mapping[str, Tensor], quantization: Quantization | None, computed: Computed
     ) -> dict[str, Tensor]:
-        """The inputs and the outputs of what is quantized, by name."""
+        """The inputs as they are, for layers such as a teacher, and the outputs of what is quantized."""
         values: dict[str, Tensor] = dict(inputs)
         for _ in self._passes.passing(inputs, quantization, values, computed):
             pass
-        return values
+        return values | {name: inputs[name] for name in self._unchanged}
 
     def prepared(
         self, net: Net, *, frozen: bool, see: bool = False, exact: bool = False
