@@ -24,6 +24,9 @@ _CANDIDATES = np.linspace(0.3, 1.0, 57)
 _LEAST_STEP = 2.0**-100
 """Smaller ones do not fit into float32, nor do products of them."""
 
+_LARGEST = 2.0**100
+"""Larger values do not fit into float32 once they are divided by a step."""
+
 _NO_RANGE = 1.0
 """The largest value that a grid is made for where all values are zero."""
 
@@ -186,8 +189,8 @@ def magnitude_grid(
 
 
 def is_range(low: float, high: float) -> bool:
-    """Whether these are the ends of a range."""
-    return isfinite(low) and isfinite(high) and low <= high
+    """Whether these are the ends of a range whose numbers float32 can hold."""
+    return isfinite(low) and isfinite(high) and -_LARGEST <= low <= high <= _LARGEST
 
 
 def _power(step: float) -> float:
