@@ -13,7 +13,7 @@ import pytest
 from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
-from log_text import Log, whole_stage
+from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.discover import find_runs
@@ -237,7 +237,7 @@ def test_pruning_by_layer_over_time(browser: Browser, tmp_path: Path) -> None:
         "[...document.querySelectorAll('.costs tbody tr')].slice(0, 1).map((row) =>"
         "[...row.cells].map((cell) => cell.textContent.trim()))"
     )
-    assert cells[0] == "conv" and cells[3:5] == ["448", "0.03"] and cells[-2:] == ["80.6 %", "0.01"]
+    assert cells[0] == "conv" and cells[3:5] == ["448", "0.0276"] and cells[-2:] == ["80.6 %", "0.00538"]
 
 
 @pytest.mark.caffe
@@ -384,3 +384,12 @@ def test_a_log_without_training_has_a_page_too(tmp_path: Path, capsys: pytest.Ca
     log = write(tmp_path / "x_train.log", Log().start().text)
     text = page(log, to=tmp_path / "page.html").read_text()
     assert "<h2>Curves" not in text and "<h2>Pruning" not in text and "unfinished" in text
+
+
+def test_the_cost_of_a_tiny_network_is_not_rounded_to_nothing(tmp_path: Path) -> None:
+    shown = page(write(tmp_path / "tiny.log", whole_stage().text), to=tmp_path / "page.html").read_text()
+    (total,) = re.findall(r"([\d.e-]+) GigaMACs for one crop, [\d.]+ million", shown)
+    costs = shown[shown.index("Cost by layer") :]
+    layers = [float(cell) for cell in re.findall(r"<td>([\d.e-]+)</td>\n<td class=.wide.>", costs)]
+    assert float(total) == pytest.approx(GIGAMACS, rel=0.005)
+    assert sum(layers) == pytest.approx(1000 * GIGAMACS, rel=0.005)

@@ -89,6 +89,7 @@ def page_of(
             has_curves=any(run["stages"] for run in data["runs"]),
             has_pruning=any(run["pruning"] for run in data["runs"]),
             costs=page_content.costs(runs),
+            complexity=tables.complexity,
             quantized=[one for found, _ in quantized for one in found],
             settings=solver_settings(runs),
             percent=tables.percent,
