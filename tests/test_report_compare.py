@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from log_text import GIGAMACS, Log
+from log_text import CONV_WEIGHTS, FC_WEIGHTS, GIGAMACS, Log
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.tables import complexity
@@ -162,8 +162,10 @@ def test_runs_that_differ_in_their_seed_have_a_mean_and_a_spread(
 ) -> None:
     text = report(seeds, "--seeds", capsys=capsys)
     thin, wide = (line for line in text.splitlines() if ", sparse" in line)
+    left = (CONV_WEIGHTS * 64 * (1 - 0.8) + FC_WEIGHTS * (1 - 0.1)) / 1e9
     expected = (
-        f"thin, sparse 2 62.50 ± 17.68 % 95.00 ± 0.00 % 0.375 ± 0.18 80.0 ± 0.0 % {complexity(GIGAMACS)}"
+        "thin, sparse 2 62.50 ± 17.68 % 95.00 ± 0.00 % 0.375 ± 0.18 80.0 ± 0.0 % "
+        f"{complexity(GIGAMACS)} {complexity(left)}"
     )
     assert " ".join(thin.split()) == expected
     assert "±" not in wide

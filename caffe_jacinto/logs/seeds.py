@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from caffe_jacinto.common.text import printable
 from caffe_jacinto.logs import tables
@@ -66,21 +66,13 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
 
 def spread_table(runs: Sequence[Run]) -> Table:
     """The mean and the standard deviation of each stage of runs that differ in their seed."""
-    columns: list[tuple[str, str, Callable[[Spread | None], str]]] = [
-        ("Top-1", "top1", _percent(2)),
-        ("Top-5", "top5", _percent(2)),
-        ("Loss", "loss", _number),
-        ("Sparsity", "sparsity", _percent(1)),
-        ("GigaMACs", "gigamacs", lambda spread: tables.complexity(None if spread is None else spread.mean)),
-    ]
     found = configurations(runs)
-    columns = [column for column in columns if any(one.spread(column[1]) is not None for one in found)]
-    table = Table(
-        "Mean and standard deviation over seeds", ["Configuration", "Runs", *(title for title, *_ in columns)]
-    )
+    columns = [one for one in _FIGURES if any(row.spread(one.name) is not None for row in found)]
+    titles = [column.title for column in columns]
+    table = Table("Mean and standard deviation over seeds", ["Configuration", "Runs", *titles])
     for one in found:
         name = f"{printable(one.name)}, {printable(one.stage)}" + (f" ({one.bits})" if one.bits else "")
-        cells = [show(one.spread(key)) for _, key, show in columns]
+        cells = [column.show(one.spread(column.name)) for column in columns]
         table.rows.append(Row([name, str(len(one.stages)), *cells]))
     table.notes.extend(_notes(runs))
     return table
@@ -95,10 +87,10 @@ def as_csv(runs: Sequence[Run]) -> str:
     """The same with plain numbers."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    parts = [f"{figure}{part}" for figure in _FIGURES for part in ("", "_deviation")]
+    parts = [f"{figure.name}{part}" for figure in _FIGURES for part in ("", "_deviation")]
     writer.writerow(["configuration", "stage", "bits", "runs", *parts])
     for one in configurations(runs):
-        spreads = [one.spread(figure) for figure in _FIGURES]
+        spreads = [one.spread(figure.name) for figure in _FIGURES]
         numbers = [
             number
             for spread in spreads
@@ -109,11 +101,8 @@ def as_csv(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-_FIGURES = ("top1", "top5", "loss", "sparsity", "gigamacs")
-
-
 def _record(one: Configuration) -> dict[str, Any]:
-    spreads = {figure: one.spread(figure) for figure in _FIGURES}
+    spreads = {figure.name: one.spread(figure.name) for figure in _FIGURES}
     figures = {
         figure: None if spread is None else {"mean": spread.mean, "deviation": spread.deviation}
         for figure, spread in spreads.items()
@@ -163,3 +152,25 @@ def _number(spread: Spread | None) -> str:
         return UNKNOWN
     apart = "" if spread.deviation is None else f" ± {spread.deviation:.2g}"
     return f"{spread.mean:.4g}{apart}"
+
+
+def _complexity(spread: Spread | None) -> str:
+    return tables.complexity(None if spread is None else spread.mean)
+
+
+class _Figure(NamedTuple):
+    """A column: its heading, the figure of a stage, and how it is shown."""
+
+    title: str
+    name: str
+    show: Callable[[Spread | None], str]
+
+
+_FIGURES = (
+    _Figure("Top-1", "top1", _percent(2)),
+    _Figure("Top-5", "top5", _percent(2)),
+    _Figure("Loss", "loss", _number),
+    _Figure("Sparsity", "sparsity", _percent(1)),
+    _Figure("GigaMACs", "gigamacs", _complexity),
+    _Figure(tables.LEFT_HEADER, "gigamacs_left", _complexity),
+)
