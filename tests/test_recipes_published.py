@@ -53,6 +53,7 @@ def texts(recipe: Recipe, stage: str, dialect: Dialect) -> dict[str, str]:
         ("imagenet_jacintonet11_channelwise", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
         ("imagenet_jacintonet11_8bit", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
         ("imagenet_jacintonet11_8bit", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
+        ("imagenet_jacintonet11_best", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
         ("imagenet_jacintonet11_l1_round", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
         ("imagenet_jacintonet11_l1_round", "sparse", FORK, f"{JACINTONET11}/solver_sparse.prototxt"),
         ("imagenet_jacintonet11_layerwise", "initial", FORK, f"{JACINTONET11}/solver.prototxt"),
@@ -112,6 +113,25 @@ def test_the_sparse_recipes_differ_only_in_what_was_published_of_them() -> None:
     assert round_ == channel.model_copy(update={"start": "l1reg"})
     assert l1_round.stages["l1reg"].solver == channel.solver
     assert l1_round.stages["initial"] == channelwise.stages["initial"] == layerwise.stages["initial"]
+
+
+def test_the_table_has_the_best_recipe_and_what_differs_from_it_in_a_setting() -> None:
+    table, best = load_recipe("fashion_sparsity_table"), load_recipe("fashion_jacintonet11_best")
+    sparse = best.stages["sparse"]
+    assert sparse.sparse is not None
+    assert sparse.solver is not None
+    for name, differs in (
+        ("cubic", {}),
+        ("cubic_network", {"by": "network"}),
+        ("cubic_network_90", {"by": "network", "target": 0.9}),
+    ):
+        rule = sparse.sparse.model_copy(update=differs)
+        solver = sparse.solver.model_copy(update={"test_interval": 2600})
+        assert table.stages[name] == sparse.model_copy(update={"sparse": rule, "solver": solver})
+    own, others = (recipe.stages["dense"].solver for recipe in (best, table))
+    assert own is not None
+    assert own.model_copy(update={"test_interval": 5200}) == others
+    assert (table.data, table.network, table.training) == (best.data, best.network, best.training)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published comparison of ways to sparsity, on Fashion-MNIST: trains the recipe fashion_sparsity_table on PyTorch with
-# each seed, and prints mean and spread of dense, by layer, by channel, and by channel after one more round of L1, each in
-# float and in 8 bits. Sets the project up first. Stopped and started again, it goes on where it was.
+# each seed, and prints mean and spread of dense, by layer, by channel, by channel after one more round of L1, and two ways
+# of ours, each in float and in 8 bits. Sets the project up first. Stopped and started again, it goes on where it was.
 #
 #   tools/utils/sparsity_table.sh [--held-out] [--seeds 1,2,3] [OPTION...]
 #
