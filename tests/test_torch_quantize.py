@@ -850,6 +850,31 @@ def test_layers_of_their_own_bits_and_in_float(trained: Trained, tmp_path: Path)
     assert layers["shift"]["output"]["bits"] == 4 and np.frexp(scale)[0] == 0.5
 
 
+AVERAGED = """
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 6 dim: 6 } } }
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: 4 kernel_size: 3 } }
+layer { name: "mean" type: "Pooling" bottom: "conv" top: "mean"
+  pooling_param { pool: AVE global_pooling: true } }
+layer { name: "flat" type: "Flatten" bottom: "mean" top: "flat" }
+layer { name: "fc" type: "InnerProduct" bottom: "flat" top: "fc" inner_product_param { num_output: 3 } }
+"""
+
+
+def test_what_stays_in_float_is_made_of_values(tmp_path: Path) -> None:
+    """A mean in float of numbers, which a layer then takes as it is."""
+    weights = write_random(tmp_path / "w.caffemodel", AVERAGED, Dialect.BVLC)
+    net, pixels = stock_net(AVERAGED, "", None, weights), images((4, 3, 6, 6))
+    network = described(net, SCHEMES["processor"].with_bits(16), "", {}, ("mean", "fc"))
+    quantizer = Quantizer(on_pytorch(net, network, (), ""), network, "")
+    result = quantizer.quantize(samples(pixels))
+    assert "mean" not in result.quantization.outputs and "conv" in result.quantization.outputs
+    exact = quantizer.net.scores(pixels, None)
+    for quantization in (result.quantization, result.quantization.only("conv")):
+        np.testing.assert_allclose(quantizer.net.scores(pixels, quantization), exact, rtol=1e-2, atol=0.05)
+    assert np.abs(exact).max() > 1
+
+
 @pytest.mark.caffe
 def test_few_bits_cost_accuracy(trained: Trained, tmp_path: Path) -> None:
     """So the test can tell a good quantization from a bad one."""

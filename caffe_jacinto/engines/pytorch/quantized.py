@@ -141,6 +141,8 @@ class QuantizedNet:
             grid = quantization.outputs.get(unit.name) if quantization else None
             if grid is not None:
                 made = made.rounded(grid)
+            elif made.factors is not None:
+                made = Carried(made.values)
             values[unit.blob] = made
             yield unit, made
             for name in self._done_with[unit.name]:
