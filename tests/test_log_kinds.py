@@ -301,6 +301,31 @@ def test_the_layouts_of_published_runs(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_each_branch_of_a_tree_of_stages_is_a_result(tmp_path: Path) -> None:
+    """Where several stages start from the same weights, but not where each goes on from the one before."""
+
+    def add(run: str, name: str, start: str | None, *, sparse: bool = False) -> None:
+        log = training(f"out/{name}/net")
+        if start is not None:
+            begun = "solver.cpp:1] Solver scaffolding done.\n"
+            path = f"out/{start}/net_iter_40.caffemodel"
+            line = f"I0815 10:00:01.000000  8764 caffe.cpp:1] Finetuning from {path}\n"
+            log.text = log.text.replace(begun, begun + line)
+        write(tmp_path / f"{run}/{name}/run.log", (log.sparsity(0.8, 0.5) if sparse else log).text)
+
+    add("tree", "initial", None)
+    add("tree", "l1reg", "initial", sparse=True)
+    add("tree", "sparse", "initial")
+    add("tree", "finetune", "sparse", sparse=True)
+    write(tmp_path / "tree/test/run.log", caffe_test().text)
+    add("line", "initial", None)
+    add("line", "l1reg", "initial", sparse=True)
+    add("line", "sparse", "l1reg", sparse=True)
+    runs, _ = find_runs([tmp_path])
+    found = {run.name: [stage.name for _, stage in tables.results([run])] for run in runs}
+    assert found == {"tree": ["initial", "l1reg", "finetune"], "line": ["initial", "sparse"]}
+
+
 def test_a_test_in_quantized_values_is_a_result_beside_the_float_one(tmp_path: Path) -> None:
     """Its change is that against the float network; the complexity is also shown without the zeros' part."""
     write(tmp_path / "RUN/initial/run.log", training("out/initial/net", top1=0.75).text)

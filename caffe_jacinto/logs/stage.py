@@ -100,6 +100,8 @@ class StageFigures:
     """The solver's, as the last process printed them."""
     solver_paths: tuple[str, ...]
     """Paths in the solver's settings that may contain the stage's name."""
+    start_weights: str | None
+    """The weights file that training began with, as the log names it."""
     notes: tuple[str, ...]
     """Why a figure is missing, and what is wrong with the last losses."""
 
@@ -140,6 +142,7 @@ class StageLog:
         """How far a calibration, or what else comes before or after a test of ours, is."""
         self._float: dict[str, float] = {}
         """The outputs of the network before it was quantized."""
+        self._start_weights: str | None = None
         self.fatal: str | None = None
         """The error that ended the last process, if any."""
         self.tests: dict[int, SolverTest] = {}
@@ -360,6 +363,8 @@ class StageLog:
         match = _SNAPSHOT_ITERATION.search(event.path)
         if match and event.is_state:
             self.iteration = int(match.group(1))
+        if not event.is_state and self._start_weights is None:
+            self._start_weights = event.path
 
     def _note_silent(self) -> None:
         """The solver has gone on: a test that has not printed anything will not."""
@@ -524,6 +529,7 @@ class StageLog:
             fatal=self.fatal,
             settings=self._solver.settings if self._solver else None,
             solver_paths=self._solver_paths(),
+            start_weights=self._start_weights,
             notes=stage_notes(self._facts(named)),
         )
 

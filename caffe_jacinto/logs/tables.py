@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import PurePath
 from typing import Any, TextIO
 
 from caffe_jacinto.common.text import Column, Line, duration, printable, show_table
@@ -146,6 +147,7 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
     """Of each run, the first and the last stage with an accuracy; else the last whose network is known.
 
     Where stages have a sparsity, the last of those is the result: stock Caffe's test does not report it.
+    Where several start from the same weights, each of those is that no other stage goes on from.
     Tests in quantized values count only where nothing else has an accuracy; see `quantized`.
     """
     found: list[tuple[Run, Stage]] = []
@@ -154,9 +156,17 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
         scored = [stage for stage in scored if not stage.figures.quantized] or scored[:1]
         scored = scored or [stage for stage in run.stages if stage.figures.gigamacs is not None][-1:]
         later = [stage for stage in scored[1:] if stage.figures.sparsity is not None] or scored[1:]
-        ends = scored[:1] + later[-1:]
-        found.extend((run, stage) for stage in ends)
+        found.extend((run, stage) for stage in scored[:1] + (_branches(scored[1:]) or later[-1:]))
     return found
+
+
+def _branches(stages: Sequence[Stage]) -> list[Stage]:
+    """Those whose weights no other of ``stages`` starts from; none if no two start from the same."""
+    starts = [stage.figures.start_weights for stage in stages if stage.figures.start_weights is not None]
+    if len(set(starts)) == len(starts):
+        return []
+    passed = {PurePath(start).parent.name for start in starts}
+    return [stage for stage in stages if stage.figures.start_weights is not None and stage.name not in passed]
 
 
 def shown_results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
