@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "crop_min_area": {
         "data.crop_min_area": 0.3,
     },
+    "image_sizes": {"stages.initial.solver.image_sizes": [[0, 24]]},
     TEACHER: {
         "stages.initial.teacher": "big.caffemodel",
         "stages.initial.teacher_prototxt": "deploy.prototxt",

@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 def built(network: str, dialect: Dialect, folder: Path) -> str:
     """The deploy prototxt of a network for seven classes, its softmax left out: that hides differences."""
     arguments = ["--network", network, "--dialect", dialect.value, "--output", str(folder)]
-    arguments += ["--num-classes", "7", "--crop-size", str(SMALL_CROPS[network]), "--batch-size", "4"]
+    arguments += ["--num-classes", "7", "--crop-size", str(SMALL_CROPS.get(network, 64)), "--batch-size", "4"]
     arguments += ["--iter-size", "1", "--mean-file", str(folder / "mean.binaryproto")]
     assert build_net(arguments[:-2] if network != "bvlc_alexnet" else arguments) == 0
     net = parse_any_net((folder / "deploy.prototxt").read_text(), "deploy.prototxt", dialect)

@@ -336,16 +336,23 @@ def test_drawn_networks_compute_the_same_to_the_last_bit(
 
 
 @pytest.mark.caffe
-@pytest.mark.parametrize("dialect", [STOCK, FORK])
-def test_jacintonet_in_both_dialects(
-    dialect: Dialect, tmp_path: Path, caffe_root: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("network", "dialect"),
+    [
+        *(("jacintonet11", STOCK), ("jacintonet11", FORK)),
+        # Sums, depthwise convolutions, both, and joins of two branches.
+        *((network, STOCK) for network in ("resnet10", "mobilenet_v1", "mobilenet_v2", "squeezenet_v1_1")),
+    ],
+)
+def test_networks_of_this_program(
+    network: str, dialect: Dialect, tmp_path: Path, caffe_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = built("jacintonet11", dialect, tmp_path)
+    text = built(network, dialect, tmp_path)
     weights = write_random(tmp_path / "w.caffemodel", text, dialect)
     random = np.random.default_rng(1)
     blobs: Blobs = {name: [np.array(b) for b in found] for name, found in read_weights(weights).items()}
     for found in blobs.values():
-        if found[0].ndim == 4 and len(found) == 2:
+        if found[0].ndim == 4:
             found[0][random.random(len(found[0])) < 0.4] = 0
     result, _ = shrunk_of(tmp_path, text, blobs, dialect)
     assert sum(result.removed.values()) > 200

@@ -171,3 +171,23 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     for name, blobs in theirs.items():
         for found, expected in zip(ours[name], blobs, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.caffe
+def test_a_sweep_on_stock_caffe(caffe_root: Path, tmp_path: Path) -> None:
+    write_lmdbs(tmp_path)
+    recipe = recipe_of(tmp_path, *STAGES)
+    path = tmp_path / recipe
+    path.write_text(path.read_text().replace('start = "l1reg"', 'start = "initial"'))
+    caps = [f"stages.sparse.sparse.{name}=100.0" for name in ("threshold_maxratio", "threshold_value_max")]
+    arguments = [
+        *tiny(recipe, STAGES, initial=1, sparse=3),
+        *(part for cap in caps for part in ("--set", cap)),
+    ]
+    trainer = Trainer(caffe_root / "bin" / "caffe", tmp_path)
+    said = end_of(trainer, *arguments, "--sweep", "target=0.3", "--output", "sweep")
+    assert "engine: bvlc 1.0.0" in said
+    dense, sparse = csv.DictReader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines())
+    assert (dense["network"], sparse["network"]) == ("dense", "target 0.3")
+    assert 0.3 <= float(sparse["sparsity"]) < 0.6
+    assert float(sparse["gigamacs_left"]) < float(sparse["gigamacs"])
