@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caffe_jacinto.caffemodel import hdf5
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.snapshots import (
     complete_snapshots,
@@ -223,6 +224,27 @@ def test_a_stage_goes_on_from_its_newest_good_snapshot_and_names_the_newer_ones(
     assert reasons[40] == "it is beyond iteration 35"
     nothing = start_point(tmp_path / "b", Dialect.BVLC, 35)
     assert (nothing.snapshot, nothing.iteration, nothing.skipped) == (None, 0, ())
+
+
+def test_hdf5_files_have_their_layers_in_any_order(tmp_path: Path) -> None:
+    """Groups of a large file are not always where those before them end."""
+    shapes = {"first": (4, 3), "second": (2, 4), "third": (5, 2)}
+    blobs = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    for iteration, missing in ((10, ""), (20, "first")):
+        weights = tmp_path / f"a_iter_{iteration}.caffemodel.h5"
+        hdf5.write_weights(weights, {name: {0: blobs[name]} for name in ("third", "first", "second")})
+        hdf5.write_state(
+            tmp_path / f"a_iter_{iteration}.solverstate.h5",
+            iteration=iteration,
+            current_step=0,
+            learned_net=weights.name,
+            history=[blob for name, blob in blobs.items() if name != missing],
+            own={},
+        )
+    found = survey(tmp_path / "a", Dialect.BVLC)
+    assert [snapshot.caffemodel.name for snapshot in found.complete] == ["a_iter_10.caffemodel.h5"]
+    assert [skipped.iteration for skipped in found.skipped] == [20]
+    assert final_is_complete(tmp_path / "a_iter_10.caffemodel.h5", Dialect.BVLC)
 
 
 def test_final_weights(tmp_path: Path) -> None:

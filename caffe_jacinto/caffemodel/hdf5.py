@@ -3,7 +3,7 @@
 Weights are the datasets ``data/<layer>/<index>``, without the types of the layers, and without a blob that
 the network takes from an earlier layer (Net::ToHDF5 of Caffe's net.cpp). A solver state has the datasets
 ``iter``, ``current_step``, ``learned_net`` and ``history/<index>`` (SGDSolver::SnapshotSolverStateToHDF5).
-Layers come in the order in which they were written, which is that of their places in the file.
+Layers come in the order of their places in the file: nearly always that in which they were written.
 """
 
 from __future__ import annotations

@@ -208,7 +208,10 @@ def _checked(iteration: int, caffemodel: Path, dialect: Dialect) -> Snapshot:
         layers = stored_layers(view, caffemodel)
     if dialect is Dialect.BVLC:
         weights = [blob.shape for layer in layers for blob in layer.blobs]
-        if not _same_shapes(weights, state) and not _same_shapes(own_shapes(caffemodel, layers), state):
+        ordered = not is_hdf5(caffemodel)  # nothing says in which order the layers of an HDF5 file are
+        if not _same_shapes(weights, state, ordered=ordered) and not _same_shapes(
+            own_shapes(caffemodel, layers), state, ordered=ordered
+        ):
             raise UserError(f"{solverstate} belongs to a different network than {caffemodel}")
     else:
         _check_against_network(caffemodel, dialect)
@@ -252,11 +255,12 @@ def own_shapes(caffemodel: Path, layers: Sequence[StoredLayer]) -> list[tuple[in
     ]
 
 
-def _same_shapes(weights: list[tuple[int, ...]], state: StoredState) -> bool:
+def _same_shapes(weights: list[tuple[int, ...]], state: StoredState, *, ordered: bool) -> bool:
     """Whether the history has these shapes once (SGD) or several times (Adam: two moments)."""
     history = [blob.shape for blob in state.history]
     times, rest = divmod(len(history), len(weights))
-    return rest == 0 and history == weights * times
+    expected = weights * times
+    return rest == 0 and (history == expected if ordered else sorted(history) == sorted(expected))
 
 
 def _glob_literal(name: str) -> str:
