@@ -209,7 +209,7 @@ def _translate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     done = translate(read_text(source, "give a network's prototxt"), str(source), Dialect(arguments.dialect))
     changes = ", ".join(f"{what}: {count}" for what, count in done.changes.items()) or "nothing differs"
     if arguments.output is None:
-        print(done.text, end="")
+        print(done.text.removesuffix("\n"))
         print(changes, file=sys.stderr)
         return 0
     folder = Path(arguments.output)
