@@ -185,6 +185,17 @@ def test_mean_and_deviation_for_programs(seeds: Path, capsys: pytest.CaptureFixt
     assert rows[1]["top1_deviation"] == ""
 
 
+def test_stages_that_have_not_finished_are_left_out_of_the_mean(
+    seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = seeds / "thin-seed3" / "sparse"
+    folder.mkdir(parents=True)
+    (folder / "run.log").write_text(Log().start().test(0, 0.1, 0.5, 2.3).iterate(0, 30).text)
+    text = report(seeds, "--seeds", capsys=capsys)
+    assert "thin, sparse 2 62.50 ± 17.68 %" in " ".join(text.split())
+    assert "thin-seed3, sparse: left out, it has not finished" in text
+
+
 def test_what_differs_besides_the_seed_is_named(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = seeds / "thin-seed2" / "sparse" / "run.log"
     log.write_text(log.read_text().replace("base_lr: 0.01", "base_lr: 0.03"))

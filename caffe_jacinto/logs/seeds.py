@@ -54,11 +54,11 @@ class Configuration:
 
 
 def configurations(runs: Sequence[Run]) -> list[Configuration]:
-    """The stages that have an accuracy, in the order of the runs."""
+    """The stages that have finished and have an accuracy, in the order of the runs."""
     found: dict[tuple[str, str, str], Configuration] = {}
     for run in runs:
         for stage in run.stages:
-            if stage.figures.top1 is not None:
+            if stage.figures.finished and stage.figures.top1 is not None:
                 key = (_name(run), stage.name, tables.bits_of(stage))
                 found.setdefault(key, Configuration(*key, [])).stages.append(stage)
     return list(found.values())
@@ -120,11 +120,16 @@ def _name(run: Run) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What is not the same in runs of one name, other than the seed."""
+    """Stages that are left out, and what is not the same in runs of one name, other than the seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_name(run), []).append(run)
-    notes = []
+    notes = [
+        f"{printable(run.name)}, {printable(stage.name)}: left out, it has not finished"
+        for run in runs
+        for stage in run.stages
+        if not stage.figures.finished and stage.figures.top1 is not None
+    ]
     for name, group in groups.items():
         differing = [
             f"{setting} of {stages.title}" if stages.title else setting
