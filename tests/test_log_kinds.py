@@ -326,6 +326,20 @@ def test_each_branch_of_a_tree_of_stages_is_a_result(tmp_path: Path) -> None:
     assert found == {"tree": ["initial", "l1reg", "finetune"], "line": ["initial", "sparse"]}
 
 
+def test_a_stage_that_stopped_is_no_branch(tmp_path: Path) -> None:
+    """Though it starts from the same weights as the one that was trained after it."""
+    begun = "solver.cpp:1] Solver scaffolding done.\n"
+    line = "I0815 10:00:01.000000  8764 caffe.cpp:1] Finetuning from out/initial/net_iter_40.caffemodel\n"
+    whole = training("out/sparse/net").text.replace(begun, begun + line)
+    stopped = "".join(whole.partition("right = 0.1\n")[:2])
+    write(tmp_path / "RUN/initial/run.log", training("out/initial/net").text)
+    write(tmp_path / "RUN/l1reg/run.log", stopped)
+    write(tmp_path / "RUN/sparse/run.log", whole)
+    (run,), _ = find_runs([tmp_path])
+    assert [stage.figures.top1 for stage in run.stages] == [0.75, 0.1, 0.75]
+    assert [stage.name for _, stage in tables.results([run])] == ["initial", "sparse"]
+
+
 def test_a_test_in_quantized_values_is_a_result_beside_the_float_one(tmp_path: Path) -> None:
     """Its change is that against the float network; the complexity is also shown without the zeros' part."""
     write(tmp_path / "RUN/initial/run.log", training("out/initial/net", top1=0.75).text)

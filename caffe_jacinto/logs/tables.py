@@ -161,12 +161,16 @@ def results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
 
 
 def _branches(stages: Sequence[Stage]) -> list[Stage]:
-    """Those whose weights no other of ``stages`` starts from; none if no two start from the same."""
-    starts = [stage.figures.start_weights for stage in stages if stage.figures.start_weights is not None]
+    """Those finished whose weights no other one starts from; none if no two start from the same.
+
+    What was stopped and begun anew from the same weights does not make a branch.
+    """
+    begun = {stage.name: stage for stage in stages if stage.figures.finished and stage.figures.start_weights}
+    starts = [str(stage.figures.start_weights) for stage in begun.values()]
     if len(set(starts)) == len(starts):
         return []
     passed = {PurePath(start).parent.name for start in starts}
-    return [stage for stage in stages if stage.figures.start_weights is not None and stage.name not in passed]
+    return [stage for name, stage in begun.items() if name not in passed]
 
 
 def shown_results(runs: Sequence[Run]) -> list[tuple[Run, Stage]]:
