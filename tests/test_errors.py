@@ -165,13 +165,34 @@ def test_ctrl_c_is_an_exception_while_a_command_works_and_stays_one_in_programs_
     seen = []
 
     def main(_arguments: object) -> int:
-        seen.append(signal.getsignal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        seen.append("raised")
         return 0
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         assert run_command("x", main) == 0
-        seen.append(signal.getsignal(signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert seen == [signal.default_int_handler, signal.SIG_DFL]
+    assert seen == ["raised"]
+
+
+@pytest.mark.parametrize("error", [ValueError, ImportError])
+def test_a_ctrl_c_that_a_library_turns_into_its_own_error_gives_no_traceback(
+    error: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_arguments: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error("a model cannot be built") from None
+        return 0
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert run_command("x", main) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert capsys.readouterr().err == "x: interrupted\n"

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from caffe_jacinto.common.dependencies import why_missing
 
@@ -80,8 +82,9 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path that the terminal's encoding cannot show must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
+    interrupts = _Interrupts()
     try:
-        with _interrupts_raised():
+        with interrupts.raised():
             code = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -93,12 +96,13 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
     except ImportError as error:
         missing = why_missing(error)
         if missing is None:
+            if interrupts.came:
+                return _interrupted(program)
             raise
         print(f"{program}: error: {missing}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(program)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone.
         _drop_stdout()
@@ -107,6 +111,16 @@ def run_command(program: str, main: Callable[[Sequence[str]], int]) -> int:
         print(f"{program}: error: {UserError(_of_the_system(error))}", file=sys.stderr)
         _drop_stdout()
         return FAILED
+    except Exception:
+        # A library may turn Ctrl-C into an error of its own, as pydantic does while it builds a model.
+        if not interrupts.came:
+            raise
+        return _interrupted(program)
+
+
+def _interrupted(program: str) -> int:
+    print(f"{program}: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _of_the_system(error: OSError) -> str:
@@ -118,17 +132,28 @@ def _of_the_system(error: OSError) -> str:
     return f"{why_not_written(error, Path(str(error.filename)))}; free some space"
 
 
-@contextmanager
-def _interrupts_raised() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt inside; before and after, it ends the program (see `caffe_jacinto`)."""
-    ends_program = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    if ends_program:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if ends_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+class _Interrupts:
+    """Ctrl-C while a command works."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> NoReturn:
+        """The handler of SIGINT."""
+        self.came = True
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Ctrl-C is a KeyboardInterrupt inside; before and after, it ends the program (`caffe_jacinto`)."""
+        ends_program = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        if ends_program:
+            signal.signal(signal.SIGINT, self)
+        try:
+            yield
+        finally:
+            if ends_program and signal.getsignal(signal.SIGINT) is self:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _drop_stdout() -> None:
