@@ -48,10 +48,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{option} {path}: the name must end in {' or '.join(kinds)}")
     if (arguments.x != AXES[0] or arguments.y) and plot is None:
         raise UserError("--x and --y say what --plot draws; give --plot FILE, too")
-    if arguments.sort is not None and not arguments.compare:
-        raise UserError("--sort orders the runs of --compare; give --compare, too")
     if arguments.seeds and arguments.compare:
         raise UserError("--seeds and --compare are two ways to show the runs; give one of them")
+    if arguments.sort is not None and not arguments.compare:
+        instead = "leave out --sort, or give --compare" if arguments.seeds else "give --compare, too"
+        raise UserError(f"--sort orders the runs of --compare; {instead}")
     if arguments.series is not None:
         from caffe_jacinto.logs.export import check_series
 

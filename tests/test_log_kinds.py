@@ -114,6 +114,9 @@ def test_every_published_kind_of_log_to_the_last_figure(published: Path) -> None
         "2026-08-15 10:00:00,123 ", "[2026-08-15 10:00:00] ", "Aug 15 10:00:00 ", "10:00:00 ", "  3: ",
         "Sat Aug 15 10:00:00 2026 ", "Aug 15 10:00:00 host caffe[8764]: ", "[10:00:00.5] ",
         "[1,0]<stderr>: ", "2026-08-15T10:00:00Z caffe_1 | ", "2026-08-15T10:00:00Z stderr F ",
+        # What is the same before each line, as in a page, a comment or the log of another program.
+        "    ", "\t", "# ", "//", "INFO:root:", "[caffe] ", "2026-08-15 10:00:00,123 - node-1 - INFO - ",
+        "# [1] ",
     ],
 )  # fmt: skip
 def test_what_stands_before_each_line_changes_nothing(prefix: str, tmp_path: Path) -> None:
@@ -122,6 +125,16 @@ def test_what_stands_before_each_line_changes_nothing(prefix: str, tmp_path: Pat
     (plain,) = report(tmp_path / "plain", whole_stage().text)
     assert figures(stage, WHOLE) == figures(plain, WHOLE)
     assert (stage["name"], stage["top1"], stage["gigamacs"]) == ("train", 0.75, GIGAMACS)
+
+
+@pytest.mark.parametrize("prefix", ["INFO:root:", "INFO 7:", "100 % "])
+def test_what_stands_before_some_lines_is_no_part_of_them(prefix: str, tmp_path: Path) -> None:
+    """Of another program that marks messages, not lines, or that has not ended its own line."""
+    text = whole_stage().text
+    marked = f"{prefix}{text}" if "%" in prefix else re.sub(r"(?m)^(?=I0815)", prefix, text)
+    (stage,) = report(tmp_path, marked)
+    (plain,) = report(tmp_path / "plain", text)
+    assert figures(stage, WHOLE | {"seconds": 0}) == figures(plain, WHOLE | {"seconds": 0})
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
@@ -251,6 +264,12 @@ def test_two_processes_line_by_line_with_one_thread_number_are_refused(tmp_path:
     mixed = "".join(first + second for first, second in zip(*texts, strict=True))
     with pytest.raises(UserError, match=r"at the same time, line by line.*a log of its own"):
         read_log(write(tmp_path / "a.log", mixed))
+
+
+def test_stages_of_one_file_are_in_their_order_across_new_year(tmp_path: Path) -> None:
+    one, two = training("out/initial/a", thread=7), training("out/sparse/b", thread=9)
+    text = one.text.replace("I0815", "I1231") + two.text.replace("I0815", "I0101")
+    assert [stage["name"] for stage in report(tmp_path, text)] == ["initial", "sparse"]
 
 
 def test_containers_that_start_with_the_same_thread_number_are_not_mixed_up(tmp_path: Path) -> None:
@@ -392,10 +411,42 @@ def test_jobs_of_digits_have_the_names_of_their_folders(tmp_path: Path) -> None:
 
 
 def test_a_file_is_a_test_by_what_is_in_it(tmp_path: Path) -> None:
-    (stage,) = stages(write(tmp_path / "lr_test.log", training().text))
-    assert (stage["run"], stage["name"]) == ("lr", "train")
+    write(tmp_path / "lr.log", training().text)
+    write(tmp_path / "lr_test.log", training().text)
+    write(tmp_path / "net.log", training().text)
+    write(tmp_path / "net_test.log", caffe_test().text)
+    assert [(stage["run"], stage["name"]) for stage in stages(tmp_path)] == [
+        ("lr", "train"), ("lr_test", "train"), ("net", "train"), ("net", "test"),
+    ]  # fmt: skip
     (stage,) = stages(write(tmp_path / "RUN/finetune/check.log", caffe_test().text))
     assert (stage["run"], stage["name"]) == ("RUN", "test")
+
+
+def test_runs_of_the_same_name_have_their_folders_before_it(tmp_path: Path) -> None:
+    for folder in ("a/1", "b/1", "b/2"):
+        write(tmp_path / folder / "caffe.log", training().text)
+        write(tmp_path / folder / "net/sparse/run.log", training().text)
+    write(tmp_path / "alone.log", training().text)
+    assert sorted(stage["run"] for stage in stages(tmp_path)) == [
+        "a/1/caffe", "a/1/net", "alone", "b/1/caffe", "b/1/net", "b/2/caffe", "b/2/net",
+    ]  # fmt: skip
+    # Of those that no folder tells apart, the second has a number.
+    write(tmp_path / "alone/sparse/run.log", training().text)
+    found = stages(tmp_path / "alone.log", tmp_path / "alone")
+    assert [stage["run"] for stage in found] == ["alone", "alone 2"]
+
+
+def test_logs_of_one_stage_are_told_apart(tmp_path: Path) -> None:
+    write(tmp_path / "RUN/initial/b.log", training(hour=8, top1=0.5).text)
+    write(tmp_path / "RUN/initial/a.log", training(hour=9, top1=0.25).text)
+    assert [(stage["name"], stage["top1"]) for stage in stages(tmp_path)] == [
+        ("initial", 0.5), ("initial 2", 0.25),
+    ]  # fmt: skip
+
+
+def test_folders_of_windows_name_the_stage(tmp_path: Path) -> None:
+    (stage,) = report(tmp_path, training(r"D:\\out\\sparse\\net").text)
+    assert stage["name"] == "sparse"
 
 
 # What the Caffes print
@@ -446,6 +497,40 @@ def test_detection_is_in_every_format(single: str, mean: str, tmp_path: Path) ->
     assert "mAP" in tables.as_markdown(tables.tables(runs))
     assert "65.00 %" in tables.as_markdown(tables.tables(runs))
     assert "map = 0.65; class AP 1 = 0.65" in tables.as_csv(runs)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_mean_average_precision_of_ssd(cut: bool, tmp_path: Path) -> None:
+    """Its solver prints it as an output like others, of a layer of its own."""
+    log = Log().start()
+    for iteration, value in ((0, 0.1), (40, 0.65)):
+        log.line("solver.cpp", f"Iteration {iteration}, Testing net (#0)")
+        log.line("solver.cpp", f"    Test net output #0: detection_eval = {value}").iterate(
+            iteration, iteration
+        )
+    text = log.end().text.replace('"Accuracy"', '"DetectionEvaluate"', 1)
+    text = text.replace('top: "right"', 'top: "detection_eval"')
+    for name in ("acc_of_5", "loss"):
+        text = re.sub(rf'layer {{\n  name: "{name}"(?:\n .*)*\n}}\n(?!(?s:.*)name: "acc")', "", text)
+    text = cut_off(text) if cut else text
+    (stage,) = report(tmp_path, text)
+    assert (stage["mean_ap"], stage["top1"]) == (0.65, None)
+    by_name = "mAP is the output 'detection_eval', by name: the log does not hold all of the test network"
+    assert (by_name in stage["notes"]) == cut
+    assert not any("top-1" in note for note in stage["notes"])
+    runs, _ = find_runs([tmp_path / "some.log"])
+    assert runs[0].stages[0].figures.accuracies["mAP"] == "detection_eval"
+
+
+def cut_off(text: str) -> str:
+    """The text with networks that glog has cut off."""
+    filler = "".join(
+        f'layer {{\n  name: "relu{n}"\n  type: "ReLU"\n  bottom: "fc"\n  top: "fc"\n}}\n' for n in range(700)
+    )
+    for start in [match.end() for match in re.finditer("from parameters: \n(?=name)", text)][::-1]:
+        end = text.index("I0815", start)
+        text = text[:start] + (text[start:end] + filler)[:29_950] + "\n" + text[end:]
+    return text
 
 
 def without_data_shapes(text: str) -> str:
@@ -504,12 +589,7 @@ def test_the_training_network_counts_where_the_test_network_lacks_its_shape(tmp_
 def test_of_a_network_that_was_cut_off_what_is_whole_counts(accuracy: str, top5: str, tmp_path: Path) -> None:
     log = whole_stage()
     text = log.text.replace("right =", f"{accuracy} =").replace(f"nearly {accuracy} =", f"{top5} =")
-    filler = "".join(
-        f'layer {{\n  name: "relu{n}"\n  type: "ReLU"\n  bottom: "fc"\n  top: "fc"\n}}\n' for n in range(700)
-    )
-    for start in [match.end() for match in re.finditer("from parameters: \n(?=name)", text)][::-1]:
-        end = text.index("I0815", start)
-        text = text[:start] + (text[start:end] + filler)[:29_950] + "\n" + text[end:]
+    text = cut_off(text)
     (stage,) = report(tmp_path, text)
     assert stage["images_per_second"] == report(tmp_path / "plain", log.text)[0]["images_per_second"]
     assert stage["gigamacs"] is None
@@ -542,6 +622,17 @@ def test_caffe_of_2014(tmp_path: Path) -> None:
     assert stage["outputs"] == {"loss": 1.5, "nearly right": 0.7, "right": pytest.approx(0.3)}
     assert (stage["top1"], stage["top5"], stage["loss"]) == (pytest.approx(0.3), 0.7, 1.5)
     assert (stage["iterations"], stage["gigamacs"], stage["notes"]) == (40, GIGAMACS, [])
+
+
+def test_caffe_of_2014_that_chooses_its_device_last(tmp_path: Path) -> None:
+    """When the solver is ready: it is no second process."""
+    device, text = "I0815 10:00:00.000000  8764 caffe.cpp:1] Use CPU.\n", whole_stage().text
+    assert text.startswith(device)
+    ready = "Solver scaffolding done.\n"
+    weights = device.replace("Use CPU.", "Finetuning from some.caffemodel")
+    late = (device + weights).replace("10:00:00", "10:00:02")
+    (stage,) = report(tmp_path, text[len(device) :].replace(ready, ready + late))
+    assert figures(stage, WHOLE) == figures(*report(tmp_path / "plain", text), WHOLE)
 
 
 @pytest.mark.parametrize("word", ["-1.#IND", "1.#QNAN", "-nan(ind)", "nan", "-nan"])
@@ -621,6 +712,10 @@ def test_caffe_time_is_said_to_be_that(tmp_path: Path) -> None:
         (
             whole_stage().text.replace('type: "Accuracy"', 'type: "Python"'),
             ["no top-1 accuracy: the test network has no Accuracy layer for it"],
+        ),
+        (
+            re.sub(r".*Test net output #2.*\n", "", whole_stage().text),
+            ["no top-1 accuracy: the last test did not print the output 'right'"],
         ),
     ],
 )

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_what_differs_besides_the_seed_is_named(seeds: Path, capsys: pytest.Capt
     assert "thin: its runs differ in more than the seed: base_lr" in report(seeds, "--seeds", capsys=capsys)
 
 
+def test_runs_of_the_same_name_in_several_folders_are_one_configuration(
+    seeds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(seeds, tmp_path / "again")
+    found = json.loads(report(tmp_path, "--seeds", "--format", "json", capsys=capsys))["configurations"]
+    assert [(one["configuration"], one["runs"]) for one in found] == [("thin", 4), ("wide", 2)]
+
+
 def test_one_view_at_a_time(seeds: Path) -> None:
-    with pytest.raises(UserError, match="--seeds and --compare"):
-        main([str(seeds), "--seeds", "--compare"])
+    for others in (["--compare"], ["--compare", "--sort", "top1"]):
+        with pytest.raises(UserError, match="--seeds and --compare"):
+            main([str(seeds), "--seeds", *others])
+    with pytest.raises(UserError, match="leave out --sort, or give --compare"):
+        main([str(seeds), "--seeds", "--sort", "top1"])

@@ -119,6 +119,20 @@ def test_a_long_log_keeps_every_point(tmp_path: Path) -> None:
     assert len(read(tmp_path / "points.csv")) == 8001
 
 
+def test_every_output_of_a_test_has_a_column(tmp_path: Path) -> None:
+    """However many there are, and whatever their names."""
+    log = Log().start().line("solver.cpp", "Iteration 20, Testing net (#0)")
+    names = [*(f"class {n}" for n in range(200)), "sparsity", "train_loss"]
+    for number, name in enumerate(names):
+        log.line("solver.cpp", f"    Test net output #{number}: {name} = {number}", seconds=0)
+    log.sparsity(0.5, 0.5).iterate(20, 30).end()
+    path = write(tmp_path / "a.log", log.text)
+    assert report(path, "--series", tmp_path / "a.csv") == 0
+    row = read(tmp_path / "a.csv").iloc[0]
+    assert [row[f"test_{name}"] for name in names] == list(range(202))
+    assert (row["sparsity"], row["train_loss"]) == (0.5, pytest.approx(2 / 21, rel=1e-3))
+
+
 def test_epochs_of_a_run_are_those_of_its_record(tmp_path: Path) -> None:
     run = a_run(tmp_path / "digits")
     text = (run / "initial/run.log").read_text()

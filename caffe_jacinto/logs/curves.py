@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -54,23 +54,41 @@ class Clock:
 
 def names_of(stage: Stage) -> list[str]:
     """The curves that a stage has."""
-    return [name for name in (*OF_TRAINING, *_outputs(stage)) if points_of(stage, name)]
+    return list(dict.fromkeys([*training_curves(stage), *test_curves(stage)]))
 
 
 def points_of(stage: Stage, name: str) -> Points:
-    """Iterations and values of a curve; empty where the stage has none of this name."""
+    """Iterations and values of a curve; empty where the stage has none of this name.
+
+    That of training where a test has an output of the same name.
+    """
+    return _of_training(stage, name) or _of_tests(stage, name)
+
+
+def training_curves(stage: Stage) -> dict[str, Points]:
+    """Iterations and values of those of `OF_TRAINING` that a stage has."""
+    return {name: points for name in OF_TRAINING if (points := _of_training(stage, name))}
+
+
+def test_curves(stage: Stage) -> dict[str, Points]:
+    """Iterations and values of the outputs of a solver's tests."""
+    names = stage.history.outputs if stage.history is not None else ()
+    return {name: points for name in names if (points := _of_tests(stage, name))}
+
+
+def _of_training(stage: Stage, name: str) -> Points:
     history = stage.history
     if history is None:
         return []
     if name == SPEED:
         return [(float(at), value) for at, value in Clock(stage).speeds(stage.figures.images_per_iteration)]
     own = {TRAIN_LOSS: history.loss, LEARNING_RATE: history.learning_rate, SPARSITY: history.sparsity}
-    buckets = own.get(name) or history.outputs.get(name)
+    return own[name].points() if name in own else []
+
+
+def _of_tests(stage: Stage, name: str) -> Points:
+    buckets = stage.history.outputs.get(name) if stage.history is not None else None
     return buckets.points() if buckets is not None else []
-
-
-def _outputs(stage: Stage) -> Iterable[str]:
-    return stage.history.outputs if stage.history is not None else ()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
+from datetime import datetime, timedelta
+from pathlib import Path, PureWindowsPath
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import parse_json
@@ -71,6 +71,8 @@ class _LogFile:
     """None: the log decides."""
     recorded: bool = False
     """Whether this program wrote it, as the log of one stage."""
+    is_named_test: bool = False
+    """Whether its name is a run's, with that of a test appended."""
 
 
 def find_runs(
@@ -102,16 +104,57 @@ def find_runs(
                 if file == path or _size(file) != 0:
                     problems.append(problem)
                 continue
-            groups.setdefault((found.folder, found.run), []).extend(_stages(found, logs))
+            place, own = _place_of(found, logs)
+            groups.setdefault(place, []).extend(own)
         if files and all(_size(file) == 0 for file in files) and path not in files:
             problems.append(UserError(f"{path}: every log in it is still empty"))
-    return [_run(folder, name, stages) for (folder, name), stages in groups.items()], problems
+    names = _run_names(list(groups))
+    return [_run(place[0], names[place], stages) for place, stages in groups.items()], problems
 
 
 def _run(folder: Path, name: str, stages: list[Stage]) -> Run:
-    """The run in ``folder``, with what its record says."""
+    """The run in ``folder``, with what its record says; no two stages have the same name."""
     order, images = _recorded(folder)
-    return Run(name, [replace(stage, train_images=images) for stage in _in_order(order, stages)])
+    found: list[Stage] = []
+    taken: set[str] = set()
+    for stage in _in_order(order, stages):
+        unique = _free(stage.name, taken)
+        found.append(replace(stage, name=unique, train_images=images))
+    return Run(name, found)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number if it is taken; now it is."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name} {number}", number + 1
+    taken.add(found)
+    return found
+
+
+def _run_names(places: Sequence[tuple[Path, str]]) -> dict[tuple[Path, str], str]:
+    """A name for each run: its own, or with as many of the folders around it as tell it from the others."""
+    found: dict[tuple[Path, str], str] = {}
+    same: dict[str, list[tuple[Path, str]]] = {}
+    for place in places:
+        same.setdefault(place[1], []).append(place)
+    taken: set[str] = set()
+    for name, group in same.items():
+        around = [(folder.parent if folder.name == name else folder).parts[1:] for folder, _ in group]
+        depth = _depth(around)
+        for place, parts in zip(group, around, strict=True):
+            found[place] = _free("/".join([*parts[max(0, len(parts) - depth) :], name]), taken)
+    return found
+
+
+def _depth(around: Sequence[tuple[str, ...]]) -> int:
+    """The fewest last parts of paths that tell as many of them apart as the whole paths do."""
+    depth, apart = 0, 1
+    for most in range(1, max(map(len, around), default=0) + 1):
+        count = len({parts[-most:] for parts in around})
+        if count > apart:
+            depth, apart = most, count
+    return depth
 
 
 def _log_files(path: Path) -> Iterator[Path]:
@@ -185,10 +228,24 @@ def _identify(path: Path) -> _LogFile:
         recorded = recorded and path.name == STAGE_LOG
         return _LogFile(path, parent.parent, parent.parent.name or "run", parent.name, recorded)
     if match is not None:
-        return _LogFile(path, parent, match["run"] or parent.name or "run", match["stage"].lower())
+        run, stage = match["run"], match["stage"].lower()
+        is_named_test = run is not None and stage in TEST_STAGES
+        return _LogFile(path, parent, run or parent.name or "run", stage, is_named_test=is_named_test)
     if path.name in (STAGE_LOG, _DIGITS_LOG) or _SCRIPT_LOG.fullmatch(path.name):
         return _LogFile(path, parent, parent.name or "run", None)
     return _LogFile(path, parent, stem, None)
+
+
+def _place_of(file: _LogFile, logs: Sequence[LogStage]) -> tuple[tuple[Path, str], list[Stage]]:
+    """The run of a file (its folder and name) and the stages in it.
+
+    What is called RUN_test.log and holds a training does not belong to RUN.
+    """
+    found = _stages(file, logs)
+    trains = any(stage.figures.trained for stage in found)
+    if file.is_named_test and trains:
+        return (file.folder, file.path.stem), found
+    return (file.folder, file.run), found
 
 
 def _stages(file: _LogFile, logs: Sequence[LogStage]) -> list[Stage]:
@@ -230,7 +287,7 @@ def _stage_name(figures: StageFigures, given: str | None, *, alone: bool) -> str
     if given and alone and (given.lower() not in TEST_STAGES or not figures.trained):
         return given
     for path in figures.solver_paths:
-        for part in reversed(Path(path).parts[:-1]):
+        for part in reversed(PureWindowsPath(path).parts[:-1]):  # which / separates, too
             if part.lower() in STAGE_ORDER and part.lower() not in TEST_STAGES:
                 return part.lower()
     return given if given and given.lower() not in TEST_STAGES else "train"
@@ -245,7 +302,7 @@ def _in_order(recorded: list[str], stages: list[Stage]) -> list[Stage]:
     if recorded and names <= set(recorded):
         return sorted(stages, key=lambda stage: recorded.index(stage.name.lower()))
     if names <= set(STAGE_ORDER):
-        return sorted(stages, key=lambda stage: STAGE_ORDER.index(stage.name.lower()))
+        return sorted(stages, key=lambda stage: (STAGE_ORDER.index(stage.name.lower()), start_of(stage)))
     return sorted(stages, key=lambda stage: (stage.name.lower() == "test", start_of(stage)))
 
 
@@ -264,12 +321,18 @@ def _recorded(folder: Path) -> tuple[list[str], int | None]:
 
 
 def start_of(stage: Stage) -> datetime:
-    """When the log begins. A log without a year is assumed to be of the year it was last written in."""
-    year = stage.figures.year
+    """When the log begins.
+
+    A log without a year was last written in the year of its file's time stamp, and does not begin after it.
+    """
+    stamp, year = stage.figures.start_stamp, stage.figures.year
+    written = None
     if year is None:
         try:
-            year = datetime.fromtimestamp(stage.log.stat().st_mtime).year
+            written = datetime.fromtimestamp(stage.log.stat().st_mtime)
         except OSError:
-            year = None
-    found = moment(stage.figures.start_stamp, year) if stage.figures.start_stamp else None
+            written = None
+    found = moment(stamp, written.year if written is not None else year) if stamp else None
+    if found is not None and written is not None and found > written + timedelta(days=1):
+        found = moment(stamp or "", written.year - 1) or found
     return found or datetime.min

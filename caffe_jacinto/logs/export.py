@@ -46,7 +46,7 @@ def columns_of(runs: Sequence[Run]) -> list[str]:
 
 
 def rows_of(run: Run) -> Iterator[_Row]:
-    """A row for each iteration of each stage at which the log says something; a test alone has none."""
+    """A row for each iteration of each stage at which the log says something; one for ``caffe test``."""
     for stage in run.stages:
         place = {"run": as_unicode(run.name), "stage": as_unicode(stage.name)}
         if stage.figures.tested:
@@ -55,9 +55,9 @@ def rows_of(run: Run) -> Iterator[_Row]:
             continue
         clock = curves.Clock(stage)
         found: dict[float, _Row] = {}
-        for name in curves.names_of(stage):
-            column = name if name in curves.OF_TRAINING else f"{TEST_PREFIX}{name}"
-            for iteration, value in curves.points_of(stage, name):
+        of_tests = {f"{TEST_PREFIX}{name}": points for name, points in curves.test_curves(stage).items()}
+        for column, points in (curves.training_curves(stage) | of_tests).items():
+            for iteration, value in points:
                 found.setdefault(iteration, {})[column] = value
         for iteration in sorted(found):
             seconds = round(clock.seconds(iteration), 6) if clock.iterations else None
@@ -67,10 +67,10 @@ def rows_of(run: Run) -> Iterator[_Row]:
             yield {**place, **at, **found[iteration]}
 
 
-def _outputs(stage: Stage) -> Sequence[str]:
+def _outputs(stage: Stage) -> list[str]:
     if stage.figures.tested:
         return list(stage.figures.outputs)
-    return [name for name in curves.names_of(stage) if name not in curves.OF_TRAINING]
+    return list(curves.test_curves(stage))
 
 
 # --- one table ------------------------------------------------------------------------------------------
@@ -199,9 +199,11 @@ def _event_file(run: Run) -> bytes:
     records.write(event(wall_time=begun, file_version="brain.Event:2").SerializeToString())
     for part in curves.parts_of(run, "iteration"):
         clock = curves.Clock(part.stage)
-        for name in curves.names_of(part.stage):
-            tag = _TAGS.get(name, f"test/{as_unicode(name)}")
-            for iteration, value in curves.points_of(part.stage, name):
+        tagged = {_TAGS[name]: points for name, points in curves.training_curves(part.stage).items()}
+        for name, points in curves.test_curves(part.stage).items():
+            tagged[f"test/{as_unicode(name)}"] = points
+        for tag, points in tagged.items():
+            for iteration, value in points:
                 values = [summary.Value(tag=tag, simple_value=value)]
                 at = {"wall_time": begun + clock.seconds(iteration), "step": int(part.start + iteration)}
                 records.write(event(summary=summary(value=values), **at).SerializeToString())

@@ -168,7 +168,7 @@ class StageHistory:
         self._seen[event.name] = times + 1
         name = f"{event.name}[{times}]" if times else event.name
         name += f" (#{event.net})" if event.net else ""
-        if name not in self.outputs and len(self.outputs) >= MOST_OUTPUTS:
+        if name not in self.outputs and len(self.outputs) >= MOST_OUTPUTS and not self.every_point:
             return
         self.outputs.setdefault(name, self._curve()).add(iteration, event.value)
         if event.loss is not None:

@@ -2,7 +2,8 @@
 
 Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, line
 ends with a carriage return, colours, and what is put before each line: time stamps, ``> ``, the name of a
-container, the rank of an MPI process. Lines of several containers or ranks keep apart.
+container, the rank of an MPI process, or the same text, such as an indent. Lines of several containers or
+ranks keep apart.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ process. stream: Kubernetes. container: docker-compose. job: mpirun --tag-output
 task: srun --label.
 """
 _RANKED = ("job", "rank", "task")
+_WORD = re.compile(rb"[ \t]+|[^ \t]+[ \t]*")
+"""Of a text of no known kind that stands before lines: an indent, a comment's ``# ``, ``INFO:root:``."""
 
 
 class LineSplitter:
@@ -138,11 +141,11 @@ class LineSplitter:
 
     def _decide(self, lines: list[bytes]) -> None:
         """The first line of glog's shows whether something stands before each line."""
-        for line in lines:
+        for at, line in enumerate(lines):
             match = PREFIX.search(line)
             if match is not None:
                 self._decided = True
-                self._foreign, self._kind = _foreign(line[: match.start()])
+                self._foreign, self._kind = _foreign(line[: match.start()], lines[at:])
                 return
 
     def _by_process(self, lines: list[bytes], processes: Mapping[int, str]) -> dict[str, list[bytes]]:
@@ -161,29 +164,43 @@ def _plain(content: bytes) -> bytes:
     return _ANSI.sub(b"", content) if b"\x1b" in content else content
 
 
-def _foreign(text: bytes) -> tuple[re.Pattern[bytes] | None, str]:
+def _foreign(text: bytes, lines: list[bytes]) -> tuple[re.Pattern[bytes] | None, str]:
     """A pattern for what stands before each line, and the kind that says whose the line is.
 
-    None if ``text``, which stands before one, is of no known kind.
+    None if nothing does: ``text``, of no known kind, stands before the first of ``lines`` only.
     """
     if len(text) > _LONGEST_PREFIX:
         return None, ""
     parts: list[bytes] = []
-    label, at = "", 0
+    label, at, of_known_kinds = "", 0, True
     while at < len(text):
-        for kind, pattern in _FOREIGN.items():
-            match = re.match(pattern, text[at:])
-            if match is not None:
-                at += match.end()
-                if match.groups():
-                    if label:
-                        return None, ""
-                    label = kind
-                parts.append(pattern)
-                break
-        else:
+        kind, pattern, match = _part(text, at)
+        at = match.end()
+        if match.groups():
+            if label:
+                return None, ""
+            label = kind
+        of_known_kinds = of_known_kinds and bool(kind)
+        parts.append(pattern)
+    if not parts:
+        return None, ""
+    found = re.compile(b"".join(parts))
+    if not of_known_kinds:
+        places = [(line, glog.start()) for line in lines if (glog := PREFIX.search(line)) is not None]
+        if 2 * sum(found.fullmatch(line, 0, start) is not None for line, start in places) < len(places):
             return None, ""
-    return (re.compile(b"".join(parts)), label) if parts else (None, "")
+    return found, label
+
+
+def _part(text: bytes, at: int) -> tuple[str, bytes, re.Match[bytes]]:
+    """What begins at ``at`` in ``text``: its kind, a pattern, and the match. The kind of a word is empty."""
+    for kind, pattern in _FOREIGN.items():
+        found = re.compile(pattern).match(text, at)
+        if found is not None:
+            return kind, pattern, found
+    word = _WORD.match(text, at)
+    assert word is not None
+    return "", re.escape(word.group()), word
 
 
 def _label(kind: str, match: re.Match[bytes] | None) -> str:

@@ -153,6 +153,8 @@ class MessageReader:
         """Of consecutive notices about old forms: the first, the line before it, the last."""
         self._main = -1
         """The thread that printed the first lines of the present process."""
+        self._has_device = False
+        """Whether the present process has said which it uses."""
         self._began_training = False
         self._roots: dict[bytes, bytes] = {}
         """The device whose lines count, of those that print the same: the first, by its kind of bracket."""
@@ -253,6 +255,7 @@ class MessageReader:
         self._layers.clear()
         self._roots.clear()
         self._main = thread
+        self._has_device = False
         self._began_training = False
         self.events.append(ProcessStarted(stamp(first), stamp(before) if before else None))
 
@@ -271,7 +274,11 @@ class MessageReader:
             if match is None:
                 return
             ids = tuple(int(part) for part in match.group(1).split(b","))
-        self._process_mark(line, 1, thread)
+        # Caffe of 2014 chooses the device when its solver is ready.
+        is_ready = self._previous.endswith(b"] Solver scaffolding done.") and not self._has_device
+        if not (is_ready and thread == self._main):
+            self._process_mark(line, 1, thread)
+        self._has_device = True
         self.events.append(GpusUsed(ids))
 
     def _initializing(self, line: bytes, message: bytes, thread: int) -> None:

@@ -25,6 +25,8 @@ class Facts:
     accuracies: Mapping[int, str]
     """top_k -> the output that holds it."""
     is_detector: bool
+    named_mean_ap: str | None
+    """The output that is a detector's mean average precision by its name."""
     test_net_is_known: bool
     """The log holds all of the test network."""
     cut: bool
@@ -103,6 +105,8 @@ def _network(facts: Facts) -> Iterator[str]:
 
 def _accuracy(facts: Facts) -> Iterator[str]:
     named = [f"top-{top_k} is the output {name!r}" for top_k, name in sorted(facts.accuracies.items())]
+    if facts.named_mean_ap is not None:
+        named.append(f"mAP is the output {facts.named_mean_ap!r}")
     if not facts.outputs:
         yield "no accuracy: the log has no complete test"
     elif not facts.test_net_is_known and named:
@@ -111,6 +115,8 @@ def _accuracy(facts: Facts) -> Iterator[str]:
         yield "no accuracy: the log does not hold all of the test network, and no output has the name of one"
     elif 1 not in facts.accuracies and not facts.is_detector:
         yield "no top-1 accuracy: the test network has no Accuracy layer for it"
+    elif 1 in facts.accuracies and facts.accuracies[1] not in facts.outputs:
+        yield f"no top-1 accuracy: the last test did not print the output {facts.accuracies[1]!r}"
 
 
 def _speed(facts: Facts) -> Iterator[str]:

@@ -24,6 +24,9 @@ _DECLARED = ("Input", "DummyData", "MemoryData", "Parameter")
 _MOST_SHAPES = 1000
 _MOST_NETS = 16
 
+DETECTIONS = "detection_eval"
+"""The name that the examples of SSD give the output of their DetectionEvaluate layer."""
+
 _TOP_1 = re.compile(r"(?i)top[-_ @]?1(?!\d)|(?<![a-z])acc(?:uracy)?(?:[-_ @/]?1)?$")
 _TOP_5 = re.compile(r"(?i)top[-_ @]?5(?!\d)|(?<![a-z])acc(?:uracy)?[-_ @/]?5$")
 
@@ -111,6 +114,13 @@ class PrintedNet:
             if layer.string("type") == "Accuracy" and layer.strings("top"):
                 found[layer.message("accuracy_param").integer("top_k", 1)] = layer.strings("top")[0]
         return found
+
+    @cached_property
+    def mean_ap(self) -> str | None:
+        """The output that SSD's solver prints as mean average precision."""
+        layers = graph.layers_in(self.message) if self.message else ()
+        found = [layer.strings("top")[:1] for layer in layers if layer.string("type") == "DetectionEvaluate"]
+        return found[-1][0] if found and found[-1] else None
 
     @cached_property
     def classes(self) -> int | None:

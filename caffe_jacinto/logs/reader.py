@@ -133,7 +133,7 @@ class LogReader:
         iteration_line, output_line = ITERATION.match, TEST_OUTPUT.match
         for line in lines:
             start = line.find(b"] ") + 2
-            if start < 2 or line[0] not in b"IWEF":
+            if start < 2 or line[0] not in b"IWEF" or not _ZERO <= line[1] <= _NINE:
                 self._odd_line(line)
                 continue
             key = line[start : start + 4]

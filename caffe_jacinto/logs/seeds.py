@@ -116,7 +116,8 @@ def _record(one: Configuration) -> dict[str, Any]:
 
 
 def _name(run: Run) -> str:
-    return _SEED.sub("", run.name) or run.name
+    own = run.name.rsplit("/", 1)[-1]  # without the folders that tell it from others of its name
+    return _SEED.sub("", own) or own
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

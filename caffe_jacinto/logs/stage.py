@@ -16,7 +16,13 @@ from caffe_jacinto.logs.events import elapsed
 from caffe_jacinto.logs.history import StageHistory
 from caffe_jacinto.logs.loss import LossCheck
 from caffe_jacinto.logs.notes import Facts, stage_notes
-from caffe_jacinto.logs.printed_net import PrintedNet, PrintedNets, conv_sparsity, named_accuracies
+from caffe_jacinto.logs.printed_net import (
+    DETECTIONS,
+    PrintedNet,
+    PrintedNets,
+    conv_sparsity,
+    named_accuracies,
+)
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.solver_tests import NetTests, SolverTest, by_name
 from caffe_jacinto.logs.timing import Spent, Timing
@@ -500,7 +506,7 @@ class StageLog:
             iterations=self._iterations(),
             top1=named.get(accuracies.get(1, "")),
             top5=named.get(accuracies.get(5, "")),
-            mean_ap=next((output.value for output in outputs.values() if output.mean_ap), None),
+            mean_ap=named.get(self._mean_ap(outputs.values()) or ""),
             loss=float(f"{sum(losses):.6g}") if losses else None,
             train_loss=self.loss,
             outputs=self._all_outputs(),
@@ -552,6 +558,17 @@ class StageLog:
             return net.accuracies
         return named_accuracies(outputs)
 
+    def _mean_ap(self, outputs: Iterable[events.TestOutput], number: int = 0) -> str | None:
+        """The output of a test net that is a detector's mean average precision.
+
+        By the line that NVCaffe prints it in, or SSD's layer; by its name where the net is not known.
+        """
+        stated = next((output.name for output in outputs if output.mean_ap), None)
+        net = self._nets.of("TEST", number)
+        known = net is not None and net.message is not None
+        name = net.mean_ap if net is not None and known else DETECTIONS
+        return stated or next((output.name for output in outputs if output.name == name), None)
+
     def _all_accuracies(self) -> dict[str, str]:
         found = {}
         for number in sorted(self._tests):
@@ -559,9 +576,9 @@ class StageLog:
             outputs = self._last_test(number)
             for top_k, name in sorted(self._accuracies(by_name(outputs), number).items()):
                 found[f"top-{top_k}{ending}"] = name + ending
-            for output in outputs.values():
-                if output.mean_ap:
-                    found[f"mAP{ending}"] = output.name + ending
+            mean_ap = self._mean_ap(outputs.values(), number)
+            if mean_ap is not None:
+                found[f"mAP{ending}"] = mean_ap + ending
         return found
 
     def _all_outputs(self) -> dict[str, float]:
@@ -624,6 +641,8 @@ class StageLog:
         """What `stage_notes` judges; ``outputs`` are those of the last complete test."""
         main, test_net = self._nets.main(), self._nets.of("TEST")
         train = self._nets.of("TRAIN")
+        last = self._last_test(0).values()
+        mean_ap = self._mean_ap(last)
         return Facts(
             began=self._began,
             trained=self._has_trained,
@@ -632,7 +651,8 @@ class StageLog:
             displays=self.displays,
             outputs=outputs,
             accuracies=self._accuracies(outputs),
-            is_detector=any(output.mean_ap for output in self._last_test(0).values()),
+            is_detector=mean_ap is not None,
+            named_mean_ap=None if any(output.mean_ap for output in last) else mean_ap,
             test_net_is_known=test_net is not None and test_net.message is not None,
             cut=self._nets.any_is_cut(),
             printed=self._nets.any_is_printed,

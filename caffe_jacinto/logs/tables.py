@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import PurePath
+from pathlib import PureWindowsPath
 from typing import Any, TextIO
 
 from caffe_jacinto.common.text import Column, Line, duration, printable, show_table
@@ -169,7 +169,7 @@ def _branches(stages: Sequence[Stage]) -> list[Stage]:
     starts = [str(stage.figures.start_weights) for stage in begun.values()]
     if len(set(starts)) == len(starts):
         return []
-    passed = {PurePath(start).parent.name for start in starts}
+    passed = {PureWindowsPath(start).parent.name for start in starts}
     return [stage for name, stage in begun.items() if name not in passed]
 
 
