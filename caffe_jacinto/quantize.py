@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 DEPLOY, CSV = "deploy.prototxt", "table.csv"
 
+PREPROCESSING = "--preprocessing"
+"""The option that names the validation network: --val names an LMDB here."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Calibrate, test, print the table and write the folder; returns 0."""
@@ -75,9 +78,9 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     from caffe_jacinto.inference.network import network_files, trained_network, validation_preprocessing
     from caffe_jacinto.inference.quantize import Quantizer, described, loaded, on_caffe, on_each_gpu
 
-    files = network_files(options.network, options.weights, options.preprocessing)
+    files = network_files(options.network, options.weights, options.preprocessing, PREPROCESSING)
     trained = trained_network(files.deploy, files.weights)
-    done = validation_preprocessing(files.val, trained.shape, files.base)
+    done = validation_preprocessing(files.val, trained.shape, files.base, PREPROCESSING)
     calibration = _calibration(options, done)
     val = _validation(options, done)
     where = str(files.deploy)
@@ -147,7 +150,7 @@ def _parser() -> Parser:
     )
     add("--batch", type=whole_number(1), default=50, metavar="N", help="batch size (default: %(default)s)")
     prepared = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
-    add("--preprocessing", type=Path, metavar="FILE", help=prepared)
+    add(PREPROCESSING, type=Path, metavar="FILE", help=prepared)
     resize = "size of image files before the crop (default: that of the val LMDB)"
     add("--resize", type=image_size, metavar="WIDTHxHEIGHT", help=resize)
     shift = "form of what the network adds to images; TI's importer lists bias and scale (default: power)"
@@ -323,11 +326,15 @@ def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> No
     text = io.StringIO()
     write_text(result, text)
     weights = f"{without_suffix(files.weights).stem}_quantized.caffemodel"
-    names = {"network": DEPLOY, "weights": weights}
+    names = {"network": None if written.fork_text is None else DEPLOY, "weights": weights}
     folder: Path = options.output
     folder.mkdir(exist_ok=True)
     write_whole(folder / weights, written.weights())
-    write_whole(folder / DEPLOY, written.fork_text)
+    if written.fork_text is None:
+        print(f"{folder / DEPLOY}: not written: {written.fork_lacks}", file=sys.stderr)
+        (folder / DEPLOY).unlink(missing_ok=True)
+    else:
+        write_whole(folder / DEPLOY, written.fork_text)
     write_whole(folder / STOCK_DEPLOY, written.stock_text)
     write_whole(folder / TABLE, text.getvalue())
     write_whole(folder / CSV, csv_text(result))
@@ -337,7 +344,8 @@ def _write(options: Namespace, files: NetworkFiles, net: Any, result: Any) -> No
     if options.log:
         return
     write_text(result, sys.stdout)
-    print(f"{folder}: {RECORD}, {DEPLOY}, {STOCK_DEPLOY}, {weights}, {TABLE}, {CSV}")
+    made = (RECORD, names["network"], STOCK_DEPLOY, weights, TABLE, CSV)
+    print(f"{folder}: {', '.join(name for name in made if name is not None)}")
 
 
 def _preprocessing(files: NetworkFiles) -> dict[str, str]:

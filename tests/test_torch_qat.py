@@ -103,12 +103,24 @@ layer {{ name: "fc" type: "InnerProduct" bottom: "moved" top: "fc"
 layer {{ name: "fc/scale" type: "Scale" bottom: "fc" top: "fc" }}
 """
 
+UPSAMPLED = f"""
+{INPUT}
+layer {{ name: "up" type: "Deconvolution" bottom: "data" top: "up"
+  convolution_param {{ num_output: 4 kernel_size: 2 stride: 2 bias_term: false }} }}
+layer {{ name: "bn" type: "BatchNorm" bottom: "up" top: "up" }}
+layer {{ name: "scale" type: "Scale" bottom: "up" top: "up" scale_param {{ bias_term: true }} }}
+layer {{ name: "more" type: "Deconvolution" bottom: "up" top: "more"
+  convolution_param {{ num_output: 6 kernel_size: 3 group: 2 }} }}
+layer {{ name: "more/scale" type: "Scale" bottom: "more" top: "more" scale_param {{ bias_term: true }} }}
+"""
+
 
 @pytest.mark.caffe
-@pytest.mark.parametrize("network", ["jacintonet11", "resnet10", "shifted"])
+@pytest.mark.parametrize("network", ["jacintonet11", "resnet10", "shifted", "upsampled"])
 def test_folded_weights_in_training_are_those_of_the_merged_network(network: str, tmp_path: Path) -> None:
     """To the bit; where a sum goes over weights, to the last bits of float32."""
-    text = SHIFTED if network == "shifted" else built(network, Dialect.BVLC, tmp_path)
+    own = {"shifted": SHIFTED, "upsampled": UPSAMPLED}
+    text = own[network] if network in own else built(network, Dialect.BVLC, tmp_path)
     weights = write_random(tmp_path / "w.caffemodel", text, Dialect.BVLC)
     net = Net(
         parse_net(text, Dialect.BVLC, "deploy"), TEST, Dialect.BVLC, where="deploy", seed=0, fused=False
@@ -119,7 +131,7 @@ def test_folded_weights_in_training_are_those_of_the_merged_network(network: str
     assert merged.merged, "nothing was folded: the test says nothing"
     seen = 0
     for layer in merged.net.layers:
-        if layer.type not in ("Convolution", "InnerProduct"):
+        if layer.type not in ("Convolution", "Deconvolution", "InnerProduct"):
             continue
         folded = folding.folded(layer.name)
         np.testing.assert_array_equal(array(folded.weights), layer.blobs[0])

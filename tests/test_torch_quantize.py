@@ -30,7 +30,7 @@ from small_stage import write_digits as write_mnist
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
 from caffe_jacinto.caffemodel.storage import read_weights
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.engines.contract import Engine
@@ -38,6 +38,7 @@ from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.engines.pytorch.train import check_stages
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.onnx import NEWEST_OPSET, OPSET
+from caffe_jacinto.export.quantized import quantized_files
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
 from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described, on_caffe, on_pytorch
@@ -47,7 +48,7 @@ from caffe_jacinto.quantization.fork_settings import fields_of, fork_settings
 from caffe_jacinto.quantization.grids import magnitude_grid
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
-from caffe_jacinto.quantization.schemes import SCHEMES, Scheme, chosen_scheme
+from caffe_jacinto.quantization.schemes import SCHEMES, Bits, Scheme, chosen_scheme
 from caffe_jacinto.quantize import _parser, main
 from caffe_jacinto.recipes.model import QuantizeSettings
 from caffe_jacinto.report import main as report
@@ -875,6 +876,109 @@ def test_what_stays_in_float_is_made_of_values(tmp_path: Path) -> None:
     assert np.abs(exact).max() > 1
 
 
+GATED = """
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 6 dim: 6 } } }
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: 4 kernel_size: 3 } }
+layer { name: "mean" type: "Pooling" bottom: "conv" top: "mean"
+  pooling_param { pool: AVE global_pooling: true } }
+layer { name: "gate" type: "Reshape" bottom: "mean" top: "gate" reshape_param { shape { dim: 0 dim: -1 } } }
+layer { name: "gated" type: "KIND" bottom: "conv" bottom: "gate" top: "gated" PARAM { axis: 0 } }
+layer { name: "clip" type: "Clip" bottom: "gated" top: "clip" clip_param { min: -2 max: 2 } }
+layer { name: "flat" type: "Reshape" bottom: "clip" top: "flat" reshape_param { shape { dim: DIM dim: -1 } } }
+layer { name: "fc" type: "InnerProduct" bottom: "flat" top: "fc" inner_product_param { num_output: 3 } }
+"""
+
+
+@pytest.mark.parametrize("kind", ["Scale", "Bias"])
+def test_batches_of_another_size_than_the_files(kind: str, tmp_path: Path) -> None:
+    """A deploy network says 1 image; some of its layers have a number for each."""
+    text = GATED.replace("KIND", kind).replace("PARAM", f"{kind.lower()}_param").replace("DIM", "0")
+    weights = write_random(tmp_path / "w.caffemodel", text, Dialect.BVLC)
+    net, pixels = stock_net(text, "", None, weights), images((4, 3, 6, 6))
+    quantizer, result = quantized(net, SCHEMES["processor"], pixels)
+    for quantization in (None, result.quantization):
+        alone = [quantizer.net.scores(pixels[at : at + 1], quantization) for at in range(4)]
+        found = quantizer.net.scores(pixels, quantization)
+        np.testing.assert_allclose(found, np.concatenate(alone), rtol=1e-4, atol=1e-4)
+        assert len(np.unique(found)) > 9
+
+    files = quantized_files(net, result, None, "deploy.prototxt")
+    assert files.fork_text is None and 'type: "Clip"' in files.stock_text
+    assert files.fork_lacks == "deploy.prototxt: layer clip (Clip): caffe-jacinto has no field clip_param"
+
+
+def test_a_network_for_batches_of_one_size(tmp_path: Path) -> None:
+    text = GATED.replace("KIND", "Scale").replace("PARAM", "scale_param").replace("DIM", "1")
+    weights = write_random(tmp_path / "w.caffemodel", text, Dialect.BVLC)
+    net, pixels = stock_net(text, "", None, weights), images((4, 3, 6, 6))
+    with pytest.raises(
+        RunFailed, match=r"^deploy.prototxt: cannot be computed: shape '\[1, 64\]' is invalid"
+    ):
+        quantized(net, SCHEMES["processor"], pixels)
+
+
+@pytest.mark.caffe
+def test_what_the_fork_has_no_form_for_is_written_without_it(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it can be exported; a network of an earlier quantization is not left beside it."""
+    clip = 'layer { name: "clip" type: "Clip" bottom: "pool1" top: "clip" clip_param { min: 0 max: 60 } }\n'
+    text = SMALL_NET.replace('layer { name: "fc"', f'{clip}layer {{ name: "fc"').replace(
+        '"InnerProduct" bottom: "pool1"', '"InnerProduct" bottom: "clip"'
+    )
+    (tmp_path / "deploy.prototxt").write_text(text)
+    shutil.copy(trained.folder / "val.prototxt", tmp_path)
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    (folder / "deploy.prototxt").write_text("an earlier one")
+    assert main([str(tmp_path / "deploy.prototxt"), *trained.arguments[1:]]) == 0
+    said = capsys.readouterr()
+    assert f"{folder / 'deploy.prototxt'}: not written: " in said.err and "no field clip_param" in said.err
+    assert said.out.splitlines()[-1].startswith(f"{folder}: quantization.json, deploy_stock.prototxt, ")
+    assert not (folder / "deploy.prototxt").exists()
+    record = json.loads((folder / "quantization.json").read_text())
+    assert record["network"] is None and record["accuracy"]["quantized"]["top1"] > 0.8
+    assert weights_main(["export", "--quantized", str(folder), "--onnx", str(tmp_path / "q.onnx")]) == 0
+    assert [node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node].count("Clip") == 1
+
+
+VANISHED = """
+layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
+layer { name: "c1" type: "Convolution" bottom: "data" top: "c1"
+  convolution_param { num_output: 6 kernel_size: 3 } }
+layer { name: "c1/relu" type: "ReLU" bottom: "c1" top: "c1" }
+layer { name: "c2" type: "Convolution" bottom: "c1" top: "c2"
+  convolution_param { num_output: 5 kernel_size: 3 } }
+"""
+
+
+@pytest.mark.parametrize("bias_bits", [32, 10])
+@pytest.mark.parametrize("size", [1e-25, 1e-7])
+def test_a_channel_whose_weights_have_vanished_leaves_the_others_as_they_are(
+    size: float, bias_bits: int, tmp_path: Path
+) -> None:
+    """It still has its bias, which fits into sums of 32 bits; `by_integers` refuses larger ones."""
+    weights = write_random(tmp_path / "w.caffemodel", VANISHED, Dialect.BVLC)
+    net, pixels = stock_net(VANISHED, "", None, weights), images((8, 3, 8, 8))
+    layers = {layer.name: layer for layer in net.layers}
+    filters, bias = layers["c1"].blobs
+    filters[2], bias[2] = np.where(filters[2] < 0, -size, size), 1.0
+    scheme = replace(SCHEMES["processor"], bits=Bits(bias=bias_bits))
+    quantizer, result = quantized(net, scheme, pixels)
+    record = {unit["name"]: unit for unit in record_of(result)["layers"]}
+    blobs: dict[str, tuple[Any, float]] = {}
+    for unit, carried in quantizer.net.passing(pixels, result.quantization):
+        bottoms = layers[unit.layers[0]].message.bottom if unit.layers else ()
+        want = by_integers(record[unit.name], layers, [blobs[name] for name in bottoms], pixels)
+        assert np.abs(carried.tensor.numpy() - want).max() <= 1 and carried.grid is not None
+        blobs[unit.blob] = want, carried.grid.step
+    exact = quantizer.net.scores(pixels, None)
+    found = quantizer.net.scores(pixels, result.quantization)
+    noise = np.square(found - exact).mean() / np.square(exact).mean()
+    assert noise < 10 ** (-3 if bias_bits == 32 else -2.3)
+
+
 @pytest.mark.caffe
 def test_few_bits_cost_accuracy(trained: Trained, tmp_path: Path) -> None:
     """So the test can tell a good quantization from a bad one."""
@@ -908,6 +1012,10 @@ WRONG = [
     ),
     (["--plot", "x.pdf"], "--plot x.pdf: the name must end in .png or .svg"),
     (["--val", "nowhere"], "nowhere"),
+    (
+        ["--preprocessing", "nowhere"],
+        "nowhere: No such file or directory; name the validation network with --preprocessing",
+    ),
     (["--calibrate", "nowhere"], "--calibrate nowhere: there is no such file or folder"),
 ]
 
@@ -943,6 +1051,18 @@ def test_weights_that_cannot_be_quantized(
     with pytest.raises(UserError, match=message):
         main([*arguments, "--output", str(tmp_path / "q")])
     assert not (tmp_path / "q").exists()
+
+
+def test_without_a_validation_network(trained: Trained, tmp_path: Path) -> None:
+    shutil.copy(trained.folder / "deploy.prototxt", tmp_path)
+    arguments = [str(tmp_path / "deploy.prototxt"), *trained.arguments[1:]]
+    with pytest.raises(
+        UserError, match=r"no val.prototxt, .*; name the validation network with --preprocessing"
+    ):
+        main(arguments)
+    (tmp_path / "val.prototxt").write_text('name: "without data"')
+    with pytest.raises(UserError, match=r"no Data or .*; name another file with --preprocessing"):
+        main(arguments)
 
 
 def test_no_image_that_can_be_read(

@@ -29,8 +29,11 @@ class QuantizedFiles:
     stock_text: str
     """The network for stock Caffe and OpenCV."""
 
-    fork_text: str
-    """The same in caffe-jacinto's dialect, with a ``quantization_param`` in each layer."""
+    fork_text: str | None
+    """The same in caffe-jacinto's dialect, with a ``quantization_param`` in each layer; or None."""
+
+    fork_lacks: str
+    """Why caffe-jacinto has no form for it; else empty."""
 
     net: StockNet
     """With the values of the grids for weights."""
@@ -48,9 +51,6 @@ def quantized_files(net: StockNet, result: Result, last: Any | None, where: str)
     Args:
         last: a layer that the original network ends with and that is not quantized (its softmax).
         where: the original network, for messages.
-
-    Raises:
-        UserError: the fork cannot express a layer.
     """
     found = result.quantization
     rounded = [
@@ -63,7 +63,11 @@ def quantized_files(net: StockNet, result: Result, last: Any | None, where: str)
     if last is not None:
         rounded.append(StockLayer(translated(last, Dialect.BVLC)[0], []))
     written = StockNet(net.message, rounded)
-    return QuantizedFiles(written.text(), _fork_text(written, result, where), written)
+    try:
+        fork_text, lacks = _fork_text(written, result, where), ""
+    except UserError as error:
+        fork_text, lacks = None, str(error)
+    return QuantizedFiles(written.text(), fork_text, lacks, written)
 
 
 def _fork_text(net: StockNet, result: Result, where: str) -> str:
@@ -80,8 +84,7 @@ def _fork_text(net: StockNet, result: Result, where: str) -> str:
         message, unknown = translated(layer.message, Dialect.CAFFE_JACINTO)
         if unknown:
             raise UserError(
-                f"{where}: layer {layer.name} ({layer.type}): caffe-jacinto has no field {unknown[0]}; "
-                "its prototxt cannot be written"
+                f"{where}: layer {layer.name} ({layer.type}): caffe-jacinto has no field {unknown[0]}"
             )
         unit = inputs.get(layer.message.top[0]) if layer.type == "Input" else units.get(layer.name)
         if unit is not None:
@@ -106,7 +109,7 @@ def _describe(message: Any, layer: StockLayer, unit: Unit, result: Result) -> No
         if layer.name in found.inputs:
             given = found.inputs[layer.name]
             # Its bits are those of the layer that wrote it.
-            _fill(parameters.qparam_in.add(), given, round(log2(given.high - given.low + 1)), *reach(given))
+            _fill(parameters.qparam_in.add(), given, given.bits, *reach(given))
     ends_unit = layer.type == "Input" or layer.name == unit.layers[-1]
     if ends_unit and unit.name in found.outputs:
         grid = found.outputs[unit.name]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 VAL_NAMES = ("val.prototxt", "test.prototxt", "train_val.prototxt")
 """What validation networks are called, here and by publishers; the first one found is taken."""
 
+VAL_OPTION = "--val"
+"""What names another one, in most commands."""
+
 
 # ------------------------------------------------------------------------------------------- the network
 
@@ -90,11 +93,13 @@ class NetworkFiles:
     """Where a ``labels.txt`` may be, the nearest first."""
 
 
-def network_files(place: Path, weights: Path | None, val: Path | None) -> NetworkFiles:
+def network_files(
+    place: Path, weights: Path | None, val: Path | None, option: str = VAL_OPTION
+) -> NetworkFiles:
     """The files of ``place``: a run folder, a stage's folder in one, or, with ``weights``, a deploy prototxt.
 
     Of a run they are the newest complete weights of the last stage that has any; a line on stderr says so
-    where that stage is not finished.
+    where that stage is not finished. ``option`` is the one that names ``val``, for messages.
 
     Raises:
         UserError: a missing folder or file, a run without weights, or no validation network.
@@ -103,7 +108,7 @@ def network_files(place: Path, weights: Path | None, val: Path | None) -> Networ
         return _run_files(place, val)
     if weights is None:
         raise UserError(f"{place}: not a run folder; give a deploy.prototxt together with its .caffemodel")
-    return NetworkFiles(place, weights, val or _val_beside(place), Path(), (place.parent,))
+    return NetworkFiles(place, weights, val or _val_beside(place, option), Path(), (place.parent,))
 
 
 def _run_files(place: Path, val: Path | None) -> NetworkFiles:
@@ -181,14 +186,14 @@ def _newest_weights(stage: Path, prefix: str) -> Path | None:
     return None
 
 
-def _val_beside(deploy: Path) -> Path:
+def _val_beside(deploy: Path, option: str) -> Path:
     """The validation network in the folder of ``deploy``."""
     for name in VAL_NAMES:
         if (deploy.parent / name).is_file():
             return deploy.parent / name
     raise UserError(
         f"{deploy.parent}: no {', '.join(VAL_NAMES)} to take the preprocessing from;"
-        " name the validation network with --val"
+        f" name the validation network with {option}"
     )
 
 
@@ -248,23 +253,26 @@ class Preprocessing:
         return self.transform.apply(pixels, self.transform.window(height, width))
 
 
-def validation_preprocessing(val: Path, shape: tuple[int, int, int], base: Path) -> Preprocessing:
+def validation_preprocessing(
+    val: Path, shape: tuple[int, int, int], base: Path, option: str = VAL_OPTION
+) -> Preprocessing:
     """What the data layer of a val.prototxt does in the test phase.
 
-    ``shape`` is that of the deploy network's input; relative paths in the file are relative to ``base``.
+    ``shape`` is that of the deploy network's input; relative paths in the file are relative to ``base``;
+    ``option`` is the one that names ``val``, for messages.
 
     Raises:
         UserError: no such data layer, a crop that is not the deploy network's, or an unusable mean.
     """
     from caffe_jacinto.data.batches import read_transform
 
-    net = parse_any_net(read_text(val, "name the validation network with --val"), str(val))
+    net = parse_any_net(read_text(val, f"name the validation network with {option}"), str(val))
     kinds = ("Data", "ImageData")
     layer = next((layer for layer in messages_in(net, TEST) if layer.type in kinds), None)
     if layer is None:
         raise UserError(
             f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from;"
-            " name another file with --val"
+            f" name another file with {option}"
         )
     transform = read_transform(layer.transform_param, str(val), base=base)
     if transform.crop and (transform.crop, transform.crop) != shape[1:]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.text import image_progress
 from caffe_jacinto.export.input_shift import InputShift
 from caffe_jacinto.export.merge_bn import merge_bn
@@ -141,10 +141,19 @@ def on_caffe(net: StockNet, network: Network, path: str | None, where: str) -> C
     with tempfile.TemporaryDirectory() as scratch:
         deploy = Path(scratch) / "deploy.prototxt"
         deploy.write_text(net.text(), encoding="utf-8")
-        said = last_words(lambda: caffe.Net(str(deploy), caffe.TEST).forward())
+        said = last_words(lambda: _forward(caffe.Net(str(deploy), caffe.TEST)))
         if said:
-            raise UserError(f"{where}: Caffe cannot read it: {said}")
+            raise UserError(f"{where}: Caffe cannot compute it: {said}")
         return CaffeQuantizedNet(caffe, deploy, network)
+
+
+def _forward(net: Any) -> None:
+    """A pass with more images than the file says, which some networks are not made for."""
+    for name in net.inputs:
+        images = net.blobs[name]
+        images.reshape(images.shape[0] + 1, *tuple(images.shape)[1:])
+    net.reshape()
+    net.forward()
 
 
 def check_quantizable(
@@ -249,7 +258,8 @@ class Quantizer:
         passes, counted = MovingPasses(self.net, moving, self.where, sampled=self._sampled), 0
         with self._progress(label, images.total) as advance:
             for batch in _stacked(images):
-                passes.run(batch)
+                with self._failing():
+                    passes.run(batch)
                 counted += len(batch)
                 advance(len(batch))
         return passes.ranges, counted
@@ -352,21 +362,35 @@ class Quantizer:
 
     def _each(self, work: Callable[[Any, T], R], items: Iterator[T]) -> Iterator[tuple[T, R]]:
         """Each item with what ``work`` gives for it on one of the nets, which take turns; in order."""
+
+        def done_by(net: Any, item: T) -> R:
+            with self._failing():
+                return work(net, item)
+
         if len(self._nets) == 1:
-            yield from ((item, work(self.net, item)) for item in items)
+            yield from ((item, done_by(self.net, item)) for item in items)
             return
         from concurrent.futures import Future, ThreadPoolExecutor
 
         with ThreadPoolExecutor(len(self._nets)) as pool:
             waiting: deque[tuple[T, Future[R]]] = deque()
             for item, net in zip(items, cycle(self._nets), strict=False):
-                waiting.append((item, pool.submit(work, net, item)))
+                waiting.append((item, pool.submit(done_by, net, item)))
                 # The oldest has the net whose turn comes next.
                 if len(waiting) == len(self._nets):
                     done, result = waiting.popleft()
                     yield done, result.result()
             for done, result in waiting:
                 yield done, result.result()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What PyTorch cannot compute, or has no memory for, is one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RunFailed(f"{self.where}: cannot be computed: {reason}") from error
 
 
 def _scores(net: Passes, item: tuple[Values, list[int]], *, quantization: Quantization) -> Values:

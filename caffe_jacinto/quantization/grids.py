@@ -6,7 +6,7 @@ Values are rounded to the nearest, halves to the even one, as ONNX's QuantizeLin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import frexp, inf, isfinite, ldexp
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,21 @@ class Grid:
     @property
     def signed(self) -> bool:
         return self.low < 0
+
+    @property
+    def bits(self) -> int:
+        """The bits that its numbers take, which have limits."""
+        return int(self.high).bit_length() + (1 if self.signed else 0)
+
+    def with_steps_from(self, least: NDArray[np.float64] | float, power_of_two: bool) -> Grid:
+        """The same with steps of at least ``least``: one number, or one for each step."""
+        short = self.steps < least
+        if not short.any():
+            return self
+        steps = np.broadcast_to(least, self.steps.shape)
+        if power_of_two:
+            steps = np.array([_power(step) for step in steps.tolist()])
+        return replace(self, steps=np.where(short, steps, self.steps).astype(np.float32))
 
     def numbers(self, values: Values) -> NDArray[np.float32]:
         """The grid's number nearest to each of ``values``."""

@@ -226,16 +226,25 @@ def with_grids(
 ) -> Quantization:
     """The quantization with these grids of outputs and weights; those of inputs and biases follow from them.
 
+    Steps of weights that are too small for the bias to fit into the sums are larger in it.
+
     Args:
         biases: that take the place of the network's; None in it: the unit has none.
     """
+    weights = dict(weights)
     found = Quantization(outputs, _inputs(network, outputs), weights, {})
     grids = {}
     for unit in network.units:
         if unit.name not in weights:
             continue
         bias = network.bias(unit) if biases is None else biases[unit.name]
-        grid = None if bias is None else _bias_grid(network, found, unit, bias)
+        if bias is None:
+            continue
+        if found.in_whole_numbers(unit.name):
+            weights[unit.name] = _with_room_for(
+                bias, weights[unit.name], found.inputs[unit.name], power_of_two=network.scheme.power_of_two
+            )
+        grid = _bias_grid(network, found, unit, bias)
         if grid is not None:
             grids[unit.name] = grid
     return replace(found, biases=grids)
@@ -292,8 +301,25 @@ def grid_of_weights(network: Network, unit: Unit, weights: Values) -> Grid:
     )
 
 
+_ROOM = 2.0**30
+"""The largest bias in units of sums of 32 bits: products have as much room again."""
+
+
+def _with_room_for(bias: Values, weights: Grid, given: Grid, *, power_of_two: bool) -> Grid:
+    """The grid of ``weights`` with steps for which ``bias`` fits into the sums; ``given``: that of the input.
+
+    A channel whose weights have almost vanished, but not its bias, would have sums beyond those of a
+    processor: of 32 bits for 8-bit numbers, and as many more as the numbers have.
+    """
+    more = max(0, weights.bits + given.bits - 16)
+    needed = np.abs(bias.astype(np.float64)) / (_ROOM * 2.0**more * given.step)
+    return weights.with_steps_from(needed if weights.steps.size > 1 else needed.max(), power_of_two)
+
+
 def _bias_grid(network: Network, found: Quantization, unit: Unit, bias: Values) -> Grid | None:
     """The grid of a bias: that of the sums, coarser by a power of two where its bits do not reach far enough.
+
+    Each channel whose weights have a step of its own is coarser by its own bias, not by the largest.
 
     None where the input is on no grid, so that the sums are on none.
     """
@@ -305,6 +331,7 @@ def _bias_grid(network: Network, found: Quantization, unit: Unit, bias: Values) 
         return None
     most = 2 ** (bits - 1) - 1
     steps = found.factor(unit.name)
-    excess = float((np.abs(bias) / steps).max()) / most
-    shift = max(0, int(np.ceil(np.log2(excess)))) if excess > 0 else 0
+    excess = np.abs(bias) / steps / most
+    largest = excess if steps.size > 1 else excess.max()
+    shift = np.ceil(np.log2(np.maximum(largest, 1)))
     return Grid((steps * 2.0**shift).astype(np.float32), -most, most)

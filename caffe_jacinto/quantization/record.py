@@ -26,12 +26,14 @@ RECORD = "quantization.json"
 
 
 def record_of(
-    result: Result, files: Mapping[str, str] | None = None, preprocessing: Mapping[str, str] | None = None
+    result: Result,
+    files: Mapping[str, str | None] | None = None,
+    preprocessing: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The contents of quantization.json.
 
     Args:
-        files: the names of the files beside it: ``network``, ``weights``.
+        files: the names of the files beside it: ``network`` (None: it is not there), ``weights``.
         preprocessing: class names, and how images become the network's input.
     """
     scheme = result.network.scheme
@@ -128,7 +130,7 @@ class Recorded:
 
     weights: Path
     files: tuple[Path, ...]
-    """quantization.json and the network in caffe-jacinto's dialect."""
+    """quantization.json and, if it is there, the network in caffe-jacinto's dialect."""
 
     preprocessing: Mapping[str, str]
     outputs: Mapping[str, Grid]
@@ -162,7 +164,7 @@ def read_recorded(folder: Path, network: str) -> Recorded:
             str(record["scheme"]),
             folder / network,
             folder / str(record["weights"]),
-            (path, folder / str(record["network"])),
+            (path, *(folder / str(name) for name in [record["network"]] if name is not None)),
             {str(key): str(value) for key, value in record["preprocessing"].items()},
             {(u["layers"] or [u["blob"]])[-1]: _read_grid(u["output"]) for u in units if u["output"]},
             frozenset(name for u in units if u["keeps_scale"] for name in u["layers"]),

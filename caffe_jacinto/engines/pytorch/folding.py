@@ -94,7 +94,7 @@ class Folding:
             factor, shift = self._gain_and_shift(message)
             gain = factor if gain is None else gain * factor
             bias = (shift if bias is None else factor * bias.double() + shift).float()
-            weights = (weights.double() * factor.reshape(_along(plan.message, weights))).float()
+            weights = (weights.double() * _along(plan.message, factor, weights)).float()
         added: Tensor | None = None
         for message in plan.before:
             part = _through_weights(plan.message, weights.double(), self._shift(message))
@@ -133,11 +133,15 @@ def _new(net: Net, layer: Any) -> NewLayer:
     return NewLayer(layer, blobs)
 
 
-def _along(message: Any, weights: Tensor) -> tuple[int, ...]:
-    """The shape in which one number for each output goes over ``weights``."""
+def _along(message: Any, factor: Tensor, weights: Tensor) -> Tensor:
+    """One ``factor`` for each output, in a shape that goes over ``weights``."""
+    if message.type == "Deconvolution":  # inputs of all groups x outputs of one group x kernel
+        groups = message.convolution_param.group
+        by_input = factor.reshape(groups, -1).repeat_interleave(len(weights) // groups, 0)
+        return by_input.reshape(weights.shape[:2] + (1,) * (weights.dim() - 2))
     if message.type == "InnerProduct" and message.inner_product_param.transpose:
-        return (-1,)
-    return (-1, *[1] * (weights.dim() - 1))
+        return factor
+    return factor.reshape(-1, *[1] * (weights.dim() - 1))
 
 
 def _through_weights(message: Any, weights: Tensor, shift: Tensor) -> Tensor:

@@ -47,11 +47,11 @@ class Rounding:
                     f"{where}: layer {name}: the scheme {recorded.scheme} has no number for zero, which ONNX "
                     "cannot express; quantize with the scheme processor or power2"
                 )
-            if not isfinite(grid.high) or bits_of(grid) > MOST_BITS:
+            if not isfinite(grid.high) or grid.bits > MOST_BITS:
                 raise UserError(f"{where}: layer {name} has numbers without limits; quantize again")
-            if bits_of(grid) > 8 and opset < OPSET_OF_16_BITS:
+            if grid.bits > 8 and opset < OPSET_OF_16_BITS:
                 raise UserError(
-                    f"{where}: layer {name} has {bits_of(grid)} bits, and opset {opset} has 8; "
+                    f"{where}: layer {name} has {grid.bits} bits, and opset {opset} has 8; "
                     f"give --opset {OPSET_OF_16_BITS}"
                 )
 
@@ -79,7 +79,7 @@ class Rounding:
         """Add the nodes that round the value ``exact``; ``output`` is the result."""
         import numpy as np
 
-        if bits_of(grid) not in (8, 16):  # the type has more numbers than the grid
+        if grid.bits not in (8, 16):  # the type has more numbers than the grid
             limited = graph.inner(output, "limited")
             ends = [
                 graph.constant(f"{output}:{name}", np.array(end * grid.step, np.float32))
@@ -134,11 +134,6 @@ class Rounding:
         return result
 
 
-def bits_of(grid: Grid) -> int:
-    """The bits that a grid's numbers take."""
-    return int(grid.high).bit_length() + (1 if grid.signed else 0)
-
-
 def _along(steps: Values, grid: Grid, values: Values) -> Values:
     """The steps in a shape that broadcasts over ``values``."""
     if not steps.ndim:
@@ -150,4 +145,4 @@ def _along(steps: Values, grid: Grid, values: Values) -> Values:
 
 def _number_type(grid: Grid) -> str:
     """The NumPy type that holds a grid's numbers."""
-    return f"{'int' if grid.signed else 'uint'}{8 if bits_of(grid) <= 8 else 16}"
+    return f"{'int' if grid.signed else 'uint'}{8 if grid.bits <= 8 else 16}"

@@ -42,11 +42,12 @@ def scale(layer: LayerSetup) -> Forward:
         layer.blob(fields.filler if fields.HasField("filler") else None, constant=1.0)
     if fields.bias_term:
         layer.blob(fields.bias_filler)
-    shifts = fields.bias_term
+    shifts, start = fields.bias_term, layer.axis(fields.axis)
 
     def forward(blobs: Blobs, values: Tensor, *given: Tensor) -> Tensor:
-        factors = given[0] if given else blobs[0]
-        values = values * factors.reshape(spread)
+        # A second bottom may hold one number for each image of a batch that is not that of the file.
+        over = _spread_over(values, given[0], start) if given else spread
+        values = values * (given[0] if given else blobs[0]).reshape(over)
         return values + blobs[-1].reshape(spread) if shifts else values
 
     return forward
@@ -57,7 +58,8 @@ def bias(layer: LayerSetup) -> Forward:
     fields = layer.parameters("bias_param", "axis", "num_axes", "filler")
     spread = _spread(layer, fields.axis, fields.num_axes)
     if len(layer.bottoms) == 2:
-        return lambda blobs, values, added: values + added.reshape(spread)
+        start = layer.axis(fields.axis)
+        return lambda blobs, values, added: values + added.reshape(_spread_over(values, added, start))
     layer.blob(fields.filler)
     return lambda blobs, values: values + blobs[0].reshape(spread)
 
@@ -78,6 +80,13 @@ def _spread(layer: LayerSetup, axis: int, axes: int) -> Shape:
     if shape[start:end] != size or (len(layer.bottoms) == 1 and axes > 0 and len(size) != axes):
         layer.refuse(f"what it applies from axis {axis} on does not match its bottom's shape {shape}")
     return (1,) * start + size + (1,) * (len(shape) - end)
+
+
+def _spread_over(values: Tensor, applied: Tensor, start: int) -> Shape:
+    """The shape of ``applied`` from axis ``start`` of ``values`` on, with 1s for the others."""
+    if not applied.dim():
+        return (1,) * values.dim()
+    return (1,) * start + tuple(applied.shape) + (1,) * (values.dim() - start - applied.dim())
 
 
 def embed(layer: LayerSetup) -> Forward:

@@ -42,10 +42,14 @@ def reshape(layer: LayerSetup) -> Forward:
     if not is_known(output_shapes(layer.tree, layer.bottoms, 1)[0]) or min(layer.tops[0], default=1) < 1:
         given, values = list(fields.shape.dim), shape[start:end]
         layer.refuse(f"reshape_param.shape {given} does not hold the {prod(values)} values of {values}")
-    result = layer.tops[0]
-    # The batch may be smaller than in the file when the last one of a pass is.
-    kept = start > 0
-    return lambda blobs, values: values.reshape((values.shape[0], *result[1:]) if kept else result)
+    dims = list(fields.shape.dim)
+
+    def forward(blobs: Blobs, values: Tensor) -> Tensor:
+        # The batch may be another than in the file: 0 copies it, and -1 follows from it.
+        middle = (dim or values.shape[start + at] for at, dim in enumerate(dims))
+        return values.reshape((*values.shape[:start], *middle, *values.shape[end:]))
+
+    return forward
 
 
 def cut(layer: LayerSetup) -> Forward:
