@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from log_text import GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.logs import page_content, tables
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.logs.history import Buckets, thinned
 from caffe_jacinto.logs.page import State, write_page
@@ -132,6 +133,25 @@ def test_sparsity_by_layer_stands_at_the_iteration_that_follows_it_in_the_log() 
     assert [(bucket.first, bucket.mean) for bucket in history.sparsity.all()] == found
 
 
+def test_of_a_detector_the_mean_comes_first(tmp_path: Path) -> None:
+    """Its curve is there however many classes come before it in the log."""
+    log = Log().start()
+    for iteration in (10, 20):
+        log.line("solver.cpp", f"Iteration {iteration}, Testing net (#0)")
+        for number in range(1, 201):
+            log.line("solver.cpp", f"class AP {number}: 0.5", seconds=0)
+        log.line("solver.cpp", f"Test net output mAP #0: map = 0.0{iteration}").iterate(iteration, iteration)
+    (run,), _ = find_runs([write(tmp_path / "a.log", log.end().text)], history=True)
+    (drawn,) = page_content.curves([run])
+    curves = [curve for curve in drawn["stages"][0]["curves"] if curve["panel"] == "accuracy"]
+    assert [curve["name"] for curve in curves[:2]] == ["mAP", "class AP 1"]
+    assert (curves[0]["x"], curves[0]["y"]) == ([10, 20], [0.01, 0.02])
+    assert ("mAP", "2.00 %") in [(card.label, card.value) for card in page_content.cards(run)]
+    assert [table.title for table in tables.tables([run])] == ["a", "Results"]
+    (run,), _ = find_runs([write(tmp_path / "cut.log", log.text.replace("Initializing net", "A net"))])
+    assert [table.title for table in tables.tables([run])] == ["cut"]
+
+
 # --- what a browser shows -------------------------------------------------------------------------------
 
 
@@ -155,6 +175,16 @@ def hover(browser: Browser, panel: str, fraction: float) -> dict[str, str]:
         "return {at: tip.querySelector('b').textContent, ...Object.fromEntries(rows)}; })()"
     )
     return found
+
+
+def zoom(browser: Browser, begin: float, end: float) -> None:
+    """Drag over a part of the first chart, as fractions of its width."""
+    left, top, width, height = browser.box("#panel-loss .u-over")
+    moves = [("mouseMoved", begin), ("mousePressed", begin), ("mouseMoved", end), ("mouseReleased", end)]
+    for number, (kind, at) in enumerate(moves):
+        button = {"button": "left", "buttons": 1, "clickCount": 1} if number else {}
+        browser.mouse(kind, left + at * width, top + height / 2, **button)
+    browser.wait_for("![...document.querySelectorAll('#controls button')].pop().disabled")
 
 
 @pytest.mark.caffe
@@ -195,6 +225,9 @@ def test_hovering_zooming_and_switching(browser: Browser, tmp_path: Path) -> Non
     assert texts(browser, "h1") == ["digits"]
     assert texts(browser, "#panels h3") == ["Loss", "Accuracy, %", "Learning rate", "Sparsity, %"]
     # 40 iterations, then 120: iteration 20 of the first stage lies at an eighth, 80 of the second at 3/4
+    left, _, width, _ = browser.box("#panel-loss .u-over")
+    from_left, _, of_all, _ = browser.box("#panel-loss .chart")
+    assert from_left + of_all - left - width >= 18  # half of the last label has room
     tip = hover(browser, "accuracy", 20 / 160)
     assert tip == {"at": "initial, iteration 20", "top-1": "60.00 %", "top-5": "90.00 %"}
     assert hover(browser, "loss", 10 / 160)["training loss"] == f"{2 / 11:.5g}"
@@ -202,12 +235,7 @@ def test_hovering_zooming_and_switching(browser: Browser, tmp_path: Path) -> Non
     browser.click("#panel-accuracy .chips button[title=top-5]")
     assert hover(browser, "accuracy", 20 / 160) == {"at": "initial, iteration 20", "top-1": "60.00 %"}
     # a part that is dragged over fills the width of every chart
-    left, top, width, height = browser.box("#panel-loss .u-over")
-    moves = [("mouseMoved", 0.5), ("mousePressed", 0.5), ("mouseMoved", 0.75), ("mouseReleased", 0.75)]
-    for number, (kind, at) in enumerate(moves):
-        button = {"button": "left", "buttons": 1, "clickCount": 1} if number else {}
-        browser.mouse(kind, left + at * width, top + height / 2, **button)
-    browser.wait_for("![...document.querySelectorAll('#controls button')].pop().disabled")
+    zoom(browser, 0.5, 0.75)
     assert hover(browser, "rate", 0.02)["at"] == "sparse, iteration 40"
     # what was chosen outlives a reload
     browser.value("sessionStorage.length")
@@ -331,8 +359,12 @@ def test_a_page_of_320000_iterations_is_small_and_drawn_within_a_second(
         times.append(int(browser.value("document.documentElement.dataset.drawn")))
     assert min(times) < 1000
     # one loss of 16,000 is far above the others: it is shown although it was joined with its neighbours
-    assert hover(browser, "loss", 123_460 / 320_000)["training loss"].endswith(" to 98.5)")
     assert hover(browser, "accuracy", 0.999)["top-1"] == "80.00 %"
+    zoom(browser, 0.35, 0.4)
+    near = (
+        (at / 320_000 - 0.35) / (0.4 - 0.35) for at in range(123_100, 123_800, 40)
+    )  # pixels are 290 apart
+    assert any(hover(browser, "loss", place)["training loss"].endswith(" to 98.5)") for place in near)
 
 
 @pytest.mark.caffe

@@ -137,6 +137,14 @@ def test_accuracy_against_sparsity_and_complexity(
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_long_numbers_of_an_axis_have_room(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report(runs, "--scatter", tmp_path / "a.svg", capsys=capsys)
+    found = re.findall(r"<!-- (\S*e-05) -->", (tmp_path / "a.svg").read_text())
+    assert 1 < len(found) <= 4
+
+
 def test_pictures_of_choices_that_cannot_be_drawn(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--scatter .*must end in \.png or \.svg"):
         main([str(runs), "--scatter", str(tmp_path / "a.pdf")])

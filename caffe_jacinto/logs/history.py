@@ -18,7 +18,10 @@ MOST_BUCKETS = 4000
 MOST_LISTINGS = 400
 MOST_TIMES = 2000
 MOST_OUTPUTS = 100
-"""Outputs of test networks that have a curve: a blob of many numbers is an output for each."""
+"""Outputs of test networks that have a curve: a blob of many numbers is an output for each.
+
+As many again of those whose number is lower than this.
+"""
 
 
 class Bucket(NamedTuple):
@@ -168,7 +171,9 @@ class StageHistory:
         self._seen[event.name] = times + 1
         name = f"{event.name}[{times}]" if times else event.name
         name += f" (#{event.net})" if event.net else ""
-        if name not in self.outputs and len(self.outputs) >= MOST_OUTPUTS and not self.every_point:
+        # Average precisions of classes are numbered behind all others, and come before their mean.
+        most = MOST_OUTPUTS if event.number >= MOST_OUTPUTS else 2 * MOST_OUTPUTS
+        if name not in self.outputs and len(self.outputs) >= most and not self.every_point:
             return
         self.outputs.setdefault(name, self._curve()).add(iteration, event.value)
         if event.loss is not None:

@@ -74,6 +74,9 @@ def cards(run: Run) -> list[Card]:
         found.append(Card("Top-1", tables.percent(last.top1, 2), detail))
         if last.top5 is not None:
             found.append(Card("Top-5", tables.percent(last.top5, 2)))
+    mean_ap = next((s.figures.mean_ap for s in reversed(run.stages) if s.figures.mean_ap is not None), None)
+    if mean_ap is not None:
+        found.append(Card(tables.MEAN_AP_HEADER, tables.percent(mean_ap, 2), "mean average precision"))
     for _, stage in tables.quantized(run):
         lost = tables.difference(run, stage)
         words = "" if lost is None else f"{100 * lost:+.2f} points to float"
@@ -176,10 +179,9 @@ def _buckets_of(stage: Stage) -> list[tuple[str, str, Buckets]]:
     history = stage.history
     if history is None:
         return []
-    accuracies = stage.net.accuracies if stage.net is not None else {}
-    called = {output: f"top-{top_k}" for top_k, output in accuracies.items()}
+    called = {output: label for label, output in stage.figures.accuracies.items()}
     found = [("loss", TRAINING_LOSS, history.loss)]
-    for name, buckets in history.outputs.items():
+    for name, buckets in sorted(history.outputs.items(), key=lambda item: called.get(item[0], "~")):
         shown = called.get(name, name)
         if shown == TRAINING_LOSS:
             shown += " (output of the test)"

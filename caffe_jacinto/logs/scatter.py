@@ -143,6 +143,8 @@ def _axes(places: dict[str, Any], cost: str) -> None:
         if high / low >= _LOGARITHMIC_FROM:
             place.set_xscale("log")
             place.xaxis.set_minor_formatter(lambda value, _: "")
+        else:
+            place.locator_params(axis="x", nbins=4)  # so that long numbers have room
         place.xaxis.set_major_formatter(lambda value, _: short(value))
 
 

@@ -81,8 +81,9 @@ LEFT_HEADER = "Left without zeros"
 
 
 def tables(runs: Sequence[Run], *, published: bool = False) -> list[Table]:
-    """A table of stages for each run, then the result table; see `published_rows`."""
-    return [*(stage_table(run) for run in runs), result_table(runs, published_rows(runs, published))]
+    """A table of stages for each run, then the result table if it has rows; see `published_rows`."""
+    results = result_table(runs, published_rows(runs, published))
+    return [*(stage_table(run) for run in runs), *([results] if results.rows else [])]
 
 
 def published_rows(runs: Sequence[Run], wanted: bool = False) -> tuple[Published, ...]:

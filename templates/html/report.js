@@ -219,9 +219,9 @@
     const tip = element("div", { class: "tip", hidden: true });
     const axis = { stroke: soft, font, grid: { stroke: grid, width: 1 }, ticks: { show: false } };
     const chart = { panel, lines, view: fullRange() };
-    const options = {
+    const options = { // the padding on the right holds half of the last label
       width: panel.box.clientWidth || 600, height: panel.key === "loss" || panel.key === "accuracy" ? 250 : 170,
-      padding: [first ? 24 : 8, 12, 0, 0], legend: { show: false }, series, bands,
+      padding: [first ? 24 : 8, state.time ? 32 : 20, 0, 0], legend: { show: false }, series, bands,
       scales: {
         x: { time: false, range: (u, min, max) => (chart.view = viewOf(u, min, max)) },
         y: { distr: state.log[panel.key] ? 3 : 1, range: () => heightOf(panel, lines, ...chart.view) },
