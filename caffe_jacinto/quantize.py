@@ -39,7 +39,7 @@ from caffe_jacinto.quantization.schemes import (
 )
 
 if TYPE_CHECKING:
-    from caffe_jacinto.inference.network import NetworkFiles, Preprocessing
+    from caffe_jacinto.inference.network import NetworkFiles, Preprocessing, TrainedNetwork
     from caffe_jacinto.inference.quantize import Images
     from caffe_jacinto.inference.quantize_log import QuantizeLog
     from caffe_jacinto.quantization.network import Network
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     """Calibrate, test, print the table and write the folder; returns 0."""
     options = _parser().parse_intermixed_args(list(argv))
     options.output = options.output or _default_output(options.network)
+    options.weights = _only_weights(options)
     _check(options)
     scheme = _scheme(options)
     if not options.log:
@@ -82,7 +83,7 @@ def _quantize(options: Namespace, scheme: Scheme, log: QuantizeLog | None) -> No
     trained = trained_network(files.deploy, files.weights)
     done = validation_preprocessing(files.val, trained.shape, files.base, PREPROCESSING)
     calibration = _calibration(options, done)
-    val = _validation(options, done)
+    val = _validation(options, done, trained)
     where = str(files.deploy)
     net = loaded(trained, scheme, options.input_shift or "power")
     network = described(net, scheme, where, dict(options.bits_of), options.keep_float)
@@ -114,7 +115,7 @@ def _parser() -> Parser:
     parser.usage = "%(prog)s RUN|DEPLOY [WEIGHTS] --calibrate LMDB|IMAGES [OPTION...]"
     add = parser.add_argument
     add("network", type=Path, metavar="RUN|DEPLOY", help="a run folder, or a deploy.prototxt")
-    add("weights", type=Path, nargs="?", metavar="WEIGHTS", help="with DEPLOY: the .caffemodel")
+    add("weights", type=Path, nargs="*", metavar="WEIGHTS", help="with DEPLOY: the .caffemodel")
     images = "training images: an LMDB, or an image file or a folder (may be repeated)"
     add("--calibrate", type=Path, action="append", required=True, metavar="LMDB|IMAGES", help=images)
     default = "the folder to write; made if missing (default: quantized, in RUN or beside DEPLOY)"
@@ -136,7 +137,7 @@ def _parser() -> Parser:
     )
     add("--weight-ranges", choices=RANGE_METHODS, help="the same for weights")
     add("--percentile", type=_percentile, metavar="P", help="of the values in a range (default: 99.99)")
-    correction = "add the mean error of each output channel to its bias"
+    correction = "take the mean error of each output channel off its bias"
     add("--bias-correction", action="store_true", help=correction)
     add("--sensitivity", action="store_true", help="also test with each layer quantized alone")
     drawn = "draw the outputs and ranges of the worst layers, as .png or .svg"
@@ -163,6 +164,21 @@ def _parser() -> Parser:
     gpus = "compute on these GPUs, on PyTorch (default: on the CPU)"
     add("--gpus", "--gpu", "-gpu", type=gpu_request, default=(), metavar="0,1|all", help=gpus)
     return parser
+
+
+def _only_weights(options: Namespace) -> Path | None:
+    """The one path behind the network, if it is there; more come from ``--calibrate *.jpg``."""
+    first, *more = options.weights or (None,)
+    if more:
+        raise UserError(
+            f"{more[-1]}: one path too many; give each image its own --calibrate, or name their folder"
+        )
+    if options.network.is_dir() and first is not None:
+        raise UserError(
+            f"{options.network} is a folder, whose weights are found automatically; leave {first} out, or "
+            "give each of several images its own --calibrate"
+        )
+    return first
 
 
 def _layer_bits(text: str) -> tuple[str, int]:
@@ -199,11 +215,6 @@ def _check(options: Namespace) -> None:
         raise UserError(
             f"{options.network}: there is no such file or folder; "
             "give a run folder, or a deploy.prototxt and its .caffemodel"
-        )
-    if options.network.is_dir() and options.weights is not None:
-        raise UserError(
-            f"{options.network} is a folder, whose weights are found automatically; "
-            f"leave {options.weights} out"
         )
     layers = [layer for layer, _ in options.bits_of]
     twice = next((layer for layer in layers if layers.count(layer) > 1), None)
@@ -288,12 +299,19 @@ def _calibration(options: Namespace, done: Preprocessing) -> Images:
     return batched(str(sources[0]), len(chosen), options.batch, lambda: file_samples(chosen, done, form))
 
 
-def _validation(options: Namespace, done: Preprocessing) -> Images | None:
-    """The images to test on; None, and a line, where there are none."""
+def _validation(options: Namespace, done: Preprocessing, trained: TrainedNetwork) -> Images | None:
+    """The images to test on; None, and a line, where there are none or ``trained`` gives no scores."""
     from caffe_jacinto.data.lmdb_reader import is_lmdb_folder
-    from caffe_jacinto.inference.network import lmdb_samples
+    from caffe_jacinto.inference.network import lmdb_samples, why_no_scores
     from caffe_jacinto.inference.quantize import batched
 
+    why = why_no_scores(trained)
+    if why is not None:
+        option = "--val" if options.val is not None else "--sensitivity" if options.sensitivity else None
+        if option is not None:
+            raise UserError(f"{trained.where}: {why}, which a test needs: leave {option} out")
+        print(f"{trained.where}: {why}: the accuracy is not tested", file=sys.stderr)
+        return None
     lmdb = options.val or done.lmdb
     if options.val is None and (lmdb is None or not is_lmdb_folder(lmdb)):
         if options.sensitivity:

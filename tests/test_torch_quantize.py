@@ -41,10 +41,19 @@ from caffe_jacinto.export.onnx import NEWEST_OPSET, OPSET
 from caffe_jacinto.export.quantized import quantized_files
 from caffe_jacinto.export.stock_net import StockNet, stock_net
 from caffe_jacinto.inference.network import Sample
-from caffe_jacinto.inference.quantize import Images, Quantizer, batched, described, on_caffe, on_pytorch
+from caffe_jacinto.inference.quantize import (
+    Images,
+    Quantizer,
+    batched,
+    check_quantizable,
+    described,
+    on_caffe,
+    on_pytorch,
+)
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.quantization.fork_settings import fields_of, fork_settings
+from caffe_jacinto.quantization.fork_settings import tested_network as network_and_settings
 from caffe_jacinto.quantization.grids import magnitude_grid
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
@@ -497,6 +506,12 @@ def test_stock_caffe_and_the_forks_schema_read_what_it_writes(
     assert output.max == pytest.approx(255 * record["conv1"]["output"]["scale"][0])
     assert [q.bitwidth for q in layers["conv1"].quantization_param.qparam_w] == [8, 32]
     assert not layers["prob"].HasField("quantization_param")
+    for text in ((folder / name).read_text() for name in ("deploy.prototxt", "deploy_stock.prototxt")):
+        read = stock_net(text, "", None, weights)
+        passes = on_pytorch(read, described(read, SCHEMES["processor"], "", {}, ()), (), "")
+        np.testing.assert_allclose(passes.scores(pixels, None), found.reshape(4, 10), atol=1e-5)
+    bare, _ = network_and_settings(net, Dialect.CAFFE_JACINTO, "deploy.prototxt")
+    assert not any(layer.HasField("quantization_param") for layer in bare.layer)
     stored = read_weights(weights)
     scales = np.array(record["fc"]["weights"]["scale"]).reshape(-1, 1)
     numbers = stored["fc"][0] / scales
@@ -943,6 +958,38 @@ def test_what_the_fork_has_no_form_for_is_written_without_it(
     assert [node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node].count("Clip") == 1
 
 
+@pytest.mark.caffe
+def test_a_network_that_gives_no_scores_is_quantized_and_not_tested(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers for an image are no classes, and one of them would pass for the best."""
+    spread = SMALL_NET[: SMALL_NET.index('layer { name: "fc"')]
+    chosen = SMALL_NET.replace('"prob" type: "Softmax"', '"best" type: "ArgMax"')
+    ways = {
+        "its output is 24x7x7 for an image, not the scores of classes": spread,
+        "its output is the classes that best (ArgMax) chooses, not their scores": chosen,
+    }
+    val = ["--val", str(trained.folder / "val_lmdb")]
+    shutil.copy(trained.folder / "val.prototxt", tmp_path)
+    for why, text in ways.items():
+        (tmp_path / "deploy.prototxt").write_text(text)
+        arguments = [str(tmp_path / "deploy.prototxt"), *trained.arguments[1:]]
+        for option in (val, ["--sensitivity"]):
+            with pytest.raises(
+                UserError, match=re.escape(f"{why}, which a test needs: leave {option[0]} out")
+            ):
+                main([*arguments, *option])
+        assert not (tmp_path / "quantized").exists()
+        files = {name: (tmp_path / name).read_text() for name in ("deploy.prototxt", "val.prototxt")}
+        check_quantizable(files, tmp_path, QuantizeSettings(), SCHEMES["processor"], tested=False)
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/deploy.prototxt: {why}")):
+            check_quantizable(files, tmp_path, QuantizeSettings(), SCHEMES["processor"], tested=True)
+        assert main(arguments) == 0
+        assert f"{why}: the accuracy is not tested" in capsys.readouterr().err
+        assert json.loads((tmp_path / "quantized/quantization.json").read_text())["accuracy"] is None
+        shutil.rmtree(tmp_path / "quantized")
+
+
 VANISHED = """
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 8 dim: 8 } } }
 layer { name: "c1" type: "Convolution" bottom: "data" top: "c1"
@@ -1009,6 +1056,10 @@ WRONG = [
     (
         ["--bits-of", "conv1=4", "--keep-float", "conv1/relu"],
         "--keep-float conv1/relu: --bits-of gives it bits",
+    ),
+    (
+        ["--calibrate", "a.png", "b.png"],
+        "b.png: one path too many; give each image its own --calibrate, or name their folder",
     ),
     (["--plot", "x.pdf"], "--plot x.pdf: the name must end in .png or .svg"),
     (["--val", "nowhere"], "nowhere"),

@@ -34,7 +34,7 @@ _NO_EFFECT = frozenset(
         *("backward_math", "backward_type", "conv_algos_override", "cudnn_convolution_algo_seeker"),
         *("cudnn_math_override", "debug", "forward_math", "forward_type", "random_seed"),
         *("batch_norm_param.bias_filler", "batch_norm_param.engine", "batch_norm_param.scale_bias"),
-        *("batch_norm_param.scale_filler", "dropout_param.engine"),
+        *("batch_norm_param.scale_filler", "dropout_param.engine", "quantization_param"),
     }
 )
 """Fields that only the fork has and that do not change a trained layer's output, beyond rounding."""

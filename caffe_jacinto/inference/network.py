@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,8 @@ from caffe_jacinto.data.encode import JPEG_START, ImageForm, form_of, image_reco
 from caffe_jacinto.data.index import UnreadableImageError
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.netspec.graph import TEST, messages_in, nodes_of, output_blobs
+from caffe_jacinto.netspec.shapes import layer_shapes
+from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
 
@@ -70,6 +73,21 @@ def _check_one_output(net: Any, deploy: Path) -> None:
             f"{deploy}: a network with one output is needed, the scores of the classes; this one has"
             f" {len(outputs)} ({', '.join(outputs) or 'none'})"
         )
+
+
+def why_no_scores(network: TrainedNetwork) -> str | None:
+    """Why the network's output is not the scores of classes, as far as its prototxt says; None if it is."""
+    shaped = layer_shapes(tree.parse(network.text, str(network.where)), phase=TEST)
+    (output,) = output_blobs(nodes_of(found.layer for found in shaped))
+    last = next(found for found in reversed(shaped) if output in found.layer.strings("top"))
+    if last.kind == "ArgMax":
+        return (
+            f"its output is the classes that {last.layer.string('name')} (ArgMax) chooses, not their scores"
+        )
+    shape = last.tops[last.layer.strings("top").index(output)]
+    if shape is not None and prod(shape[2:]) != 1:
+        return f"its output is {'x'.join(map(str, shape[1:]))} for an image, not the scores of classes"
+    return None
 
 
 def _shape(net: Any, deploy: Path) -> tuple[int, int, int]:

@@ -28,6 +28,7 @@ from caffe_jacinto.inference.network import (
     TrainedNetwork,
     trained_network,
     validation_preprocessing,
+    why_no_scores,
 )
 from caffe_jacinto.inference.scores import Tally, softmax_loss
 from caffe_jacinto.netspec.graph import TEST, messages_in
@@ -157,9 +158,9 @@ def _forward(net: Any) -> None:
 
 
 def check_quantizable(
-    files: Mapping[str, str], folder: Path, settings: QuantizeSettings, scheme: Scheme
+    files: Mapping[str, str], folder: Path, settings: QuantizeSettings, scheme: Scheme, *, tested: bool
 ) -> None:
-    """Check that a network which is not trained yet can be quantized and tested.
+    """Check that a network which is not trained yet can be quantized and, if it is to be, ``tested``.
 
     ``files`` are the prototxts of its stage by name; ``folder``, where they will be, is for messages.
 
@@ -175,6 +176,9 @@ def check_quantizable(
             _write_ones(files["deploy.prototxt"], weights)
             trained = trained_network(place / "deploy.prototxt", weights)
             validation_preprocessing(place / "val.prototxt", trained.shape, Path())
+            why = why_no_scores(trained) if tested else None
+            if why is not None:
+                raise UserError(f"{trained.where}: {why}, which the test needs")
             net = loaded(trained, scheme, settings.input_shift or "power")
             described(net, scheme, str(trained.where), settings.bits_of, settings.keep_float)
         except UserError as error:

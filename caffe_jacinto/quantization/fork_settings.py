@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 FIELDS = ("quantize", "net_quantization_param")
 """Of a NetParameter."""
 
+QUANTIZATION = "Quantization"
+"""The fork's layer that rounds by itself."""
+
 _FLOAT, _STOCHASTIC = 0, 1
 """QuantizationParameter_Precision and _Rounding."""
 
@@ -47,14 +50,20 @@ class ForkSettings:
 def tested_network(net: Any, dialect: Dialect, where: str) -> tuple[Any, ForkSettings | None]:
     """``net`` without what only says how it is tested in quantized values, and that.
 
+    The ranges of an earlier test, in a layer's ``quantization_param``, play no part: each test has its own.
+
     Raises:
         UserError: as `fork_settings`.
     """
     settings = fork_settings(net, where)
     bare = type(net)()
     bare.CopyFrom(net)
-    for field in FIELDS if dialect is Dialect.CAFFE_JACINTO else ():
-        bare.ClearField(field)
+    if dialect is Dialect.CAFFE_JACINTO:
+        for field in FIELDS:
+            bare.ClearField(field)
+        for layer in bare.layer:
+            if layer.type != QUANTIZATION:
+                layer.ClearField("quantization_param")
     return bare, settings
 
 

@@ -88,7 +88,7 @@ class Scheme:
 
     moving: MovingRange | None = None
     bias_correction: bool = False
-    """The mean error of each output channel is added to its bias."""
+    """The mean error of each output channel is taken off its bias."""
 
     @property
     def weights_chosen_by(self) -> tuple[RangeMethod, float | None]:

@@ -355,7 +355,8 @@ def _check_stage(run: RunPlan, plan: StagePlan, findings: Findings, texts: dict[
     texts[plan.name] = run.files(plan)
     if plan.stage.quantize is not None:
         scheme = chosen_scheme(plan.stage.quantize.model_dump())
-        _check_quantizable(run, plan, f"stages.{plan.name}.quantize", plan.stage.quantize, scheme)
+        key = f"stages.{plan.name}.quantize"
+        _check_quantizable(run, plan, key, plan.stage.quantize, scheme, tested=False)
         _check_trained_part(run, plan, texts[plan.name])
 
 
@@ -406,20 +407,22 @@ def _check_quantization(run: RunPlan, plan: QuantizePlan, findings: Findings) ->
             f"stage {plan.name}: caffe-jacinto tests in its own arithmetic, the scheme {scheme.name}, not by "
             f"{settings.scheme}; for that, quantize the finished run by python -m caffe_jacinto.quantize"
         )
-    _check_quantizable(run, plan.source, key, settings, scheme)
+    _check_quantizable(run, plan.source, key, settings, scheme, tested=True)
 
 
 def _check_quantizable(
-    run: RunPlan, plan: StagePlan, key: str, settings: QuantizeSettings, scheme: Scheme
+    run: RunPlan, plan: StagePlan, key: str, settings: QuantizeSettings, scheme: Scheme, *, tested: bool
 ) -> None:
     """Check that the scheme knows the layers of a stage's network, and that those in ``settings`` are there.
+
+    ``tested``: and that its accuracy can be tested.
 
     ``key`` is where the recipe has these.
     """
     from caffe_jacinto.inference.quantize import check_quantizable
 
     try:
-        check_quantizable(run.files(plan), plan.folder, settings, scheme)
+        check_quantizable(run.files(plan), plan.folder, settings, scheme, tested=tested)
     except UserError as error:
         said = str(error)
         for option in ("bits_of", "keep_float"):
