@@ -590,6 +590,9 @@ RMSPROP = tuple(
     f"stages.finetune.solver.{setting}"
     for setting in ('type="RMSProp"', "momentum=0.0", "rms_decay=0.9", "delta=1e-5")
 )
+PYTHON_LAYER = {
+    'type: "ReLU"': 'type: "Python" python_param { module: "nowhere" layer: "Layer" } propagate_down: true'
+}
 LMDBS = {"data/digits_train_lmdb": (3, 32, 32), "data/digits_val_lmdb": (3, 32, 32)}
 
 
@@ -598,8 +601,11 @@ def test_stock_caffe_says_before_a_run_what_it_would_refuse(caffe_engine: Engine
     assert caffe_engine.check(stages_of(), LMDBS) == []
     assert caffe_engine.check(stages_of(*RMSPROP, "training.label_smoothing=0.1"), LMDBS) == []
     (problem,) = caffe_engine.check(stages_of(ReLU="Wavelet"), LMDBS)
-    assert problem.startswith(f"run/initial/solver.prototxt: {caffe_engine.info.executable} refuses it: ")
+    place = "run/initial/train.prototxt: layer conv1a/relu (Wavelet)"
+    assert problem.startswith(f"{place}: {caffe_engine.info.executable} refuses it: ")
     assert "Unknown layer type: Wavelet" in problem
+    (problem,) = caffe_engine.check(stages_of(**PYTHON_LAYER), LMDBS)
+    assert problem.endswith("refuses it: ModuleNotFoundError: No module named 'nowhere'")
 
 
 @pytest.mark.caffe

@@ -137,6 +137,55 @@ def test_what_a_solver_lacks_is_named(lenet: Path, published: Path, field: str, 
         derive(re.sub(rf"(?m)^{field}: .*$", "", cut(published, "lenet")))
 
 
+@pytest.mark.parametrize(
+    ("field", "line", "message"),
+    [
+        ("base_lr", "base_lr: -0.1", ":10: base_lr: is -0.1; give more than 0.0"),
+        ("max_iter", "max_iter: -3", ":20: max_iter: is -3; give 1 or more"),
+        ("test_iter", "test_iter: 0", ":6: test_iter: is 0; give 1 or more"),
+        ("lr_policy", 'lr_policy: "step"', ':14: lr_policy: "step" needs stepsize; add to the solver, for'),
+        ("lr_policy", 'lr_policy: "Inv"', ':14: lr_policy: the text "Inv" is not allowed; did you mean inv?'),
+        ("display", "solver_type: ADAGRAD", ':18: solver_type: Caffe\'s "AdaGrad" takes no momentum; set mo'),
+        (
+            "display",
+            "regularization_type: 'l1'",
+            ':18: regularization_type: the text "l1" is not allowed; di',
+        ),
+        ("display", "iter_size: 0", ":18: iter_size: is 0; give 1 or more"),
+    ],
+)
+def test_a_mistake_in_the_solver_is_one_line_there(
+    lenet: Path, published: Path, field: str, line: str, message: str
+) -> None:
+    solver = re.sub(rf"(?m)^{field}: .*$", line, cut(published, "lenet"))
+    with pytest.raises(UserError) as caught:
+        derive(solver)
+    (said,) = caught.value.lines()
+    assert said.startswith(f"solver.prototxt{message}")
+    assert not Path("out.toml").exists()
+
+
+def test_settings_of_other_types_of_solver_are_passed_over_as_by_caffe(lenet: Path, published: Path) -> None:
+    solver = (
+        derive(cut(published, "lenet") + "delta: 1e-8 momentum2: 0.9 rms_decay: 0.5\n").stages["l1reg"].solver
+    )
+    assert (solver.delta, solver.momentum2, solver.rms_decay) == (None, None, None)
+    adam = cut(published, "lenet") + 'delta: 1e-7 momentum2: 0.9 type: "Adam"\n'
+    solver = derive(adam).stages["l1reg"].solver
+    assert (solver.delta, solver.momentum2) == (1e-7, 0.9)
+
+
+def test_a_recipe_that_nobody_has_edited_makes_way_for_the_next(lenet: Path, published: Path) -> None:
+    derive(cut(published, "lenet"), target=0.8)
+    sparse = derive(cut(published, "lenet"), target=0.5).stages["sparse"].sparse
+    assert sparse is not None
+    assert sparse.target == 0.5
+    Path("out").mkdir()
+    Path("out/run.json").write_text("{}")  # a run of that recipe
+    with pytest.raises(UserError, match=r"out.toml exists and is not what --from writes"):
+        derive(cut(published, "lenet"), target=0.4)
+
+
 def test_options_of_from_need_it() -> None:
     with pytest.raises(UserError, match="--weights and --target go with --from SOLVER"):
         train(["demo_digits", "--target", "0.5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import read_text
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.render import number, quote, render
@@ -68,6 +70,19 @@ def test_any_path_comes_back_from_the_four_files(path: str) -> None:
         solver = parse_solver(files["solver.prototxt"], dialect, "s")
         assert solver.train_net == f"{folder}/train.prototxt"
         assert solver.snapshot_prefix == f"{folder}/digits_jacintonet11"
+
+
+def test_comments_may_be_in_any_encoding_and_nothing_else(tmp_path: Path) -> None:
+    """As Caffe reads them: files with comments in GBK or Latin-1 are common."""
+    path = tmp_path / "net.prototxt"
+    path.write_bytes(b'# \xca\xd6 "\r\nname: "a#\xc3\xa9" # caf\xe9\r\nlayer { name: \'b"#\' }\n')
+    text = read_text(path)
+    assert text == '# \ufffd\ufffd "\nname: "a#\u00e9" # caf\ufffd\nlayer { name: \'b"#\' }\n'
+    net = parse_net(text, Dialect.BVLC, "net")
+    assert (net.name, net.layer[0].name) == ("a#\u00e9", 'b"#')
+    path.write_bytes(b'name: "caf\xe9"\n')
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        read_text(path)
 
 
 def test_a_name_that_is_not_utf8_is_refused() -> None:

@@ -200,6 +200,20 @@ def test_names_that_choose_nothing_are_refused(settings: list[str], says: str) -
     assert shortfall.useless
 
 
+def test_a_target_of_a_layer_that_is_not_pruned_is_named() -> None:
+    for setting, says in (
+        (f'{SPARSE}.skip=["conv1b"]', "conv1b is not pruned (left out by layers or skip)"),
+        ('network.frozen=["conv1b"]', "conv1b is not pruned (frozen)"),
+    ):
+        settings = [f"{SPARSE}.targets={{conv1b=0.5}}", setting]
+        if "frozen" in setting:
+            settings.append("stages.initial.weights=trained.caffemodel")
+        idle, *_ = found("demo_digits", *settings)
+        assert says in idle.message
+        assert not idle.useless
+    assert found("demo_digits", f"{SPARSE}.targets={{conv1b=0.5}}") == []
+
+
 def test_skipped_layers_hold_a_target_back_and_a_pattern_may_too() -> None:
     (shortfall,) = found("demo_digits", f'{SPARSE}.skip=["res5*"]')
     assert "(not pruned, left out by layers or skip: 2 layers with 75." in shortfall.message

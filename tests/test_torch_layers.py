@@ -637,7 +637,7 @@ def test_every_layer_of_caffe_is_computed_or_refused_with_a_reason(pycaffe: Any)
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
-        ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; supported: AbsVal, Accuracy"),
+        ('type: "Wavelet"', "(Wavelet): this type of layer is not supported; known: AbsVal, Accuracy"),
         ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 pad: 1 }', "no padding"),
         ('type: "SPP" spp_param { pyramid_height: 4 }', "5x5 pixels cannot be cut into 4x4 windows"),
         ('type: "Im2col" convolution_param { kernel_size: 6 }', "6x6 windows do not fit the 5x5 pixels"),

@@ -371,6 +371,65 @@ def test_a_mistake_in_the_file_is_one_line_before_anything_runs(
     assert not Path("run").exists()
 
 
+MISSPELT = ('"BatchNorm"', '"BatchNorn"')
+TWO_WEIGHTS = ('top: "loss" }', 'top: "loss" loss_weight: [1, 2] }')
+OTHER_CROP = ("crop_size: 28", "crop_size: 20")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("torch", MISSPELT, r"28: layer bn \(BatchNorn\): this type .* did you mean BatchNorm\?"),
+        ("torch", OTHER_CROP, r"31: layer ip has blobs of other shapes than in the training network; make "),
+        ("bvlc", MISSPELT, r"28: layer bn \(BatchNorn\): .* refuses it: .* Unknown layer type: BatchNorn"),
+        ("bvlc", OTHER_CROP, r"31: layer ip \(InnerProduct\): .* refuses it: .* Cannot share param 0"),
+    ],
+)
+@pytest.mark.caffe
+def test_what_an_engine_refuses_is_one_line_in_the_users_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caffe_engine: Engine,
+    kind: str,
+    change: tuple[str, str],
+    message: str,
+) -> None:
+    """And not one for each file of each stage, which are not written yet."""
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    assert change[0] in CROPPED
+    Path("net.prototxt").write_text(CROPPED.replace(*change, 1))
+    Path("solver.prototxt").write_text(SMALL_SOLVER)
+    engine = {"torch": ["--engine", "torch"], "bvlc": ["--caffe", str(caffe_engine.info.executable)]}
+    with pytest.raises(UserError) as caught:
+        train(["--from", "solver.prototxt", *engine[kind], "--output", "run"])
+    (found,) = (line for line in caught.value.lines() if not line.startswith("stage sparse: "))
+    assert re.match(rf"net\.prototxt:{message}", found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (MISSPELT, "27: layer bn (BatchNorn): this type of layer is not supported; did you mean BatchNorm?"),
+        (TWO_WEIGHTS, "46: layer loss (SoftmaxWithLoss): 2 of loss_weight for 1 top; give one for each"),
+    ],
+)
+def test_what_caffe_torch_refuses_has_its_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    Path("net.prototxt").write_text(SMALL.replace(*change, 1))
+    Path("solver.prototxt").write_text(SMALL_SOLVER)
+    with pytest.raises(SystemExit):
+        caffe_torch(["train", "-solver", "solver.prototxt"])
+    assert f"] net.prototxt:{message}" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

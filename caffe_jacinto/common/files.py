@@ -158,20 +158,31 @@ _BINARY_KINDS = {".caffemodel": "a weight file", ".solverstate": "a solver state
 
 
 def read_text(path: Path, hint: str = "") -> str:
-    """The text of a file that the user names; ``hint`` says what to do when it cannot be read.
+    """The text of a prototxt that the user names; ``hint`` says what to do when it cannot be read.
+
+    Comments may be in any encoding, as for Caffe: what of them is not UTF-8 becomes U+FFFD.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8 outside of its comments.
     """
     advice = f"; {hint}" if hint else ""
     try:
-        return path.read_text(encoding="utf-8")
+        text = _STRING_OR_COMMENT.sub(_readable, path.read_bytes()).decode()
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}{advice}") from None
     except UnicodeDecodeError as error:
         what = _BINARY_KINDS.get(path.suffix)
         why = f"{what}, not text" if what else f"not UTF-8 text ({error.reason} at byte {error.start})"
         raise UserError(f"{path}: {why}{advice}") from None
+
+
+_STRING_OR_COMMENT = re.compile(rb""" "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | \#[^\n]* """, re.VERBOSE)
+
+
+def _readable(found: re.Match[bytes]) -> bytes:
+    """A comment as UTF-8; a string as it is."""
+    return found[0].decode(errors="replace").encode() if found[0].startswith(b"#") else found[0]
 
 
 def parse_json(text: str | bytes) -> Any:

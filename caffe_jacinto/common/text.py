@@ -47,7 +47,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     import difflib
 
     names = list(known)
-    nearest = difflib.get_close_matches(wrong, names, n=1)
+    nearest = [name for name in names if name.casefold() == wrong.casefold()]
+    nearest = nearest or difflib.get_close_matches(wrong, names, n=1)
     allowed = f"known: {', '.join(names)}"
     return f"did you mean {nearest[0]}? {allowed}" if nearest else allowed
 

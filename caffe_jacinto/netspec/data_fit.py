@@ -10,6 +10,7 @@ from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS
 from caffe_jacinto.netspec.mistakes import mistakes
 from caffe_jacinto.netspec.predictions import Prediction, head_of, parameters_of
 from caffe_jacinto.netspec.shapes import FullShape, ImageShape, image_shape, layer_shapes
+from caffe_jacinto.prototxt.places import line_of_field
 from caffe_jacinto.prototxt.tree import Message
 
 LISTED = ("HDF5Data", "ImageData")
@@ -96,7 +97,7 @@ def mistakes_with_data(readings: Sequence[Reading]) -> list[str]:
     for reading in readings:
         found.update(dict.fromkeys(mistakes(reading.net, reading.where, _shapes(reading))))
         for layer in layers_in(reading.net):
-            found.update(dict.fromkeys(_of_images(reading, layer)))
+            found.update(dict.fromkeys((*_not_an_lmdb(reading, layer), *_of_images(reading, layer))))
         for place, label, message in _labels_beyond_outputs(reading):
             too_high[place] = max(too_high.get(place, (label, message)), (label, message))
     return [*found, *(message for _, message in too_high.values())]
@@ -112,6 +113,18 @@ def _shapes(reading: Reading) -> dict[str, FullShape]:
             if shape is not None:
                 found[layer.string("name")] = (1, *shape)
     return found
+
+
+def _not_an_lmdb(reading: Reading, layer: Message) -> Iterator[str]:
+    """What a Data layer says of its database; Caffe's own default is LevelDB."""
+    data = layer.message("data_param")
+    if layer.string("type") == "Data" and data.string("backend", "LEVELDB") != "LMDB":
+        what = f"is {data.string('backend')}" if data.has("backend") else "is missing, and LEVELDB by default"
+        yield (
+            f"{reading.where}:{line_of_field(layer, 'data_param.backend')}: layer {layer.string('name')}: "
+            f"data_param.backend: {what}; only LMDBs are read: write backend: LMDB, and make an LMDB if "
+            "you have none"
+        )
 
 
 def _of_images(reading: Reading, layer: Message) -> Iterator[str]:

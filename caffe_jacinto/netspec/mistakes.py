@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.netspec.layer_types import geometry_fault, role_of, spatial_axes
 from caffe_jacinto.netspec.shapes import DataShapes, layer_shapes
-from caffe_jacinto.prototxt.places import place_in
+from caffe_jacinto.prototxt.places import line_of_field, place_in
 from caffe_jacinto.prototxt.tree import Message
 
 
@@ -32,8 +32,7 @@ def geometry_mistakes(net: Message, where: str, data_shapes: DataShapes = ()) ->
         fault = geometry_fault(item.layer, spatial_axes(item.layer, source))
         if fault is not None:
             name = item.layer.string("name")
-            message, _, field = fault.field.partition(".")
-            place = f"{where}:{item.layer.message(message).line_of(field)}"
+            place = f"{where}:{line_of_field(item.layer, fault.field)}"
             if not item.layer.places:
                 place = place_in(where, name, fault.field)
             yield f"{place}: layer {name}: {fault.field}: {fault.what}"

@@ -38,7 +38,7 @@ def complete(document: dict[str, Any]) -> Sequence[Mistake]:
     if not all(isinstance(table, dict) for table in tables.values()):
         return []
     data, training = tables["data"], tables["training"]
-    wrong = list(_refused(network, given, data))
+    wrong = [*_refused(network, given, data), *_lacking(network, data, training)]
     if wrong:
         return wrong
     first = network.tests[0]
@@ -75,6 +75,17 @@ def _refused(network: UserNetwork, given: Mapping[str, Any], data: Mapping[str, 
             ("data", "num_classes"),
             f"{classes}, and {head} has {network.classes} outputs; change num_output there, or remove this",
         )
+
+
+def _lacking(network: UserNetwork, data: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[Mistake]:
+    """What neither the recipe nor the prototxt says."""
+    nets = (("train_lmdb", "batch_size", network.train), ("val_lmdb", "val_batch_size", network.tests[0]))
+    for lmdb, batch, net in nets:
+        reader = net.where(net.data)
+        if not data.get(lmdb) and not net.source:
+            yield Mistake(("data", lmdb), f"{reader} has no source; add it there")
+        if not training.get(batch) and net.batch < 1:
+            yield Mistake(("training", batch), f"{reader} has no batch_size; add it there")
 
 
 def _default(table: dict[str, Any], values: Mapping[str, Any]) -> None:

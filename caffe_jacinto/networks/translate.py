@@ -61,10 +61,11 @@ def translate(text: str, where: str, to: Dialect) -> Translation:
     """
     source = next(dialect for dialect in Dialect if dialect is not to)
     message = parse_net(text, source, where)
+    done = Translation()
     if tree.parse(text, where).has("layers"):
         text = text_format.MessageToString(message, as_utf8=True)
+        done.changes["layers in today's form"] = len(message.layer)
     net = tree.parse(text, where)
-    done = Translation()
     edits = Edits(text)
     changed = _as_fork(net, edits, done) if to is Dialect.CAFFE_JACINTO else _as_stock(net, edits, done)
     lacking = list(_lacking(net, edits, done, where, to, changed))
@@ -109,6 +110,7 @@ def _as_fork(net: Message, edits: Edits, done: Translation) -> set[str]:
         if data.place is not None:
             for name in ("threads", "parser_threads"):  # with more of them, batches come in another order
                 edits.set(data, name, "1")
+            done.count("data layers set to one thread")
     return set()
 
 

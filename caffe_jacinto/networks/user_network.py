@@ -5,12 +5,13 @@ The text stays as it was written, comments included; `prototxt.edit` changes sin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import read_text
@@ -23,6 +24,7 @@ from caffe_jacinto.netspec.mistakes import mistakes
 from caffe_jacinto.netspec.predictions import head_of, parameters_of, predictions
 from caffe_jacinto.networks.prototxt_file import NetFile, net_file
 from caffe_jacinto.prototxt.edit import Edits
+from caffe_jacinto.prototxt.places import field_named_in, line_of_field
 from caffe_jacinto.prototxt.render import number, quote
 from caffe_jacinto.prototxt.tree import Message
 
@@ -166,6 +168,62 @@ def mistakes_of(network: UserNetwork, recipe: Recipe, data: Mapping[str, DataSiz
             *(reading(net, first, recipe.data.val_lmdb) for net in network.tests),
         ]
     )
+
+
+_OF_STAGE = re.compile(r"((?:.*?/)?(train|val|val_\d+)\.prototxt): (.*)", re.DOTALL)
+"""A problem in a stage's file: the file, which network it is, what is wrong."""
+
+
+def in_their_files(problems: Iterable[str], network: UserNetwork, known: Sequence[str]) -> list[str]:
+    """``problems`` of stages' files, as ``run/initial/train.prototxt: layer NAME ...``, in the user's files.
+
+    The files of all stages are made from the user's: of the problems at one of those layers the first is
+    kept, and none if there is one in ``known`` (`mistakes_of`). What is not about these files, or is about a
+    layer that a recipe has added, stays as it is.
+    """
+    found: dict[str, str] = {}
+    for problem in problems:
+        at = _in_their_file(problem, network)
+        if at is None:
+            found.setdefault(problem, problem)
+        elif not any(re.match(rf"{re.escape(at.path)}:\d+: {re.escape(at.layer)}: ", it) for it in known):
+            found.setdefault(at.place, at.problem)
+    return list(found.values())
+
+
+class _AtTheirs(NamedTuple):
+    """A problem in the user's file."""
+
+    path: str
+    layer: str
+    """``layer NAME``, or nothing."""
+
+    place: str
+    problem: str
+
+
+def _in_their_file(problem: str, network: UserNetwork) -> _AtTheirs | None:
+    """A problem of a stage's file in the user's; None where it is not made from that."""
+    parts = _OF_STAGE.fullmatch(problem)
+    if parts is None:
+        return None
+    file, kind, what = parts.groups()
+    what = what.replace(f"in {Path(file).parent}/train.prototxt", "in the training network")
+    nets = (network.train,) if kind == "train" else network.tests
+    named = [
+        (net, layer)
+        for net in nets
+        for layer in net.layers
+        if re.match(rf"layer {re.escape(layer.string('name'))}[ :]", what)
+    ]
+    if named:
+        net, layer = max(named, key=lambda item: len(item[1].string("name")))
+        line = line_of_field(layer, field_named_in(what))
+        name = f"layer {layer.string('name')}"
+        return _AtTheirs(net.path, name, net.where(layer), f"{net.path}:{line}: {what}")
+    if what.startswith("layer "):
+        return None
+    return _AtTheirs(nets[0].path, "", what, f"{nets[0].path}: {what}")
 
 
 # ----------------------------------------------------------------------------- the texts of a stage

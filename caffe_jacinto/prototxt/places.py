@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import read_text
 from caffe_jacinto.prototxt.tree import Message, parse
 
 _INSIDE_SOLVERS = ("net_param", "train_net_param", "test_net_param")
@@ -19,8 +21,8 @@ def place_in(where: str, layer: str, field: str = "", text: str | None = None) -
     Without a ``layer`` the field is the file's own.
     """
     try:
-        tree = parse(Path(where).read_text(encoding="utf-8") if text is None else text, where)
-    except (OSError, UnicodeDecodeError, UserError, ValueError):
+        tree = parse(read_text(Path(where)) if text is None else text, where)
+    except (UserError, ValueError):
         return where
     names = field.split(".") if field else []
     if layer:
@@ -31,6 +33,22 @@ def place_in(where: str, layer: str, field: str = "", text: str | None = None) -
         return where
     _, line = max(found, key=lambda item: item[0])
     return f"{where}:{line}"
+
+
+def field_named_in(message: str) -> str:
+    """The path of the layer's field that a message is about, like ``reshape_param.shape``; empty: none."""
+    found = re.search(r"\b\w+_param\.\w+", message)
+    return found[0] if found else ""
+
+
+def line_of_field(layer: Message, field: str) -> int:
+    """The line of the ``field`` of a ``layer``, a path, or of what of it there is, or of the layer's name."""
+    line = layer.line_of("name")
+    for name in filter(None, field.split(".")):
+        if not layer.has(name):
+            break
+        line, layer = layer.line_of(name), layer.message(name)
+    return line
 
 
 def _nets(tree: Message) -> list[Message]:

@@ -150,6 +150,17 @@ def named(name: str, patterns: Collection[str]) -> bool:
     return name in patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def idle_targets(counted: Sequence[CountedLayer], sparse: SparseSettings) -> Iterator[str]:
+    """What is wrong with the rule's ``targets`` that name layers which it leaves as they are."""
+    for name in sparse.targets:
+        chosen = [
+            (layer.name, why_not_pruned(layer, sparse)) for layer in counted if named(layer.name, (name,))
+        ]
+        if chosen and all(reason for _, reason in chosen):
+            layer, reason = chosen[0]
+            yield f'"{name}" has no effect: {layer} is not pruned ({reason}); change that, or remove it'
+
+
 def wrong_names(layers: Sequence[Any], sparse: SparseSettings) -> Iterator[tuple[str, str]]:
     """The names in the rule's settings that no layer of the network has: recipe key, and what is wrong.
 

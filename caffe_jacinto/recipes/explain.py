@@ -224,6 +224,20 @@ def _explain(error: ErrorDetails, keys: Keys) -> str:
     return f"is {_shown(value)}; give {expected}"
 
 
+def solver_mistakes(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with the settings of a stage's solver, by their keys in a recipe: key, and what to do."""
+    table = ("stages", ANY_STAGE, "solver")
+    errors: list[ErrorDetails] = []
+    try:
+        models.SolverSettings(**values)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    for problem in errors:
+        problem["loc"] = (*table, *problem["loc"])
+    found = _mistakes(errors, {"stages": {ANY_STAGE: {"solver": values}}}, ())
+    return [(".".join(keys[3:]), what) for keys, what in found if keys[:3] == table]
+
+
 def quantize_settings(values: Mapping[str, Any], prefix: str) -> models.QuantizeSettings:
     """The settings of quantization-aware training, by their keys in a recipe.
 

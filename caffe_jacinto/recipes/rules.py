@@ -545,7 +545,7 @@ def _momentum_fits_type(stage: Values) -> Iterator[Mistake]:
         )
 
 
-_FIELDS_OF_TYPES = {
+FIELDS_OF_TYPES = {
     "momentum2": ("Adam",),
     "rms_decay": ("RMSProp",),
     "delta": ("AdaGrad", "RMSProp", "AdaDelta", "Adam"),
@@ -555,7 +555,7 @@ _FIELDS_OF_TYPES = {
 
 def _settings_fit_type(stage: Values) -> Iterator[Mistake]:
     kind = stage["solver.type"]
-    for name, kinds in _FIELDS_OF_TYPES.items():
+    for name, kinds in FIELDS_OF_TYPES.items():
         if stage[f"solver.{name}"] is not None and kind not in kinds:
             yield stage.mistake(
                 f"solver.{name}", f'no effect with type "{kind}", only with {", ".join(kinds)}; remove it'

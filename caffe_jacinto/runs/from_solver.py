@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from google.protobuf import text_format
 
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import read_text, write_whole
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.networks.user_network import UserNetwork, read_user_network
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.prototxt.schema import parse_any_net, parse_any_solver
-from caffe_jacinto.prototxt.solver import LR_POLICIES, learning_rate
+from caffe_jacinto.prototxt.solver import learning_rate
+from caffe_jacinto.prototxt.tree import Message, parse
 from caffe_jacinto.recipes.derive import TheirSolver, derived_recipe, derived_stages
+from caffe_jacinto.recipes.explain import solver_mistakes
 from caffe_jacinto.recipes.model import NetworkSettings
+from caffe_jacinto.recipes.rules import FIELDS_OF_TYPES
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.new_recipe import data_set_name
 
@@ -79,6 +84,7 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
     solver = parse_any_solver(read_text(request.solver, "give a solver.prototxt"), where)
     their_name = request.solver.stem
     folder = output or Path("training") / their_name
+    theirs = _their_solver(solver, request.solver)
     found = _networks(solver, request.solver, folder)
     for path, text in found.texts.items():
         _write(path, text)
@@ -97,11 +103,14 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
         for key in ("iter_size", "random_seed")
         if solver.HasField(key) and getattr(solver, key) >= 0
     }
-    stages = derived_stages(_their_solver(solver, where), _fan_in(network), request.target, request.weights)
-    text = derived_recipe(
-        path, request.solver, data, {"name": network.name, "table": found.keys}, training, stages
+    stages = derived_stages(theirs, _fan_in(network), request.target, request.weights)
+    text = _with_checksum(
+        derived_recipe(
+            path, request.solver, data, {"name": network.name, "table": found.keys}, training, stages
+        )
     )
-    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+    there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
+    if there != text and not (_is_as_written(there) and run_folder.is_free(folder)):
         raise UserError(
             f"{path} exists and is not what --from writes: train it ({_command(path, folder)}), or give "
             "another --output"
@@ -118,6 +127,18 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
             f"  to change it, edit it and run: {_command(path, None)}",
         ],
     )
+
+
+_CHECKSUM = "\n# By this checksum of the lines above, train --from sees that they were not edited: "
+
+
+def _with_checksum(text: str) -> str:
+    return f"{text}{_CHECKSUM}{sha256(text.encode()).hexdigest()[:16]}\n"
+
+
+def _is_as_written(recipe: str) -> bool:
+    """Whether it is as `write_recipe` once wrote it; then another one may take its place."""
+    return recipe == _with_checksum(recipe.rpartition(_CHECKSUM)[0])
 
 
 def _command(path: Path, folder: Path | None) -> str:
@@ -230,20 +251,19 @@ def _shorter(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _their_solver(solver: Any, where: str) -> TheirSolver:
+def _their_solver(solver: Any, path: Path) -> TheirSolver:
     """The solver's fields as a stage has them.
 
     Raises:
-        UserError: one is missing, or has a value that no stage can have.
+        UserErrors: some are missing, or have values that no stage can have: each with its line.
     """
-    missing = [name for name in ("max_iter", "base_lr") if not getattr(solver, name)]
+    missing = [name for name in ("max_iter", "base_lr", "lr_policy") if not getattr(solver, name)]
     if missing:
-        raise UserError(f"{where}: {missing[0]} is missing or 0; add it")
-    if solver.lr_policy not in LR_POLICIES:
-        raise UserError(f"{where}: lr_policy {solver.lr_policy!r}; known: {', '.join(LR_POLICIES)}")
+        zero = "" if missing[0] == "lr_policy" else " or 0"
+        raise UserError(f"{path}: {missing[0]} is missing{zero}; add it")
     settings: dict[str, Any] = {}
     for name in _TAKEN:
-        if solver.HasField(name):
+        if solver.HasField(name) and solver.type in FIELDS_OF_TYPES.get(name, (solver.type,)):
             value = getattr(solver, name)
             settings[name] = float(number(value)) if isinstance(value, float) else value
     settings["lr_policy"] = str(solver.lr_policy)
@@ -261,7 +281,30 @@ def _their_solver(solver: Any, where: str) -> TheirSolver:
     for name in _UNSET_BY_ZERO:
         if settings.get(name, 1) <= 0:
             del settings[name]
+    wrong = solver_mistakes(settings)
+    for name in ("iter_size", "test_iter"):
+        values = [getattr(solver, name)] if name == "iter_size" else solver.test_iter
+        wrong += [(name, f"is {value}; give 1 or more") for value in values if value < 1]
+    if wrong:
+        tree = parse(read_text(path), str(path))
+        raise UserErrors([_mistake(tree, path, key, what) for key, what in wrong])
     return TheirSolver(settings, learning_rate(solver, solver.max_iter // 2))
+
+
+_FIELDS = {
+    "regularization": ("regularization_type",),
+    "image_sizes": ("image_size",),
+    "type": ("type", "solver_type"),
+}
+"""How a solver calls what a recipe's key is."""
+
+
+def _mistake(tree: Message, path: Path, key: str, what: str) -> str:
+    """A mistake in the solver, with its line and in the form of a prototxt."""
+    key = key.partition(".")[0]
+    fields = [name for name in _FIELDS.get(key, (key,)) if tree.has(name)]
+    place = f"{path}:{tree.line_of(fields[0])}: {fields[0]}" if fields else f"{path}: {key}"
+    return f"{place}: {re.sub(r'(?<=[a-z0-9]) = ', ': ', what)}"
 
 
 def _fan_in(network: UserNetwork) -> int:

@@ -24,7 +24,7 @@ from caffe_jacinto.netspec.graph import TEST, TRAIN, messages_in
 from caffe_jacinto.netspec.layer_types import role_of
 from caffe_jacinto.networks.distillation import teacher_files
 from caffe_jacinto.networks.stage_files import layers_to_name, names_in_weights, user_network
-from caffe_jacinto.networks.user_network import mistakes_of
+from caffe_jacinto.networks.user_network import in_their_files, mistakes_of
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.prototxt.solver import histories
@@ -120,7 +120,10 @@ def preflight(
     for quantize in quantized if len(texts) == len(stages) else ():
         findings.attempt(partial(_check_quantization, run, quantize, findings))
     findings.attempt(lambda: _check_sparsity(run, stages, texts, findings, must_reach, resuming))
-    findings.problems += run.engine.check(texts, findings.image_shapes)
+    refused = run.engine.check(texts, findings.image_shapes)
+    if run.recipe.network.prototxt is not None:
+        refused = in_their_files(refused, user_network(run.recipe), findings.problems)
+    findings.problems += refused
     if texts:
         findings.attempt(lambda: check_space(run, stages, keep, resuming=resuming))
     findings.files_can_be_made = len(texts) == len(stages)

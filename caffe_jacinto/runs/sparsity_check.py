@@ -19,6 +19,7 @@ from caffe_jacinto.pruning.layers import (
     MIN_CHANNELS,
     CountedLayer,
     find_counted,
+    idle_targets,
     is_halved,
     target_of,
     why_not_pruned,
@@ -78,6 +79,10 @@ def shortfalls(
             if wrong:
                 found += [Shortfall(line, useless=True) for line in wrong]
                 continue
+            found += [
+                Shortfall(f"stages.{plan.name}.sparse.targets: {what}", useless=False)
+                for what in idle_targets(counted, sparse)
+            ]
             reached = reach(counted, sparse, plan.max_iter, zeros)
             if reached.sparsity < sparse.target:
                 others = network if run.engine.info.own_rule else None

@@ -83,11 +83,13 @@ class BvlcEngine:
                     seen.add(trial)
                     trouble = self._trouble(Path(name) / "solver.prototxt")
                     if trouble:
-                        problems[f"{solver.path}: {self.info.executable} refuses it: {trouble}"] = None
+                        place = _place_of_trouble(trouble, solver)
+                        why = _why(trouble)
+                        problems[f"{place}: {self.info.executable} refuses it: {why}"] = None
         return list(problems)
 
     def _trouble(self, solver: Path) -> str | None:
-        """The message that Caffe aborts with when it builds ``solver``; None if it does not."""
+        """What Caffe prints when it aborts at building ``solver``; None if it does not."""
         command = [str(self.info.executable), "train", "-solver", str(solver)]
         try:
             ran = subprocess.run(
@@ -95,11 +97,7 @@ class BvlcEngine:
             )
         except subprocess.TimeoutExpired:
             return None  # not refused, only slow
-        if ran.returncode == 0:
-            return None
-        fatal = re.search(r"^F\d{4,8} .*?\] (.+)", ran.stderr, re.MULTILINE)
-        lines = ran.stderr.strip().splitlines()
-        return fatal[1].strip() if fatal else lines[-1] if lines else f"exit code {ran.returncode}"
+        return None if ran.returncode == 0 else ran.stderr.strip() or f"exit code {ran.returncode}"
 
     def train_commands(self, job: TrainJob) -> list[list[str]]:
         """``caffe train`` and then the recalibration, or the stepper, which does both.
@@ -179,6 +177,32 @@ class BvlcEngine:
                 f"({'; '.join(self.info.notes)}): build it, or run tools/utils/install_caffe.sh; {without}"
             )
         return self.info.pycaffe
+
+
+def _why(printed: str) -> str:
+    """The reason in what Caffe has printed: its fatal line, or what the Python of a Python layer says."""
+    fatal = re.search(r"^F\d{4,8} .*?\] (.+)", printed, re.MULTILINE)
+    if fatal is not None:
+        return fatal[1].strip()
+    own = re.compile(r"[IWE]\d{4,8} |\s+@ |\*\*\* |PC: @|terminate called|\s*$")
+    lines = printed.splitlines()
+    said = [line for line in lines if not own.match(line)]
+    return (said or lines)[-1].strip()
+
+
+def _place_of_trouble(printed: str, solver: SolverFile) -> str:
+    """``FILE: layer NAME (TYPE)`` of the layer that Caffe was building, or the solver's path."""
+    built = re.split(r"\] Creating (?:training|test) net\b", printed)[1:]
+    if not built:
+        return str(solver.path)
+    test = solver.tests[len(built) - 2] if len(built) > 1 else None
+    file, net = (solver.train_file, solver.train_net) if test is None else (test.file, test.definition)
+    if "] Network initialization done." in built[-1]:
+        names = re.findall(r"weights from layer '(.+?)';", printed)  # Net::ShareTrainedLayersWith
+    else:
+        names = re.findall(r"\] Creating [Ll]ayer (.+)", built[-1])
+    types = [layer.type for layer in net.layer if names and layer.name == names[-1].rstrip()]
+    return f"{file}: layer {names[-1].rstrip()} ({types[0]})" if types else str(solver.path)
 
 
 def _write_trial(

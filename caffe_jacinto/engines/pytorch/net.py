@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.text import count_of, did_you_mean
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pytorch.fusion import FusedForward, Fusion, chain_from
 from caffe_jacinto.engines.pytorch.indices import Indices
@@ -21,6 +22,7 @@ from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.forks import TYPES
+from caffe_jacinto.prototxt.places import field_named_in, place_in
 from caffe_jacinto.prototxt.solver import TEST, TRAIN
 from caffe_jacinto.quantization.fork_settings import FIELDS
 
@@ -219,7 +221,10 @@ class Net(nn.Module):
 
         _check_fields(definition, where)
         self.layers = messages_in(definition, PHASE_NAMES[phase])
-        self._build(data_shapes or {})
+        try:
+            self._build(data_shapes or {})
+        except UserError as error:
+            raise _with_line(error, where, self.layers) from None
         self.output_names = self._outputs()
         self._find_last_uses()
 
@@ -298,7 +303,10 @@ class Net(nn.Module):
             if theirs is None or not module.tensors:
                 continue
             if [tensor.shape for tensor in module.tensors] != [tensor.shape for tensor in theirs.tensors]:
-                raise UserError(f"{self.where}: layer {name} has blobs of other shapes than in {other.where}")
+                raise UserError(
+                    f"{self.where}: layer {name} has blobs of other shapes than in {other.where}; "
+                    "make the layers and the crops of the two the same"
+                )
             module.share(theirs)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> NetResult:
@@ -342,8 +350,8 @@ class Net(nn.Module):
                 if layer.type in TYPES:
                     of_fork = f"it is of {TYPES[layer.type].fork}"
                     raise UserError(f"{where}: this type of layer is not supported: {of_fork}; remove it")
-                known = ", ".join(sorted([*LAYERS, *FED]))
-                raise UserError(f"{where}: this type of layer is not supported; supported: {known}")
+                known = did_you_mean(layer.type, sorted([*LAYERS, *FED]))
+                raise UserError(f"{where}: this type of layer is not supported; {known}")
         at = 0
         while at < len(self.layers):
             layer = self.layers[at]
@@ -402,6 +410,9 @@ class Net(nn.Module):
             function = of_mixed_labels(setup, function, self._mixed_labels)
         module = self._take(setup, function)
         weights = loss_weights(layer)
+        if len(weights) != len(layer.top):
+            counted = count_of(len(layer.top), "top")
+            setup.refuse(f"{len(weights)} of loss_weight for {counted}; give one for each")
         self.loss_weights.update({name: w for name, w in zip(layer.top, weights, strict=True) if w})
         cuts = [not down for down in layer.propagate_down] or [False] * len(layer.bottom)
         if len(cuts) != len(layer.bottom):
@@ -500,6 +511,16 @@ def loss_weights(layer: Any) -> tuple[float, ...]:
         return given + (0.0,) * (len(layer.top) - len(given))
     first = 1.0 if layer.type.endswith("Loss") else 0.0
     return ((first,) + (0.0,) * (len(layer.top) - 1))[: len(layer.top)]
+
+
+def _with_line(error: UserError, where: str, layers: Sequence[Any]) -> UserError:
+    """The error at a layer with the line that the layer, or its field, has in the file ``where``."""
+    for layer in layers:
+        begin = f"{where}: layer {layer.name} ("
+        if str(error).startswith(begin):
+            what = str(error).removeprefix(f"{where}: ")
+            return UserError(f"{place_in(where, layer.name, field_named_in(what))}: {what}")
+    return error
 
 
 def _check_fields(definition: Any, where: str) -> None:
