@@ -234,12 +234,38 @@ def test_the_gap_before_a_resume_is_no_training_time(
         assert found[1]["finished"] is False
 
 
+def test_changes_are_against_the_first_stage_with_an_accuracy(tmp_path: Path) -> None:
+    failed = Log(thread=5).line("caffe.cpp", "Use CPU.").line("io.cpp", "Check failed: fd != -1", level="F")
+    text = (
+        failed.text + training("out/a", thread=7).text + training("out/b", thread=9, hour=11, top1=0.5).text
+    )
+    (run,), _ = find_runs([write(tmp_path / "a.log", text)])
+    assert [stage.name for stage in run.stages] == ["failed start", "train", "train 2"]
+    assert [tables.difference(run, stage) for stage in run.stages] == [None, None, -0.25]
+
+
 def test_a_start_that_failed_under_the_same_prefix_is_part_of_its_stage(tmp_path: Path) -> None:
     failed = Log(thread=7).start()
     failed.line("db_lmdb.cpp", "Check failed: mdb_status == 0 (2 vs. 0) No such file or directory", level="F")
     (stage,) = report(tmp_path, failed.text + training(thread=9, hour=11).text)
     assert (stage["finished"], stage["top1"]) == (True, 0.75)
     assert stage["seconds"] < 30
+
+
+def test_a_training_begun_anew_has_no_accuracy_of_the_one_before(tmp_path: Path) -> None:
+    """Under the same prefix, after one that was killed."""
+    killed = Log(thread=7).start().iterate(0, 10).test(20, 0.5, 0.9, 0.8).sparsity(0.8, 0.5).iterate(20, 20)
+    anew = Log(thread=9)
+    anew.second = 40_000.0
+    (stage,) = report(tmp_path, killed.text + anew.start().iterate(0, 10).text)
+    assert (stage["iterations"], stage["top1"], stage["outputs"], stage["sparsity"]) == (10, None, {}, None)
+    assert "no accuracy: the log has no complete test" in stage["notes"]
+    (stage,) = report(tmp_path, killed.text + anew.test(20, 0.25, 0.9, 0.8).iterate(20, 20).text)
+    assert stage["top1"] == 0.25
+    listed = Log(thread=9)
+    listed.second = 40_000.0
+    (stage,) = report(tmp_path, killed.text + listed.start().sparsity(0.4, 0.5).iterate(0, 10).text)
+    assert stage["sparsity"] == 0.4
 
 
 def test_a_second_training_from_the_start_is_a_stage_of_its_own(tmp_path: Path) -> None:

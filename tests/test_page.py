@@ -62,7 +62,8 @@ def sparse_stage(*fractions: float) -> Log:
 
 
 A_TEST = Log().line("caffe.cpp", "Use CPU.").net("TEST", 50).line("caffe.cpp", "Running for 2 iterations.")
-A_TEST.line("caffe.cpp", "Loss: 0.5").line("caffe.cpp", "right = 0.8")
+for result in ("Loss: 0.5", "loss = 0.5 (* 1 = 0.5 loss)", "nearly right = 0.9", "right = 0.8"):
+    A_TEST.line("caffe.cpp", result)
 
 
 def a_run(folder: Path) -> Path:
@@ -131,6 +132,26 @@ def test_sparsity_by_layer_stands_at_the_iteration_that_follows_it_in_the_log() 
     found = [(listing.iteration, listing.layers["conv"]) for listing in history.listings]
     assert found == [(20, 0.25), (40, 0.5)]
     assert [(bucket.first, bucket.mean) for bucket in history.sparsity.all()] == found
+
+
+def test_a_caffe_test_lies_where_the_stage_before_it_ends(tmp_path: Path) -> None:
+    """Of a file with several processes; not at the end of all."""
+    first = whole_stage().text.replace('"a/b"', '"out/initial/b"')
+    last = whole_stage().text.replace('"a/b"', '"out/sparse/b"').replace("I0815", "I0816")
+    later = A_TEST.text.replace("right = 0.8", "right = 0.7").replace("I0815", "I0816")
+    path = write(tmp_path / "a.log", first + A_TEST.text + last + later.replace("10:00:0", "11:00:0"))
+    (run,), _ = find_runs([path], history=True)
+    assert [stage.name for stage in run.stages] == ["initial", "test", "sparse", "test 2"]
+    assert page_content.curves([run])[0]["tested"] == [(1, 0.8), (2, 0.7)]
+    drawn = main([str(path), "--plot", str(tmp_path / "a.svg")])
+    assert (drawn, (tmp_path / "a.svg").read_text().count("top-1, caffe test")) == (0, 1)
+
+
+@pytest.mark.caffe
+def test_caffe_tests_are_in_the_chart(browser: Browser, tmp_path: Path) -> None:
+    a_run(tmp_path / "digits")
+    browser.open(page(tmp_path / "digits", to=tmp_path / "page.html"))
+    assert hover(browser, "accuracy", 0.995)["caffe test, top-1"] == "80.00 %"
 
 
 def test_of_a_detector_the_mean_comes_first(tmp_path: Path) -> None:

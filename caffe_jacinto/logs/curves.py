@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Literal, get_args
 
 from caffe_jacinto.common.errors import UserError
@@ -128,6 +129,21 @@ def parts_of(run: Run, axis: Axis) -> list[Part]:
         found.append(Part(stage, start, end, axis))
         start = end
     return found
+
+
+def tests_of(run: Run, trained: Sequence[Stage]) -> list[tuple[int, float]]:
+    """What each ``caffe test`` found: how many of the stages ``trained`` come before it, and top-1.
+
+    In float. Of several after the same stage, the last.
+    """
+    found: dict[int, float] = {}
+    before = 0
+    for stage in run.stages:
+        figures = stage.figures
+        before += any(stage is one for one in trained)
+        if figures.tested and not figures.quantized and figures.top1 is not None and isfinite(figures.top1):
+            found[before] = figures.top1
+    return list(found.items())
 
 
 def _place(stage: Stage, axis: Axis) -> Callable[[float], float]:

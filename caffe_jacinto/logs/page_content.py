@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, TypeVar
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.text import duration, printable
 from caffe_jacinto.logs import tables
+from caffe_jacinto.logs.curves import tests_of
 from caffe_jacinto.logs.discover import Run, Stage
 from caffe_jacinto.logs.history import Bucket, Buckets, StageHistory, thinned
 from caffe_jacinto.netspec.summary import Summary, summarize
@@ -140,6 +140,7 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _run_curves(run: Run, most: int, of_stages: int) -> dict[str, Any]:
     """A run; ``most`` buckets of each curve. ``of_stages``: how many stages the page has."""
     stages: list[dict[str, Any]] = []
+    trained: list[Stage] = []
     start, begun = 0.0, 0.0
     for stage in run.stages:
         history = stage.history
@@ -149,6 +150,7 @@ def _run_curves(run: Run, most: int, of_stages: int) -> dict[str, Any]:
         last = max(stage.figures.iterations or 0, *reached)
         times = _fewer(list(history.seconds(stage.figures.year)), MOST_TIMES // of_stages)
         seconds = stage.figures.seconds or (times[-1][1] if times else 0.0)
+        trained.append(stage)
         stages.append(
             {
                 "name": printable(stage.name),
@@ -164,14 +166,8 @@ def _run_curves(run: Run, most: int, of_stages: int) -> dict[str, Any]:
     pruning = [
         found for stage in run.stages if (found := _pruning(stage, MOST_FRACTIONS // of_stages)) is not None
     ]
-    return {"name": printable(run.name), "stages": stages, "pruning": pruning, "tested": _tested(run)}
-
-
-def _tested(run: Run) -> float | None:
-    """The accuracy that a last ``caffe test`` found, in float."""
-    tests = [stage.figures for stage in run.stages if stage.figures.tested]
-    found = [figures.top1 for figures in tests if not figures.quantized]
-    return found[-1] if found and found[-1] is not None and isfinite(found[-1]) else None
+    tested = tests_of(run, trained)
+    return {"name": printable(run.name), "stages": stages, "pruning": pruning, "tested": tested}
 
 
 def _buckets_of(stage: Stage) -> list[tuple[str, str, Buckets]]:

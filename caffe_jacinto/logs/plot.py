@@ -55,11 +55,10 @@ class _Line:
     parts: list[Part]
 
     @property
-    def tested(self) -> float | None:
-        """Top-1 of the last ``caffe test`` in float."""
-        tests = [stage.figures for stage in self.run.stages if stage.figures.tested]
-        found = [figures.top1 for figures in tests if not figures.quantized]
-        return found[-1] if found else None
+    def tested(self) -> list[tuple[float, float]]:
+        """Where a ``caffe test`` was, and its top-1 in float."""
+        tests = curves.tests_of(self.run, [part.stage for part in self.parts])
+        return [(self.parts[before - 1].end if before else 0.0, top1) for before, top1 in tests]
 
 
 @dataclass
@@ -149,7 +148,7 @@ def _named(lines: Sequence[_Line], name: str) -> _Panel:
 
 
 def _accuracy(lines: Sequence[_Line]) -> _Panel:
-    """Every accuracy of every test network, and what a last ``caffe test`` found."""
+    """Every accuracy of every test network, and what ``caffe test`` found."""
     panel = _Panel("accuracy, %", kind="percent")
     for line in lines:
         labels = dict.fromkeys(label for part in line.parts for label in part.stage.figures.accuracies)
@@ -161,8 +160,7 @@ def _accuracy(lines: Sequence[_Line]) -> _Panel:
             ]
             if pieces:
                 panel.curves.append(_Curve(line, label, _joined(pieces)))
-        if line.tested is not None:
-            panel.points.append((line, line.parts[-1].end, line.tested))
+        panel.points.extend((line, place, top1) for place, top1 in line.tested)
     return panel
 
 

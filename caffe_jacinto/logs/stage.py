@@ -168,6 +168,10 @@ class StageLog:
         self._solver: events.SolverStarted | None = None
         self._nets = PrintedNets(test_net)
         self._tests: dict[int, NetTests] = {}
+        self._is_new = False
+        """Whether the last process has not displayed an iteration yet."""
+        self._has_listed = False
+        """Whether it has listed the sparsity."""
         self._recalibrated = False
         """Whether the network's statistics are recalibrated ones, as at the end of a stage."""
         self._test_recalibrated = False
@@ -291,7 +295,7 @@ class StageLog:
                 self.iteration = event.batch + 1
                 self.quantizing = None
             case events.Sparsity():
-                self._sparsity = event
+                self._sparsity, self._has_listed = event, True
             case events.SnapshotWritten():
                 self._snapshot_written(event)
             case events.Recalibrated():
@@ -333,7 +337,15 @@ class StageLog:
             case events.Fatal():
                 self._failed(event)
 
+    def _begin_at(self, iteration: int) -> None:
+        """The last process is at this iteration; if it trains from the start, nothing earlier counts."""
+        if self._is_new and iteration == 0:
+            self._tests.clear()
+            self._sparsity = self._sparsity if self._has_listed else None
+        self._is_new = False
+
     def _progress(self, event: events.TrainProgress) -> None:
+        self._begin_at(event.iteration)
         if not self._trains:  # pycaffe does not announce it
             self._training_began()
         self._note_silent()
@@ -349,6 +361,7 @@ class StageLog:
 
     def _process_started(self, event: events.ProcessStarted) -> None:
         self._end_tests()
+        self._is_new, self._has_listed = True, False
         self._timing.start_process(event, self.first_stamp, self._year())
         self._nets.start_process()
         self._trains = False
@@ -382,6 +395,7 @@ class StageLog:
         self._note_silent()
         self._silent = event
         self._end_tests()
+        self._begin_at(event.iteration)
         self.iteration = event.iteration
         self.in_test = True
         self._test_recalibrated = self._recalibrated

@@ -233,10 +233,11 @@ def complexity(gigamacs: float | None) -> str:
 
 
 def difference(run: Run, stage: Stage) -> float | None:
-    """Top-1 of the stage minus that of the run's first stage; in quantized values, that of the float one."""
+    """Top-1 of the stage minus that of the run's first; in quantized values, minus that of the float one."""
     figures = stage.figures
-    base = _before_quantization(run, stage) if figures.quantized else run.stages[0].figures.top1
-    if base is None or figures.top1 is None or (stage is run.stages[0] and not figures.quantized):
+    first = next((one for one in run.stages if one.figures.top1 is not None), stage)
+    base = _before_quantization(run, stage) if figures.quantized else first.figures.top1
+    if base is None or figures.top1 is None or (stage is first and not figures.quantized):
         return None
     return round(figures.top1 - base, 6)
 

@@ -107,7 +107,7 @@
     names[panel.key] = [...new Set(data.runs.flatMap((run) => run.stages.flatMap((stage) =>
       stage.curves.filter((curve) => curve.panel === panel.key).map((curve) => curve.name))))];
   }
-  if (names.accuracy.length && data.runs.some((run) => run.tested !== null)) names.accuracy.push("caffe test, top-1");
+  if (names.accuracy.length && data.runs.some((run) => run.tested.length)) names.accuracy.push("caffe test, top-1");
   const runIsShown = (number) => state.runs[number] ?? number < SHOWN_RUNS;
   const outputIsShown = (panel, name) => state.outputs[panel + " " + name] ?? names[panel].indexOf(name) < SHOWN_OUTPUTS;
   const colourName = (panel, run, name) => "--c" + (several ? run : names[panel].indexOf(name)) % COLOURS;
@@ -147,9 +147,11 @@
         }
       }
       const tested = "caffe test, top-1";
-      if (panel.key === "accuracy" && run.tested !== null && run.stages.length && outputIsShown("accuracy", tested)) {
-        const stage = run.stages[run.stages.length - 1];
-        lines.push({ run: number, name: tested, stage, at: [stage.end - stage.start], x: [spanOf(run)], y: [100 * run.tested], marked: true, big: true });
+      for (const [before, top1] of panel.key === "accuracy" && outputIsShown("accuracy", tested) ? run.tested : []) {
+        const stage = run.stages[Math.max(before - 1, 0)], end = before > 0 ? stage.end - stage.start : 0;
+        if (stage === undefined) continue;
+        const x = before === 0 ? 0 : state.time ? stage.begun + stage.seconds : stage.end;
+        lines.push({ run: number, name: tested, stage, at: [end], x: [x], y: [100 * top1], marked: true, big: true });
       }
     }
     return lines;
