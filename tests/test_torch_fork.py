@@ -118,7 +118,8 @@ def test_a_stage_that_quantizes_is_the_forks_own_test(fork: Path, tmp_path: Path
     val = (tmp_path / "run/eight/val.prototxt").read_text()
     assert val.startswith("quantize: true\nnet_quantization_param {") and 'type: "Data"' in val
     assert "bitwidth_weights: 12\n  bitwidth_activations: 10\n" in val
-    assert 'ignored_layer_names: "conv1a"' in val
+    ignored = re.findall('ignored_layer_names: "(.*)"', val)
+    assert ignored == ["conv1a", "conv1a/bn", "conv1a/relu"], "the fork ignores a layer alone"
     weights = f"run/initial/{PREFIX}_iter_{ITERATIONS}.caffemodel"
     command = f"{fork} test -model run/eight/val.prototxt -weights {weights} -iterations 1 -gpu 0"
     assert command in (tmp_path / "run/eight/run.sh").read_text()

@@ -55,6 +55,7 @@ from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.quantization.fork_settings import fields_of, fork_settings
 from caffe_jacinto.quantization.fork_settings import tested_network as network_and_settings
 from caffe_jacinto.quantization.grids import magnitude_grid
+from caffe_jacinto.quantization.network import computed_together, quantized_outputs, quantized_weights
 from caffe_jacinto.quantization.record import record_of
 from caffe_jacinto.quantization.results import Result
 from caffe_jacinto.quantization.schemes import SCHEMES, Bits, Scheme, chosen_scheme
@@ -244,6 +245,30 @@ def test_caffe_torch_tests_a_network_that_says_quantize(
     ignored = "".join(f'ignored_layer_names: "{layer.name}" ' for layer in net.layer)
     without = (text + body + FORK_OUTPUTS).replace("range_exp", f"{ignored} range_exp")
     assert losses_of(tmp_path, without, capfd, 4)[0] == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "weights", "outputs"), [("c1", "c1", ""), ("c1/relu", "", "c1"), ("images", "", "data")]
+)
+def test_the_fork_ignores_a_layer_alone(ignored: str, weights: str, outputs: str, tmp_path: Path) -> None:
+    """Not what is merged with it: its weights without their ReLU, or the ReLU without the weights."""
+    fork = Dialect.CAFFE_JACINTO
+    blobs = read_weights(write_random(tmp_path / "w.caffemodel", FORK_NET, fork))
+    found = []
+    for names in ("", f'net_quantization_param {{ ignored_layer_names: "{ignored}" }}'):
+        text = f"quantize: true {names}" + FORK_NET.replace('name: "data" type', 'name: "images" type')
+        net = parse_net(text, fork, "val.prototxt")
+        settings = fork_settings(net, "val.prototxt")
+        assert settings is not None
+        network = settings.network(net.layer, blobs, "val.prototxt")
+        units = quantized_weights(network), quantized_outputs(network)
+        found.append([{unit.name for unit in each} for each in units])
+    all_of_it, rest = found
+    assert [before - after for before, after in zip(all_of_it, rest, strict=True)] == [
+        {name} if name else set() for name in (weights, outputs)
+    ]
+    together = computed_together(SCHEMES["caffe_jacinto"], net.layer, [ignored], "val.prototxt")
+    assert together == (["images"] if ignored == "images" else ["c1", "c1/bn", "c1/relu"])
 
 
 @pytest.mark.caffe

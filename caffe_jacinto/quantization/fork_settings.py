@@ -44,7 +44,8 @@ class ForkSettings:
             UserError: as `network_of`.
         """
         named = f"{where}: net_quantization_param.ignored_layer_names"
-        return network_of(self.scheme, layers, blobs, where, floats=self.ignored, called=("", named))
+        called = "", named
+        return network_of(self.scheme, layers, blobs, where, floats=self.ignored, called=called, exactly=True)
 
 
 def tested_network(net: Any, dialect: Dialect, where: str) -> tuple[Any, ForkSettings | None]:

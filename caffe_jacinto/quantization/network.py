@@ -121,13 +121,15 @@ def network_of(
     bits: Mapping[str, int] | None = None,
     floats: Sequence[str] = (),
     called: tuple[str, str] = ("--bits-of", "--keep-float"),
+    exactly: bool = False,
 ) -> Network:
     """The network of ``layers``, LayerParameter messages of one phase.
 
     Args:
         bits: layers with another number of bits for weights and outputs than the scheme's.
-        floats: layers that stay as they are.
+        floats: layers that stay as they are, with those that are computed together with them.
         called: the options that ``bits`` and ``floats`` come from, for messages.
+        exactly: only ``floats`` themselves stay, as the fork's `ignored_layer_names`.
         where: the network's file, for messages.
 
     Raises:
@@ -138,27 +140,51 @@ def network_of(
     for name, found in blobs.items():
         if not all(np.isfinite(blob).all() for blob in found):
             raise UserError(f"{where}: layer {name} has weights that are not finite; use an earlier snapshot")
-    fork = scheme.moving is not None
-    given_tops = [(layer.type, list(layer.top)) for layer in layers if role_of(layer.type) == "data"]
-    inputs = [top for kind, tops in given_tops for top in (tops if kind == INPUT else tops[:1])]
-    labels = [top for kind, tops in given_tops for top in tops[1:] if kind != INPUT]
     read = {layer.name: tuple(layer.bottom) for layer in layers}
-    written = {top for layer in layers for top in layer.top}
-    inputs += [name for bottoms in read.values() for name in bottoms if name not in written]
-    units = units_of(layers, list(dict.fromkeys(inputs)), labels, fork=fork, where=where)
+    units = _all_units(scheme, layers, where)
+    own = _names_of_inputs(layers)
     given = {}
     for name, number in (bits or {}).items():
-        unit = unit_named(units, name, called[0])
+        unit = unit_named(units, own.get(name, name), called[0])
         changed = replace(scheme.bits, weights=number, activations=number)
         given[unit.name] = changed.checked(f"{called[0]} {name}={number}: ")
     kept: set[str] = set()
     for name in floats:
-        unit = unit_named(units, name, called[1])
+        unit = unit_named(units, own.get(name, name), called[1])
         if unit.name in given:
             raise UserError(f"{called[1]} {name}: {called[0]} gives it bits; leave one of them out")
-        kept.update((unit.name, *unit.layers))
+        kept.update((own.get(name, name),) if exactly else (unit.name, *unit.layers))
     axes = {layer.name: _channel_axis(layer) for layer in layers if layer.type in WEIGHTED}
     return Network(scheme, units, blobs, read, axes, given, kept)
+
+
+def computed_together(scheme: Scheme, layers: Sequence[Any], names: Sequence[str], where: str) -> list[str]:
+    """Of ``layers``, LayerParameter messages of one phase, ``names`` and those computed together with them.
+
+    Raises:
+        UserError: a name is not there, or the scheme does not know a layer; ``where`` names the network.
+    """
+    units, own = _all_units(scheme, layers, where), _names_of_inputs(layers)
+    found = {unit_named(units, own.get(name, name), f"{where}: layer") for name in names}
+    blobs = {unit.blob for unit in found if unit.type == INPUT}
+    together = {name for unit in found for name in unit.layers}
+    return [layer.name for layer in layers if layer.name in together or own.get(layer.name) in blobs]
+
+
+def _all_units(scheme: Scheme, layers: Sequence[Any], where: str) -> list[Unit]:
+    """The units of a network, with those of its inputs."""
+    given_tops = [(layer.type, list(layer.top)) for layer in layers if role_of(layer.type) == "data"]
+    inputs = [top for kind, tops in given_tops for top in (tops if kind == INPUT else tops[:1])]
+    labels = [top for kind, tops in given_tops for top in tops[1:] if kind != INPUT]
+    written = {top for layer in layers for top in layer.top}
+    inputs += [name for layer in layers for name in layer.bottom if name not in written]
+    fork = scheme.moving is not None
+    return units_of(layers, list(dict.fromkeys(inputs)), labels, fork=fork, where=where)
+
+
+def _names_of_inputs(layers: Sequence[Any]) -> dict[str, str]:
+    """The blob that the unit of an input is named by, by the name of its layer."""
+    return {layer.name: layer.top[0] for layer in layers if role_of(layer.type) == "data" and layer.top}
 
 
 def rounded_blobs(network: Network, quantization: Quantization, name: str) -> list[Values]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Values = NDArray[np.float32]
 
 SAMPLE = 65_536
-"""Values of a blob that are taken of each batch for its histogram."""
+"""About as many values of a blob are taken of each batch for its histogram: at most twice as many."""
 
 
 @dataclass(frozen=True)

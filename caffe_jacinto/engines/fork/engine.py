@@ -25,8 +25,11 @@ from caffe_jacinto.engines.contract import (
     unwritable,
 )
 from caffe_jacinto.engines.snapshots import final_is_complete
+from caffe_jacinto.netspec.graph import TEST, messages_in
+from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.pruning.schedule import is_step, next_factor
 from caffe_jacinto.quantization.fork_settings import fields_of
+from caffe_jacinto.quantization.network import computed_together
 from caffe_jacinto.quantization.schemes import SCHEMES, Scheme, chosen_scheme
 from caffe_jacinto.recipes.model import QuantizeSettings, SparseSettings, Stage
 
@@ -83,8 +86,13 @@ class CaffeJacintoEngine:
         return replace(own, power_of_two=SCHEMES[settings.scheme].power_of_two)
 
     def quantize_files(self, settings: QuantizeSettings, files: StageFiles) -> dict[str, str]:
-        """The test network with `quantize: true`."""
-        fields = fields_of(self.quantization(settings), settings.keep_float)
+        """The test network with `quantize: true`.
+
+        Its `ignored_layer_names` ignore a layer alone; `keep_float`, all that is computed together with it.
+        """
+        scheme, net = self.quantization(settings), parse_net(files[VAL], self.info.dialect, VAL)
+        ignored = computed_together(scheme, messages_in(net, TEST), settings.keep_float, VAL)
+        fields = fields_of(scheme, ignored)
         return {VAL: f"{fields}{files[VAL]}"}
 
     def quantize_command(self, job: QuantizeJob) -> list[str]:
