@@ -167,6 +167,8 @@ def test_losses_that_are_no_numbers(word: str) -> None:
         "Iteration 7 (2 iter/s, 5s/10 iter), loss = 0.25",
         "Iteration 7 (0.4 s), loss = 0.25",
         "Iteration 7, loss = 0.25",
+        "Iteration 7 (-nan(ind) iter/s, 0s/10 iters), loss = 0.25",
+        "[23] Iteration 7, loss = 0.25",
         "[0.0] Iteration 7 (2 iter/s, 5s/10 iter), 1.5/300ep, loss = 0.25",
     ],
 )

@@ -148,6 +148,17 @@ def test_a_caffe_test_lies_where_the_stage_before_it_ends(tmp_path: Path) -> Non
 
 
 @pytest.mark.caffe
+def test_many_notes_do_not_fill_the_page(browser: Browser, tmp_path: Path) -> None:
+    for number in range(20):
+        write(tmp_path / "runs" / f"{number:02d}.log", Log().start().iterate(0, 10).text)
+    browser.open(page(tmp_path / "runs", to=tmp_path / "page.html"))
+    notes = [f"{number:02d} train: no accuracy: the log has no complete test" for number in range(20)]
+    assert texts(browser, "#notes p") == notes
+    assert texts(browser, "#notes > p") == notes[:12]
+    assert texts(browser, "#notes summary") == ["8 more"]
+
+
+@pytest.mark.caffe
 def test_caffe_tests_are_in_the_chart(browser: Browser, tmp_path: Path) -> None:
     a_run(tmp_path / "digits")
     browser.open(page(tmp_path / "digits", to=tmp_path / "page.html"))

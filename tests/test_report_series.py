@@ -156,7 +156,7 @@ def test_epochs_that_nvcaffe_prints(tmp_path: Path) -> None:
 
 def test_series_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"must end in \.csv, \.json, \.parquet"):
+    with pytest.raises(UserError, match=r"must end in \.csv, \.json or \.parquet"):
         report(run, "--series", tmp_path / "points.xlsx")
     with pytest.raises(UserError, match="cannot be written"):
         report(run, "--series", tmp_path / "missing" / "points.csv")

@@ -113,7 +113,8 @@ def _as_json(runs: Sequence[Run], columns: Sequence[str]) -> bytes:
 def check_series(path: Path) -> None:
     """Raise the UserError that `write_series` would end with, before anything is read."""
     if path.suffix.lower() not in SERIES_KINDS:
-        raise UserError(f"--series {path}: the name must end in {', '.join(SERIES_KINDS)}")
+        *most, last = SERIES_KINDS
+        raise UserError(f"--series {path}: the name must end in {', '.join(most)} or {last}")
     if path.suffix.lower() == ".parquet":
         _pyarrow()
 

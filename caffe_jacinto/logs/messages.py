@@ -55,7 +55,7 @@ MESSAGE_LIMIT = 29_990
 NUMBER = rb"[-+]?(?:nan(?:\(\w{1,9}\))?|inf|1\.#[A-Z]{3,4}\d{0,9}|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
 """As C++ prints it, on Windows too: 1.#IND, 1.#QNAN and nan(ind) are not numbers, 1.#INF is infinity."""
 ITERATION = re.compile(
-    rb"Iteration (\d{1,18})(?: \((?:([^ ()]+) iter/s, )?[^()]*\))?, "
+    rb"Iteration (\d{1,18})(?: \((?:([^ ()]+(?:\(\w{1,9}\))?) iter/s, )?[^()]*\))?, "
     rb"(?:(?:(\d{1,9}(?:\.\d*)?)/[\d.]+ep, )?loss = (%b)"
     rb"|lr = (%b)(?:, \w+ = %b)*|Testing net(?: \(#(\d{1,18})\))?)$" % (NUMBER, NUMBER, NUMBER)
 )
