@@ -21,7 +21,7 @@ KEYS = [
     "name", "log", "caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss",
     "outputs", "sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged",
     "seconds", "classes", "image_size", "gigamacs_left", "weight_bits", "activation_bits", "float_top1",
-    "notes",
+    "start_top1", "notes",
 ]  # fmt: skip
 
 
@@ -43,6 +43,27 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def test_what_a_run_starts_from_is_said_with_its_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table's first stage has trained already: without this line, what was lost in it would not show."""
+    text = whole_stage().text
+    begin = Log().line("caffe.cpp", "Finetuning from /their/trained.caffemodel").text
+    started = text.replace("Iteration 0, Testing", "\0Iteration 0, Testing", 1)
+    at = started.rindex("\n", 0, started.index("\0")) + 1
+    started = (started[:at] + begin + started[at:]).replace("\0", "")
+    write(tmp_path / "run/l1reg/run.log", started)
+    write(tmp_path / "run/sparse/run.log", started.replace("/their/trained", "run/l1reg/b_iter_40"))
+    found = stages(tmp_path / "run", capsys=capsys)
+    assert [stage["start_top1"] for stage in found.values()] == [0.1, 0.1]
+    _, out, _ = report(tmp_path / "run", capsys=capsys)
+    assert "\nl1reg: starts from trained.caffemodel, top-1 10.00 %\n" in out
+    assert out.count("starts from") == 1
+    write(tmp_path / "other/l1reg/run.log", text)
+    (other,) = stages(tmp_path / "other", capsys=capsys).values()
+    assert other["start_top1"] is None
 
 
 def test_the_published_figures_to_the_last_digit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:

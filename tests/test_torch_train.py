@@ -264,7 +264,7 @@ def test_small_images_first_and_resumed_to_the_bit(digits: Path, tmp_path: Path)
     ("size", "says"),
     [
         (29, "the network's images are 28x28 pixels; give a size of at most 28, or a larger crop_size"),
-        (4, "train.prototxt: layer pool (Pooling): a window of 2x2 lies outside of the 1x1 pixels"),
+        (4, ": layer pool (Pooling): a window of 2x2 lies outside of the 1x1 pixels"),
     ],
 )
 def test_sizes_that_a_network_cannot_take_are_named_before_it_trains(

@@ -108,6 +108,8 @@ class StageFigures:
     """Paths in the solver's settings that may contain the stage's name."""
     start_weights: str | None
     """The weights file that training began with, as the log names it."""
+    start_top1: float | None
+    """Top-1 of those weights, by the test at iteration 0; NVCaffe's is of one batch only, and left out."""
     notes: tuple[str, ...]
     """Why a figure is missing, and what is wrong with the last losses."""
 
@@ -149,6 +151,8 @@ class StageLog:
         self._float: dict[str, float] = {}
         """The outputs of the network before it was quantized."""
         self._start_weights: str | None = None
+        self._start_outputs: dict[str, float] | None = None
+        """Of the test of those weights before the first update."""
         self.fatal: str | None = None
         """The error that ended the last process, if any."""
         self.tests: dict[int, SolverTest] = {}
@@ -418,10 +422,17 @@ class StageLog:
     def _end_tests(self) -> None:
         """Training has continued, so the earlier tests have all their outputs."""
         self.in_test = False
+        if self._start_outputs is None and self._start_weights is not None:
+            self._take_start()
         for tests in self._tests.values():
             if tests.current and not tests.ended:
                 tests.ended = tests.expected is None
                 self._take_test(tests)
+
+    def _take_start(self) -> None:
+        tests = self._tests.get(0)
+        if tests is not None and tests.current and next(iter(tests.current.values())).iteration == 0:
+            self._start_outputs = by_name(tests.current)
 
     def _take_test(self, tests: NetTests) -> None:
         """Keep a complete test for the live view."""
@@ -550,6 +561,7 @@ class StageLog:
             settings=self._solver.settings if self._solver else None,
             solver_paths=self._solver_paths(),
             start_weights=self._start_weights,
+            start_top1=None if self._is_nvcaffe() else (self._start_outputs or {}).get(accuracies.get(1, "")),
             notes=stage_notes(self._facts(named)),
         )
 

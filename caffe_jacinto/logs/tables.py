@@ -116,6 +116,9 @@ def stage_table(run: Run) -> Table:
             UNKNOWN if figures.seconds is None else duration(figures.seconds, exact=True),
         ]
         table.rows.append(Row(cells, "" if figures.finished else "unfinished"))
+        if stage is run.stages[0] and figures.start_weights and figures.start_top1 is not None:
+            start = printable(PureWindowsPath(figures.start_weights).name)
+            table.notes.append(f"{name}: starts from {start}, top-1 {percent(figures.start_top1, 2)}")
         if figures.fatal:
             table.notes.append(f"{name} stopped: {printable(figures.fatal)}")
         table.notes.extend(f"{name}: {printable(note)}" for note in figures.notes)
@@ -269,7 +272,8 @@ def _run_record(run: Run) -> dict[str, Any]:
 JSON_FIELDS = (
     *("caffe_version", "finished", "iterations", "top1", "top5", "mean_ap", "loss", "train_loss", "outputs"),
     *("sparsity", "sparsity_logged", "gigamacs", "images_per_second", "images_per_second_logged", "seconds"),
-    *("classes", "image_size", "gigamacs_left", "weight_bits", "activation_bits", "float_top1", "notes"),
+    *("classes", "image_size", "gigamacs_left", "weight_bits", "activation_bits", "float_top1", "start_top1"),
+    "notes",
 )
 
 
@@ -297,7 +301,7 @@ STAGE_FIELDS = (
     *("run", "stage", "finished", "iterations", "top1", "top5", "loss", "sparsity", "top1_change"),
     *("images_per_second", "seconds", "gigamacs", "sparsity_logged", "images_per_second_logged"),
     *("caffe_version", "log", "mean_ap", "train_loss", "outputs", "notes"),
-    *("gigamacs_left", "weight_bits", "activation_bits", "float_top1"),
+    *("gigamacs_left", "weight_bits", "activation_bits", "float_top1", "start_top1"),
 )
 RESULT_FIELDS = ("configuration", "top1", "top5", "gigamacs", "published", "gigamacs_left")
 

@@ -121,7 +121,7 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
         path,
         folder,
         [
-            *found.notes,
+            *dict.fromkeys(found.notes),
             f"recipe: {path}, iterations: {lengths}",
             *_not_taken(solver),
             f"  to change it, edit it and run: {_command(path, None)}",
