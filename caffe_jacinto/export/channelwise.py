@@ -84,7 +84,8 @@ def check_finite(layer: StockLayer, taken: StockLayer, weights: Path) -> None:
     """
     import numpy as np
 
-    if not all(np.isfinite(blob).all() for blob in layer.blobs):
+    # An infinite variance would make finite weights: zeros.
+    if not all(np.isfinite(blob).all() for blob in (*layer.blobs, *taken.blobs)):
         raise UserError(
             f"{weights}: {layer.name} with {taken.name} ({taken.type}) has weights that are not finite; the "
             "training went wrong, use an earlier snapshot"
