@@ -507,6 +507,45 @@ def test_nvcaffe_on_several_gpus_prints_for_each_and_the_first_counts(tmp_path: 
     assert stage["images_per_second"] == pytest.approx(256, rel=0.01)
 
 
+def on_two_gpus(prefix: str, gpus: tuple[int, int], *, thread: int, hour: int, top1: float) -> Log:
+    """A training of NVCaffe 0.17, which has a thread for each GPU."""
+    log = Log(thread=thread)
+    log.second = 3600.0 * hour
+    log.start(devices=f"Using GPUs {gpus[0]}, {gpus[1]}", iter_size=2)
+    log.text = log.text.replace('"a/b"', f'"{prefix}"')
+    log.line("solver.cpp", f"    [0.{gpus[0]}] Solving tiny")
+    for number in (0, 10, 20, 30):
+        for at, gpu in enumerate(gpus):
+            log.thread = thread + 1 + at
+            told = f"Iteration {number} (2 iter/s, 5s/10 iter), 1.5/300ep, loss = {1.0 + 98 * at}"
+            log.line("solver.cpp", f"    [0.{gpu}] {told}", seconds=0)
+        log.second += 5
+    log.thread = thread + 1
+    log.line("solver.cpp", "Iteration 40, Testing net (#0)")
+    for at, gpu in enumerate(gpus):
+        log.thread = thread + 1 + at
+        for number, output in enumerate(("loss = 0.5 (* 1 = 0.5 loss)", "nearly right = 0.9")):
+            log.line("solver.cpp", f"    (0.{gpu})    Test net output #{number}: {output}")
+        log.line("solver.cpp", f"    (0.{gpu})    Test net output #2: right = {0.01 if at else top1}")
+    log.thread = thread
+    return log.line("caffe.cpp", "Optimization Done in 20s")
+
+
+def test_the_threads_of_several_gpus_are_one_process(tmp_path: Path) -> None:
+    """In a file of several, one after the other, and line by line."""
+    one = on_two_gpus("out/initial/a", (0, 1), thread=100, hour=10, top1=0.5)
+    two = on_two_gpus("out/sparse/b", (0, 1), thread=200, hour=11, top1=0.25)
+    found = report(tmp_path, one.text + two.text + caffe_test(thread=300).text)
+    expected = [("initial", 0.5, 1.0), ("sparse", 0.25, 1.0), ("test", 0.7, None)]
+    assert [(stage["name"], stage["top1"], stage["train_loss"]) for stage in found] == expected
+    beside = on_two_gpus("out/sparse/b", (2, 3), thread=200, hour=10, top1=0.25)
+    texts = [re.split(r"(?m)^(?=I)", log.text)[1:] for log in (one, beside)]
+    found = report(tmp_path, "".join(first + second for first, second in zip(*texts, strict=True)))
+    expected = [("initial (thread 101)", 0.5, 1.0), ("sparse (thread 201)", 0.25, 1.0)]
+    assert [(stage["name"], stage["top1"], stage["train_loss"]) for stage in found] == expected
+    assert all(stage["gigamacs"] == GIGAMACS and stage["finished"] for stage in found)
+
+
 @pytest.mark.parametrize("single", ["class AP %d: %g", "class%d: %g"])
 @pytest.mark.parametrize("mean", ["Test net output mAP #0: map = %g", "    Test net output mAP #0: map = %g"])
 def test_detection_is_in_every_format(single: str, mean: str, tmp_path: Path) -> None:

@@ -227,12 +227,13 @@ _DECISIVE = (
 # Several processes at the same time
 
 _SOLVER_LINE = re.compile(
-    rb"^[IWEF]\d{4,8} [\d:.]{15} +(\d{1,18}) \w*\.\w+:\d+\] {1,9}(?:\[[\w.]{1,20}\] )?"
-    rb"(?:(Using GPUs |Use GPU with|Use CPU|Initializing solver from)|Iteration (\d{1,18})[ ,][^\n]*loss = "
-    rb"|Iteration \d+, Testing net| {4}Test net output|Snapshotting )",
+    rb"^[IWEF]\d{4,8} [\d:.]{15} +(\d{1,18}) \w*\.\w+:\d+\] {1,9}(?:\[(?:\d{1,4}\.(\d{1,4})|[\w.]{1,20})\] )?"
+    rb"(?:(Using GPUs [\d, ]{1,200}|Use GPU with|Use CPU|Initializing solver from)"
+    rb"|Iteration (\d{1,18})[ ,][^\n]*loss = |Iteration \d+, Testing net| {4}Test net output|Snapshotting )",
     re.MULTILINE,
 )
-"""A line of a process that starts (second group) or of its solver; of training, with its iteration."""
+"""A line of a process that starts (third group), or of its solver: NVCaffe's with the device, one of training
+with its iteration."""
 
 
 def _apart(path: Path) -> dict[int, str]:
@@ -257,46 +258,77 @@ def _apart(path: Path) -> dict[int, str]:
 
 
 class _Scan:
-    """Which threads speak, in turn."""
+    """Which solvers speak, in turn. On several GPUs a solver has a thread for each."""
 
     def __init__(self) -> None:
         self.repeats = 0
         """How often a thread displayed an iteration again, and no process had started since."""
         self.returns = 0
-        """How often a thread spoke again after another one, and no process had started between."""
-        self._solvers: list[int] = []
+        """How often a solver spoke again after another one, and no process had started between."""
+        self._threads: list[int] = []
         """Threads of solvers, in the order of their first lines."""
         self._starts: list[int] = []
         """Threads that processes began with."""
+        self._gpus: list[dict[int, int | None]] = []
+        """Of each start that names GPUs: their threads, where they have spoken."""
+        self._placed: set[int] = set()
+        """Those threads."""
+        self._first_of: dict[int, int] = {}
+        """The thread that stands for the solver of a thread."""
         self._last = -1
         self._iterations: dict[int, int] = {}
         self._spoke: set[int] = set()
-        """Threads of solvers that have spoken since the last start."""
+        """Solvers that have spoken since the last start."""
 
     def read(self, content: bytes) -> None:
-        for thread, start, iteration in _SOLVER_LINE.findall(content):
-            self._take(int(thread), bool(start), int(iteration) if iteration else None)
+        for thread, device, start, iteration in _SOLVER_LINE.findall(content):
+            if start:
+                self._start(int(thread), start)
+            else:
+                self._speak(
+                    int(thread), int(device) if device else None, int(iteration) if iteration else None
+                )
 
-    def _take(self, thread: int, starts: bool, iteration: int | None) -> None:
-        if starts:
-            if thread not in self._starts:
-                self._starts.append(thread)
-            self._iterations.clear()
-            self._spoke.clear()
-            return
-        if thread not in self._solvers:
-            self._solvers.append(thread)
+    def _start(self, thread: int, line: bytes) -> None:
+        if thread not in self._starts:
+            self._starts.append(thread)
+        if line.startswith(b"Using GPUs "):
+            self._gpus.append(dict.fromkeys(map(int, re.findall(rb"\d+", line))))
+        self._iterations.clear()
+        self._spoke.clear()
+
+    def _speak(self, thread: int, device: int | None, iteration: int | None) -> None:
+        if thread not in self._first_of:
+            self._threads.append(thread)
+            self._first_of[thread] = thread
+        if device is not None:
+            self._note_device(thread, device)
         if iteration is not None:
             self.repeats += iteration <= self._iterations.get(thread, -1)
             self._iterations[thread] = iteration
-        if thread != self._last and thread in self._spoke:
-            self.returns += 1
-        self._spoke.add(thread)
-        self._last = thread
+        solver = self._first_of[thread]
+        self.returns += solver != self._last and solver in self._spoke
+        self._spoke.add(solver)
+        self._last = solver
+
+    def _note_device(self, thread: int, device: int) -> None:
+        """The thread is that of the latest solver with this device, unless that has another one for it."""
+        if thread in self._placed:
+            return
+        threads = next((one for one in reversed(self._gpus) if one.get(device, 0) is None), None)
+        if threads is not None:
+            first = next((other for other in threads.values() if other is not None), thread)
+            threads[device] = thread
+            self._placed.add(thread)
+            self._first_of[thread] = first
 
     def processes(self) -> dict[int, str]:
-        found = {thread: f"thread {thread}" for thread in self._solvers}
-        # NVCaffe's solver has a thread of its own. Processes start in the order of their solvers.
+        found = {thread: f"thread {self._first_of[thread]}" for thread in self._threads}
+        # NVCaffe's solver has threads of its own. Processes start in the order of their solvers.
         others = [thread for thread in self._starts if thread not in found]
-        alone = [thread for thread in self._solvers if thread not in self._starts]
+        alone = [
+            thread
+            for thread in self._threads
+            if thread not in self._starts and self._first_of[thread] == thread
+        ]
         return found | {start: found[solver] for start, solver in zip(others, alone, strict=False)}
