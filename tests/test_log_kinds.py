@@ -127,6 +127,15 @@ def test_what_stands_before_each_line_changes_nothing(prefix: str, tmp_path: Pat
     assert (stage["name"], stage["top1"], stage["gigamacs"]) == ("train", 0.75, GIGAMACS)
 
 
+@pytest.mark.parametrize("prefix", ["%d:", "%6d\t", "[%8.3f s] ", "15/08/2026 %d.25 - ", "worker-%d: "])
+def test_numbers_before_each_line_change_nothing(prefix: str, tmp_path: Path) -> None:
+    """Those of ``grep -n``, ``cat -n``, clocks of any kind."""
+    lines = whole_stage().text.splitlines()
+    (stage,) = report(tmp_path, "".join(f"{prefix % at}{line}\n" for at, line in enumerate(lines)))
+    (plain,) = report(tmp_path / "plain", whole_stage().text)
+    assert figures(stage, WHOLE) == figures(plain, WHOLE)
+
+
 @pytest.mark.parametrize("prefix", ["INFO:root:", "INFO 7:", "100 % "])
 def test_what_stands_before_some_lines_is_no_part_of_them(prefix: str, tmp_path: Path) -> None:
     """Of another program that marks messages, not lines, or that has not ended its own line."""

@@ -2,8 +2,8 @@
 
 Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, line
 ends with a carriage return, colours, and what is put before each line: time stamps, ``> ``, the name of a
-container, the rank of an MPI process, or the same text, such as an indent. Lines of several containers or
-ranks keep apart.
+container, the rank of an MPI process, or the same text but for its numbers, such as an indent. Lines of
+several containers or ranks keep apart.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ process. stream: Kubernetes. container: docker-compose. job: mpirun --tag-output
 task: srun --label.
 """
 _RANKED = ("job", "rank", "task")
-_WORD = re.compile(rb"[ \t]+|[^ \t]+[ \t]*")
-"""Of a text of no known kind that stands before lines: an indent, a comment's ``# ``, ``INFO:root:``."""
+_WORD = re.compile(rb"(?=.)([^ \t]*)([ \t]*)", re.DOTALL)
+"""Of a text of no known kind that stands before lines, and the gap after it: an indent, a comment's ``# ``,
+``INFO:root:``, a number that differs from line to line."""
 
 
 class LineSplitter:
@@ -200,7 +201,10 @@ def _part(text: bytes, at: int) -> tuple[str, bytes, re.Match[bytes]]:
             return kind, pattern, found
     word = _WORD.match(text, at)
     assert word is not None
-    return "", re.escape(word.group()), word
+    shown, gap = word.groups()
+    # The last gap is literal: what follows may be indented.
+    space = re.escape(gap) if word.end() == len(text) else rb"[ \t]{0,40}"
+    return "", re.sub(rb"\d+", rb"\\d{1,20}", re.escape(shown)) + space, word
 
 
 def _label(kind: str, match: re.Match[bytes] | None) -> str:
