@@ -199,6 +199,9 @@ def test_tensorboard_shows_the_stages_end_to_end(tmp_path: Path) -> None:
         (step, pytest.approx(value))
         for step, value in [(0, 0.1), (20, 0.6), (40, 0.75), (40, 0.1), (60, 0.6), (80, 0.75)]
     ]
+    assert [(event.step, event.value) for event in events.Scalars("caffe_test/right")] == [
+        (80, pytest.approx(0.8))
+    ]
     times = [event.wall_time for event in events.Scalars("train/loss")]
     assert times == sorted(times)
 

@@ -198,15 +198,28 @@ def _event_file(run: Run) -> bytes:
     first = next((start for stage in run.stages if (start := start_of(stage)) is not None), None)
     begun = first.timestamp() if first is not None and first.year > 1970 else 0.0
     records.write(event(wall_time=begun, file_version="brain.Event:2").SerializeToString())
-    for part in curves.parts_of(run, "iteration"):
-        clock = curves.Clock(part.stage)
-        tagged = {_TAGS[name]: points for name, points in curves.training_curves(part.stage).items()}
-        for name, points in curves.test_curves(part.stage).items():
+    parts = curves.parts_of(run, "iteration")
+
+    def add(tag: str, value: float, seconds: float, step: float) -> None:
+        values = [summary.Value(tag=tag, simple_value=value)]
+        at = {"wall_time": begun + seconds, "step": int(step)}
+        records.write(event(summary=summary(value=values), **at).SerializeToString())
+
+    end = 0.0
+    for stage in run.stages:
+        if stage.figures.tested:
+            for name, value in stage.figures.outputs.items():
+                add(f"caffe_{as_unicode(stage.name)}/{as_unicode(name)}", value, 0.0, end)
+        part = next((one for one in parts if one.stage is stage), None)
+        if part is None:
+            continue
+        clock = curves.Clock(stage)
+        tagged = {_TAGS[name]: points for name, points in curves.training_curves(stage).items()}
+        for name, points in curves.test_curves(stage).items():
             tagged[f"test/{as_unicode(name)}"] = points
         for tag, points in tagged.items():
             for iteration, value in points:
-                values = [summary.Value(tag=tag, simple_value=value)]
-                at = {"wall_time": begun + clock.seconds(iteration), "step": int(part.start + iteration)}
-                records.write(event(summary=summary(value=values), **at).SerializeToString())
-        begun += part.stage.figures.seconds or 0.0
+                add(tag, value, clock.seconds(iteration), part.start + iteration)
+        begun += stage.figures.seconds or 0.0
+        end = part.end
     return out.getvalue()
