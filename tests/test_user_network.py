@@ -643,6 +643,35 @@ def test_a_run_trains_the_users_network_and_resumes_without_its_file(
     assert trainer.states("run") == {"initial": "finished", "test": "finished"}
 
 
+@pytest.mark.caffe
+def test_the_stages_of_a_state_hold_in_every_command(
+    caffe_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In pycaffe, which recalibrates batch norms, and in what takes its preprocessing from val.prototxt."""
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    images, phases = (
+        CROPPED[CROPPED.index("layer {") : CROPPED.index('layer {\n  name: "conv"')],
+        ("TRAIN", "TEST"),
+    )
+    others = re.sub(r'source: "\w+"', 'source: "nowhere"', images)
+    text = CROPPED.replace(images, "OTHERS OURS")
+    for name, part in (("OTHERS", others), ("OURS", images)):
+        for phase in phases:
+            part = part.replace(f"phase: {phase} ", f'phase: {phase} stage: "{name.lower()}" ')
+        text = text.replace(name, part)
+    Path("net.prototxt").write_text(text)
+    state = 'train_stages = ["ours"]\ntest_stages = [["ours"]]\n'
+    recipe_file(tmp_path, "net.prototxt", state)
+    trainer = Trainer(caffe_engine.info.executable, tmp_path)
+    code, said = trainer.run("recipe.toml", "--output", "run")
+    assert code == 0, said
+    top1 = re.findall(r"initial: finished, .* top-1 ([\d.]+) with recalibrated", said)
+    capsys.readouterr()
+    assert classify(["run", "--", "val_lmdb"]) == 0
+    assert f"top-1 {100 * float(top1[0]):.2f} %" in capsys.readouterr().out
+
+
 SHARING = (
     CROPPED.replace('bottom: "data"\n  top: "conv"', 'bottom: "data"\n  top: "first"')
     .replace("num_output: 4 ", "num_output: 32 ")

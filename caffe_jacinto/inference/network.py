@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -20,7 +21,8 @@ from caffe_jacinto.netspec.graph import TEST, messages_in, nodes_of, output_blob
 from caffe_jacinto.netspec.shapes import layer_shapes
 from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net
+from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net, parse_any_solver
+from caffe_jacinto.prototxt.solver import TEST as TEST_PHASE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -285,8 +287,7 @@ def validation_preprocessing(
     from caffe_jacinto.data.batches import read_transform
 
     net = parse_any_net(read_text(val, f"name the validation network with {option}"), str(val))
-    kinds = ("Data", "ImageData")
-    layer = next((layer for layer in messages_in(net, TEST) if layer.type in kinds), None)
+    layer = _tested_data(net, val)
     if layer is None:
         raise UserError(
             f"{val}: no Data or ImageData layer of the test phase to take the preprocessing from;"
@@ -308,6 +309,30 @@ def validation_preprocessing(
         return Preprocessing(replace(transform, colour=None), shape, file_form=form)
     source = layer.data_param.source
     return Preprocessing(transform, shape, base / source if source else None)
+
+
+def as_tested(net: Any, val: Path) -> Any:
+    """The NetParameter message of ``val``, in the state of its test, or of the first of several.
+
+    That is the first ``test_state`` of the solver beside it, which gives a level and stages.
+    """
+    solver, states = val.parent / "solver.prototxt", []
+    if solver.is_file():
+        with suppress(UserError):  # it may be another network's, and of any form
+            states = list(parse_any_solver(read_text(solver), str(solver)).test_state)
+    found = type(net)()
+    found.CopyFrom(net)
+    for state in states[:1]:
+        found.state.level = state.level
+        found.state.stage.extend(state.stage)
+    return found
+
+
+def _tested_data(net: Any, val: Path) -> Any | None:
+    """The layer that reads the images of a test; where no solver says which, the first for any test."""
+    for_tests = [layer for layer in net.layer if any(rule.phase == TEST_PHASE for rule in layer.include)]
+    found = [*messages_in(as_tested(net, val), TEST), *for_tests]
+    return next((layer for layer in found if layer.type in ("Data", "ImageData")), None)
 
 
 def _image_data_form(settings: Any, val: Path) -> ImageForm:

@@ -16,6 +16,7 @@ from caffe_jacinto.caffemodel.show import blob_facts
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.engines.caffe_log import CAFFE_SOURCE, CaffeLog, number, weighted, write_line
+from caffe_jacinto.inference.network import as_tested
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.prototxt.schema import parse_any_net
 from caffe_jacinto.prototxt.solver import TEST as TEST_PHASE
@@ -48,7 +49,7 @@ class QuantizeLog:
         shown = type(net)()
         shown.CopyFrom(net)
         del shown.layer[:]
-        layers = messages_in(net, TEST)
+        layers = messages_in(as_tested(net, val), TEST)
         shown.layer.extend(layers)
         shown.state.phase = TEST_PHASE
         fields = fields_of(network.scheme, sorted(network.floats))

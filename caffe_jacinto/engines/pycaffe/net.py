@@ -116,6 +116,12 @@ def check_numbers(net: Any, path: Path, log: CaffeLog) -> None:
         raise SystemExit(1)
 
 
+def build_net(caffe: Any, file: Path, definition: Any) -> Any:
+    """The network in ``file``, in the state of its NetParameter message: phase, level and stages."""
+    state = definition.state
+    return caffe.Net(str(file), state.phase, level=state.level, stages=list(state.stage))
+
+
 def load_weights(net: Any, path: Path, definition: Any) -> None:
     """Fill ``net``, whose NetParameter message is ``definition``, from the weight file ``path``.
 
@@ -167,7 +173,7 @@ class TestNets:
         self._nets = []
         for index, test in enumerate(solver.tests):
             log.info(f"Creating test net (#{index}) specified by {test.source}")
-            self._nets.append((caffe.Net(str(test.file), caffe.TEST), test.batches))
+            self._nets.append((build_net(caffe, test.file, test.definition), test.batches))
 
     def test(self, iteration: int, stop: Callable[[], bool], recalibrated_over: int = 0) -> bool:
         """Log the outputs of every net, averaged over its batches. False: ``stop`` requested an end.

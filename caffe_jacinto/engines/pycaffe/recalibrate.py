@@ -22,6 +22,7 @@ from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.pycaffe.net import (
     TestNets,
+    build_net,
     check_numbers,
     load_weights,
     save_weights,
@@ -80,7 +81,7 @@ class SideNet:
             use_device(caffe, gpus)
             if solver.parameters.random_seed >= 0:
                 caffe.set_random_seed(solver.parameters.random_seed)
-            net = caffe.Net(str(solver.train_file), caffe.TRAIN)
+            net = build_net(caffe, solver.train_file, solver.train_net)
             net.share_with(train_net)
             return net
 
@@ -141,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     require_network_files(solver)
     if solver.parameters.random_seed >= 0:
         caffe.set_random_seed(solver.parameters.random_seed)
-    net = caffe.Net(str(solver.train_file), caffe.TRAIN)
+    net = build_net(caffe, solver.train_file, solver.train_net)
     load_weights(net, arguments.weights, solver.train_net)
     tests = TestNets(caffe, solver, net, log)
     frozen = solver.frozen_layers()
