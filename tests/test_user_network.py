@@ -407,11 +407,27 @@ def test_what_an_engine_refuses_is_one_line_in_the_users_file(
     assert re.match(rf"net\.prototxt:{message}", found)
 
 
+def test_losses_may_have_one_name_as_in_caffe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in its examples/mnist/mnist_autoencoder.prototxt."""
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    loss = CROPPED[CROPPED.index('layer { name: "loss"') :]
+    Path("net.prototxt").write_text(CROPPED + loss.replace('top: "loss"', 'top: "second" loss_weight: 0.5'))
+    Path("solver.prototxt").write_text(SMALL_SOLVER.replace("max_iter: 4", "max_iter: 0"))
+    assert caffe_torch(["train", "-solver", "solver.prototxt"]) == 0
+    tested = re.findall(r"Test net output #\d: (loss|second) = (\S+)", capfd.readouterr().err)
+    assert [name for name, _ in tested[-2:]] == ["loss", "second"]
+    assert tested[-2][1] == tested[-1][1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (MISSPELT, "27: layer bn (BatchNorn): this type of layer is not supported; did you mean BatchNorm?"),
         (TWO_WEIGHTS, "46: layer loss (SoftmaxWithLoss): 2 of loss_weight for 1 top; give one for each"),
+        (OTHER_CROP, "30: layer ip has blobs of other shapes than in the training network; make the layers"),
     ],
 )
 def test_what_caffe_torch_refuses_has_its_line(

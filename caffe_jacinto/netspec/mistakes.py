@@ -38,16 +38,30 @@ def geometry_mistakes(net: Message, where: str, data_shapes: DataShapes = ()) ->
             yield f"{place}: layer {name}: {fault.field}: {fault.what}"
 
 
+def named_twice(layers: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
+    """The layers, each its name and type, that have the name of an earlier one: that one's index, and theirs.
+
+    Losses and accuracies may have one name: they have no weights, and nothing goes on from them. Two losses
+    of Caffe's own example of an autoencoder do.
+    """
+    seen: dict[str, int] = {}
+    for at, (name, kind) in enumerate(layers):
+        before = seen.setdefault(name, at)
+        if before != at and not (_is_an_end(kind) and _is_an_end(layers[before][1])):
+            yield before, at
+
+
+def _is_an_end(kind: str) -> bool:
+    return kind.endswith("Loss") or kind == "Accuracy"
+
+
 def _twice(layers: Sequence[Message], where: str) -> Iterator[str]:
-    lines: dict[str, int] = {}
-    for layer in layers:
-        name, line = layer.string("name"), layer.line_of("name")
-        if name in lines:
-            yield (
-                f"{where}:{line}: layer {name}: name: line {lines[name]} has a layer of this name already, "
-                "for the same phase; rename one"
-            )
-        lines.setdefault(name, line)
+    for before, at in named_twice([(layer.string("name"), layer.string("type")) for layer in layers]):
+        name, line = layers[at].string("name"), layers[at].line_of("name")
+        yield (
+            f"{where}:{line}: layer {name}: name: line {layers[before].line_of('name')} has a layer of this "
+            "name already, for the same phase; rename one"
+        )
 
 
 def _blobs(layers: Sequence[Message], inputs: Sequence[str], where: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from caffe_jacinto.engines.pytorch.layers.mixup import of_mixed_labels
 from caffe_jacinto.netspec.data_fit import READ
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.netspec.layer_types import DATA_PARAMETERS, is_known, output_shapes
+from caffe_jacinto.netspec.mistakes import named_twice
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.forks import TYPES
 from caffe_jacinto.prototxt.places import field_named_in, place_in
@@ -303,8 +304,9 @@ class Net(nn.Module):
             if theirs is None or not module.tensors:
                 continue
             if [tensor.shape for tensor in module.tensors] != [tensor.shape for tensor in theirs.tensors]:
+                there = "the training network" if other.where == self.where else other.where
                 raise UserError(
-                    f"{self.where}: layer {name} has blobs of other shapes than in {other.where}; "
+                    f"{place_in(self.where, name)}: layer {name} has blobs of other shapes than in {there}; "
                     "make the layers and the crops of the two the same"
                 )
             module.share(theirs)
@@ -338,12 +340,10 @@ class Net(nn.Module):
     # How it is built
 
     def _build(self, data_shapes: Mapping[str, Shape]) -> None:
-        names: set[str] = set()
+        for _, at in named_twice([(layer.name, layer.type) for layer in self.layers]):
+            raise UserError(f"{self._where(self.layers[at])}: another layer has this name; rename one")
         for layer in self.layers:
             where = self._where(layer)
-            if layer.name in names:
-                raise UserError(f"{where}: another layer has this name; rename one")
-            names.add(layer.name)
             if layer.type in REFUSED:
                 raise UserError(f"{where}: this type of layer is not supported: {REFUSED[layer.type]}")
             if layer.type not in FED and layer.type not in LAYERS:
