@@ -64,6 +64,21 @@ def test_norms_of_each_phase_take_their_scale() -> None:
         assert [param.lr_mult for param in norm.param] == [0, 0, 0, 2, 0]  # without a bias, it stays zero
     assert net.layer[2].batch_norm_param.eps == pytest.approx(1e-5)  # the fork's least
     assert done.changes["batch norms merged with their scales"] == 2
+    assert done.changes["eps raised to 1e-05"] == 1
+    alone = 'layer { name: "b" type: "BatchNorm" bottom: "x" top: "b" batch_norm_param { eps: 1e-6 } }'
+    assert "eps: 1e-05" in translate(alone, "net", FORK).text
+
+
+@pytest.mark.parametrize("kind", ["Clip", "Parameter", "Swish"])
+def test_types_that_caffe_jacinto_lacks_are_named(kind: str) -> None:
+    layer = f'layer {{ name: "l" type: "{kind}" top: "l" }}'
+    with pytest.raises(
+        UserError, match=f"net:1: layer l: caffe-jacinto has no type {kind}, which is of stock"
+    ):
+        translate(layer, "net", FORK)
+    with pytest.raises(UserError) as caught:
+        translate('layer { name: "l" type: "Clip" clip_param { min: 0 max: 6 } }', "net", FORK)
+    assert len(caught.value.lines()) == 1
 
 
 @pytest.mark.parametrize(

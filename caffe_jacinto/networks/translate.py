@@ -96,6 +96,10 @@ def _as_fork(net: Message, edits: Edits, done: Translation) -> set[str]:
         _merge(norm, scale, edits)
         done.count("batch norms merged with their scales")
     for layer in net.messages("layer"):
+        parameter = layer.message("batch_norm_param")
+        if layer.string("type") == "BatchNorm" and parameter.number("eps", FORK_MIN_EPS) < FORK_MIN_EPS:
+            edits.set(parameter, "eps", number(FORK_MIN_EPS))
+            done.count(f"eps raised to {number(FORK_MIN_EPS)}")
         power = layer.message("power_param")
         only_shifts = power.number("power", 1.0) == 1 and power.number("scale", 1.0) == 1
         if layer.string("type") == "Power" and only_shifts and power.number("shift"):
@@ -128,8 +132,6 @@ def _merge(norm: Message, scale: Message, edits: Edits) -> None:
     else:
         for line in fields:
             edits.add(parameter, line)
-        if parameter.has("eps") and parameter.number("eps") < FORK_MIN_EPS:
-            edits.set(parameter, "eps", number(FORK_MIN_EPS))
     for place in norm.places_of("param"):
         edits.remove(place)
     learning = [_rates(scale, 0), _rates(scale, 1) if of_scale.flag("bias_term") else _Rates(0.0, 0.0)]
@@ -254,8 +256,8 @@ def _lacking(
     yield from walk(net, messages(to).NetParameter.DESCRIPTOR, "")
     for layer in net.messages("layer"):
         kind = TYPES.get(layer.string("type"))
-        if kind is not None and kind.field not in names:
-            advice = f"write {kind.instead} instead" if kind.instead else "remove it, or write it otherwise"
+        if kind is not None and kind.field not in names and not layer.has(kind.field):
+            advice = kind.advice(names) or "remove it, or write it otherwise"
             yield (
                 f"{where}:{layer.line_of('type')}: layer {layer.string('name')}: {who} has no type "
                 f"{layer.string('type')}, which is of {kind.fork}; {advice}"

@@ -1,4 +1,4 @@
-"""Layers and fields that forks of Caffe and this project added: who knows them, what stock Caffe has instead.
+"""Layers and fields that one Caffe has and another lacks: who knows them, what stock Caffe has instead.
 
 The one table of them. What is not in the schema either (forks.proto adds what this project computes) is an
 error that names the fork.
@@ -6,6 +6,7 @@ error that names the fork.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 DEPTHWISE = ("ConvolutionDepthwise", "DepthwiseConvolution")
@@ -15,6 +16,7 @@ SSD, SEGNET, YOLO = "SSD", "SegNet", "MobileNet-YOLO"
 _CAFFE_JACINTO, _FAST_RCNN, _RFCN = "NVCaffe and caffe-jacinto", "Fast R-CNN", "R-FCN"
 _DEEPLAB, _SHUFFLENET, _INTEL = "DeepLab", "ShuffleNet's forks", "Intel's Caffe"
 _CPM, _FLOWNET = "the forks for pose estimation (CPM)", "FlowNet's Caffe"
+_STOCK = "stock Caffe 1.0"
 _OURS = "this program's engine on PyTorch"
 
 FIELDS: dict[str, str] = {
@@ -70,7 +72,7 @@ FIELDS: dict[str, str] = {
         ),
         "caffe-jacinto",
     ),
-    **dict.fromkeys(("mat_read_param", "mat_write_param", "densecrf_param"), _DEEPLAB),
+    **dict.fromkeys(("mat_read_param", "mat_write_param", "densecrf_param", "label_type"), _DEEPLAB),
     **dict.fromkeys(("multinode", "mn_activation_param", "spatial_dropout_param"), _INTEL),
     **dict.fromkeys(("cpmdata_param", "cpm_transform_param", "imresize_param"), _CPM),
     **dict.fromkeys(("augmentation_param", "correlation_param", "coeff_schedule_param"), _FLOWNET),
@@ -90,7 +92,7 @@ FIELDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ForkType:
-    """A type of layer that stock Caffe lacks."""
+    """A type of layer that a dialect lacks."""
 
     fork: str
     instead: str = ""
@@ -98,6 +100,12 @@ class ForkType:
 
     field: str = ""
     """Its own parameters: a dialect whose schema has them has the type."""
+
+    def advice(self, own: Collection[str]) -> str:
+        """What to write instead in a dialect whose schema has the fields ``own``; empty: nothing is known."""
+        other = TYPES.get(self.instead.partition(" ")[0])
+        known = self.instead and (other is None or other.field in own)
+        return f"write {self.instead} instead" if known else ""
 
 
 TYPES: dict[str, ForkType] = {
@@ -112,6 +120,10 @@ TYPES: dict[str, ForkType] = {
     "ReLU6": ForkType("forks for MobileNet v2", "Clip with min 0 and max 6"),
     "ShuffleChannel": ForkType(_SHUFFLENET),
     "Upsample": ForkType(FIELDS["upsample_param"]),
+    # Of these, caffe-jacinto has none.
+    "Clip": ForkType(_STOCK, field="clip_param"),
+    "Parameter": ForkType(_STOCK, field="parameter_param"),
+    "Swish": ForkType(_STOCK, field="swish_param"),
     # From here on, types that nothing here computes.
     "AnnotatedData": ForkType(SSD, field="annotated_data_param"),
     "DetectionEvaluate": ForkType(SSD, field="detection_evaluate_param"),

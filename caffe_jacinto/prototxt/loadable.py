@@ -28,8 +28,8 @@ def not_loadable(net: Message, dialect: Dialect) -> list[str]:
         name, kind = layer.string("name"), layer.string("type")
         known = TYPES.get(kind)
         if known is not None and known.field not in own:
-            advice = f"write {known.instead} instead" if known.instead else ""
-            found.setdefault((f"type {kind}, which is of {known.fork}", advice), []).append(name)
+            what = f"type {kind}, which is of {known.fork}"
+            found.setdefault((what, known.advice(own)), []).append(name)
             continue
         for path, field, value in _fork_fields(layer):
             if field not in own:
