@@ -226,6 +226,30 @@ def test_a_network_without_a_crop_has_the_size_of_its_lmdb_or_the_one_given(
         main(["--summary", "--input", "3x8x8"])
 
 
+@pytest.mark.parametrize(
+    ("rules", "shape"),
+    [
+        (("phase: TRAIN", 'phase: TEST stage: "a"'), (5, 5)),
+        (('phase: TEST stage: "a"', 'phase: TEST stage: "b"'), (4, 4)),
+        (('phase: TRAIN stage: "a"', 'phase: TEST not_stage: "a" min_level: 2'), (5, 5)),
+        (('phase: TRAIN stage: "a"', 'phase: TRAIN stage: "b"'), (4, 4)),
+    ],
+)
+def test_a_network_is_counted_in_a_state_that_has_images(
+    rules: tuple[str, str], shape: tuple[int, int]
+) -> None:
+    """As that of Caffe's autoencoder, whose tests each need a stage."""
+    layers = [
+        f'layer {{ name: "d" type: "Input" top: "d" include {{ {rule} }}\n'
+        f"  input_param {{ shape {{ dim: 1 dim: 1 dim: {size} dim: {size} }} }} }}\n"
+        for size, rule in zip((4, 5), rules, strict=True)
+    ]
+    layers.append('layer { name: "c" type: "Convolution" bottom: "d" top: "c"\n')
+    layers.append("  convolution_param { num_output: 2 kernel_size: 1 } }")
+    rows = summarize("".join(layers), "net").rows
+    assert [(row.name, row.shape) for row in rows] == [("d", (1, *shape)), ("c", (2, *shape))]
+
+
 def test_a_picture_is_the_same_twice_and_escapes_what_it_prints(tmp_path: Path) -> None:
     text = TINY.replace('"tiny"', '"<b> & $x$ \\\\001"').replace('"conv"', '"c<o>n&v"')
     (tmp_path / "net.prototxt").write_text(text)

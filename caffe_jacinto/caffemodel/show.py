@@ -15,7 +15,7 @@ from caffe_jacinto.caffemodel.convert import norm_lacks_statistics
 from caffe_jacinto.caffemodel.fit import require_fit
 from caffe_jacinto.caffemodel.net_file import NetLayer, find_dialect, open_net
 from caffe_jacinto.common.text import Column, Line, show_table
-from caffe_jacinto.netspec.graph import counted_layers, nodes_of
+from caffe_jacinto.netspec.graph import counted_layers, nodes_of, with_a_source
 from caffe_jacinto.netspec.layer_types import blob_name
 from caffe_jacinto.netspec.shapes import FullShape
 from caffe_jacinto.netspec.summary import Summary, summarize
@@ -117,7 +117,7 @@ def summary_with_zeros(
     Raises:
         UserError: the text is not a network, or the weights do not fit it.
     """
-    net = parse_any_net(text, where, dialect)
+    net = with_a_source(parse_any_net(text, where, dialect))
     tree = tree_of(net)
     zeros: dict[str, int] | None = None
     if weights is not None:

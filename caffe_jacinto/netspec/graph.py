@@ -79,6 +79,27 @@ def messages_in(net: Any, phase: str | None = None) -> list[Any]:
     return [layer for layer, tree in pairs if state is None or included(tree, state)]
 
 
+def with_a_source(net: Any) -> Any:
+    """A NetParameter message in a state in which a layer gives images.
+
+    It is the message itself where it states a phase, or where one does in the test phase; else the message in
+    the first of the states of tests, and then of trainings, that a layer without inputs has a rule for.
+    """
+    if net.state.HasField("phase") or any(not layer.bottom for layer in messages_in(net, TEST)):
+        return net
+    sources = [layer for layer in net.layer if not layer.bottom]
+    for phase in (TEST, TRAIN):
+        for rule in (rule for layer in sources for rule in layer.include):
+            stated = type(net)()
+            stated.CopyFrom(net)
+            stated.state.phase = (TRAIN, TEST).index(phase)
+            stated.state.level = rule.min_level
+            stated.state.stage.extend(rule.stage)
+            if any(not layer.bottom for layer in messages_in(stated)):
+                return stated
+    return net
+
+
 def shared_blobs(net: Any) -> dict[str, dict[int, tuple[str, int]]]:
     """The blobs of a NetParameter message that are an earlier layer's: by layer and index, that layer and the
     index there (``param.name``; Net::AppendParam of Caffe's net.cpp)."""
