@@ -322,6 +322,7 @@ def test_start_weights_in_hdf5_become_binary_ones(trainer: Trainer) -> None:
             {"stages__finetune__weights": "nowhere.caffemodel"},
             "the start weights nowhere.caffemodel do not exist",
         ),
+        ({"stages__finetune__weights": "."}, "the start weights . are a folder; name a file in it"),
         (
             {"stages__finetune__weights": "headless.caffemodel", "network__frozen": '["res5a_branch2b"]'},
             "which lacks res5a_branch2b",

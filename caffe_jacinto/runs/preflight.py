@@ -443,6 +443,10 @@ def _check_start(run: RunPlan, plan: StagePlan, texts: dict[str, str], findings:
     from caffe_jacinto.caffemodel.fit import check_fit, unused_layers
 
     assert plan.start_weights is not None
+    if plan.start_weights.is_dir():
+        raise UserError(
+            f"stage {plan.name}: the start weights {plan.start_weights} are a folder; name a file in it"
+        )
     if not plan.start_weights.is_file():
         raise UserError(
             f"stage {plan.name}: the start weights {plan.start_weights} do not exist; train them first "
@@ -506,9 +510,11 @@ def _what_differs(run: RunPlan, plan: StagePlan, wrong: Sequence[Mismatch]) -> s
     if not names:
         return _listed(wrong)
     shown = ", ".join(f'"{name}"' for name in (*plan.stage.reinit, *names))
+    network = run.recipe.network.prototxt
+    intended = f"{network} and its data are" if network else "num_classes, crop_size and strides are"
     return (
-        f"{_listed(wrong)}; if num_classes, crop_size and strides are what you intend, train these "
-        f"layers from scratch with stages.{plan.name}.reinit=[{shown}]"
+        f"{_listed(wrong)}; if {intended} what you intend, train these layers from scratch with "
+        f"stages.{plan.name}.reinit=[{shown}]"
     )
 
 
