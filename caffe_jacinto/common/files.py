@@ -167,8 +167,7 @@ def read_text(path: Path, hint: str = "") -> str:
     """
     advice = f"; {hint}" if hint else ""
     try:
-        text = _STRING_OR_COMMENT.sub(_readable, path.read_bytes()).decode()
-        return text.replace("\r\n", "\n").replace("\r", "\n")
+        return _decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}{advice}") from None
     except UnicodeDecodeError as error:
@@ -178,6 +177,16 @@ def read_text(path: Path, hint: str = "") -> str:
 
 
 _STRING_OR_COMMENT = re.compile(rb""" "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | \#[^\n]* """, re.VERBOSE)
+
+
+def _decoded(content: bytes) -> str:
+    """Raises UnicodeDecodeError where bytes outside of comments are not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        if b"\0" in content:  # no text at all, and perhaps a large file
+            raise
+        return _STRING_OR_COMMENT.sub(_readable, content).decode()
 
 
 def _readable(found: re.Match[bytes]) -> bytes:
