@@ -153,6 +153,17 @@ def test_encodings_of_windows(encoding: str, end: str, tmp_path: Path) -> None:
     assert (stage["finished"], stage["top1"], stage["gigamacs"]) == (True, 0.75, GIGAMACS)
 
 
+def test_files_of_dockers_logging_driver(tmp_path: Path) -> None:
+    """An object for each line, and several for a long one; the last one is cut off."""
+    text = whole_stage().text
+    parts = [line[at : at + 50] for line in text.splitlines(True) for at in range(0, len(line), 50)]
+    lines = [json.dumps({"log": part, "stream": "stderr", "time": "2016-08-15T10:00:00Z"}) for part in parts]
+    dense = [line.replace('": "', '":"') for line in lines]
+    (stage,) = report(tmp_path, "\n".join(dense) + '\n{"log":"I0815 10')
+    (plain,) = report(tmp_path / "plain", text)
+    assert figures(stage, WHOLE) == figures(plain, WHOLE)
+
+
 def test_a_log_that_was_emptied_while_caffe_wrote_begins_with_zeros(tmp_path: Path) -> None:
     (stage,) = report(tmp_path, bytes(4096) + whole_stage().text.encode())
     assert (stage["finished"], stage["top1"]) == (True, 0.75)

@@ -1,14 +1,15 @@
 """The bytes of a log, in pieces of any size -> whole lines, as Caffe printed them.
 
-Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, line
-ends with a carriage return, colours, and what is put before each line: time stamps, ``> ``, the name of a
-container, the rank of an MPI process, or the same text but for its numbers, such as an indent. Lines of
-several containers or ranks keep apart.
+Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, the
+JSON of Docker's files, line ends with a carriage return, colours, and what is put before each line: time
+stamps, ``> ``, the name of a container, the rank of an MPI process, or the same text but for its numbers,
+such as an indent. Lines of several containers or ranks keep apart.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -51,6 +52,10 @@ _WORD = re.compile(rb"(?=.)([^ \t]*)([ \t]*)", re.DOTALL)
 ``INFO:root:``, a number that differs from line to line."""
 
 
+_DOCKER = b'{"log":"'
+"""How each line of a file of Docker's driver json-file begins."""
+
+
 class LineSplitter:
     """Takes a log in pieces of any size and returns the lines that they complete."""
 
@@ -63,6 +68,7 @@ class LineSplitter:
         """
         self._tail = b""
         self._decoder: codecs.IncrementalDecoder | None = None
+        self._docker: _DockerFile | None = None
         self._started = False
         self._head = b""
         self._foreign: re.Pattern[bytes] | None = None
@@ -81,7 +87,9 @@ class LineSplitter:
         """
         if not self._started:
             data = self._start(data)
-        return self._lines(data if self._decoder is None else self._decoder.decode(data).encode())
+        if self._decoder is not None:
+            data = self._decoder.decode(data).encode()
+        return self._lines(data if self._docker is None else self._docker.printed(data))
 
     def close(self) -> dict[str, list[bytes]]:
         """The log has ended: its last line, if that has no end."""
@@ -89,6 +97,8 @@ class LineSplitter:
         if not self._started:
             self._started = True
             found = self._lines(self._head)
+        elif self._docker is not None:
+            found = self._lines(self._docker.printed(b"\n"))
         tail, self._tail = self._tail, b""
         for label, lines in self._apart([_plain(tail)] if tail else []).items():
             found.setdefault(label, []).extend(lines)
@@ -97,7 +107,7 @@ class LineSplitter:
     def _start(self, data: bytes) -> bytes:
         """The log's first bytes say how it is encoded."""
         head = self._head + data
-        if len(head) < 4:
+        if len(head) < len(_DOCKER):
             self._head = head
             return b""
         self._started, self._head = True, b""
@@ -107,6 +117,8 @@ class LineSplitter:
             if head.startswith(mark) or (all(text) and not any(zeros)):
                 self._decoder = codecs.getincrementaldecoder(encoding)("replace")
                 return head.removeprefix(mark)
+        if head.startswith(_DOCKER):
+            self._docker = _DockerFile()
         return head.removeprefix(codecs.BOM_UTF8)
 
     def _lines(self, data: bytes) -> dict[str, list[bytes]]:
@@ -159,6 +171,30 @@ class LineSplitter:
             if self._process:
                 found.setdefault(self._process, []).append(line)
         return found
+
+
+class _DockerFile:
+    """A file of Docker's driver json-file: an object on each line, which has what the container printed."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def printed(self, data: bytes) -> bytes:
+        """What the lines that ``data``, the next piece, completes say the container printed.
+
+        Docker cuts up what is longer than 16 KiB; only the last piece of a line has the line's end.
+        """
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        if len(self._tail) > _LINE_LIMIT:
+            self._tail = self._tail[-1000:]
+        return b"".join(map(_printed, lines))
+
+
+def _printed(line: bytes) -> bytes:
+    try:
+        return str(json.loads(line)["log"]).encode(errors="replace")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return line + b"\n"  # of another form, or cut off
 
 
 def _plain(content: bytes) -> bytes:
