@@ -130,7 +130,7 @@ def test_the_table_has_the_best_recipe_and_what_differs_from_it_in_a_setting() -
         assert table.stages[name] == sparse.model_copy(update={"sparse": rule, "solver": solver})
     own, others = (recipe.stages["dense"].solver for recipe in (best, table))
     assert own is not None
-    assert own.model_copy(update={"test_interval": 5200}) == others
+    assert own.model_copy(update={"test_interval": 10400}) == others
     assert (table.data, table.network, table.training) == (best.data, best.network, best.training)
 
 
