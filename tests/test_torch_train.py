@@ -393,6 +393,28 @@ def test_a_killed_trainer_leaves_no_processes(digits: Path, tmp_path: Path) -> N
     wait_for(lambda: not orphans(stage))
 
 
+def test_a_worker_whose_trainer_was_killed_before_it_began_ends(tmp_path: Path) -> None:
+    """Linux tells nobody of a parent that is gone already."""
+    script = """
+import multiprocessing, os, signal, sys, time
+from caffe_jacinto.engines.pytorch.loading import _begin_worker
+def work():
+    parent = multiprocessing.parent_process().pid
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    print("orphaned", flush=True)
+    _begin_worker(0)
+    print("works on", flush=True)
+multiprocessing.get_context("fork").Process(target=work).start()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", script]
+    # The output ends when the worker has.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=ENOUGH, cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "orphaned\n"
+
+
 def test_frozen_zeros_never_move(initial: SmallStage, digits: Path, tmp_path: Path) -> None:
     """Thresholds while momentum is large, then more training: what was zeroed stays zero."""
     stage = SmallStage(tmp_path, digits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 from contextlib import suppress
 from types import FrameType
@@ -76,10 +77,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends, however that ends.
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its ``parent`` ends, however that ends, or has ended already.
 
     Otherwise it would keep a GPU and the lock of the run folder, with nobody there to stop it.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before this asked to be told
+        os.kill(os.getpid(), signal.SIGKILL)

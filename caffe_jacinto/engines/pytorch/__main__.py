@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
                 distributed.share_cores(ranks)
             return distributed.launch_ranks(argv, ranks)
     if distributed.is_rank():
-        end_with_parent()
+        end_with_parent(distributed.launcher())
     try:
         return _act(options)
     except (UserError, OSError) as error:

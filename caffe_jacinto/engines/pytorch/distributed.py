@@ -290,6 +290,9 @@ def _write_info(message: str) -> None:
     write_line("I", message, CAFFE_SOURCE)
 
 
+_LAUNCHER = "CAFFE_JACINTO_LAUNCHER_PID"
+"""The environment variable with the process that started the ranks of this machine."""
+
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 """Requests to stop, or for a snapshot."""
 
@@ -309,6 +312,11 @@ def all_gpus() -> tuple[int, ...]:
 def is_rank() -> bool:
     """Whether a launcher started this process as one of several ranks."""
     return "RANK" in os.environ
+
+
+def launcher() -> int:
+    """The process that started this rank; of torchrun and Slurm's, the one that is this rank's parent now."""
+    return int(os.environ.get(_LAUNCHER, os.getppid()))
 
 
 _FIRST_REPORTS_SECONDS = 10
@@ -383,6 +391,7 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
     for number in _PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _pass_on)
+    os.environ[_LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-m", PROGRAM, *argv)
     except ChildFailedError as error:

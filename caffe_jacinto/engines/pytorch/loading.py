@@ -6,6 +6,7 @@ Workers crop and mirror what they decode; the rest happens on the device.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -348,11 +349,13 @@ def _pin(tensor: Tensor, device: torch.device) -> bool:
 
 def _begin_worker(number: int) -> None:
     """A worker's own settings; it lives no longer than the training."""
-    import cv2
-
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with_parent(parent.pid)
     # Ctrl-C goes to all processes of a terminal; the trainer ends its workers itself.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
+    import cv2
+
     cv2.setNumThreads(0)
     keep_freed_memory()
-    end_with_parent()
