@@ -106,11 +106,10 @@ def _trainer(stack: ExitStack, folder: Path, method: str) -> Trainer:
     sparse = None
     if method != "plain":
         rigl = method == "rigl"
-        step_factor, target = (0.8, 0.7) if rigl else (0.0001, 0.8)
+        start_factor, step_factor, target = (0.7, 0.01, 0.7) if rigl else (0.0, 0.0001, 0.8)
         caps = {"threshold_maxratio": 1e9, "threshold_value_max": 1e9}
-        sparse = SparseSettings(
-            start_iter=0, step_iter=STEP, method=method, target=target, step_factor=step_factor, **caps
-        )
+        caps |= {"start_factor": start_factor, "step_factor": step_factor}
+        sparse = SparseSettings(start_iter=0, step_iter=STEP, method=method, target=target, **caps)
     solver = read_solver(folder / "solver.prototxt", Dialect.BVLC)
     options = Options(solver=folder / "solver.prototxt", sparse=sparse, workers=1)
     device = torch.device("cpu")

@@ -359,9 +359,10 @@ def _sensitivity(options: argparse.Namespace) -> int:
         trained_network,
         validation_preprocessing,
     )
-    from caffe_jacinto.inference.sensitivity import LEVELS, as_toml, measure, targets_for
+    from caffe_jacinto.inference.sensitivity import LEVELS, as_toml, check_target, measure, targets_for
     from caffe_jacinto.recipes.model import SparseSettings
 
+    check_target(options.target)
     files = _take_network(options) or network_files(options.deploy, options.file, options.val)
     network = trained_network(files.deploy, files.weights)
     done = validation_preprocessing(options.val or files.val, network.shape, files.base)
@@ -398,6 +399,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
 
 def _shrink(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.shrink import show, shrink
+    from caffe_jacinto.quantization.settling import carry_ranges
 
     _take_network(options)
     folder = options.output or options.file.parent / "shrunk"
@@ -422,6 +424,9 @@ def _shrink(options: argparse.Namespace) -> int:
     if not removed:
         print("no channel can be removed: each has an effect, or the constant that it is must stay")
     print(f"{weights}: {count_of(removed, 'channel')} removed; its network is {deploy}")
+    ranges = carry_ranges(options.file, weights)
+    if ranges is not None:
+        print(f"{ranges}: the ranges that it was trained with, for quantize")
     if options.check:
         from caffe_jacinto.inference.agreement import largest_difference
 

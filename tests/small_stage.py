@@ -128,6 +128,10 @@ def sparse_settings(**changes: object) -> SparseSettings:
     return SparseSettings(**settings)  # type: ignore[arg-type]
 
 
+RIGL = {"method": "rigl", "start_factor": 0.4, "step_factor": 0.05}
+"""Changes of `sparse_settings`: as many thresholds, and then weights change places."""
+
+
 def _net(phase: str, lmdb_folder: Path, frozen: tuple[str, ...]) -> str:
     accuracy = 'layer { name: "accuracy" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy" }\n'
     return (

@@ -196,6 +196,9 @@ def test_teachers_that_are_not_there_or_do_not_fit_are_named_before_the_run(teac
     said = ran.stderr + ran.stdout
     assert ran.returncode != 0 and "Traceback" not in said
     assert "stage sparse: none.caffemodel (teacher) does not exist" in said
+    Path("none.caffemodel").mkdir()
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "stage sparse: none.caffemodel (teacher) is a folder; name a file in it" in said
     assert "stages.finetune.distill: big.caffemodel does not fit the network: " in said
 
 

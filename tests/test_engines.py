@@ -631,10 +631,15 @@ def test_solver_settings_of_pytorch_alone_are_named_before_a_caffe_is_asked(caff
         problems = asked.check(stages_of(*overrides, dialect=dialect), LMDBS)
         taught = next(problem for problem in problems if problem.startswith("run/sparse/"))
         assert f"{who} has no type DistillationLoss, which is of this program's engine on PyTorch" in taught
+        assert taught.endswith("; train on PyTorch, which can: --engine torch")
         assert [problem for problem in problems if problem.startswith("run/finetune/solver")] == [
             f"run/finetune/solver.prototxt: {who} has no {what}, which is of this program's engine on "
-            "PyTorch; or train on PyTorch, which can: --engine torch"
-            for what in ("field warmup_iter", "field image_size", "lr_policy cosine")
+            f"PyTorch; {instead}, or train on PyTorch, which can: --engine torch"
+            for what, instead in (
+                ("field warmup_iter", "remove it"),
+                ("field image_size", "remove it"),
+                ("lr_policy cosine", "name another"),
+            )
         ]
 
 

@@ -550,6 +550,9 @@ def test_an_override_sets_one_value() -> None:
         ("stages.sparse.teacher=dense", '"dense" is not an earlier stage (earlier stages: initial, l1reg)'),
         ("stages.initial.teacher=initial", '"initial" is not an earlier stage (there is no earlier stage)'),
         ("stages.sparse.teacher_prototxt=x", "no effect without teacher; add it, or remove this"),
+        ("stages.sparse.temperature=2.0", "no effect without distill = true or a teacher"),
+        ("stages.sparse.teacher_weight=0.7", "no effect without distill = true or a teacher"),
+        ("data.crop_max_aspect=2.0", "no effect without crop_min_area; add it, or remove this"),
         ("stages.initial.distill=true", "no dense network is trained before this stage; set `start` or"),
         ("stages.initial.solver.warmup_iter=200", "200 is not below the stage's max_iter 200; make it"),
         (

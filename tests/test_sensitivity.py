@@ -49,6 +49,9 @@ def test_a_layer_that_suffers_more_is_pruned_less() -> None:
     assert targets_for(found, 0.35) == {"c0": 0.05, "c1": 0.5}
     with pytest.raises(UserError, match=r"no layer is pruned to more than 0\.95; lower it"):
         targets_for(found, 0.96)
+    with pytest.raises(UserError, match=r"no layer is pruned to more than 0\.95; lower it"):
+        main(["sensitivity", "none.caffemodel", "none.prototxt", "--target", "0.96"])  # before it measures
+    assert targets_for(found, 0.95) == {"c0": 0.95, "c1": 0.95}
 
 
 @pytest.mark.caffe

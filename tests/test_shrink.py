@@ -6,6 +6,7 @@ outputs must be equal to the last bit. With other weights the order of the sums 
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from caffe_jacinto.caffemodel.fit import check_fit
 from caffe_jacinto.caffemodel.net_file import NewLayer, write_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import sha256_of
 from caffe_jacinto.export.onnx import export_onnx
 from caffe_jacinto.export.shrink import Shrunk, shrink
 from caffe_jacinto.netspec.graph import TEST, messages_in
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_any_net, parse_net
+from caffe_jacinto.quantization.settling import ranges_file, read_ranges
 from caffe_jacinto.weights import main
 
 Values = NDArray[np.float32]
@@ -410,6 +413,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     val = parse_net((folder / "val.prototxt").read_text(), STOCK, "val")
     assert check_fit(folder / "w_shrunk.caffemodel", val) == []
     assert val.layer[-1].type == "SoftmaxWithLoss"
+
+
+def test_trained_ranges_go_with_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deploy, weights = written(tmp_path)
+    content: dict[str, Any] = {"format": 1, "weights": weights.name, "sha256": sha256_of(weights)}
+    content |= {"scheme": "processor", "outputs": {"a": {"bits": 8, "range": [0.0, 2.5]}}}
+    ranges, shrunk = tmp_path / "w.ranges.json", tmp_path / "shrunk" / "w_shrunk.caffemodel"
+    ranges.write_text(json.dumps(content))
+    assert main(["shrink", str(weights), str(deploy)]) == 0
+    assert f"{ranges_file(shrunk)}: the ranges that it was trained with" in capsys.readouterr().out
+    found, before = read_ranges(shrunk), read_ranges(weights)
+    assert found is not None and before is not None
+    assert (found.ranges, found.bits, found.scheme) == (before.ranges, before.bits, before.scheme)
+    ranges.unlink()
+    assert main(["shrink", str(weights), str(deploy)]) == 0
+    assert read_ranges(shrunk) is None
 
 
 def test_what_the_command_refuses(tmp_path: Path) -> None:

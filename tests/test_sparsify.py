@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from caffe_jacinto.pruning.layers import CountedLayer, layer_fraction, target_of
 from caffe_jacinto.pruning.pruner import Pruner, load_masks, masks_file, save_masks
 from caffe_jacinto.pruning.regrow import regrow_share, regrown
 from caffe_jacinto.pruning.rule import outside_pattern, pruned_weights, small_weights
-from caffe_jacinto.pruning.schedule import factor_cap, factors, is_step, next_factor
+from caffe_jacinto.pruning.schedule import COARSE, FINE, factor_cap, factors, is_step, next_factor
 from caffe_jacinto.recipes.model import SparseSettings
 
 PUBLISHED = SparseSettings(start_iter=20000)
@@ -136,6 +137,21 @@ def test_the_schedule_ends_above_its_cap() -> None:
     while (higher := next_factor(PUBLISHED, factor, achieved=0.5)) is not None:
         factor, steps = higher, steps + 1
     assert (factor, steps) == (0.96, 96)
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule"), [("magnitude", "cubic"), ("soft", "steps"), ("rigl", "steps"), ("rigl", "cubic")]
+)
+def test_a_coarse_step_ends_at_the_target(method: str, schedule: str) -> None:
+    """Where layers of few channels leave the sparsity just below it, the next one is fine."""
+    rule: dict[str, Any] = {"method": method, "schedule": schedule, "target": 0.8, "start_iter": 0}
+    once = SparseSettings(**rule, step_factor=0.8)
+    assert next_factor(once, 0.0, achieved=0.0) == pytest.approx(0.8)
+    assert next_factor(once, 0.8, achieved=0.799) == pytest.approx(0.81)
+    assert next_factor(once, 0.8, achieved=0.8) is None
+    if schedule == "steps":
+        coarse = SparseSettings(**rule, step_factor=0.3)
+        assert [next_factor(coarse, factor, achieved=factor) for factor in (0.3, 0.6)] == [0.6, 0.8]
 
 
 def test_a_factor_never_passes_one() -> None:
@@ -292,10 +308,11 @@ def test_the_cubic_schedule_is_that_of_zhu_and_gupta(steps: int, target: float, 
         expected = target + (start - target) * (1 - (t - t_0) / (steps * sparse.step_iter)) ** 3
         assert factor == pytest.approx(expected)
     assert found[steps - 1] == target
-    # Where the target is not reached, it goes on in the published steps.
+    # Where the target is not reached, it goes on in steps of that size, or in fine ones.
+    beyond = growth if growth <= COARSE else FINE
     rest = found[steps - 1 :]
     most = factor_cap(target)
-    assert rest[1:] == pytest.approx([min(factor + growth, most) for factor in rest[:-1]], abs=1e-8)
+    assert rest[1:] == pytest.approx([min(factor + beyond, most) for factor in rest[:-1]], abs=1e-8)
     assert rest[-1] >= most - 1e-8
 
 

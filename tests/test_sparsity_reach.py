@@ -222,6 +222,25 @@ def test_skipped_layers_hold_a_target_back_and_a_pattern_may_too() -> None:
     assert "would do" in shortfall.message
 
 
+@pytest.mark.parametrize(
+    ("max_iter", "says"),
+    [
+        (30, "end at a factor of 0.08, which is less than one weight of those that are pruned together"),
+        (100, "end at a factor of 0.36, which makes at most 0.249 of the convolutions' weights zero"),
+    ],
+)
+def test_a_lower_target_is_given_the_time_that_it_takes(max_iter: int, says: str) -> None:
+    settings = [f"{SPARSE}.pattern=2:4", f"{SPARSE}.target=0.4999", f"{MAX_ITER}={max_iter}"]
+    (shortfall,) = found("demo_digits", *settings)
+    assert says in shortfall.message
+    assert shortfall.useless == (max_iter == 30)
+    remedy = shortfall.message.rpartition("; ")[2]
+    assert re.fullmatch(rf"{SPARSE}\.target=0\.\d+ with {MAX_ITER}=\d+ would do", remedy)
+    ways = re.findall(r"stages\.sparse\.\S+=[\d.]+", remedy)
+    assert found("demo_digits", *settings, *ways) == []
+    assert found("demo_digits", *settings, ways[0])
+
+
 def test_networks_of_1x1_convolutions_are_told_what_would_do() -> None:
     """Half of ResNet-50's weights, and nearly all of MobileNet's, lie in kernels that it leaves alone."""
     recipe, small = "imagenet_jacintonet11_channelwise", "not pruned, kernel smaller than 3x3: "

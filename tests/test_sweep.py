@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from test_torch_runs import NARROW
 
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.runs.sweep import dense_recipe, dense_stages, next_target, sparse_recipe
+from caffe_jacinto.runs.sweep import dense_recipe, dense_stages, next_target, possible_targets, sparse_recipe
 from caffe_jacinto.train import main
 
 STAGES = ("initial", "sparse")
+SPARSE = "stages.sparse.sparse"
 
 
 @given(limit=st.integers(0, 99), first=st.integers(1, 95), max_loss=st.floats(0, 5))
@@ -35,6 +38,39 @@ def test_the_search_finds_the_sparsest_network_that_is_good_enough(
     good = [round(100 * target) for target, loss in losses.items() if loss <= max_loss]
     assert max(good, default=0) == min(limit, 95)
     assert len(losses) <= 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "possible"),
+    [
+        ([], 0.8, range(1, 96)),
+        ([f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.4"], 0.4, range(1, 51)),
+        ([f'{SPARSE}.schedule="cubic"', f"{SPARSE}.start_factor=0.3"], 0.8, range(31, 96)),
+    ],
+)
+def test_the_search_tries_what_the_recipe_allows(settings: list[str], first: float, possible: range) -> None:
+    recipe = load_recipe("demo_digits", settings)
+    assert possible_targets(recipe) == possible
+    for loss in (0.0, 2.0):
+        losses, target = {}, first
+        while target is not None:
+            losses[target] = loss
+            assert sparse_recipe(recipe, target, Path("dense")).stages["sparse"].sparse is not None
+            target = next_target(losses, 1.0, possible)
+        assert round(100 * (min(losses) if loss else max(losses))) == (possible[0] if loss else possible[-1])
+
+
+def test_targets_that_differ_late_have_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny(recipe_of(tmp_path, *STAGES), STAGES)
+    stage = ["--set", "stages.sparse.start=initial", "--output", "sweep", "--engine", "torch", "--dry-run"]
+    assert main([*arguments, *stage, "--sweep", "target=0.1234567,0.1234568", "--max-loss", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "target_0.1234567: " in said and "target_0.1234568: " in said
+    assert "then the search for the sparsest network that loses at most 1 point\n" in said
 
 
 def test_the_stages_are_shared_out() -> None:
@@ -101,6 +137,13 @@ def test_recipes_that_cannot_be_swept(tmp_path: Path, monkeypatch: pytest.Monkey
         pattern = ["--set", "stages.sparse.sparse.pattern=3:4", "--set", "stages.sparse.sparse.target=0.2"]
         main(["demo_digits", "--sweep", "target=0.2,0.3", *pattern])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["initial.toml", "sparse.toml"]
+
+
+def test_costs_within_ten_times_have_several_numbers_on_their_axis() -> None:
+    left = (0.0012, 0.002, 0.0043, 0.0087)
+    points = [Choice(f"target {number}", [(number, 0.9)], [(number, 0.9)]) for number in left]
+    numbers = re.findall(r"<!-- (0\.\d+) -->", draw(points, "svg").decode())
+    assert {"0.002", "0.005"} <= set(numbers)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_stage import LAYERS, SmallStage, sparse_settings, write_digits
+from small_stage import LAYERS, RIGL, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
@@ -119,7 +119,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes] |
         ({"regularization_type": '"L1"'}, SPARSE),
         ({"regularization_type": '"L1"'}, settings_as_flags(EVERY_WEIGHT)),
         (AVERAGED, [*SPARSE, "-reestimate_batches", "3", "-recalibrate_tests"]),
-        ({"iter_size": 2}, settings_as_flags(sparse_settings(method="rigl"))),
+        ({"iter_size": 2}, settings_as_flags(sparse_settings(**RIGL))),
     ],
     ids=[
         "plain",
@@ -160,8 +160,9 @@ def test_regrowth_in_a_training(digits: Path, tmp_path: Path) -> None:
     """Thresholds at 4, 6 and 8; weights change places at 10, 12 and 14, and at no other iteration."""
     stage = SmallStage(tmp_path, digits)
     stage.solver(snapshot=1, momentum=0.9)
-    log = stage.run([[*PROGRAM, *settings_as_flags(sparse_settings(method="rigl", display=1))]])
-    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.2", "0.4", "0.6"]
+    sparse = sparse_settings(**{**RIGL, "display": 1})
+    log = stage.run([[*PROGRAM, *settings_as_flags(sparse)]])
+    assert re.findall(r"Finding and applying sparsity: (\S+)", log) == ["0.45", "0.5", "0.55"]
     said = re.findall(r"Regrowth by (\S+): (\d+) of (\d+) weights have changed places", log)
     shares = [0.15 * (1 + math.cos(math.pi * (at - 4) / (15 - 4))) for at in (10, 12, 14)]
     assert [share for share, _, _ in said] == [f"{share:.3g}" for share in shares]

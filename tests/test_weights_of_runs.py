@@ -98,7 +98,7 @@ def test_outputs_have_names_of_their_own_beside_the_weights(
 
 def test_mistakes(run: Path) -> None:
     for arguments, said in (
-        (["show", str(run.parent)], "holds no run"),
+        (["show", str(run.parent)], "holds no run (no run.json); give one of those in it, like "),
         (["export", str(run.parent)], "holds no run"),
         (["export", str(run), "deploy.prototxt"], "leave out deploy.prototxt"),
         (["export", str(run / f"{NEWEST}.caffemodel")], "give its deploy.prototxt after it"),

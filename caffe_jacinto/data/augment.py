@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.prototxt.render import number
 from caffe_jacinto.recipes.model import AUGMENTATIONS
+from caffe_jacinto.recipes.rules import CROP_MAX_ASPECT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,7 @@ class Augmentation:
     crop_min_area: float = 0.0
     """The least share of the image's area that a resized crop shows; 0: crops are not resized."""
 
-    crop_max_aspect: float = 1.333
+    crop_max_aspect: float = CROP_MAX_ASPECT
     """The largest ratio of the longer side to the shorter one."""
 
     random_brightness: float = 0.0

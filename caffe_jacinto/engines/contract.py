@@ -280,7 +280,10 @@ def not_of_this_caffe(solver: SolverFile) -> list[str]:
         for line in not_loadable(tree_of(net), solver.dialect):
             found.setdefault(line, file)
     found |= dict.fromkeys(not_carried_out(solver.parameters, solver.dialect), solver.path)
-    return [f"{file}: {line}; or train on PyTorch, which can: --engine torch" for line, file in found.items()]
+    return [
+        f"{file}: {line}{', or' if '; ' in line else ';'} train on PyTorch, which can: --engine torch"
+        for line, file in found.items()
+    ]
 
 
 def image_shape(layer: Any, image_shapes: Mapping[str, ImageShape]) -> ImageShape | None:

@@ -176,9 +176,9 @@ def _read_run(path: Path) -> _Run:
             {stage: str(record["stages"].get(stage, {}).get("state")) for stage in recipe["stages"]},
         )
     except FileNotFoundError:
-        raise UserError(
-            f"{path.parent}: holds no run (no {path.name}); give the folder that train printed"
-        ) from None
+        inside = sorted(found.parent for found in path.parent.glob(f"*/{path.name}"))
+        give = f"one of those in it, like {inside[-1]}" if inside else "the folder that train printed"
+        raise UserError(f"{path.parent}: holds no run (no {path.name}); give {give}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

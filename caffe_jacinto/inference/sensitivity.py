@@ -96,6 +96,16 @@ def measure(
     return found
 
 
+def check_target(target: float) -> None:
+    """Refuse a target above the highest level, which no layer goes beyond.
+
+    Raises:
+        UserError: it is.
+    """
+    if target > LEVELS[-1]:
+        raise UserError(f"--target {target:g}: no layer is pruned to more than {LEVELS[-1]:g}; lower it")
+
+
 def targets_for(found: Sequence[Sensitivity], target: float) -> dict[str, float]:
     """The sparsity of each layer at which the network is pruned to ``target``, rounded to hundredths.
 
@@ -103,16 +113,15 @@ def targets_for(found: Sequence[Sensitivity], target: float) -> dict[str, float]
     amount in each, as far as no layer is at the highest level. That is found by bisection.
 
     Raises:
-        UserError: all layers at the highest level do not get there.
+        UserError: as `check_target`.
     """
+    check_target(target)
     weights = sum(one.layer.weights for one in found)
 
     def sparsity(rise: float) -> float:
         return sum(one.sparsity_for(rise) * one.layer.weights for one in found) / weights
 
     highest = max(rise for one in found for rise in one.rises)
-    if sparsity(max(highest, 0.0)) < target:
-        raise UserError(f"--target {target:g}: no layer is pruned to more than {LEVELS[-1]:g}; lower it")
     low, high = 0.0, max(highest, 0.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

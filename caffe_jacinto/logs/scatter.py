@@ -18,6 +18,7 @@ _MARKERS = "osD^vP*X"
 _WIDTH = 9.0
 _HEIGHT = 4.2
 _LOGARITHMIC_FROM = 5.0
+_DECADES_ALONE_FROM = 200.0
 _NAME_LENGTH = 48
 
 
@@ -131,6 +132,8 @@ def _number_points(place: Any, last: Sequence[Sequence[tuple[float, float]]], sc
 
 
 def _axes(places: dict[str, Any], cost: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     next(iter(places.values())).set_ylabel("top-1 accuracy, %")
     for panel, place in places.items():
         place.margins(0.08)
@@ -142,6 +145,8 @@ def _axes(places: dict[str, Any], cost: str) -> None:
         low = max(low, min(x for line in place.lines for x in line.get_xdata()))
         if high / low >= _LOGARITHMIC_FROM:
             place.set_xscale("log")
+            if high / low < _DECADES_ALONE_FROM:  # powers of ten would be one label, or none
+                place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             place.xaxis.set_minor_formatter(lambda value, _: "")
         else:
             place.locator_params(axis="x", nbins=4)  # so that long numbers have room

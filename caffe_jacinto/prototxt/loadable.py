@@ -46,10 +46,12 @@ def not_carried_out(solver: Any, dialect: Dialect) -> list[str]:
     own, policy = _own_fields(dialect), solver.lr_policy
     names = [descriptor.name for descriptor, _ in solver.ListFields()]
     found = [
-        f"field {name}, which is of {FIELDS[name]}" for name in names if name in FIELDS and name not in own
+        f"field {name}, which is of {FIELDS[name]}; remove it"
+        for name in names
+        if name in FIELDS and name not in own
     ]
     if policy in LR_POLICIES:
-        found.append(f"lr_policy {policy}, which is of {LR_POLICIES[policy]}")
+        found.append(f"lr_policy {policy}, which is of {LR_POLICIES[policy]}; name another")
     return [f"{_WHO[dialect]} has no {what}" for what in found]
 
 

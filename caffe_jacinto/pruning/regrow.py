@@ -11,7 +11,7 @@ falls with the iterations t as
 Here alpha is ``regrow_fraction``; t counts from ``start_iter``; and T is where ``regrow_until``, a share of
 the stage's iterations, ends. In the paper the network is sparse from its first iteration. Here a stage
 starts from trained weights: the schedule of thresholds makes it sparse, and regrowth begins when that has
-ended. With one threshold (``step_factor`` as large as ``target``) only the start differs from the paper.
+ended. With ``step_factor`` as large as ``target``, nearly all at once, only the start differs from the paper.
 """
 
 from __future__ import annotations

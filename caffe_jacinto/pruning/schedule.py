@@ -6,6 +6,9 @@ the smallest weights.
 
 Published, it grows by ``step_factor``: these are caffe-jacinto's ``sparsity_*`` solver fields. The published
 log's first threshold, from a ``sparsity_start_factor`` of 0, says ``Finding and applying sparsity: 0.01``.
+With this schedule, and with a method other than the published one, a step coarser than `COARSE` ends at the
+target, and beyond it the factor grows by `FINE`: where a factor of 0.8 makes 0.799 of the weights zero, a
+second step of 0.8 would zero all.
 
 With ``schedule = "cubic"`` it grows from s_i = ``start_factor`` to s_f = ``target`` as
 s_f + (s_i - s_f) (1 - k / n)^3 at threshold k of n (Zhu and Gupta 2017, "To prune, or not to prune",
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
 
 _NEXT_TO = 1e-9
 """The sum of many steps of 0.01 must not end above the cap by its rounding alone."""
+
+COARSE = 0.05
+"""A larger ``step_factor`` is not taken across the target."""
+
+FINE = 0.01
+"""What the factor grows by beyond the target, in the place of a coarse step: the published size."""
 
 
 def factor_cap(target: float) -> float:
@@ -57,10 +66,20 @@ def next_factor(sparse: SparseSettings, factor: float, achieved: float) -> float
         if factor < sparse.target:
             return _next_cubic(sparse, factor)
         most = factor_cap(sparse.target)
-        return min(factor + sparse.step_factor, most) if factor < most - _NEXT_TO else None
+        return min(_grown(sparse, factor), most) if factor < most - _NEXT_TO else None
     if factor > factor_cap(sparse.target) + _NEXT_TO:
         return None
-    return min(round(factor + sparse.step_factor, 9), 1.0)
+    return min(round(_grown(sparse, factor), 9), 1.0)
+
+
+def _grown(sparse: SparseSettings, factor: float) -> float:
+    """The factor after a step."""
+    published = sparse.method == "magnitude" and sparse.schedule == "steps"
+    if published or sparse.step_factor <= COARSE:
+        return factor + sparse.step_factor
+    if factor < sparse.target - _NEXT_TO:
+        return min(factor + sparse.step_factor, sparse.target)
+    return factor + FINE
 
 
 def _next_cubic(sparse: SparseSettings, factor: float) -> float:

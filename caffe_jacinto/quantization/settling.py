@@ -263,6 +263,21 @@ def has_ranges(weights: Path) -> bool:
         return False
 
 
+def carry_ranges(weights: Path, others: Path) -> Path | None:
+    """Write the ranges of ``weights`` beside ``others``, too, whose network has the same units and outputs.
+
+    Returns the file; None where there are no ranges of exactly these weights.
+    """
+    path = ranges_file(others)
+    if not has_ranges(weights):
+        path.unlink(missing_ok=True)  # those of earlier weights of this name
+        return None
+    content = parse_json(ranges_file(weights).read_bytes())
+    content |= {"weights": others.name, "sha256": sha256_of(others)}
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
 def _weights_by(record: Mapping[str, Any]) -> tuple[RangeMethod, float | None]:
     method, percentile = record.get("weight_ranges", "minmax"), record.get("percentile")
     if method not in RANGE_METHODS or (method == "percentile") != (percentile is not None):

@@ -101,7 +101,7 @@ class DataSettings(_Settings):
     crop_min_area: Share = 0.0
     """Resized crops of training images (PyTorch): the least share of the area that one shows; 0: none."""
 
-    crop_max_aspect: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.333
+    crop_max_aspect: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = rules.CROP_MAX_ASPECT
     """The largest ratio of the sides of what a resized crop shows."""
 
     random_brightness: Share = 0.0
@@ -560,10 +560,10 @@ class Stage(_Settings):
     distill: bool = False
     """Learn from the dense network that this one was made from, where `teacher` names no other."""
 
-    teacher_weight: PositiveFraction = 0.5
+    teacher_weight: PositiveFraction = rules.TEACHING["teacher_weight"]
     """The part of the loss that is the teacher's; the labels' is the rest."""
 
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = rules.TEACHING["temperature"]
     """What scores are divided by before they are compared with the teacher's."""
 
     solver: Annotated[SolverSettings | None, Optional] = None

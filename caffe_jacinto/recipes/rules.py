@@ -81,6 +81,12 @@ class Values:
 REGROWTH = {"regrow_fraction": 0.3, "regrow_until": 0.75}
 """The defaults of the settings of `method = "rigl"`, which are those of its paper."""
 
+TEACHING = {"teacher_weight": 0.5, "temperature": 4.0}
+"""The defaults of the settings of a stage that learns from a teacher."""
+
+CROP_MAX_ASPECT = 1.333
+"""The default of the setting of resized crops."""
+
 Rule = Callable[[Values], Iterator[Mistake]]
 
 
@@ -113,6 +119,10 @@ def _crops_are_resized(recipe: Values) -> Iterator[Mistake]:
     if recipe["data.crop_min_area"] and recipe["data.mean_file"]:
         yield recipe.mistake(
             "data.crop_min_area", "resized crops do not fit the mean image of data.mean_file; remove one"
+        )
+    if recipe["data.crop_max_aspect"] != CROP_MAX_ASPECT and not recipe["data.crop_min_area"]:
+        yield recipe.mistake(
+            "data.crop_max_aspect", "no effect without crop_min_area; add it, or remove this"
         )
 
 
@@ -185,6 +195,11 @@ def _learns_from(stage: Values, recipe: Values, earlier: list[str]) -> Iterator[
     if teacher is None and prototxt is not None:
         yield stage.mistake("teacher_prototxt", "no effect without teacher; add it, or remove this")
     if teacher is None and not stage["distill"]:
+        for key, default in TEACHING.items():
+            if stage[key] != default:
+                yield stage.mistake(
+                    key, "no effect without distill = true or a teacher; add one, or remove it"
+                )
         return
     if recipe["network.prototxt"] is not None:
         yield stage.mistake(

@@ -183,6 +183,8 @@ def _check_teacher(
         if not Path(path).is_file() and not (own and path == prototxt):
             what = key if teacher.stage is None else f"of its teacher, stage {teacher.stage}"
             remedy = "name another" if teacher.stage is None else "put it back"
+            if Path(path).is_dir():
+                raise UserError(f"stage {plan.name}: {path} ({what}) is a folder; name a file in it")
             raise UserError(
                 f"stage {plan.name}: {path} ({what}) does not exist{looked_for(Path(path))}; {remedy}"
             )

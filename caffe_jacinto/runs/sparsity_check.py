@@ -139,7 +139,7 @@ def _shortfall(
     reasons = "; ".join(held_back(counted, sparse))
     back = f" ({reasons})" if reasons else ""
     if all(why_not_pruned(layer, sparse) for layer in counted):
-        other = _another_rule(key, counted, sparse, zeros, network)
+        other = _another_rule(key, plan.max_iter, counted, sparse, zeros, network)
         return Shortfall(
             f"stage {plan.name}: no weight would become zero: the pruning rule takes none of the network's "
             f"layers{back}; {f'{other}, or ' if other else ''}remove {key}.sparse",
@@ -162,10 +162,18 @@ def _shortfall(
             useless=True,
         )
     kinds = "convolutions' and inner products'" if sparse.inner_products else "convolutions'"
-    return Shortfall(
-        f"stage {plan.name}: the sparsity cannot reach the target of {sparse.target:g}: "
+    ends = (
         f"{count_of(reached.thresholds, 'threshold')} before max_iter {plan.max_iter} "
-        f"{'ends' if reached.thresholds == 1 else 'end'} at a factor of {reached.factor:g}, which makes at "
+        f"{'ends' if reached.thresholds == 1 else 'end'} at a factor of {reached.factor:g}, "
+    )
+    if not reached.sparsity:
+        return Shortfall(
+            f"stage {plan.name}: no weight would become zero: {ends}which is less than one weight of those "
+            f"that are pruned together{back}; {remedies}",
+            useless=True,
+        )
+    return Shortfall(
+        f"stage {plan.name}: the sparsity cannot reach the target of {sparse.target:g}: {ends}which makes at "
         f"most {_down(reached.sparsity)} of the {kinds} weights zero{back}; {remedies}",
         useless=False,
     )
@@ -205,6 +213,7 @@ def held_back(counted: Sequence[CountedLayer], sparse: SparseSettings) -> list[s
 
 def _another_rule(
     key: str,
+    max_iter: int,
     counted: Sequence[CountedLayer],
     sparse: SparseSettings,
     zeros: Zeros,
@@ -225,7 +234,8 @@ def _another_rule(
         start = {**no_zeros(layers), **zeros}
         if reach(layers, changed, None, start).sparsity >= changed.target:
             ways = [f"{key}.sparse.{name}={str(value).lower()}" for name, value in change.items()]
-            return f"{' with '.join(ways)} would do"
+            ways += _more_time(key, max_iter, layers, changed, start)
+            return f"{_together(ways)} would do"
     return ""
 
 
@@ -240,12 +250,15 @@ def _remedies(
     """What reaches the target, one value changed and the others as they are."""
     needed = thresholds_needed(counted, sparse, zeros)
     if needed is None:
-        other = _another_rule(key, counted, sparse, zeros, network)
+        other = _another_rule(key, max_iter, counted, sparse, zeros, network)
         highest = _highest_target(counted, sparse, zeros)
-        ways = [f"{key}.sparse.target={highest:g} would do"] if highest or not other else []
+        lower = [f"{key}.sparse.target={highest:g}"]
+        if highest:
+            changed = sparse.model_copy(update={"target": highest})
+            lower += _more_time(key, max_iter, counted, changed, zeros)
+        ways = [f"{_together(lower)} would do"] if highest or not other else []
         return ", and ".join([*ways, other] if other else ways)
-    steps = step_iterations(sparse, 2**62)
-    ways = [f"{key}.solver.max_iter={steps[needed - 1] + 1}"]
+    ways = [f"{key}.solver.max_iter={_iterations_of(needed, sparse)}"]
     closer = (max_iter - sparse.start_iter) // needed
     if closer:
         ways.append(f"{key}.sparse.step_iter={closer}")
@@ -254,6 +267,25 @@ def _remedies(
         ways.append(f"{key}.sparse.step_factor={larger:g}")
     *others, last = ways
     return f"{', '.join(others)} or {last} would do" if others else f"{last} would do"
+
+
+def _together(settings: Sequence[str]) -> str:
+    """``a=1 with b=2 and c=3``."""
+    first, *others = settings
+    return f"{first} with {' and '.join(others)}" if others else first
+
+
+def _more_time(
+    key: str, max_iter: int, layers: Sequence[CountedLayer], sparse: SparseSettings, zeros: Zeros
+) -> list[str]:
+    """The ``max_iter`` that a changed rule needs to reach its target; empty where it has the time."""
+    iterations = _iterations_of(thresholds_needed(layers, sparse, zeros) or 0, sparse)
+    return [f"{key}.solver.max_iter={iterations}"] if iterations > max_iter else []
+
+
+def _iterations_of(thresholds: int, sparse: SparseSettings) -> int:
+    """How many iterations it takes to apply so many thresholds."""
+    return step_iterations(sparse, 2**62)[thresholds - 1] + 1 if thresholds else 0
 
 
 def _highest_target(counted: Sequence[CountedLayer], sparse: SparseSettings, zeros: Zeros) -> float:

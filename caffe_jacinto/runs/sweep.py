@@ -241,9 +241,10 @@ class Sweep:
             screen.say(f"{self.folder / DENSE}: {', '.join(dense_recipe(recipe).stages)}")
         for target in self.record.targets:
             stages = sparse_recipe(recipe, target, self.folder / DENSE).stages
-            screen.say(f"{self._run_of(target)}: {', '.join(stages)}, target {target:g}")
+            screen.say(f"{self._run_of(target)}: {', '.join(stages)}, target {target}")
         if self.record.max_loss is not None:
-            screen.say(f"then the search for the sparsest that loses at most {self.record.max_loss:g} points")
+            limit = count_of_points(self.record.max_loss)
+            screen.say(f"then the search for the sparsest network that loses at most {limit}")
         screen.say("nothing was run or written")
 
     def drive(self) -> int:
@@ -259,7 +260,7 @@ class Sweep:
             if code:
                 return code
         for target in self._targets():
-            title = f"target {target:g}"
+            title = f"target {target}"
             one = sparse_recipe(recipe, target, self.folder / DENSE)
             code = self._run(self._run_of(target), one, signals, title)
             if code:
@@ -272,7 +273,8 @@ class Sweep:
         yield from self.record.targets
         if self.record.max_loss is None:
             return
-        while (target := next_target(self._losses(), self.record.max_loss)) is not None:
+        possible = possible_targets(self.record.recipe)
+        while (target := next_target(self._losses(), self.record.max_loss, possible)) is not None:
             yield target
 
     def _losses(self) -> dict[float, float]:
@@ -291,7 +293,7 @@ class Sweep:
         return top1
 
     def _run_of(self, target: float) -> Path:
-        return self.folder / f"target_{target:g}"
+        return self.folder / f"target_{target}"
 
     def _runs(self) -> dict[float, Path]:
         """The runs that have finished, by their targets, from the least."""
@@ -345,7 +347,7 @@ class Sweep:
         folders: dict[str, Path] = {}
         if (self.folder / DENSE / RUN_RECORD).is_file():
             folders[DENSE] = self.folder / DENSE
-        folders |= {f"target {target:g}": folder for target, folder in self._runs().items()}
+        folders |= {f"target {target}": folder for target, folder in self._runs().items()}
         dense = _result(folders[DENSE]).top1 if DENSE in folders else None
         return [SweepRow(name, folder, _result(folder), dense) for name, folder in folders.items()]
 
@@ -390,16 +392,32 @@ class SweepRow:
         )
 
 
-def next_target(losses: Mapping[float, float], max_loss: float) -> float | None:
+def possible_targets(recipe: Recipe) -> range:
+    """The targets, in hundredths, that the search may try: a pattern or a start factor may forbid others."""
+
+    def is_allowed(hundredths: int) -> bool:
+        try:
+            sparse_recipe(recipe, hundredths / FINEST, Path(DENSE))
+        except ValidationError:
+            return False
+        return True
+
+    allowed = list(filter(is_allowed, range(1, HIGHEST)))
+    return range(allowed[0], allowed[-1] + 1) if allowed else range(0)
+
+
+def next_target(
+    losses: Mapping[float, float], max_loss: float, possible: range = range(1, HIGHEST)
+) -> float | None:
     """The target to try next, by bisection; None where the sparsest that loses at most that is known.
 
-    ``losses`` are those of the targets tried. It is taken that a sparser network loses more: of two that
-    disagree with that, the sparser one that is good enough counts.
+    ``losses`` are those of the targets tried, ``possible`` the targets in hundredths. It is taken that a
+    sparser network loses more: of two that disagree with that, the sparser one that is good enough counts.
     """
     good = [round(FINEST * target) for target, loss in losses.items() if loss <= max_loss + 1e-9]
-    low = max(good, default=0)
+    low = max(good, default=possible.start - 1)
     above = [round(FINEST * target) for target in losses if round(FINEST * target) > low]
-    high = min(above, default=HIGHEST)
+    high = min(above, default=possible.stop)
     return None if high - low <= 1 else (low + high) // 2 / FINEST
 
 
