@@ -16,8 +16,19 @@ from test_torch_runs import NARROW
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs.scatter import Choice, draw
+from caffe_jacinto.networks.stage_files import stage_files
+from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.runs.sweep import dense_recipe, dense_stages, next_target, possible_targets, sparse_recipe
+from caffe_jacinto.runs.sweep import (
+    Sweep,
+    SweepRecord,
+    dense_recipe,
+    dense_stages,
+    next_target,
+    possible_targets,
+    sparse_recipe,
+)
 from caffe_jacinto.train import main
 
 STAGES = ("initial", "sparse")
@@ -137,6 +148,31 @@ def test_recipes_that_cannot_be_swept(tmp_path: Path, monkeypatch: pytest.Monkey
         pattern = ["--set", "stages.sparse.sparse.pattern=3:4", "--set", "stages.sparse.sparse.target=0.2"]
         main(["demo_digits", "--sweep", "target=0.2,0.3", *pattern])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["initial.toml", "sparse.toml"]
+
+
+def test_a_sweep_keeps_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its later runs do not depend on the user's files."""
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lmdbs = ["data.train_lmdb=train_lmdb", "data.val_lmdb=val_lmdb", "training.batch_size=8"]
+    settings = {"folder": "x", "gpus": (), "iter_size": 1, "solver_mode_gpu": False}
+    made = stage_files(load_recipe("demo_digits", lmdbs), "initial", Dialect.BVLC, **settings)
+    for name in ("train.prototxt", "val.prototxt"):
+        (tmp_path / name).write_text(made[name])
+    recipe = tmp_path / recipe_of(tmp_path, *STAGES)
+    network = '[network]\nprototxt = "train.prototxt"\ntest_prototxt = ["val.prototxt"]\n'
+    _, stages = recipe.read_text().split("[stages.", 1)
+    head = '[data]\ndataset = "digits"\nnum_classes = 10\n' + network
+    recipe.write_text((head + "[stages." + stages).replace('start = "l1reg"', 'start = "initial"'))
+    monkeypatch.setattr(Sweep, "drive", lambda sweep: 0)  # what it would train is seen below
+    assert main([str(recipe), "--engine", "torch", "--sweep", "target=0.5", "--output", "sweep"]) == 0
+    record = SweepRecord.model_validate_json(Path("sweep/sweep.json").read_text())
+    for name in ("train.prototxt", "val.prototxt"):
+        Path(name).unlink()
+    for part in (dense_recipe(record.recipe), sparse_recipe(record.recipe, 0.5, Path("sweep/dense"))):
+        again = stage_files(part, next(iter(part.stages)), Dialect.BVLC, **settings)
+        net = parse_net(again["train.prototxt"], Dialect.BVLC, "again")
+        assert "conv1a" in [layer.name for layer in net.layer]
 
 
 def test_costs_within_ten_times_have_several_numbers_on_their_axis() -> None:

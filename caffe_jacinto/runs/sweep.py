@@ -1,7 +1,7 @@
 """A recipe trained to several sparsities: its dense stages once, its sparse ones for each target.
 
 training/<dataset>_<network>_sweep_<time>/
-    sweep.json  the recipe in full, the targets, how it is trained
+    sweep.json  the recipe in full, the targets, how it is trained; copies of a network of the user's own
     dense/      a run of the stages before the first one that prunes
     target_0.8/ a run of the others for this target, from the weights in dense/; one for each
     sweep.csv   the results; sweep.png: accuracy against sparsity and complexity
@@ -41,6 +41,7 @@ from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen
 from caffe_jacinto.runs.start import Options, changed, check_recipe, resume, start_recipe
 from caffe_jacinto.runs.status import status_lines
+from caffe_jacinto.runs.user_files import copied
 
 SWEEP_RECORD = "sweep.json"
 TABLE, PICTURE = "sweep.csv", "sweep.png"
@@ -116,6 +117,7 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
         what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
         raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
     check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+    recipe, copies = copied(recipe, folder)
     record = SweepRecord(
         caffe_jacinto=__version__,
         start_folder=str(Path.cwd()),
@@ -134,6 +136,8 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
         sweep.say_plan()
         return 0
     folder.mkdir(parents=True, exist_ok=True)
+    for path, text in copies.items():
+        write_whole(path, text)
     write_whole(folder / SWEEP_RECORD, record.model_dump_json(indent=2) + "\n")
     return sweep.drive()
 
