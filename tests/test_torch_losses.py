@@ -64,7 +64,7 @@ def test_smoothed_labels_are_pytorchs_in_layers_that_caffe_has(pycaffe: Any, tmp
     """What a recipe's label_smoothing writes, in real Caffe, and against torch's own."""
     classes, share, random = 7, 0.15, np.random.default_rng(3)
     names = {"data": (5, classes), "label": (5,)}
-    losses = smoothed((SoftmaxWithLoss("loss", ("data", "label"), "loss"),), share, classes)
+    losses = smoothed((SoftmaxWithLoss("loss", ("data", "label"), "loss"),), share, classes, Dialect.BVLC)
     text = render("net.j2", name="net", layers=losses, dialect="bvlc", input_shape=())
     scores = (3 * random.standard_normal(names["data"])).astype(np.float32)
     labels = drawn_labels(names["label"], classes, None, random)
@@ -75,6 +75,34 @@ def test_smoothed_labels_are_pytorchs_in_layers_that_caffe_has(pycaffe: Any, tmp
         torch.from_numpy(scores), torch.from_numpy(labels).long().reshape(-1), label_smoothing=share
     )
     torch.testing.assert_close(own, theirs)
+
+
+def test_smoothed_labels_are_pytorchs_in_layers_that_caffe_jacinto_has() -> None:
+    """Its InfogainLoss reads probabilities and has no axis."""
+    classes, share, random = 7, 0.15, np.random.default_rng(3)
+    layers = (SoftmaxWithLoss("loss", ("scores", "label"), "loss"),)
+    losses = smoothed(layers, share, classes, Dialect.CAFFE_JACINTO)
+    text = render("net.j2", name="net", layers=losses, dialect="caffe_jacinto", input_shape=())
+    text = f"""{inputs_text({"data": (5, 4), "label": (5,)})}
+        layer {{ name: "fc" type: "InnerProduct" bottom: "data" top: "scores"
+          inner_product_param {{ num_output: {classes} weight_filler {{ type: "gaussian" std: 2 }} }} }}
+        {text}"""
+    net = Net(
+        parse_net(text, Dialect.CAFFE_JACINTO, "net.prototxt"),
+        TRAIN,
+        Dialect.CAFFE_JACINTO,
+        where="net.prototxt",
+        seed=1,
+    )
+    images = torch.from_numpy(random.standard_normal((5, 4)).astype(np.float32))
+    labels = torch.tensor([0.0, 6, 3, 3, 1])
+    ours = net({"data": images, "label": labels}).loss
+    weights, bias = (blob.tensor for blob in net.layer_blobs["fc"])
+    theirs = F.cross_entropy(images @ weights.T + bias, labels.long(), label_smoothing=share)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    found, (expected,) = weights.grad, torch.autograd.grad(theirs, [weights])
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_largest_loss_is_caffes(pycaffe: Any, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _built(
     )
     val = data(recipe.data.val_lmdb, recipe.training.val_batch_size, mirror=False)
     trained = (*network.trained_layers, *network.outputs)
-    smooth = smoothed(trained, recipe.training.label_smoothing, network.num_classes)
+    smooth = smoothed(trained, recipe.training.label_smoothing, network.num_classes, dialect)
     smooth = taught(smooth, recipe, stage_name, network.scores, folder)
     texts = {
         TRAIN: _net(_title(network, "train"), (train, *smooth), dialect),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log, prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from caffe_jacinto.data.mean import read_blob
 from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
+from caffe_jacinto.prototxt.dialects import Dialect
 
 LEAST_PROBABILITY = 1e-20
 """Of which InfogainLoss and MultinomialLogisticLoss take the logarithm (kLOG_THRESHOLD)."""
@@ -89,10 +91,37 @@ def _normalizer(fields: Any, default: str = "VALID") -> str:
 
 
 def infogain_loss(layer: LayerSetup) -> Forward:
-    """Softmax, and the logarithms of all probabilities weighted by the label's row of the matrix H.
+    """What a Caffe of the layer's dialect calls InfogainLoss."""
+    fork = layer.dialect is Dialect.CAFFE_JACINTO
+    return _infogain_of_probabilities(layer) if fork else _infogain_of_scores(layer)
 
-    The loss of one place is - the sum over classes k of H[label, k] log(p[k]), p[k] no less than 1e-20. H
-    comes from a .binaryproto or is the third bottom.
+
+def _infogain_of_probabilities(layer: LayerSetup) -> Forward:
+    """caffe-jacinto's, of the time before stock Caffe's had a softmax: the first bottom is probabilities.
+
+    The loss is - the sum over classes k of H[label, k] log(p[k]), p[k] no less than 1e-20, averaged over the
+    batch.
+    """
+    layer.takes(2, 3)
+    fields = layer.parameters("infogain_loss_param", "source", also=("loss_param",))
+    classes = prod(layer.bottoms[0][1:])
+    labels_of = _one_label_each(layer)
+    matrix_of = _matrix_of(layer, fields.source, classes)
+
+    def forward(blobs: Blobs, probabilities: Tensor, labels: Tensor, *given: Tensor) -> Tensor:
+        rows = probabilities.float().reshape(len(probabilities), -1)
+        logs = _shown_as(rows, rows.clamp(min=LEAST_PROBABILITY)).log()
+        loss: Tensor = -(matrix_of(*given)[labels_of(labels).reshape(-1)] * logs).sum() / len(rows)
+        return loss
+
+    return forward
+
+
+def _infogain_of_scores(layer: LayerSetup) -> Forward:
+    """Stock Caffe's: softmax, and the logarithms of all probabilities weighted by the label's row of H.
+
+    The loss of one place is - the sum over classes k of H[label, k] log(p[k]), p[k] no less than 1e-20. The
+    matrix H comes from a .binaryproto or is the third bottom.
     """
     layer.takes(2, 3, tops=2)
     also = ("softmax_param", "loss_param", "infogain_loss_param")
@@ -105,15 +134,11 @@ def infogain_loss(layer: LayerSetup) -> Forward:
     ignore = loss_fields.ignore_label if loss_fields.HasField("ignore_label") else None
     normalizer, classes = _normalizer(loss_fields), layer.bottoms[0][axis]
     labels_of = _labels(layer, axis, ignore)
-    stored = None
-    if len(layer.bottoms) == 2:
-        stored = _infogain_matrix(layer, fields.source, classes).to(layer.device)
-    elif prod(layer.bottoms[2]) != classes * classes:
-        layer.refuse(f"its third bottom has to be {classes} x {classes}, and has {layer.bottoms[2]}")
+    matrix_of = _matrix_of(layer, fields.source, classes)
     both = len(layer.message.top) == 2
 
     def forward(blobs: Blobs, scores: Tensor, labels: Tensor, *given: Tensor) -> Any:
-        matrix = given[0].detach().float().reshape(classes, classes) if stored is None else stored
+        matrix = matrix_of(*given)
         logs = torch.log_softmax(_rows(scores.float(), axis), 1)
         logs = _shown_as(logs, logs.clamp(min=log(LEAST_PROBABILITY)))
         labels = labels_of(labels).reshape(-1)
@@ -125,6 +150,16 @@ def infogain_loss(layer: LayerSetup) -> Forward:
         return (loss, torch.softmax(scores.detach().float(), axis)) if both else loss
 
     return forward
+
+
+def _matrix_of(layer: LayerSetup, source: str, classes: int) -> Callable[..., Tensor]:
+    """What gives the matrix H: from a file, or from the third bottom, with which it is called."""
+    if len(layer.bottoms) == 2:
+        stored = _infogain_matrix(layer, source, classes).to(layer.device)
+        return lambda: stored
+    if prod(layer.bottoms[2]) != classes * classes:
+        layer.refuse(f"its third bottom has to be {classes} x {classes}, and has {layer.bottoms[2]}")
+    return lambda given: given.detach().float().reshape(classes, classes)
 
 
 def _infogain_matrix(layer: LayerSetup, source: str, classes: int) -> Tensor:
@@ -174,8 +209,8 @@ def hinge_loss(layer: LayerSetup) -> Forward:
 
 
 def _one_label_each(layer: LayerSetup) -> Indices:
-    """The labels of a layer that takes one for each item."""
-    scores, labels = layer.bottoms
+    """The labels, the second bottom, of a layer that takes one for each item."""
+    scores, labels = layer.bottoms[:2]
     if prod(labels) != scores[0]:
         layer.refuse(f"{prod(labels)} labels for {scores[0]} items; give one for each")
     return layer.indices_of(1, LABEL, prod(scores[1:]))
