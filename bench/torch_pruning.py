@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--every", type=int, default=100)
     arguments = parser.parse_args(argv)
+    if arguments.iterations <= 2 * STEP:
+        parser.error(f"--iterations: the steps that are timed come after iteration {2 * STEP}")
     torch.set_num_threads(1)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -82,6 +82,15 @@ def test_types_that_caffe_jacinto_lacks_are_named(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("to", "reads"), [(FORK, "probabilities, not scores"), (STOCK, "scores, not probabilities")]
+)
+def test_a_loss_that_means_something_else_is_named(to: Dialect, reads: str) -> None:
+    loss = 'layer { name: "l" type: "InfogainLoss" bottom: "s" bottom: "label" bottom: "h" top: "l" }'
+    with pytest.raises(UserError, match=f"net:1: layer l: .*'s InfogainLoss reads {reads}; remove it"):
+        translate(loss, "net", to)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         (

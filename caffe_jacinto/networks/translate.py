@@ -262,3 +262,9 @@ def _lacking(
                 f"{where}:{layer.line_of('type')}: layer {layer.string('name')}: {who} has no type "
                 f"{layer.string('type')}, which is of {kind.fork}; {advice}"
             )
+        if layer.string("type") == "InfogainLoss":
+            reads = "scores, not probabilities" if to is Dialect.BVLC else "probabilities, not scores"
+            yield (
+                f"{where}:{layer.line_of('type')}: layer {layer.string('name')}: {who}'s InfogainLoss reads "
+                f"{reads}; remove it, or write it otherwise"
+            )
