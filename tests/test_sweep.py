@@ -166,6 +166,10 @@ def test_a_sweep_keeps_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest
     recipe.write_text((head + "[stages." + stages).replace('start = "l1reg"', 'start = "initial"'))
     monkeypatch.setattr(Sweep, "drive", lambda sweep: 0)  # what it would train is seen below
     assert main([str(recipe), "--engine", "torch", "--sweep", "target=0.5", "--output", "sweep"]) == 0
+    val = Path("val.prototxt").read_text()
+    Path("val.prototxt").write_text(val.replace('"Accuracy"', '"Silence"'))
+    with pytest.raises(UserError, match=r"val\.prototxt: --max-loss chooses by the top-1 accuracy, and no"):
+        main([str(recipe), "--engine", "torch", "--max-loss", "1", "--output", "other"])
     record = SweepRecord.model_validate_json(Path("sweep/sweep.json").read_text())
     for name in ("train.prototxt", "val.prototxt"):
         Path(name).unlink()

@@ -33,6 +33,7 @@ from caffe_jacinto.logs.discover import RUN_RECORD, find_runs
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
+from caffe_jacinto.networks.stage_files import user_network
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
@@ -103,6 +104,8 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
             f"{recipe_name}: --max-loss compares with the network before pruning, and no stage comes before "
             f"{pruning[0]}; add one, or give targets with --sweep"
         )
+    if request.max_loss is not None:
+        _check_has_top1(recipe)
     first = recipe.stages[pruning[-1]].sparse
     assert first is not None
     targets = request.targets or (first.target,)
@@ -140,6 +143,26 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
         write_whole(path, text)
     write_whole(folder / SWEEP_RECORD, record.model_dump_json(indent=2) + "\n")
     return sweep.drive()
+
+
+def _check_has_top1(recipe: Recipe) -> None:
+    """Refuse a network of the user's own whose test has no top-1 accuracy, by which --max-loss chooses.
+
+    Raises:
+        UserError: it has none.
+    """
+    if recipe.network.prototxt is None:
+        return
+    tests = user_network(recipe).tests[0]
+    if any(
+        layer.string("type") == "Accuracy" and layer.message("accuracy_param").integer("top_k", 1) == 1
+        for layer in tests.layers
+    ):
+        return
+    raise UserError(
+        f"{tests.path}: --max-loss chooses by the top-1 accuracy, and no layer of the network that tests "
+        "measures it; add an Accuracy, or give targets with --sweep"
+    )
 
 
 def is_sweep(folder: Path) -> bool:
