@@ -114,7 +114,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--y", action="append", metavar="NAME",
         help="draw this curve in a panel of its own, instead of the usual ones; may be given several times: "
-        "train_loss, learning_rate, sparsity, images_per_second or an output of a test",
+        "train_loss, learning_rate, sparsity, images_per_second, an output of a test, or top1, top5, mean_ap",
     )  # fmt: skip
     parser.add_argument("--x", choices=AXES, default=AXES[0], help=f"of --plot (default: {AXES[0]})")
     parser.add_argument(

@@ -151,6 +151,11 @@ def test_what_a_solver_lacks_is_named(lenet: Path, published: Path, field: str, 
             "regularization_type: 'l1'",
             ':18: regularization_type: the text "l1" is not allowed; di',
         ),
+        (
+            "lr_policy",
+            'lr_policy: "multistep" stepvalue: 40 stepvalue: 20',
+            ":14: stepvalue: [40, 20] does not grow: Caffe would step at [40, 41]; name the iterations that",
+        ),
         ("display", "iter_size: 0", ":18: iter_size: is 0; give 1 or more"),
     ],
 )

@@ -10,17 +10,19 @@ import math
 import re
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from log_text import CONV_WEIGHTS, FC_WEIGHTS, GIGAMACS, Log, whole_stage
+from log_text import ACCURACIES, CONV_WEIGHTS, FC_WEIGHTS, GIGAMACS, Log, whole_stage
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import page_content, tables
 from caffe_jacinto.logs.discover import find_runs
+from caffe_jacinto.logs.lines import LineSplitter
 from caffe_jacinto.logs.processes import read_log
 
 WHOLE = {
@@ -151,6 +153,33 @@ def test_what_stands_before_some_lines_is_no_part_of_them(prefix: str, tmp_path:
 def test_encodings_of_windows(encoding: str, end: str, tmp_path: Path) -> None:
     (stage,) = report(tmp_path, whole_stage().text.replace("\n", end).encode(encoding))
     assert (stage["finished"], stage["top1"], stage["gigamacs"]) == (True, 0.75, GIGAMACS)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("first", ["utf-8", "utf-16-le"])
+def test_a_log_that_several_shells_wrote(first: str, mark: str, end: str, tmp_path: Path) -> None:
+    """``>>`` of PowerShell appends UTF-16 to a file that another program wrote in ASCII, and so on."""
+    lines = whole_stage().text.replace("\n", end).splitlines(True)
+    one = next(at for at, line in enumerate(lines) if "Iteration 10" in line)
+    cuts = [0, one // 3, one, one + 1, len(lines)]
+    parts = ["".join(lines[a:b]) for a, b in pairwise(cuts)]
+    parts[1] = parts[1].replace("tiny", "ti\u4e0any \N{GRINNING FACE}")
+    other = {"utf-8": "utf-16-le", "utf-16-le": "utf-8"}[first]
+    log = b"".join(
+        (mark + part if encoding != "utf-8" else part).encode(encoding)
+        for part, encoding in zip(parts, [first, other] * 2, strict=True)
+    )
+    (stage,) = report(tmp_path, log)
+    (whole,) = report(tmp_path / "plain", whole_stage().text)
+    assert figures(stage, WHOLE) == figures(whole, WHOLE)
+    plain = LineSplitter().feed("".join(parts).encode())
+    for size in (1, 2, 3, 7, 15, 16, 17, 4096):
+        splitter, found = LineSplitter(), list[bytes]()
+        for at in range(0, len(log), size):
+            found += splitter.feed(log[at : at + size]).get("", [])
+        found += splitter.close().get("", [])
+        assert [line for line in found if line] == [line for line in plain[""] if line], size
 
 
 def test_files_of_dockers_logging_driver(tmp_path: Path) -> None:
@@ -757,6 +786,36 @@ def test_py_faster_rcnn(tmp_path: Path) -> None:
     assert (stage["finished"], stage["iterations"]) == (True, 40)
     assert stage["images_per_second"] == 64
     assert stage["notes"] == ["no accuracy: the log has no complete test"]
+
+
+EVALUATION = """\
+im_detect: 1/4952 0.243s 0.001s
+im_detect: 4952/4952 0.239s 0.001s
+Evaluating detections
+VOC07 metric? Yes
+AP for aeroplane = 0.6957
+AP for dining table = 0.5
+Mean AP = 0.5979
+~~~~~~~~
+Results:
+0.696
+"""
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_evaluation_of_py_faster_rcnn(trains: bool, tmp_path: Path) -> None:
+    """Of the network that the same log trains, or of a given one."""
+    log = Log().start().iterate(0, 30) if trains else Log().net("TEST", 1)
+    text = re.sub(r".* Starting Optimization\n", "Solving...\n", log.text.replace(ACCURACIES, ""))
+    text += "Wrote snapshot to: a/b_iter_40.caffemodel\ndone solving\n" if trains else ""
+    (stage,) = report(tmp_path, text + EVALUATION + ("" if trains else EVALUATION.replace("0.59", "0.60")))
+    expected = {"name": "train", "iterations": 40} if trains else {"name": "test", "iterations": 4952}
+    assert figures(stage, expected) == expected
+    assert (stage["finished"], stage["mean_ap"]) == (True, 0.5979 if trains else 0.6079)
+    assert stage["outputs"] == {
+        "Mean AP": stage["mean_ap"], "AP for aeroplane": 0.6957, "AP for dining table": 0.5
+    }  # fmt: skip
+    assert not [note for note in stage["notes"] if "accuracy" in note]
 
 
 def test_caffe_time_is_said_to_be_that(tmp_path: Path) -> None:

@@ -229,10 +229,20 @@ def test_any_curve_in_a_panel_of_its_own(tmp_path: Path) -> None:
         "nearly right", "images/s", "right (#1)",
     ]  # fmt: skip
     assert "training loss" not in found
-    with pytest.raises(UserError, match=r"--y wrong: no log has this curve; there are: train_loss, .*right"):
+    wrong = r"--y wrong: no log has this curve; there are: train_loss, .*right.*, top1, top5"
+    with pytest.raises(UserError, match=wrong):
         report(run, "--plot", tmp_path / "a.svg", "--y", "wrong")
     with pytest.raises(UserError, match="give --plot FILE, too"):
         report(run, "--y", "right")
+
+
+def test_an_accuracy_by_the_name_of_its_figure(tmp_path: Path) -> None:
+    """As ``top1``, whatever the network's output is called; of every test network."""
+    run = a_run(tmp_path / "run")
+    assert report(run, "--plot", tmp_path / "a.svg", "--y", "top1") == 0
+    found = texts(tmp_path / "a.svg")
+    assert {"top-1, %", "top-1", "top-1 (#1)", "top-1, caffe test"} <= set(found)
+    assert not {"top-5", "right", "training loss"} & set(found)
 
 
 @pytest.mark.parametrize(

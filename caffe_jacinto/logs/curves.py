@@ -157,3 +157,24 @@ def _place(stage: Stage, axis: Axis) -> Callable[[float], float]:
 def known_names(runs: Sequence[Run]) -> list[str]:
     """The curves of all runs."""
     return list(dict.fromkeys(name for run in runs for stage in run.stages for name in names_of(stage)))
+
+
+_FIGURES = {"top-1": "top1", "top-5": "top5", "mAP": "mean_ap"}
+"""How the JSON calls the accuracies that most networks have."""
+
+
+def known_accuracies(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What the accuracies of all runs are called whatever their outputs are, as ``top1``.
+
+    For each such name, its keys in `StageFigures.accuracies`: of the first test network, and of further ones.
+    """
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for stage in run.stages:
+            drawn = test_curves(stage)
+            for label, output in stage.figures.accuracies.items():
+                kind = label.partition(" (#")[0]
+                if output in drawn:
+                    labels = found.setdefault(_FIGURES.get(kind, kind.replace("-", "")), [kind])
+                    labels += [] if label in labels else [label]
+    return found

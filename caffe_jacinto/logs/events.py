@@ -139,6 +139,16 @@ class TestOutput(NamedTuple):
     """Whether it is a detector's mean average precision."""
 
 
+class Evaluated(NamedTuple):
+    """A detector's precision over a data set, which py-faster-rcnn computes itself."""
+
+    mean_ap: float
+    class_ap: tuple[tuple[str, float], ...]
+    """Average precision, by the class's name."""
+    images: int
+    """How many images were tested; 0 if the log does not say."""
+
+
 class TestScore(NamedTuple):
     """One number of a solver's test in a log of 2014, which does not name it."""
 
@@ -259,6 +269,7 @@ Event: TypeAlias = (
     | LearningRate
     | TestStarted
     | TestOutput
+    | Evaluated
     | TestScore
     | Recalibrated
     | Quantizing

@@ -1,9 +1,9 @@
 """The bytes of a log, in pieces of any size -> whole lines, as Caffe printed them.
 
-Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16), a byte-order mark, the
-JSON of Docker's files, line ends with a carriage return, colours, and what is put before each line: time
-stamps, ``> ``, the name of a container, the rank of an MPI process, or the same text but for its numbers,
-such as an indent. Lines of several containers or ranks keep apart.
+Undoes what other programs do to a log: the encoding that PowerShell writes (UTF-16, also in a part of the
+file only), a byte-order mark, the JSON of Docker's files, line ends with a carriage return, colours, and
+what is put before each line: time stamps, ``> ``, the name of a container, the rank of an MPI process, or
+the same text but for its numbers, such as an indent. Lines of several containers or ranks keep apart.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LineSplitter:
         ``thin`` takes lines that nobody needs out of the log; not where lines of threads are told apart.
         """
         self._tail = b""
-        self._decoder: codecs.IncrementalDecoder | None = None
+        self._encoding = _Encoding()
         self._docker: _DockerFile | None = None
         self._started = False
         self._head = b""
@@ -87,8 +87,7 @@ class LineSplitter:
         """
         if not self._started:
             data = self._start(data)
-        if self._decoder is not None:
-            data = self._decoder.decode(data).encode()
+        data = self._encoding.decode(data)
         return self._lines(data if self._docker is None else self._docker.printed(data))
 
     def close(self) -> dict[str, list[bytes]]:
@@ -99,6 +98,8 @@ class LineSplitter:
             found = self._lines(self._head)
         elif self._docker is not None:
             found = self._lines(self._docker.printed(b"\n"))
+        else:
+            found = self._lines(self._encoding.close())
         tail, self._tail = self._tail, b""
         for label, lines in self._apart([_plain(tail)] if tail else []).items():
             found.setdefault(label, []).extend(lines)
@@ -115,7 +116,7 @@ class LineSplitter:
             # Without its mark, UTF-16 of ASCII has a zero in every second byte.
             text, zeros = (head[:4:2], head[1:4:2]) if encoding == "utf-16-le" else (head[1:4:2], head[:4:2])
             if head.startswith(mark) or (all(text) and not any(zeros)):
-                self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+                self._encoding = _Encoding(encoding)
                 return head.removeprefix(mark)
         if head.startswith(_DOCKER):
             self._docker = _DockerFile()
@@ -171,6 +172,83 @@ class LineSplitter:
             if self._process:
                 found.setdefault(self._process, []).append(line)
         return found
+
+
+_WIDE = re.compile(rb"\0?(?:\xff\xfe)?((?:[\x01-\x7f]\0){4})")
+"""Where UTF-16 begins among bytes; a NUL before it ends a character whose first half came with the bytes."""
+_WIDE_BEGINS = re.compile(
+    rb"(?:\0(?:\xff\xfe)?(?:[\x01-\x7f]\0){0,3}[\x01-\x7f]?|(?:\xff\xfe)?(?:[\x01-\x7f]\0){1,3}[\x01-\x7f]?"
+    rb"|\0?\xff\xfe[\x01-\x7f]?|\0?\xff)\Z"
+)
+_BYTES = re.compile(rb"[\t\r\n\x20-\x7e]{16}")
+"""Where UTF-16 ends: eight such characters in a row are not in a log."""
+_BYTES_BEGIN = re.compile(rb"[\t\r\n\x20-\x7e]{1,15}\Z")
+
+
+class _Encoding:
+    """Turns the parts of a log that are UTF-16 into UTF-8.
+
+    ``>>`` of PowerShell writes UTF-16 after what another program wrote in ASCII, and the other way round.
+    """
+
+    def __init__(self, encoding: str = "") -> None:
+        """``encoding``: ``utf-16-le`` or ``utf-16-be`` if the log begins in it."""
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._tail = b""
+        """What the next piece decides on."""
+        self._in_half = False
+        """Whether UTF-16 has given the first half of a character."""
+        self._rest = b""
+        """What follows in the other encoding."""
+        if encoding:
+            self._begin(encoding)
+
+    def decode(self, data: bytes) -> bytes:
+        """The next piece in UTF-8, but for last bytes that only the piece after it can explain."""
+        is_plain = self._decoder is None and not self._tail and b"\0" not in data
+        if is_plain and b"\xff" not in data[-3:]:
+            return data
+        data, self._tail = self._tail + data, b""
+        found: list[bytes] = []
+        while data:
+            found.append(self._bytes(data) if self._decoder is None else self._wide(data))
+            data, self._rest = self._rest, b""
+        return b"".join(found)
+
+    def close(self) -> bytes:
+        """The log has ended: the last bytes."""
+        tail, self._tail = self._tail, b""
+        return tail.replace(b"\0", b"")
+
+    def _begin(self, encoding: str) -> None:
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+        self._in_half = False
+
+    def _bytes(self, data: bytes) -> bytes:
+        start = _WIDE.search(data)
+        if start is not None:
+            self._begin("utf-16-le")
+            self._rest = data[start.start(1) :]
+            return data[: start.start()]
+        end = _WIDE_BEGINS.search(data, max(0, len(data) - 10))
+        if end is None:
+            return data
+        self._tail = data[end.start() :]
+        return data[: end.start()]
+
+    def _wide(self, data: bytes) -> bytes:
+        assert self._decoder is not None
+        found = _BYTES.search(data)
+        end = found or _BYTES_BEGIN.search(data, max(0, len(data) - 15))
+        at = len(data) if end is None else end.start()
+        at += (at + self._in_half) % 2 if end is not None else 0  # the second half of a character
+        text = self._decoder.decode(data[:at]).replace("\ufeff", "").encode()
+        self._in_half = bool((at + self._in_half) % 2)
+        if found is not None:
+            self._decoder, self._rest = None, data[at:]
+        else:
+            self._tail = data[at:]
+        return text
 
 
 class _DockerFile:

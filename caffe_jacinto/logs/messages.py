@@ -19,6 +19,7 @@ from caffe_jacinto.logs.events import (
     Benchmarked,
     DataShape,
     DataSize,
+    Evaluated,
     Event,
     Fatal,
     Finished,
@@ -99,6 +100,9 @@ _PARAMETER = rb"(.+)_param_(\d{1,18})\((%b)\)$" % NUMBER
 _TOTAL = rb"Total Sparsity \(zero_weights/count\) = +\((%b)/(%b)\) (%b)$" % (NUMBER, NUMBER, NUMBER)
 _SCORE = rb"Test score #(\d{1,18}): (%b)$" % NUMBER
 _MEAN_AP = rb" {0,8}Test net output mAP #(\d{1,9}): (.{1,200}) = (%b)$" % NUMBER
+_EVALUATED = re.compile(rb"(?:AP for (\S.{0,199}?)|Mean AP) = (%b)$" % NUMBER)
+_DETECTED = re.compile(rb"im_detect: (\d{1,9})/(\d{1,9}) ")
+"""Lines that py-faster-rcnn prints when it tests a network, without glog."""
 _CLASS_AP = rb"class(?: AP )?(\d{1,9}): (%b)$" % NUMBER
 _BENCHMARK = (
     rb"(Average Forward pass|Average Backward pass|Average Forward-Backward|Total Time): (%b) ms\.$" % NUMBER
@@ -111,6 +115,7 @@ _QUANTIZING = rb"Quantizing: (\w{1,20}), (\d{1,18}) of (\d{1,18}) images$"
 _FLOAT = rb"Float network: (.*) = (%b)$" % NUMBER
 _STARTED = rb" started at .{1,99} (\d{4})$"
 
+_MOST_CLASSES = 10_000
 _CLASS_OUTPUTS = 1_000_000
 """The average precision of class n is numbered from here on among a test's outputs."""
 
@@ -151,6 +156,10 @@ class MessageReader:
         """The thread that the last messages are of, the first of them, and the line before that."""
         self._notices: tuple[bytes, bytes, bytes] | None = None
         """Of consecutive notices about old forms: the first, the line before it, the last."""
+        self._precisions: dict[str, float] = {}
+        """Average precisions of an evaluation whose mean has not been printed."""
+        self._detected = 0
+        """The images of the last line about detection."""
         self._main = -1
         """The thread that printed the first lines of the present process."""
         self._has_device = False
@@ -208,6 +217,10 @@ class MessageReader:
             self.events.append(Finished(None))
         elif (wrote := _WROTE.match(line)) is not None:
             self.events.append(SnapshotWritten(_text(wrote.group(1))))
+        elif line.startswith((b"AP for ", b"Mean AP = ")):
+            self._evaluation(line)
+        elif (detected := _DETECTED.match(line)) is not None:
+            self._detected = int(detected.group(2))
         elif self.header_year is None and line.startswith(b"Log file created at: "):
             year = line[21:25]
             self.header_year = int(year) if year.isdigit() else None
@@ -216,6 +229,18 @@ class MessageReader:
             if size < _TEXT_LIMIT:
                 parts.append(line)
                 self.texts[self._text_thread] = (what, parts, size + len(line) + 1)
+
+    def _evaluation(self, line: bytes) -> None:
+        match = _EVALUATED.match(line)
+        if match is None:
+            return
+        name, value = match.groups()
+        if name is None:
+            found = tuple(self._precisions.items())
+            self.events.append(Evaluated(_value(value), found, self._detected))
+            self._precisions.clear()
+        elif len(self._precisions) < _MOST_CLASSES:
+            self._precisions[_text(name)] = _value(value)
 
     def _close_text(self, thread: int) -> None:
         """A thread's next line ends the text that it was printing."""

@@ -93,8 +93,8 @@ def plot_runs(
 ) -> None:
     """Draw ``runs`` (read with their history) over each other to ``path``, a .png or .svg file.
 
-    ``names``: the curves to draw, a panel for each (see `curves.known_names`); by default training loss,
-    accuracies, learning rate and sparsity.
+    ``names``: the curves to draw, a panel for each (see `curves.known_names` and `curves.known_accuracies`);
+    by default training loss, accuracies, learning rate and sparsity.
 
     Raises:
         UserError: no run has a curve, or none of a name; the axis is not known; the file cannot be written.
@@ -107,11 +107,14 @@ def plot_runs(
     if not lines:
         raise UserError(f"--plot {path}: the logs hold no curve, only single figures; give logs of training")
     known = curves.known_names(runs)
+    accuracies = curves.known_accuracies(runs)
     for name in names:
-        if name not in known:
-            shown = ", ".join(printable(one) for one in known)
+        if name not in known and name not in accuracies:
+            shown = ", ".join(printable(one) for one in [*known, *accuracies])
             raise UserError(f"--y {printable(name)}: no log has this curve; there are: {shown}")
-    panels = [_named(lines, name) for name in names] if names else _usual(lines)
+    panels = [
+        _named(lines, name) if name in known else _accuracy(lines, *accuracies[name]) for name in names
+    ] or _usual(lines)
     image = _draw(lines, panels, axis, path.suffix.lower().lstrip("."))
     try:
         write_whole(path, image)
@@ -147,11 +150,13 @@ def _named(lines: Sequence[_Line], name: str) -> _Panel:
     return panel
 
 
-def _accuracy(lines: Sequence[_Line]) -> _Panel:
-    """Every accuracy of every test network, and what ``caffe test`` found."""
-    panel = _Panel("accuracy, %", kind="percent")
+def _accuracy(lines: Sequence[_Line], *wanted: str) -> _Panel:
+    """Every accuracy of every test network, or those ``wanted``, and what ``caffe test`` found."""
+    panel = _Panel(f"{wanted[0] if wanted else 'accuracy'}, %", kind="percent")
     for line in lines:
         labels = dict.fromkeys(label for part in line.parts for label in part.stage.figures.accuracies)
+        if wanted:
+            labels = dict.fromkeys(label for label in labels if label in wanted)
         for label in labels:
             pieces = [
                 points
@@ -160,7 +165,8 @@ def _accuracy(lines: Sequence[_Line]) -> _Panel:
             ]
             if pieces:
                 panel.curves.append(_Curve(line, label, _joined(pieces)))
-        panel.points.extend((line, place, top1) for place, top1 in line.tested)
+        if not wanted or wanted[0] == "top-1":
+            panel.points.extend((line, place, top1) for place, top1 in line.tested)
     return panel
 
 

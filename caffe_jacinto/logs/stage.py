@@ -295,6 +295,8 @@ class StageLog:
                 self._test_output(event)
             case events.TestStarted():
                 self._test_started(event)
+            case events.Evaluated():
+                self._evaluated(event)
             case events.BatchTested():
                 self.iteration = event.batch + 1
                 self.quantizing = None
@@ -418,6 +420,19 @@ class StageLog:
         self._silent = None
         if self.batches is not None and event.iteration is None:
             self._finished = len(tests.current) >= (tests.expected or 1)
+
+    def _evaluated(self, event: events.Evaluated) -> None:
+        """py-faster-rcnn has tested the trained network, or, where the log has no training, a given one."""
+        self._end_tests()
+        tests = self._tests.setdefault(0, NetTests())
+        tests.start(None)
+        values = [("Mean AP", event.mean_ap), *((f"AP for {name}", ap) for name, ap in event.class_ap)]
+        for number, (name, value) in enumerate(values):
+            tests.current[number] = events.TestOutput(name, value, None, 0, number, None, mean_ap=not number)
+        tests.ended = True
+        if not self._trained:
+            self.batches = self.iteration = event.images
+            self._finished = True
 
     def _end_tests(self) -> None:
         """Training has continued, so the earlier tests have all their outputs."""

@@ -5,6 +5,7 @@ What an engine cannot carry out of them is that engine's own check.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, exp, inf, nan, pi
@@ -19,6 +20,7 @@ from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.prototxt.tree import Message, parse, tree_of
 from caffe_jacinto.prototxt.upgrade import keep_lines
 from caffe_jacinto.recipes.model import SparseSettings, sparse_fields, sparse_settings
+from caffe_jacinto.recipes.rules import step_iterations
 
 
 def histories(kind: str) -> int:
@@ -360,13 +362,8 @@ def _steps(solver: Any, iteration: int) -> int:
     """How often the learning rate has stepped at ``iteration``; once an iteration at most, as in Caffe."""
     if solver.lr_policy == "step":
         return int(iteration // solver.stepsize)
-    steps, at = 0, -1
-    for value in solver.stepvalue if solver.lr_policy == "multistep" else ():
-        at = max(at + 1, value)
-        if iteration < at:
-            break
-        steps += 1
-    return steps
+    values = solver.stepvalue if solver.lr_policy == "multistep" else ()
+    return bisect_right(step_iterations(values), iteration)
 
 
 def _power(base: float, exponent: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from caffe_jacinto.quantization.schemes import scheme_mistakes, training_mistakes
@@ -577,10 +577,16 @@ def _settings_fit_type(stage: Values) -> Iterator[Mistake]:
             )
 
 
+def step_iterations(stepvalue: Sequence[int]) -> list[int]:
+    """When Caffe steps by these values of `multistep`: in their order, and once an iteration at most."""
+    return list(accumulate(stepvalue, lambda before, value: max(before + 1, value)))
+
+
 def _steps_grow(stage: Values) -> Iterator[Mistake]:
     steps = list(stage["solver.stepvalue"] or ())
     if any(later <= earlier for earlier, later in pairwise(steps)):
-        yield stage.mistake("solver.stepvalue", f"{steps} does not grow; name the iterations in order")
+        what = f"{steps} does not grow: Caffe would step at {step_iterations(steps)}"
+        yield stage.mistake("solver.stepvalue", f"{what}; name the iterations that you want, in order")
 
 
 def _image_sizes_grow(stage: Values) -> Iterator[Mistake]:
