@@ -152,6 +152,26 @@ def test_a_processor_computes_a_convolution_with_its_relu(tmp_path: Path) -> Non
     assert units["pool1"].output == "kept"
 
 
+@pytest.mark.parametrize(
+    ("activation", "together"),
+    [
+        ('"ReLU6"', True),
+        ('"Clip" clip_param { min: 0 max: 6 }', True),
+        ('"Clip" clip_param { min: -1 max: 1 }', False),
+        ('"ReLU" relu_param { negative_slope: 0.1 }', False),
+    ],
+)
+def test_what_clips_from_zero_on_is_computed_with_the_layer_before(activation: str, together: bool) -> None:
+    text = (
+        'input: "data" layer { name: "c" type: "Convolution" bottom: "data" top: "c" '
+        "convolution_param { num_output: 4 kernel_size: 1 } } "
+        f'layer {{ name: "a" bottom: "c" top: "a" type: {activation} }}'
+    )
+    net = parse_any_net(text, "deploy.prototxt")
+    units = units_of(net.layer, ["data"], fork=False, where="deploy.prototxt")
+    assert [unit.layers for unit in units[1:]] == ([("c", "a")] if together else [("c",), ("a",)])
+
+
 def test_what_only_orders_values_anew_keeps_their_scale() -> None:
     text = 'input: "data"\n' + "".join(
         f'layer {{ name: "{kind}" type: "{kind}" bottom: "data" top: "{kind}" }}\n'

@@ -650,12 +650,15 @@ def test_onnxruntime_gives_what_fake_quantization_does(scheme: str, trained: Tra
 
 
 @pytest.mark.caffe
-@pytest.mark.parametrize("scheme", ["processor", "power2"])
+@pytest.mark.parametrize(
+    ("scheme", "activation"), [("processor", "ReLU"), ("power2", "ReLU"), ("processor", "ReLU6")]
+)
 def test_stock_caffe_layer_by_layer_gives_what_pytorch_does(
-    scheme: str, trained: Trained, caffe_engine: Engine
+    scheme: str, activation: str, trained: Trained, caffe_engine: Engine
 ) -> None:
     """The numbers of every layer, but for those on a rounding boundary, by one step."""
-    net = merge_bn(SMALL_NET, "deploy.prototxt", None, trained.folder / "w.caffemodel").net
+    text = SMALL_NET.replace('"ReLU"', f'"{activation}"')
+    net = merge_bn(text, "deploy.prototxt", None, trained.folder / "w.caffemodel").net
     network = described(net, SCHEMES[scheme], "deploy.prototxt", {}, ())
     pixels = val_images(trained)[0][:40]
     by_torch, by_pycaffe = on_pytorch(net, network, (), ""), on_caffe(net, network, None, "deploy.prototxt")

@@ -23,13 +23,14 @@ Output = Literal["quantized", "kept", "float"]
 
 INPUT = "Input"
 
+_CLIPPING = ("ReLU", "ReLU6", "Clip")
+"""Of Clip, only one that begins at zero, as ReLU6 does."""
+
 _FOLLOWERS = {
-    **dict.fromkeys(WEIGHTED, ("BatchNorm", "Scale", "Bias", "ReLU")),
-    "BatchNorm": ("Scale", "Bias", "ReLU"),
-    "Scale": ("Bias", "ReLU"),
-    "Bias": ("ReLU",),
-    "Power": ("ReLU",),
-    "Eltwise": ("ReLU",),
+    **dict.fromkeys(WEIGHTED, ("BatchNorm", "Scale", "Bias", *_CLIPPING)),
+    "BatchNorm": ("Scale", "Bias", *_CLIPPING),
+    "Scale": ("Bias", *_CLIPPING),
+    **dict.fromkeys(("Bias", "Power", "Eltwise"), _CLIPPING),
 }
 """The layers that a processor computes together with the one before."""
 
@@ -50,7 +51,19 @@ _KEEPING = (
 _ROUNDED = (
     *WEIGHTED,
     *("AbsVal", "BNLL", "BatchNorm", "Bias", "Clip", "Concat", "ELU", "Eltwise", "Exp", "LRN", "Log"),
-    *("PReLU", "Pooling", "Power", "ReLU", "Reduction", "Scale", "Sigmoid", "Swish", "TanH", "Threshold"),
+    *(
+        "PReLU",
+        "Pooling",
+        "Power",
+        "ReLU",
+        "ReLU6",
+        "Reduction",
+        "Scale",
+        "Sigmoid",
+        "Swish",
+        "TanH",
+        "Threshold",
+    ),
 )
 _LAST = ("Softmax", "ArgMax")
 """What a network may end with; it is not quantized."""
@@ -140,7 +153,12 @@ def _follower(
     after = found[at][0]
     node = nodes[after]
     fits = node.type in rules.get(nodes[at].type, ()) and len(node.bottoms) == len(node.tops) == 1
-    if not fits or (node.type == "ReLU" and layers[after].relu_param.negative_slope):
+    is_leaky = node.type == "ReLU" and layers[after].relu_param.negative_slope
+    # Messages of caffe-jacinto have no clip_param.
+    begins = (
+        layers[after].clip_param.min if node.type == "Clip" and hasattr(layers[after], "clip_param") else 0
+    )
+    if not fits or is_leaky or begins:
         return None
     return after
 
@@ -159,9 +177,10 @@ def _output(node: Node, layer: Any, where: str) -> Output:
     if keeps:
         return "kept"
     if node.type not in _ROUNDED:
+        known = ", ".join(sorted((*_ROUNDED, *_KEEPING, *_LAST)))
         raise UserError(
             f"{where}: layer {node.name} ({node.type}) cannot be quantized: no scheme knows this type; "
-            f"these are known: {', '.join(sorted((*_ROUNDED, *_KEEPING, *_LAST)))}"
+            f"quantize a network that has other layers in its place; these are known: {known}"
         )
     return "quantized"
 
