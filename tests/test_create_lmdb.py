@@ -118,6 +118,12 @@ def test_class_folders_are_shuffled_by_a_seed_and_lists_are_not(images: Path, tm
     assert order("list", "--list", tmp_path / "list.txt") == [line[:-2].encode() for line in lines]
 
 
+def test_a_list_that_is_not_there(images: Path, tmp_path: Path) -> None:
+    arguments = ["--images", images, "--list", tmp_path / "gone.txt", "--output", tmp_path / "o"]
+    assert f"{tmp_path}/gone.txt: No such file or directory; correct its path" in mistake(arguments)
+    assert not (tmp_path / "o").exists()
+
+
 def test_list_labels_follow_the_last_space(images: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("cat/cat 0.JPEG 7\ndog/dog 1.JPEG 0")
     create("--images", images, "--list", tmp_path / "list.txt", "--output", tmp_path / "o", "--size", 16)

@@ -139,7 +139,8 @@ def list_lines(
                     found = True
                     yield number, _list_line(list_file, number, text.rstrip(), names, least)
     except OSError as error:
-        raise UserError(f"cannot read list file {list_file}: {error.strerror}") from None
+        what = f"cannot read list file {list_file}: {error.strerror}"
+        raise UserError(f"{what}; correct its path where it is named") from None
     if not found:
         raise UserError(f"list file {list_file} names no images: it holds lines of the form 'path label'")
 
