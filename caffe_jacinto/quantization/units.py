@@ -51,19 +51,8 @@ _KEEPING = (
 _ROUNDED = (
     *WEIGHTED,
     *("AbsVal", "BNLL", "BatchNorm", "Bias", "Clip", "Concat", "ELU", "Eltwise", "Exp", "LRN", "Log"),
-    *(
-        "PReLU",
-        "Pooling",
-        "Power",
-        "ReLU",
-        "ReLU6",
-        "Reduction",
-        "Scale",
-        "Sigmoid",
-        "Swish",
-        "TanH",
-        "Threshold",
-    ),
+    *("PReLU", "Pooling", "Power", "ReLU", "ReLU6", "Reduction", "Scale", "Sigmoid", "Swish", "TanH"),
+    "Threshold",
 )
 _LAST = ("Softmax", "ArgMax")
 """What a network may end with; it is not quantized."""
@@ -155,10 +144,8 @@ def _follower(
     fits = node.type in rules.get(nodes[at].type, ()) and len(node.bottoms) == len(node.tops) == 1
     is_leaky = node.type == "ReLU" and layers[after].relu_param.negative_slope
     # Messages of caffe-jacinto have no clip_param.
-    begins = (
-        layers[after].clip_param.min if node.type == "Clip" and hasattr(layers[after], "clip_param") else 0
-    )
-    if not fits or is_leaky or begins:
+    clips = layers[after].clip_param if node.type == "Clip" and hasattr(layers[after], "clip_param") else None
+    if not fits or is_leaky or (clips is not None and clips.min):
         return None
     return after
 
