@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets the project up (tools/utils/setup.sh) and runs the benchmarks in bench/, whose tables are in docs/benchmarks.md.
 # Each benchmark prints its results and exits with a nonzero code if a limit is broken; so does this script.
-# bench/same_results.py, which compares two revisions, and bench/scale.py, which needs figures, and bench/torch_gpu.py are run separately.
+# These are run separately: bench/same_results.py, which compares two revisions; bench/scale.py, which needs figures;
+# bench/torch_gpu.py; and bench/learned_threshold.py, which needs trained weights.
 #
 #   tools/utils/bench.sh [NAME...]     NAME: run only bench/NAME.py
 set -euo pipefail
@@ -16,7 +17,7 @@ for name in "$@"; do
   benches+=("$root/bench/$name.py")
 done
 [ ${#benches[@]} -gt 0 ] || for bench in "$root"/bench/*.py; do
-  case ${bench##*/} in same_results.py | scale.py | torch_gpu.py) ;; *) benches+=("$bench") ;; esac
+  case ${bench##*/} in same_results.py | scale.py | torch_gpu.py | learned_threshold.py) ;; *) benches+=("$bench") ;; esac
 done
 
 "$root/tools/utils/setup.sh" --torch
