@@ -401,6 +401,8 @@ def launch_ranks(argv: Sequence[str], ranks: int) -> int:
             return int(first.exitcode)
         rank, first = next(iter(killed.items()))
         raise WorkLost(f"rank {rank} was killed by {first.signal_name()}; is there enough memory?") from None
+    finally:
+        del os.environ[_LAUNCHER]
     return 0
 
 
