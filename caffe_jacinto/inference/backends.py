@@ -17,6 +17,7 @@ from caffe_jacinto.caffemodel.fit import in_binary_form
 from caffe_jacinto.caffemodel.hdf5 import is_hdf5
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.engines.discovery import INSTALL, check_gpus, find_engine
 from caffe_jacinto.engines.gpus import Maker, any_visible, lack, requested_gpus, visible_gpus
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.stock_net import stock_net
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Scores = Callable[["Values"], "Values"]
 """Images x channels x height x width to images x classes, or x classes x 1 x 1."""
+
+NO_PYCAFFE = f"no stock Caffe was found whose pycaffe this Python can import ({INSTALL} builds one)"
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,9 @@ def _opened(name: str, network: TrainedNetwork, caffe: str | None, gpu: int | No
 
 
 def _caffe(network: TrainedNetwork, path: str | None, gpu: int | None) -> tuple[str, Scores]:
-    from caffe_jacinto.engines.discovery import check_gpus, find_engine
-
     info = find_engine(path).info
     if info.pycaffe is None:
-        raise UserError("this Caffe has no pycaffe that this Python can import; use --backend opencv")
+        raise UserError(NO_PYCAFFE)
     check_gpus(info, () if gpu is None else (gpu,))
     of_forks = not_loadable(tree.parse(network.text, str(network.where)), Dialect.BVLC)
     as_it_is = network.dialect is Dialect.BVLC and not of_forks

@@ -131,13 +131,13 @@ def on_caffe(net: StockNet, network: Network, path: str | None, where: str) -> C
     """
     from caffe_jacinto.engines.discovery import find_engine
     from caffe_jacinto.engines.pycaffe.quantized import CaffeQuantizedNet
-    from caffe_jacinto.inference.backends import last_words, quiet_pycaffe
+    from caffe_jacinto.inference.backends import NO_PYCAFFE, last_words, quiet_pycaffe
 
     if network.scheme.moving is not None:
         raise UserError(f"the scheme {network.scheme.name} is computed on PyTorch only: --backend torch")
     info = find_engine(path).info
     if info.pycaffe is None:
-        raise UserError("this Caffe has no pycaffe that this Python can import; use --backend torch")
+        raise UserError(NO_PYCAFFE)
     caffe = quiet_pycaffe(info.pycaffe)
     with tempfile.TemporaryDirectory() as scratch:
         deploy = Path(scratch) / "deploy.prototxt"
