@@ -16,12 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_stage import LAYERS, RIGL, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import FAILED
 from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.pytorch import memory, train
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.engines.pytorch.snapshot import read_place
 from caffe_jacinto.engines.pytorch.train import check_stages
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
@@ -507,6 +511,41 @@ def test_the_fastest_precision_is_taken_and_remembered(digits: Path, tmp_path: P
     one, other = (read_place(stage.folder / f"small_iter_{at}.solverstate") for at in (2, 4))
     assert one is not None and other is not None
     assert one.precision == other.precision == found[1]
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "bf16", None])
+def test_the_batch_that_fits_is_that_of_the_chosen_precision(
+    chosen: str | None,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A GPU's memory runs out in the first iteration, or while the precision is chosen; a stand-in for it."""
+    SmallStage(tmp_path, digits).solver()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fastest(*arguments: object) -> tuple[str, str]:
+        if chosen is None:
+            raise torch.OutOfMemoryError("a pass fits into the memory in no precision")
+        return chosen, f"Computing in {chosen}"
+
+    def too_small(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def largest_batch(solver: object, shapes: object, device: object, precision: str) -> int:
+        asked.append(precision)
+        return 24
+
+    monkeypatch.setattr(train, "fastest", fastest)
+    monkeypatch.setattr(train.Iteration, "__call__", too_small)
+    monkeypatch.setattr(memory, "largest_batch", largest_batch)
+    with pytest.raises(SystemExit) as ended:
+        caffe_torch(["train", "-solver", "solver.prototxt", "-precision", "auto"])
+    assert ended.value.code == FAILED
+    assert "memory is too small: a batch_size of 24 should fit" in capfd.readouterr().err
+    assert asked == [chosen or "bf16"]
 
 
 def test_two_ranks_exchange_gradients_once_for_several_passes(digits: Path, tmp_path: Path) -> None:

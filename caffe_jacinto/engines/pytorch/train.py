@@ -88,14 +88,16 @@ def train(options: Options) -> int:
     with ExitStack() as stack:
         ranks = Ranks(device)
         stack.callback(ranks.close)
-        fits = partial(_batch_that_fits, solver, device, options.precision)
+        fits = partial(_batch_that_fits, solver, device, options)
         log = stack.enter_context(open_log(ranks, gpus, options, fits))
         return Trainer(options, solver, device, ranks, requests, stack, log).train()
 
 
-def _batch_that_fits(solver: SolverFile, device: torch.device, precision: str) -> int | None:
+def _batch_that_fits(solver: SolverFile, device: torch.device, options: Options) -> int | None:
     from caffe_jacinto.engines.pytorch.memory import largest_batch
 
+    # Still "auto": the memory was too small to choose in; then bf16 is what is taken where it is just enough.
+    precision = "bf16" if options.precision == "auto" else options.precision
     with Inputs(
         solver.train_net, TRAIN, str(solver.train_file), device=torch.device("cpu"), seed=0, workers=1
     ) as inputs:
@@ -140,7 +142,7 @@ class Trainer:
             for note in fed.notes:
                 log.info(note)
         quantize = options.quantize
-        self.precision = self._choose_precision(place, device)
+        self.precision = options.precision = self._choose_precision(place, device)
         inside = solver.train_file == solver.path
         log.info(
             "Creating training net "
