@@ -497,6 +497,47 @@ def test_two_ranks_are_one_with_twice_the_passes(
         assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
 
 
+FAULTY = """import os, sys
+from caffe_jacinto.engines.pytorch import distributed, pruner
+from caffe_jacinto.engines.pytorch.__main__ import script
+
+distributed.PROGRAM = "faulty"
+right = pruner.TorchPruner.after_update
+
+def after_update(self, iteration):
+    if iteration == 8 and os.environ.get("RANK") == "1":
+        weights = self.read("conv2").copy()
+        weights.flat[abs(weights).argmax()] = 0
+        self.write("conv2", weights)
+    return right(self, iteration)
+
+pruner.TorchPruner.after_update = after_update
+sys.exit(script())
+"""
+"""`caffe-torch` with a second rank in whose memory a weight turns to zero."""
+
+
+@pytest.mark.parametrize("method", ["magnitude", "soft"])
+def test_ranks_whose_zeros_differ_end_with_one_line(method: str, digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(snapshot=5)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    command = [sys.executable, "-m", "faulty", *PROGRAM[3:], "-cpu_ranks", "2"]
+    ran = subprocess.run(
+        [*command, *settings_as_flags(sparse_settings(method=method))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == FAILED
+    *log, last = ran.stderr.splitlines()
+    says = "Iteration 8: the ranks have different zeros in layer conv2; resume from the last snapshot"
+    assert re.fullmatch(rf"F\d{{8}} .*\] {says}", last)
+    assert all(re.match(r"I\d{8} |[^FEWT]", line) for line in log), ran.stderr
+    assert complete_snapshots(tmp_path / "small", Dialect.BVLC)
+
+
 def test_the_fastest_precision_is_taken_and_remembered(digits: Path, tmp_path: Path) -> None:
     stage = SmallStage(tmp_path, digits)
     stage.solver(max_iter=4, snapshot=2, test_interval=10)
@@ -694,6 +735,13 @@ def test_bad_solvers_are_one_line(
     assert ran.returncode == 2
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_loss_that_is_no_number_is_one_line_of_two_ranks(digits: Path, tmp_path: Path) -> None:
+    SmallStage(tmp_path, digits).solver(base_lr=1e30, display=1)
+    ran = subprocess.run([*PROGRAM, "-cpu_ranks", "2"], cwd=tmp_path, capture_output=True, check=False)
+    assert ran.returncode == FAILED
+    assert ran.stderr.count(b"the loss is not a number") == 1
 
 
 def test_a_loss_that_is_no_number_ends_the_training(digits: Path, tmp_path: Path) -> None:

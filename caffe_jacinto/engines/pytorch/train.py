@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.processes import StopRequests
 from caffe_jacinto.engines.caffe_log import CaffeLog
 from caffe_jacinto.engines.contract import ImageShape, stage_solver
@@ -28,7 +28,7 @@ from caffe_jacinto.engines.pytorch import cpu_kernels
 from caffe_jacinto.engines.pytorch.average import WeightAverage, average_file
 from caffe_jacinto.engines.pytorch.batch_norm import Statistics
 from caffe_jacinto.engines.pytorch.debug_info import DebugInfo
-from caffe_jacinto.engines.pytorch.distributed import Ranks, device_of_rank, open_log
+from caffe_jacinto.engines.pytorch.distributed import FoundByAll, Ranks, device_of_rank, open_log
 from caffe_jacinto.engines.pytorch.engine import DecodeChoice, Options
 from caffe_jacinto.engines.pytorch.evaluate import TestNets, named
 from caffe_jacinto.engines.pytorch.feed import Inputs, expected_shapes, share_batches
@@ -479,7 +479,7 @@ class Trainer:
             self._display(iteration, result)
         pruned = self.pruner.after_update(iteration)
         if pruned:
-            self.ranks.check_equal(self.pruner.checksum(), "zeros")
+            self._check_zeros(iteration)
         self.iteration += 1
         if self.average is not None:
             self.average.update(self.iteration)
@@ -492,6 +492,16 @@ class Trainer:
         due = self.parameters.snapshot and self.iteration % self.parameters.snapshot == 0
         if asked or due:
             self._snapshot()
+
+    def _check_zeros(self, iteration: int) -> None:
+        """Raise `FoundByAll` where the pruned weights of the ranks are no longer the same ones."""
+        if self.ranks.size == 1:
+            return
+        if layers := self.ranks.different(self.pruner.checksums()):
+            raise FoundByAll(
+                f"Iteration {iteration}: the ranks have different zeros in layer {', '.join(layers)}; "
+                "resume from the last snapshot"
+            )
 
     def _net_of(self, iteration: int) -> Net:
         """The net that takes images of the size of ``iteration``, in which they are from now on."""
@@ -515,7 +525,7 @@ class Trainer:
         """Wait for the device, and fail if a loss is no longer a number, or a label was out of range.
 
         Raises:
-            RunFailed: a loss is not.
+            FoundByAll: a loss is not.
             UserError: a label is out of range.
         """
         if not self._unchecked:
@@ -526,7 +536,7 @@ class Trainer:
         bad = [at for (at, _), value in zip(self._unchecked, values, strict=True) if not math.isfinite(value)]
         self._unchecked.clear()
         if bad:
-            raise RunFailed(
+            raise FoundByAll(
                 f"Iteration {bad[0]}: the loss is not a number; try a lower base_lr, or clip_gradients"
             )
 
