@@ -24,10 +24,11 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import FAILED
 from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.discovery import find_engine
-from caffe_jacinto.engines.pytorch import memory, train
+from caffe_jacinto.engines.pytorch import memory
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
+from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.snapshot import read_place
-from caffe_jacinto.engines.pytorch.train import check_stages
+from caffe_jacinto.engines.pytorch.stage_check import check_stages
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -579,8 +580,8 @@ def test_the_batch_that_fits_is_that_of_the_chosen_precision(
         asked.append(precision)
         return 24
 
-    monkeypatch.setattr(train, "fastest", fastest)
-    monkeypatch.setattr(train.Iteration, "__call__", too_small)
+    monkeypatch.setattr("caffe_jacinto.engines.pytorch.stage.fastest", fastest)
+    monkeypatch.setattr(Iteration, "__call__", too_small)
     monkeypatch.setattr(memory, "largest_batch", largest_batch)
     with pytest.raises(SystemExit) as ended:
         caffe_torch(["train", "-solver", "solver.prototxt", "-precision", "auto"])
