@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -116,12 +117,15 @@ class Ranks:
         """``net``, whose gradients are averaged over the ranks while they are computed."""
         if self.size == 1:
             return net
-        return DistributedDataParallel(
-            net,
-            broadcast_buffers=False,  # batch-norm statistics stay those of each rank
-            gradient_as_bucket_view=True,
-            find_unused_parameters=net.has_unused_weights(),
-        )
+        with warnings.catch_warnings():
+            # PyTorch 2.13 recommends another argument, which copies the first rank's statistics here.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                net,
+                broadcast_buffers=False,  # batch-norm statistics stay those of each rank
+                gradient_as_bucket_view=True,
+                find_unused_parameters=net.has_unused_weights(),
+            )
 
     def no_exchange(self, net: Trained | DistributedDataParallel) -> AbstractContextManager[None]:
         """A context in which backward passes add to the gradients of this rank only."""
