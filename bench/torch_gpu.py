@@ -300,7 +300,7 @@ def fastest_decoder(rows: Sequence[dict[str, Any]]) -> str:
     for part in ("end to end", "feed"):
         speeds = {row["way"]: row["images/s"] for row in reversed(rows) if row["part"] == part}
         if speeds:
-            return max(speeds, key=lambda way: speeds[way])
+            return str(max(speeds, key=lambda way: speeds[way]))
     return "cpu"
 
 
