@@ -212,7 +212,11 @@ class Session:
         ways = [entry["outcome"] for entry in found.values()]
         counts = {way: ways.count(way) for way in ("passed", "failed", "skipped")}
         counts["not run"] = len([name for name in names if name not in found])
-        troubles = [*self.troubles, *([] if names else ["no test was found"])]
+        troubles = list(self.troubles)
+        if not names:
+            troubles.append("no test was found")
+        elif len(names) == counts["skipped"]:
+            troubles.append("all tests were skipped")
         good = not (counts["failed"] or counts["not run"] or troubles)
         said = ", ".join(f"{count} {way}" for way, count in counts.items() if count or way == "passed")
         return {

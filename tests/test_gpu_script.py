@@ -189,6 +189,9 @@ def test_cuda(): raise RuntimeError("CUDA error: an illegal memory access was en
 """
 
 
+SKIPPED = "import pytest\n@pytest.mark.gpu\ndef test_it(): pytest.skip()\n"
+
+
 def session(folder: Path, text: str, limit: float) -> tuple[int, str, dict[str, Any]]:
     (folder / "test_made_up.py").write_text(text)
     outcomes = folder / "outcomes.json"
@@ -223,9 +226,10 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path: Path) ->
     [
         (f"{MADE_UP}\ndef test_hangs(): time.sleep(600)\n", None, "not all was done within 8 s"),
         ("import nothing_of_this_name\n", [0, 0, 0, 0], "no test was found"),
-        ("import pytest\n@pytest.mark.gpu\ndef test_good(): pass\n", [1, 0, 0, 0], "1 passed in"),
+        (SKIPPED, [0, 0, 1, 0], "all tests were skipped"),
+        (SKIPPED.replace("pytest.skip()", "pass"), [1, 0, 0, 0], "1 passed in"),
     ],
-    ids=["hangs", "is not imported", "good"],
+    ids=["hangs", "is not imported", "are skipped", "are good"],
 )
 def test_tests_that(text: str, numbers: list[int] | None, says: str, tmp_path: Path) -> None:
     started = time.monotonic()
