@@ -1,6 +1,6 @@
 """Speed of training on a GPU: end to end, and of each part alone.
 
-    python bench/torch_gpu.py [--batch 128 256 512 1024] [--images 20000] [--json FILE] [--limit 330]
+    python bench/torch_gpu.py [--batch 256 512 1024 128] [--images 20000] [--json FILE] [--limit 330]
 
 JacintoNet11 at 224x224, from an LMDB of 256x256 JPEG files (quality 95) that it makes. It measures
 
@@ -8,52 +8,44 @@ JacintoNet11 at 224x224, from an LMDB of 256x256 JPEG files (quality 95) that it
     compute         the training's iteration on a batch that is already on the card
     by hand         the same network in torch.nn: eager, as a CUDA graph, and compiled by torch.compile
     feed            batches decoded and copied to the card, with nothing computed
-    end to end      `caffe-torch train`, between the first and the last iterations of its log
+    end to end      `caffe-torch train`, between the third and the last display of its log
 
-and prints a Markdown table. Shares of the matrix product count training as three times the forward pass's
+the most important first: bf16 at the first batch, then other batches, then tf32 and fp32. It prints a
+Markdown table. Shares of the matrix product count training as three times the forward pass's
 multiply-accumulates, two operations each. Shares of the bandwidth count `PASSES` over the outputs of the
-convolutions. What does not fit into --limit seconds is left out, and a line says so.
+convolutions. Memory is what PyTorch has allocated at most; end to end, what the program takes of the card.
+
+After --limit seconds it ends: what does not fit is left out, and named. A row that fails, or hangs, is noted
+with the reason, and the others follow; the exit code is then 1. The JSON file is written anew after each row.
+Rows are measured in one process (bench/parts/gpu_rows.py), and in another one after a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
-import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import cv2
 import lmdb
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
-from torch import nn
 
-from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.common.errors import RunFailed, UserError, run_command
+from caffe_jacinto.common.files import read_text, write_whole
+from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.data.encode import datum_record
-from caffe_jacinto.engines.pytorch.copy_ahead import RawBatch
-from caffe_jacinto.engines.pytorch.distributed import Ranks
-from caffe_jacinto.engines.pytorch.feed import Inputs, default_workers
-from caffe_jacinto.engines.pytorch.gpu_decode import can_decode
-from caffe_jacinto.engines.pytorch.iteration import Iteration
-from caffe_jacinto.engines.pytorch.net import Net
-from caffe_jacinto.engines.pytorch.precision import allow_tf32, autocast
-from caffe_jacinto.engines.pytorch.pruner import TorchPruner
-from caffe_jacinto.engines.pytorch.solvers import solver_class
-from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.solver import TRAIN, SolverFile, read_solver
 
 GIGAMACS = 0.4063
 """JacintoNet11's convolutions and inner product, forward, for one image (docs/complexity.md)."""
@@ -67,14 +59,65 @@ reads them and writes the next input, which is read: 5. Backward, the sums read 
 does the pass that writes the gradient before the batch norm: 5. Two convolutions read that, one also the
 input, and one writes the input's gradient: 4."""
 
-WARM_UP, TIMED = 8, 30
-"""Iterations."""
+WORKER = [sys.executable, str(Path(__file__).resolve().parent / "parts" / "gpu_rows.py")]
 
-GPU = torch.device("cuda", 0)
-WAYS = ("eager", "graph", "compiled")
-"""To run the hand-written loop; compiled: also as a graph."""
+FASTEST = "fastest"
+"""To decode: the way that was fastest in the rows before."""
 
-PROGRAM = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
+START = 90.0
+"""Seconds that a new process may take before its first answer, in addition."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is measured."""
+
+    part: str
+    precision: str
+    batch: int
+    way: str
+    """compute: "both" is also kernel by kernel; feed, end to end: who decodes; by hand: how it runs."""
+
+    seconds: float
+    """That it takes, about. It is not begun where less is left, and stopped after three times as long."""
+
+    @property
+    def name(self) -> str:
+        way = "" if self.part == "compute" else self.way
+        return " ".join(filter(None, (self.part, way, self.precision, str(self.batch))))
+
+
+def plan(batches: Sequence[int], decoders: Sequence[str]) -> list[Row]:
+    """Every row, the most important ones first. ``batches``: the first one is the main one."""
+    main, *others = batches
+
+    def compute(precision: str, batch: int, way: str = "graph") -> Row:
+        return Row("compute", precision, batch, way, {"bf16": 10, "tf32": 12, "fp32": 18}[precision])
+
+    def feed(batch: int, decode: str = FASTEST) -> Row:
+        return Row("feed", "", batch, decode, 7)
+
+    def end_to_end(precision: str, batch: int, decode: str = FASTEST) -> Row:
+        return Row("end to end", precision, batch, decode, {"bf16": 18, "tf32": 20, "fp32": 25}[precision])
+
+    by_hand = [
+        Row("by hand", "bf16", main, way, seconds)
+        for way, seconds in (("eager", 6), ("graph", 6), ("compiled", 40))
+    ]
+    return [
+        compute("bf16", main, "both"),
+        *(feed(main, decode) for decode in decoders),
+        *(end_to_end("bf16", main, decode) for decode in reversed(decoders)),
+        *by_hand,
+        *(compute("bf16", batch) for batch in others),
+        *(end_to_end("bf16", batch) for batch in others),
+        *(compute(precision, main, "both") for precision in ("tf32", "fp32")),
+        *(end_to_end(precision, main) for precision in ("tf32", "fp32")),
+        *(compute("tf32", batch) for batch in others),
+        *(compute("fp32", batch) for batch in others),
+        *(feed(batch) for batch in others),
+        *(end_to_end(precision, batch) for precision in ("tf32", "fp32") for batch in others),
+    ]
 
 
 class Clock:
@@ -82,14 +125,183 @@ class Clock:
 
     def __init__(self, limit: float) -> None:
         self._end = time.monotonic() + limit
-        self.left_out: list[str] = []
 
-    def allows(self, what: str, seconds: float) -> bool:
-        """Whether ``seconds`` more fit; what does not is noted."""
-        fits = time.monotonic() + seconds < self._end
-        if not fits:
-            self.left_out.append(what)
-        return fits
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+class RowFailed(Exception):  # noqa: N818 - a row that failed is what it is
+    """In one line."""
+
+
+class RowStopped(RowFailed):
+    """It took longer than it might."""
+
+
+Ask = Callable[[dict[str, Any], float], dict[str, Any]]
+"""Measures what is asked for, within some seconds; raises `RowFailed`."""
+
+
+class Worker:
+    """The process that measures; a new one after each failure."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        """Start it, in ``folder``."""
+        self._command, self._folder = [*command, "--parent", str(os.getpid())], folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = b""
+        self.start()
+
+    def start(self) -> float:
+        """Start it if it does not run; returns the seconds that it may take to be ready."""
+        if self._process is not None and self._process.poll() is None:
+            return 0
+        self.close()
+        with (self._folder / "worker.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                start_new_session=True,
+            )
+        self._said = b""
+        return START
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The answer to ``request``.
+
+        Raises:
+            RowFailed: there is none: in one line, why. What was running is ended.
+        """
+        try:
+            self.start()
+            assert self._process is not None and self._process.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended: there will be no answer
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+                self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._line(time.monotonic() + seconds, seconds))
+            if "error" in answer:
+                raise RowFailed(answer["error"])
+        except BaseException:
+            self.close()
+            raise
+        return answer
+
+    def _line(self, until: float, seconds: float) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        while b"\n" not in self._said:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise RowStopped(f"stopped after {seconds:.0f} s")
+            more = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not more:
+                code = self._process.wait()
+                raise RowFailed(
+                    f"the process that measures ended, {describe_exit(code)}: {self._last_line()}"
+                )
+            self._said += more
+        line, _, self._said = self._said.partition(b"\n")
+        return line
+
+    def _last_line(self) -> str:
+        lines = (self._folder / "worker.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it said nothing"
+
+    def close(self) -> None:
+        """End it, and all that it started."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        self._process = None
+
+
+class Results:
+    """What was found so far, and its file."""
+
+    def __init__(self, file: Path | None, tests: dict[str, Any] | None) -> None:
+        self._file = file
+        self.tests = tests
+        self.card: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+        self.left_out: list[str] = []
+        self.complete = False
+        """Whether it came to its end."""
+
+        self.write()
+
+    def write(self) -> None:
+        if self._file is None:
+            return
+        content = {
+            "complete": self.complete,
+            "tests": self.tests,
+            "card": self.card,
+            "rows": self.rows,
+            "failed": self.failed,
+            "left out": self.left_out,
+        }
+        write_whole(self._file, json.dumps(content, indent=1) + "\n")
+
+    def add(self, row: Row, figures: dict[str, Any]) -> None:
+        found = {"part": row.part, "precision": row.precision, "batch": row.batch, "way": row.way}
+        self.rows.append({**found, **{name: value for name, value in figures.items() if value}})
+        print(f"{row.name}: {figures['images/s']:,.0f} images/s", flush=True)
+        for note in figures.get("notes", ()):
+            print(f"  {note}", flush=True)
+        self.write()
+
+    def fail(self, name: str, why: str) -> None:
+        self.failed.append({"row": name, "why": why})
+        print(f"{name} FAILED: {why}", flush=True)
+        self.write()
+
+    def leave_out(self, name: str) -> None:
+        self.left_out.append(name)
+        self.write()
+
+
+def measure(rows: Iterable[Row], clock: Clock, ask: Ask, results: Results) -> None:
+    """Measure ``rows`` while there is time; whatever happens to one, the others follow."""
+    for planned in rows:
+        row = planned
+        if row.way == FASTEST:
+            row = replace(row, way=fastest_decoder(results.rows))
+        if clock.left < row.seconds:
+            results.leave_out(row.name)
+            continue
+        most = max(3 * row.seconds, 30)
+        seconds = min(most, clock.left)
+        try:
+            figures = ask(
+                {"part": row.part, "precision": row.precision, "batch": row.batch, "way": row.way}, seconds
+            )
+        except RowFailed as error:
+            if isinstance(error, RowStopped) and seconds < most:
+                results.leave_out(f"{row.name} (begun)")
+            else:
+                results.fail(row.name, str(error))
+        else:
+            results.add(row, figures)
+
+
+def fastest_decoder(rows: Sequence[dict[str, Any]]) -> str:
+    """Who decoded where the program was fastest; feeding alone where that is not known."""
+    for part in ("end to end", "feed"):
+        speeds = {row["way"]: row["images/s"] for row in reversed(rows) if row["part"] == part}
+        if speeds:
+            return str(max(speeds, key=lambda way: speeds[way]))
+    return "cpu"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,269 +310,81 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--limit", type=float, default=330, metavar="SECONDS")
-    parser.add_argument("--by-hand", choices=WAYS, help="only this, at the first batch: prints images/s")
+    parser.add_argument("--tests", type=Path, metavar="FILE", help="what tests/gpu_session.py wrote")
+    parser.add_argument("--rehearse", action="store_true", help="try it on the CPU; the figures say nothing")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        raise UserError("this machine has no GPU that PyTorch can use")
-    torch.backends.cudnn.benchmark = True
-    if arguments.by_hand:
-        print(_network_speed(arguments.by_hand, arguments.batch[0]))
-        return 0
-    clock, rows = Clock(arguments.limit), list[dict[str, Any]]()
-    card = _card()
-    results = arguments.json.resolve() if arguments.json else None
-    with tempfile.TemporaryDirectory() as name:
-        os.chdir(name)
-        print(f"Making {arguments.images:,} images", flush=True)
-        card["jpeg bytes"] = _write_images(Path("lmdb"), arguments.images)
-        decoders = ["cpu"] if can_decode(GPU) else ["cpu", "gpu", "both"]
-        first, *others = arguments.batch
-        rows += _compute(clock, "bf16", first)
-        for decode in decoders:
-            rows += _feed(clock, decode, first)
-        for decode in reversed(decoders):
-            rows += _end_to_end(clock, "bf16", decode, first)
-        rows += _by_hand(clock, "bf16", first)
-        rows += _end_to_end(clock, "bf16", decoders[-1], 2 * first)
-        for batch in others:
-            rows += _compute(clock, "bf16", batch)
-        for precision in ("tf32", "fp32"):
-            rows += _compute(clock, precision, first)
-        rows += _end_to_end(clock, "tf32", decoders[-1], first)
-    _print(card, rows, clock.left_out)
-    if results:
-        results.write_text(json.dumps({"card": card, "rows": rows}, indent=1) + "\n")
-    return 0
+    clock = Clock(arguments.limit)
+    tests = json.loads(read_text(arguments.tests)) if arguments.tests else None
+    results = Results(arguments.json.resolve() if arguments.json else None, tests)
+    signal.signal(signal.SIGTERM, _stop)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        worker = Worker([*WORKER, *(["--rehearse"] if arguments.rehearse else [])], Path(name))
+        try:
+            _measure_all(worker, Path(name), arguments, clock, results)
+        except NoGpu:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            results.fail("the rest", f"{type(error).__name__} {error}".strip())
+        finally:
+            worker.close()
+        results.write()
+        show(results)
+    return 1 if results.failed else 0
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+class NoGpu(UserError):  # noqa: N818 - what is missing
+    """There is nothing to measure on."""
 
 
-def _milliseconds(run: Callable[[], object], times: int = TIMED, warm_up: int = WARM_UP) -> float:
-    for _ in range(warm_up):
-        run()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / times
+def _stop(number: int, frame: object) -> NoReturn:
+    raise RunFailed("it was told to stop (SIGTERM)")
 
 
-def _card() -> dict[str, Any]:
-    """What the card can do at most."""
-    facts: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(GPU),
-        "torch": torch.__version__,
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    for precision in ("bf16", "tf32", "fp32"):
-        allow_tf32(precision)
-        kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        one, other = (torch.randn(8192, 8192, device=GPU, dtype=kind) for _ in range(2))
-        times = 3 if precision == "fp32" else 10
-        facts[f"{precision} TFLOP/s"] = 2 * 8192**3 / _milliseconds(lambda: one @ other, times, 3) / 1e9  # noqa: B023
-    values = torch.randn(2**28, device=GPU)
-    copy = torch.empty_like(values)
-    facts["TB/s"] = 2 * 4 * 2**28 / _milliseconds(lambda: copy.copy_(values)) / 1e9
-    for name, value in facts.items():
+def _measure_all(
+    worker: Worker, folder: Path, arguments: argparse.Namespace, clock: Clock, results: Results
+) -> None:
+    print(f"Making {arguments.images:,} images", flush=True)  # while the worker starts
+    average = write_images(folder / "lmdb", arguments.images)
+    try:
+        results.card = worker.ask({"part": "card"}, min(90, clock.left))
+    except RowFailed as error:
+        if "has no GPU" in str(error):
+            raise NoGpu(str(error)) from None
+        results.fail("the card", str(error))
+    results.card["jpeg bytes"] = average
+    for name, value in results.card.items():
         print(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
-    return facts
+    why = results.card.get("no decoding", "it is not known whether it can")
+    if why:
+        results.leave_out(f"images decoded on the GPU: {why}")
+
+    def ask(request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        return worker.ask(request, min(seconds + worker.start(), clock.left))
+
+    rows = plan(arguments.batch, ["cpu"] if why else ["cpu", "gpu", "both"])
+    measure(rehearsed(rows) if arguments.rehearse else rows, clock, ask, results)
+    results.complete = True
 
 
-def _row(part: str, precision: str, batch: int, speed: float, **more: Any) -> list[dict[str, Any]]:
-    row = {"part": part, "precision": precision, "batch": batch, "images/s": speed, **more}
-    print(
-        " ".join(f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values()),
-        flush=True,
-    )
-    return [row]
-
-
-# ------------------------------------------------------------------------------------------------- the parts
-
-
-class _Ready:
-    """Inputs whose batch is always the same one, on the card."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        inputs.start_at(0)
-        self._batch = [RawBatch(*(part.clone() for part in batch)) for batch in inputs.raw()]
-        self.transformed = inputs.transformed
-        self.shapes = inputs.shapes
-
-    def raw(self) -> list[RawBatch]:
-        return self._batch
-
-
-def _speed(iterate: Iteration, batch: int) -> float:
-    return 1000 * batch / _milliseconds(lambda: iterate(0, 0.01))
-
-
-@contextlib.contextmanager
-def _inputs(solver: SolverFile, workers: int, decode: str) -> Iterator[Inputs]:
-    with Inputs(
-        solver.train_net,
-        TRAIN,
-        "train.prototxt",
-        device=GPU,
-        seed=1,
-        workers=workers,
-        decode=decode,  # type: ignore[arg-type]
-    ) as inputs:
-        yield inputs
-
-
-def _compute(clock: Clock, precision: str, batch: int) -> list[dict[str, Any]]:
-    """The iteration alone, as a graph and kernel by kernel."""
-    what = f"compute {precision} {batch}"
-    if not clock.allows(what, 40 if precision == "fp32" else 25):
-        return []
-    allow_tf32(precision)
-    solver = _stage(batch, 1)
-    with _inputs(solver, 1, "cpu") as inputs:
-        ready = _Ready(inputs)
-    net = Net(
-        solver.train_net, TRAIN, Dialect.BVLC, where="net", seed=1, device=GPU, data_shapes=ready.shapes
-    )
-    optimizer = solver_class(solver.parameters, "")(net.learnables, solver.parameters, capturable=True)
-    pruner, ranks = TorchPruner(net, print), Ranks(torch.device("cpu"))
-    torch.cuda.reset_peak_memory_stats()
-    speeds = [
-        _speed(
-            Iteration(
-                *(net, ready, optimizer, pruner, ranks),  # type: ignore[arg-type]
-                seed=1,
-                passes=1,
-                precision=precision,
-                graph=graph,
-            ),
-            batch,
-        )
-        for graph in (True, False)
-    ]
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.empty_cache()
-    return _row("compute", precision, batch, speeds[0], GiB=memory, eager=speeds[1])
-
-
-def _by_hand(clock: Clock, precision: str, batch: int) -> list[dict[str, Any]]:
-    """The same network as one writes it in torch.nn, each way in a process of its own."""
-    rows: list[dict[str, Any]] = []
-    for way in WAYS:
-        if clock.allows(f"by hand {way}", 35 if way == "compiled" else 15):
-            command = [sys.executable, __file__, "--by-hand", way, "--batch", str(batch)]
-            rows += _row(f"by hand, {way}", precision, batch, float(_said(command).split()[-1]))
-    return rows
-
-
-def _said(command: list[str]) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode != 0:
-        raise RunFailed(f"{' '.join(command)} failed: {ran.stderr[-800:]}")
-    return ran.stdout
-
-
-def _network_speed(way: str, batch: int) -> float:
-    """Images per second of the hand-written loop in bf16."""
-    net = _network()
-    optimizer = torch.optim.SGD(
-        net.parameters(), torch.tensor(0.01, device=GPU), 0.9, weight_decay=1e-4, fused=True
-    )
-    images = torch.randint(0, 255, (batch, 3, 224, 224), device=GPU, dtype=torch.uint8)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch,), device=GPU)
-    forward: Any = torch.compile(net) if way == "compiled" else net
-
-    def iterate() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(GPU, "bf16"):
-            loss = F.cross_entropy(forward(images.float() - 128), labels)
-        loss.backward()
-        optimizer.step()
-
-    if way == "eager":
-        return 1000 * batch / _milliseconds(iterate)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(4):
-            iterate()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        iterate()
-    return 1000 * batch / _milliseconds(graph.replay)
-
-
-def _network() -> nn.Module:
-    def convolution(
-        inputs: int, outputs: int, kernel: int, stride: int = 1, group: int = 1
-    ) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=group),
-            nn.BatchNorm2d(outputs, eps=1e-4, momentum=0.01),
-            nn.ReLU(inplace=True),
-        ]
-
-    layers, inputs = [*convolution(3, 32, 5, 2), *convolution(32, 32, 3, group=4)], 32
-    for outputs in (64, 128, 256, 512):
-        layers += [nn.MaxPool2d(2, 2), *convolution(inputs, outputs, 3)]
-        layers += convolution(outputs, outputs, 3, group=4)
-        inputs = outputs
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
-    return net.to(GPU).to(memory_format=torch.channels_last)
-
-
-def _feed(clock: Clock, decode: str, batch: int) -> list[dict[str, Any]]:
-    """Decoding and copying alone."""
-    if not clock.allows(f"feed {decode}", 10):
-        return []
-    with _inputs(_stage(batch, 1), default_workers(GPU), decode) as inputs:
-        inputs.start_at(0)
-        for _ in range(2 * default_workers(GPU) + 5):
-            inputs.raw()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(60):
-            inputs.raw()
-        torch.cuda.synchronize()
-        return _row(f"feed, decoded by {decode}", "", batch, 60 * batch / (time.perf_counter() - started))
-
-
-def _end_to_end(clock: Clock, precision: str, decode: str, batch: int) -> list[dict[str, Any]]:
-    """The program that users run."""
-    if not clock.allows(f"end to end {precision} {decode} {batch}", 30):
-        return []
-    iterations = max(300, 160_000 // batch)
-    _stage(batch, iterations)
-    command = [*PROGRAM, "train", "-solver", "net/solver.prototxt", "-gpu", "0"]
-    ran = subprocess.run(
-        [*command, "-precision", precision, "-decode", decode],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-    )
-    times = re.findall(r"(\d\d:\d\d:\d\d\.\d{6}) .*\] Iteration (\d+) \(", ran.stderr)
-    if ran.returncode != 0 or len(times) < 4:
-        raise RunFailed(f"{' '.join(command)} failed: {ran.stderr[-800:]}")
-    (first, begin), (last, end) = times[2], times[-1]
-    spent = datetime.strptime(last, "%H:%M:%S.%f") - datetime.strptime(first, "%H:%M:%S.%f")
-    speed = batch * (int(end) - int(begin)) / spent.total_seconds()
-    return _row(f"end to end, decoded by {decode}", precision, batch, speed)
+def rehearsed(rows: Sequence[Row]) -> list[Row]:
+    """One of each kind that a CPU can do."""
+    kinds = {
+        (row.part, row.precision): replace(row, seconds=60)
+        for row in reversed(rows)
+        if row.precision != "tf32" and row.way not in ("graph", "compiled")
+    }
+    return list(kinds.values())
 
 
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def _write_images(folder: Path, count: int) -> int:
+def write_images(folder: Path, count: int) -> int:
     """An LMDB of smooth random pictures with some noise; returns their average size in bytes."""
     size = 0
     with (
         ProcessPoolExecutor() as pool,
-        lmdb.open(str(folder), map_size=1 << 36) as environment,
+        lmdb.open(str(folder), map_size=1 << 36, sync=False) as environment,
         environment.begin(write=True) as records,
     ):
         for number, record in enumerate(pool.map(_picture, range(count), chunksize=64)):
@@ -378,64 +402,65 @@ def _picture(number: int) -> bytes:
     return datum_record(content, number % 1000)
 
 
-def _stage(batch: int, iterations: int) -> SolverFile:
-    arguments = [
-        "--dialect",
-        "bvlc",
-        "--cpu",
-        "--output",
-        "net",
-        "--batch-size",
-        str(batch),
-        "--iter-size",
-        "1",
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = build_net([*arguments, "--train-lmdb", "lmdb", "--val-lmdb", "lmdb"])
-    if code != 0:
-        raise RunFailed("build_net failed")
-    path = Path("net/solver.prototxt")
-    text = path.read_text()
-    changes = {"max_iter": iterations, "display": max(iterations // 12, 1), "base_lr": 0.01, "snapshot": 0}
-    for field, value in {**changes, "test_interval": 10**6}.items():
-        text = re.sub(rf"^{field}: .*$", f"{field}: {value}", text, flags=re.MULTILINE)
-    text = text.replace("test_initialization: true", "test_initialization: false")
-    path.write_text(text.replace("snapshot_after_train: true", "snapshot_after_train: false"))
-    return read_solver(path, Dialect.BVLC)
-
-
 # ------------------------------------------------------------------------------------------------ the tables
 
 
-def _print(card: dict[str, Any], rows: list[dict[str, Any]], left_out: list[str]) -> None:
-    print(f"\n{card['card']}, {card['cores']} cores, PyTorch {card['torch']}.")
-    print(f"The JPEG files have {card['jpeg bytes']:,} bytes on average.")
-    print(
-        f"Matrix product: bf16 {card['bf16 TFLOP/s']:.0f}, tf32 {card['tf32 TFLOP/s']:.0f}, fp32"
-        f" {card['fp32 TFLOP/s']:.0f} TFLOP/s. Copy: {card['TB/s']:.2f} TB/s.\n"
-    )
-    print("| part | precision | batch | images/s | of the matrix product | of the bandwidth | memory |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        peak = bandwidth = memory = ""
-        if row["precision"]:
-            share = 6 * GIGAMACS * row["images/s"] / 1000 / card[f"{row['precision']} TFLOP/s"]
-            size = 2 if row["precision"] == "bf16" else 4
-            peak = f"{share:.1%}"
-            bandwidth = f"{PASSES * OUTPUTS * size * row['images/s'] / 1e12 / card['TB/s']:.0%}"
-        if "GiB" in row:
-            memory = f"{row['GiB']:.1f} GiB"
+def show(results: Results) -> None:
+    """The card, the tests, the table, and what is not in it."""
+    card = results.card
+    if "card" in card:
+        print(f"\n{card['card']}, {card['cores']} cores, PyTorch {card['torch']}.")
         print(
-            f"| {row['part']} | {row['precision']} | {row['batch']:,} | {row['images/s']:,.0f} | {peak} |"
-            f" {bandwidth} | {memory} |"
+            f"Matrix product: bf16 {card['bf16 TFLOP/s']:.0f}, tf32 {card['tf32 TFLOP/s']:.0f}, fp32"
+            f" {card['fp32 TFLOP/s']:.0f} TFLOP/s. Copy: {card['TB/s']:.2f} TB/s."
         )
-        if "eager" in row:
-            print(
-                f"| compute, -graph false | {row['precision']} | {row['batch']:,} |"
-                f" {row['eager']:,.0f} | | | |"
-            )
-    for what in left_out:
-        print(f"\nLeft out for lack of time: {what}")
+    if "jpeg bytes" in card:
+        print(f"The JPEG files have {card['jpeg bytes']:,} bytes on average.")
+    if results.tests is not None:
+        print(f"Tests: {results.tests['summary']}.")
+    print("\n| part | precision | batch | images/s | of the matrix product | of the bandwidth | memory |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for row in results.rows:
+        for line in table_lines(row, card):
+            print(line)
+    for failed in results.failed:
+        print(f"\nFailed: {failed['row']}: {failed['why']}")
+    for what in results.left_out:
+        print(f"\nLeft out{'' if ': ' in what else ' for lack of time'}: {what}")
+    sys.stdout.flush()
+
+
+def table_lines(row: dict[str, Any], card: dict[str, Any]) -> list[str]:
+    """A row of the table, and one more where it was also measured kernel by kernel."""
+    part = {
+        "feed": f"feed, decoded by {row['way']}",
+        "end to end": f"end to end, decoded by {row['way']}",
+        "by hand": f"by hand, {row['way']}",
+    }.get(row["part"], row["part"])
+    speeds = [(part, row["images/s"], _memory(row))]
+    if "eager" in row:
+        speeds.append((f"{part}, -graph false", row["eager"], ""))
+    lines = []
+    for name, speed, memory in speeds:
+        peak, bandwidth = _shares(row["precision"], speed, card)
+        cells = (name, row["precision"], f"{row['batch']:,}", f"{speed:,.0f}", peak, bandwidth, memory)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _shares(precision: str, speed: float, card: dict[str, Any]) -> tuple[str, str]:
+    """Of the matrix product and of the bandwidth."""
+    if f"{precision} TFLOP/s" not in card:
+        return "", ""
+    share = 6 * GIGAMACS * speed / 1000 / card[f"{precision} TFLOP/s"]
+    size = 2 if precision == "bf16" else 4
+    return f"{share:.1%}", f"{PASSES * OUTPUTS * size * speed / 1e12 / card['TB/s']:.0%}"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    if "GiB" in row:
+        return f"{row['GiB']:.1f} GiB"
+    return f"{row['GiB of the card']:.1f} GiB in all" if "GiB of the card" in row else ""
 
 
 if __name__ == "__main__":
