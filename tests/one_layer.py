@@ -113,6 +113,19 @@ ONE_LAYER: dict[str, str] = {
 """Each kind of layer, as it is tested: all but its name and, for most, its top."""
 
 
+CHAIN = """layer { name: "conv" type: "Convolution" bottom: "images" top: "conv" convolution_param {
+    num_output: 32 kernel_size: 5 stride: 2 pad: 2 weight_filler { type: "msra" }
+    bias_filler { type: "gaussian" } } }
+layer { name: "norm" type: "BatchNorm" bottom: "conv" top: "conv" NORM }
+SCALE
+layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
+layer { name: "pool" type: "Pooling" bottom: "conv" top: "pool"
+    pooling_param { pool: MAX kernel_size: 2 stride: 2 } }
+"""
+SCALE = """layer { name: "scale" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true
+    filler { type: "gaussian" mean: 1 std: 0.2 } bias_filler { type: "gaussian" } } }"""
+
+
 def inputs_text(**shapes: tuple[int, ...]) -> str:
     return "".join(
         f'layer {{ name: "{name}" type: "Input" top: "{name}" input_param {{ shape {{'
@@ -133,6 +146,17 @@ def text_of(kind: str) -> str:
     read = {name: shape for name, shape in SHAPES.items() if f'bottom: "{name}"' in ONE_LAYER[kind]}
     top = "" if kind == "Silence" else 'top: "top"'
     return f'force_backward: true\n{inputs_text(**read)}layer {{ name: "tested" {ONE_LAYER[kind]} {top} }}\n'
+
+
+def chain(dialect: Dialect) -> str:
+    """The layers of a convolution, which run as one; from the input ``images``."""
+    if dialect is Dialect.BVLC:
+        return CHAIN.replace("NORM", "batch_norm_param { moving_average_fraction: 0.9 }").replace(
+            "SCALE", SCALE
+        )
+    norm = """batch_norm_param { moving_average_fraction: 0.9 scale_bias: true
+        scale_filler { type: "gaussian" mean: 1 std: 0.2 } bias_filler { type: "gaussian" } }"""
+    return CHAIN.replace("NORM", norm).replace("SCALE", "")
 
 
 def net_on(device: torch.device, text: str, dialect: Dialect = Dialect.BVLC) -> Net:

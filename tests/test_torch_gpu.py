@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from image_records import MEAN, datum_of, encoded, write_lmdb
-from one_layer import CLASSES, ONE_LAYER, drawn, inputs_text, net_on, one_pass, text_of, write_teacher
+from one_layer import CLASSES, ONE_LAYER, chain, drawn, inputs_text, net_on, one_pass, text_of, write_teacher
 from small_stage import RIGL, sparse_settings
 
 from caffe_jacinto.caffemodel.storage import read_weights
@@ -93,19 +93,6 @@ def exact() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-CHAIN = """layer { name: "conv" type: "Convolution" bottom: "images" top: "conv" convolution_param {
-    num_output: 32 kernel_size: 5 stride: 2 pad: 2 weight_filler { type: "msra" }
-    bias_filler { type: "gaussian" } } }
-layer { name: "norm" type: "BatchNorm" bottom: "conv" top: "conv" NORM }
-SCALE
-layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
-layer { name: "pool" type: "Pooling" bottom: "conv" top: "pool"
-    pooling_param { pool: MAX kernel_size: 2 stride: 2 } }
-"""
-SCALE = """layer { name: "scale" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true
-    filler { type: "gaussian" mean: 1 std: 0.2 } bias_filler { type: "gaussian" } } }"""
-
-
 def pair(text: str, dialect: Dialect = Dialect.BVLC) -> tuple[Net, Net]:
     """The same net on the CPU and on the GPU."""
     return net_on(torch.device("cpu"), text, dialect), net_on(GPU, text, dialect)
@@ -127,16 +114,6 @@ def test_each_layer_is_the_cpus(kind: str, tmp_path: Path, monkeypatch: pytest.M
     cpu, gpu = pair(text_of(kind))
     values = drawn(cpu)
     assert_close(one_pass(gpu, values), one_pass(cpu, values), TOLERANCE)
-
-
-def chain(dialect: Dialect) -> str:
-    if dialect is Dialect.BVLC:
-        return CHAIN.replace("NORM", "batch_norm_param { moving_average_fraction: 0.9 }").replace(
-            "SCALE", SCALE
-        )
-    norm = """batch_norm_param { moving_average_fraction: 0.9 scale_bias: true
-        scale_filler { type: "gaussian" mean: 1 std: 0.2 } bias_filler { type: "gaussian" } }"""
-    return CHAIN.replace("NORM", norm).replace("SCALE", "")
 
 
 @pytest.mark.parametrize("dialect", Dialect)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from no_reads import Waited, nothing_is_read
+from one_layer import ONE_LAYER, chain, drawn, inputs_text, text_of, write_teacher
 from small_stage import SmallStage, write_digits
-from test_torch_gpu import CLASSES, IMAGES, ONE_LAYER, chain, drawn, inputs_text
 from torch import Tensor
 
 from caffe_jacinto.common.processes import StopRequests
@@ -100,20 +100,13 @@ def passes(text: str, dialect: Dialect = Dialect.BVLC, precision: str = "fp32") 
 
 
 def layer_text(kind: str) -> str:
-    shapes = {
-        **{"images": IMAGES, "part": (*IMAGES[:2], 7, 5), "factors": IMAGES[:2]},
-        **{"rows": (4, CLASSES), "others": (4, CLASSES), "positive": (4, CLASSES)},
-        **{"series": (6, 4, 7), "goes_on": (6, 4), "cells": (1, 4, 3), "sums": (1, 4, 12), "on": (1, 4)},
-        **{"label": (4,), "numbers": (4,), "matrix": (CLASSES, CLASSES)},
-    }
-    layer = ONE_LAYER[kind].replace("dropout_ratio: 0", "dropout_ratio: 0.3")
-    read = {name: shape for name, shape in shapes.items() if f'bottom: "{name}"' in layer}
-    top = "" if kind == "Silence" else 'top: "top"'
-    return f'force_backward: true\n{inputs_text(**read)}layer {{ name: "tested" {layer} {top} }}\n'
+    return text_of(kind).replace("dropout_ratio: 0", "dropout_ratio: 0.3")
 
 
 @pytest.mark.parametrize("kind", sorted(ONE_LAYER.keys() - {"Filter"}))
-def test_no_layer_waits(kind: str) -> None:
+def test_no_layer_waits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_teacher(tmp_path)
     passes(layer_text(kind))
 
 
