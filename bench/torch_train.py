@@ -9,7 +9,8 @@ last iterations. The hand-written loop is the same network in torch.nn, channels
 already in memory; it shows what PyTorch itself can reach. The share of the peak counts training as three
 times the forward pass's multiply-accumulates; the peak is that of a large matrix product. Rounds of all
 programs are interleaved, and speeds and ratios are medians over the rounds, so that other work on the machine
-affects all of them. Prints a Markdown table per batch size; the exit code is 1 if a limit is broken.
+affects all of them. Prints a Markdown table per batch size; the exit code is 1 if a limit is broken. They are
+limits at 224x224.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LIMITS = {"fp32": 2.6, "bf16": 4.5}
 """Least speed at 224x224, as a multiple of stock Caffe's."""
 
 LOOP_LIMIT = 1.05
-"""Least speed, as a fraction of the hand-written loop's."""
+"""Least speed at 224x224, as a fraction of the hand-written loop's."""
 
 TORCH = [sys.executable, "-m", "caffe_jacinto.engines.pytorch"]
 HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
@@ -143,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     limits = ", ".join(f"{precision} {limit} times" for precision, limit in LIMITS.items())
     missing = "" if HAS_BF16 else " (bf16 not required: this processor has no bf16 instructions)"
-    print(f"limits: {limits} stock Caffe at 224x224{missing}; {LOOP_LIMIT:.0%} of the hand-written loop")
+    print(f"limits at 224x224: {limits} stock Caffe{missing}; {LOOP_LIMIT:.0%} of the hand-written loop")
     return 0 if all(kept) else 1
 
 
@@ -191,8 +192,8 @@ def _bench(caffe: Path, case: Case, batch: int, images: int, rounds: int, agains
             f"| `caffe-torch`, {precision} | {speed:.1f} | {times:.2f} | {of_loop:.1%} ({loop:.1f}) |"
             f" {3 * case.gigamacs * speed / peak:.0%} of {peak:.0f} GigaMACs/s |{other}"
         )
-        kept &= of_loop >= LOOP_LIMIT
         if case is PUBLISHED:
+            kept &= of_loop >= LOOP_LIMIT
             kept &= times >= limit or (precision == "bf16" and not HAS_BF16)
     print()
     return kept

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         if sweeps:
             from caffe_jacinto.runs.sweep import Request, start_sweep
 
-            request = Request(options.sweep or (), options.max_loss)
+            request = Request(tuple(dict.fromkeys(options.sweep or ())), options.max_loss)
             return start_sweep(options.recipe, overrides, wanted, request)
         return start(options.recipe, overrides, wanted)
     if overrides or options.output or options.dry_run or options.dialect or options.precision:
@@ -166,6 +166,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--sweep",
         type=sweep_targets,
+        action="extend",
         metavar="target=0.5,0.8",
         help="train the stages before pruning once, and the others for each of these sparsities",
     )

@@ -15,7 +15,7 @@ from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TRAIN, Net
 from caffe_jacinto.engines.pytorch.snapshot import save_weights
-from caffe_jacinto.engines.pytorch.train import check_stages
+from caffe_jacinto.engines.pytorch.stage_check import check_stages
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net

@@ -78,9 +78,10 @@ def test_targets_that_differ_late_have_runs_of_their_own(
     monkeypatch.chdir(tmp_path)
     arguments = tiny(recipe_of(tmp_path, *STAGES), STAGES)
     stage = ["--set", "stages.sparse.start=initial", "--output", "sweep", "--engine", "torch", "--dry-run"]
-    assert main([*arguments, *stage, "--sweep", "target=0.1234567,0.1234568", "--max-loss", "1"]) == 0
+    targets = ["--sweep", "target=0.1234567,0.1234568", "--sweep", "target=0.1234568,0.5"]
+    assert main([*arguments, *stage, *targets, "--max-loss", "1"]) == 0
     said = capsys.readouterr().out
-    assert "target_0.1234567: " in said and "target_0.1234568: " in said
+    assert re.findall(r"target_(\S+): ", said) == ["0.1234567", "0.1234568", "0.5"]
     assert "then the search for the sparsest network that loses at most 1 point\n" in said
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from caffe_jacinto.engines.pytorch import cpu_kernels, native
+from caffe_jacinto.engines.pytorch import convolutions, cpu_kernels, native
 from caffe_jacinto.engines.pytorch.batch_norm import NormSettings
 from caffe_jacinto.engines.pytorch.choices import Choices
 from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry, Way
@@ -306,6 +306,28 @@ def test_convolutions_are_measured_only_where_pytorch_may_choose(
     torch.testing.assert_close(made, F.conv2d(images, weights, padding=1), rtol=1e-4, atol=1e-3)
     (way,) = json.loads((tmp_path / "choices.json").read_text()).values()
     assert way in ("_direct", "_unfolded")
+
+
+@pytest.mark.parametrize(("direct", "chosen"), [(1.0, "_direct"), (4.0, "_in_blocks")])
+def test_a_way_that_does_not_fit_into_the_memory_is_not_taken(
+    direct: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; its measuring is replaced here."""
+    convolution, emptied = Convolution(Geometry((1, 1), (1, 1), (1, 1), 4)), []
+
+    def milliseconds(way: Way, *arguments: object) -> float:
+        if way.__name__ == "_dense":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"_direct": direct, "_in_blocks": 3.0}[way.__name__]
+
+    monkeypatch.setattr(convolutions, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    ways = [convolution._direct, convolution._dense, convolution._in_blocks]
+    images, weights = torch.randn(1, 4, 2, 2), torch.randn(4, 1, 3, 3)
+    assert convolution._fastest_on_gpu(ways, images, weights, None).__name__ == chosen
+    assert len(emptied) == 1
+    with pytest.raises(torch.OutOfMemoryError):  # without PyTorch's own way there is none
+        convolution._fastest_on_gpu([convolution._dense], images, weights, None)
 
 
 @given(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from deploy_nets import built, write_random
 from digits_run import Trainer, recipe_of, tiny, write_lmdbs
 from hypothesis import given
@@ -26,6 +27,7 @@ from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.engines.contract import Engine, add_quantization_arguments, quantization_settings
+from caffe_jacinto.engines.pytorch import quantized
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.engine import TorchEngine, describe_torch
@@ -405,6 +407,38 @@ def test_in_16_bits_gradients_and_statistics_are_those_of_float32(
         # A bias before a batch norm has no gradient but rounding.
         if not (layer in ("conv1", "conv2") and index == 1):
             assert float(apart) <= 0.005 * float(want.tensor.grad.norm()), where
+
+
+def test_sums_are_exact_where_convolutions_of_float32_are_not(
+    digits: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Winograd's and the FFT's algorithm round on a GPU; a stand-in for them computes on the CPU."""
+    stage, given = SmallStage(tmp_path / "stage", digits), batch_of(digits)
+    convolve, results = F.conv2d, []
+
+    def rounding(images: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        made = convolve(images, *arguments)
+        return made if images.dtype == torch.float64 else made + made.detach().abs().amax() * 1e-3
+
+    for on_gpu in (False, True):
+        net = train_net(stage)
+        load_weights(net, start)
+        training = training_of(net, SCHEMES["processor"])
+        training.calibrate(given)
+        training.choose()
+        training.begin(0)
+        if on_gpu:
+            monkeypatch.setattr(quantized, "_may_round", lambda numbers: True)
+            monkeypatch.setattr(F, "conv2d", rounding)
+        loss = training(given).loss
+        loss.backward()
+        gradients = {name: blob.grad for name, blob in net.named_parameters() if blob.grad is not None}
+        results.append((loss.detach(), gradients))
+        with torch.no_grad():
+            assert torch.equal(training(given).loss, loss)
+    assert torch.equal(results[0][0], results[1][0])
+    assert len(results[0][1]) > 5
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
 
 
 def train_net(stage: SmallStage, *, frozen: bool = False) -> Net:

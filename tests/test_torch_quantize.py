@@ -35,7 +35,7 @@ from caffe_jacinto.data.datum import datum_pixels, parse_datum
 from caffe_jacinto.data.lmdb_reader import LmdbReader
 from caffe_jacinto.engines.contract import Engine
 from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
-from caffe_jacinto.engines.pytorch.train import check_stages
+from caffe_jacinto.engines.pytorch.stage_check import check_stages
 from caffe_jacinto.export.merge_bn import merge_bn
 from caffe_jacinto.export.onnx import NEWEST_OPSET, OPSET
 from caffe_jacinto.export.quantized import quantized_files

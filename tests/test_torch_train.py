@@ -16,14 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_stage import LAYERS, RIGL, SmallStage, sparse_settings, write_digits
 
 from caffe_jacinto.caffemodel.convert import convert
 from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import FAILED
 from caffe_jacinto.engines.contract import settings_as_flags
 from caffe_jacinto.engines.discovery import find_engine
+from caffe_jacinto.engines.pytorch import memory
+from caffe_jacinto.engines.pytorch.__main__ import main as caffe_torch
+from caffe_jacinto.engines.pytorch.iteration import Iteration
 from caffe_jacinto.engines.pytorch.snapshot import read_place
-from caffe_jacinto.engines.pytorch.train import check_stages
+from caffe_jacinto.engines.pytorch.stage_check import check_stages
 from caffe_jacinto.engines.snapshots import complete_snapshots, final_is_complete
 from caffe_jacinto.logs.discover import find_runs
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -493,6 +498,47 @@ def test_two_ranks_are_one_with_twice_the_passes(
         assert 0.5 < (ours["conv2"][0] == 0).mean() < 0.61
 
 
+FAULTY = """import os, sys
+from caffe_jacinto.engines.pytorch import distributed, pruner
+from caffe_jacinto.engines.pytorch.__main__ import script
+
+distributed.PROGRAM = "faulty"
+right = pruner.TorchPruner.after_update
+
+def after_update(self, iteration):
+    if iteration == 8 and os.environ.get("RANK") == "1":
+        weights = self.read("conv2").copy()
+        weights.flat[abs(weights).argmax()] = 0
+        self.write("conv2", weights)
+    return right(self, iteration)
+
+pruner.TorchPruner.after_update = after_update
+sys.exit(script())
+"""
+"""`caffe-torch` with a second rank in whose memory a weight turns to zero."""
+
+
+@pytest.mark.parametrize("method", ["magnitude", "soft"])
+def test_ranks_whose_zeros_differ_end_with_one_line(method: str, digits: Path, tmp_path: Path) -> None:
+    stage = SmallStage(tmp_path, digits)
+    stage.solver(snapshot=5)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    command = [sys.executable, "-m", "faulty", *PROGRAM[3:], "-cpu_ranks", "2"]
+    ran = subprocess.run(
+        [*command, *settings_as_flags(sparse_settings(method=method))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == FAILED
+    *log, last = ran.stderr.splitlines()
+    says = "Iteration 8: the ranks have different zeros in layer conv2; resume from the last snapshot"
+    assert re.fullmatch(rf"F\d{{8}} .*\] {says}", last)
+    assert not [line for line in log if re.match(r"[FEW]\d{8} |Traceback", line) or "Warning" in line]
+    assert complete_snapshots(tmp_path / "small", Dialect.BVLC)
+
+
 def test_the_fastest_precision_is_taken_and_remembered(digits: Path, tmp_path: Path) -> None:
     stage = SmallStage(tmp_path, digits)
     stage.solver(max_iter=4, snapshot=2, test_interval=10)
@@ -507,6 +553,41 @@ def test_the_fastest_precision_is_taken_and_remembered(digits: Path, tmp_path: P
     one, other = (read_place(stage.folder / f"small_iter_{at}.solverstate") for at in (2, 4))
     assert one is not None and other is not None
     assert one.precision == other.precision == found[1]
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "bf16", None])
+def test_the_batch_that_fits_is_that_of_the_chosen_precision(
+    chosen: str | None,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A GPU's memory runs out in the first iteration, or while the precision is chosen; a stand-in for it."""
+    SmallStage(tmp_path, digits).solver()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fastest(*arguments: object) -> tuple[str, str]:
+        if chosen is None:
+            raise torch.OutOfMemoryError("a pass fits into the memory in no precision")
+        return chosen, f"Computing in {chosen}"
+
+    def too_small(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def largest_batch(solver: object, shapes: object, device: object, precision: str) -> int:
+        asked.append(precision)
+        return 24
+
+    monkeypatch.setattr("caffe_jacinto.engines.pytorch.stage.fastest", fastest)
+    monkeypatch.setattr(Iteration, "__call__", too_small)
+    monkeypatch.setattr(memory, "largest_batch", largest_batch)
+    with pytest.raises(SystemExit) as ended:
+        caffe_torch(["train", "-solver", "solver.prototxt", "-precision", "auto"])
+    assert ended.value.code == FAILED
+    assert "memory is too small: a batch_size of 24 should fit" in capfd.readouterr().err
+    assert asked == [chosen or "bf16"]
 
 
 def test_two_ranks_exchange_gradients_once_for_several_passes(digits: Path, tmp_path: Path) -> None:
@@ -655,6 +736,13 @@ def test_bad_solvers_are_one_line(
     assert ran.returncode == 2
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_loss_that_is_no_number_is_one_line_of_two_ranks(digits: Path, tmp_path: Path) -> None:
+    SmallStage(tmp_path, digits).solver(base_lr=1e30, display=1)
+    ran = subprocess.run([*PROGRAM, "-cpu_ranks", "2"], cwd=tmp_path, capture_output=True, check=False)
+    assert ran.returncode == FAILED
+    assert ran.stderr.count(b"the loss is not a number") == 1
 
 
 def test_a_loss_that_is_no_number_ends_the_training(digits: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _act(options: Options) -> int:
 
 def _check(options: Options) -> int:
     """Read stages' prototxts as JSON, and print what training would refuse in them, as JSON."""
-    from caffe_jacinto.engines.pytorch.train import check_stages
+    from caffe_jacinto.engines.pytorch.stage_check import check_stages
 
     content = json.load(sys.stdin)
     images = {path: tuple(shape) for path, shape in content["images"].items()}

@@ -11,7 +11,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -86,6 +87,10 @@ def device_of_rank(gpus: Sequence[int], options: Options) -> torch.device:
     return device
 
 
+class FoundByAll(RunFailed):
+    """What all ranks have found together: the first one reports it."""
+
+
 class Ranks:
     """This process among those that train or test together; alone, all of it does nothing."""
 
@@ -112,34 +117,29 @@ class Ranks:
         """``net``, whose gradients are averaged over the ranks while they are computed."""
         if self.size == 1:
             return net
-        return DistributedDataParallel(
-            net,
-            broadcast_buffers=False,  # batch-norm statistics stay those of each rank
-            gradient_as_bucket_view=True,
-            find_unused_parameters=net.has_unused_weights(),
-        )
+        with warnings.catch_warnings():
+            # PyTorch 2.13 recommends another argument, which copies the first rank's statistics here.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                net,
+                broadcast_buffers=False,  # batch-norm statistics stay those of each rank
+                gradient_as_bucket_view=True,
+                find_unused_parameters=net.has_unused_weights(),
+            )
 
     def no_exchange(self, net: Trained | DistributedDataParallel) -> AbstractContextManager[None]:
         """A context in which backward passes add to the gradients of this rank only."""
         return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 
-    def check_equal(self, number: int, what: str) -> None:
-        """Compare a number of all ranks.
-
-        Raises:
-            RunFailed: they differ; the message says in ``what``.
-        """
-        lowest = -self.largest(-number)
-        if lowest != self.largest(number):
-            raise RunFailed(f"the ranks have different {what}: resume from the last snapshot")
-
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        if self.size == 1:
-            return number
-        shared = torch.tensor([number], dtype=torch.int64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._control)
-        return int(shared[0])
+    def different(self, numbers: Mapping[str, int]) -> list[str]:
+        """The names whose numbers are not the same on all ranks; all of them have the same names."""
+        if self.size == 1 or not numbers:
+            return []
+        own = torch.tensor([*numbers.values()], dtype=torch.int64)
+        limits = torch.stack([own, -own])
+        dist.all_reduce(limits, op=dist.ReduceOp.MAX, group=self._control)
+        differ = (limits[0] != -limits[1]).tolist()
+        return [name for name, differs in zip(numbers, differ, strict=True) if differs]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Set each tensor to its mean over the ranks, in one exchange."""
@@ -263,6 +263,8 @@ def open_log(
     try:
         yield log
     except UserError as error:
+        if isinstance(error, FoundByAll) and not ranks.first:
+            _let_first_report()
         log.fatal(_here() + str(error))
         raise SystemExit(exit_code(error)) from None
     except torch.OutOfMemoryError as error:
@@ -320,7 +322,13 @@ def launcher() -> int:
 
 
 _FIRST_REPORTS_SECONDS = 10
-"""For the first rank of a machine to report a mistake that all of its ranks find."""
+"""For the first rank, or that of a machine, to report a mistake that all of them find."""
+
+
+def _let_first_report() -> None:
+    """Wait to be ended with the rank that reports."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
+    time.sleep(_FIRST_REPORTS_SECONDS)
 
 
 def report_of_rank(error: Exception) -> NoReturn:
@@ -331,8 +339,7 @@ def report_of_rank(error: Exception) -> NoReturn:
     """
     if isinstance(error, UserError) and not isinstance(error, RunFailed):
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
-            time.sleep(_FIRST_REPORTS_SECONDS)
+            _let_first_report()
         raise UserErrors([_here() + line for line in error.lines()]) from None
     raise error
 

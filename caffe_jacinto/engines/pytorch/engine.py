@@ -121,7 +121,7 @@ class TorchEngine:
         return DevicePlan(gpus, iter_size, None)
 
     def check(self, stages: Mapping[str, StageFiles], image_shapes: Mapping[str, ImageShape]) -> list[str]:
-        """As `train.check_stages` finds, in a process of its own: this one does not import PyTorch."""
+        """As `stage_check.check_stages` finds, in a process of its own: this one does not import PyTorch."""
         command = [str(self.info.executable), "-m", PROGRAM, "check", "-dialect", self.info.dialect.value]
         content = {
             "stages": {name: dict(files) for name, files in stages.items()},

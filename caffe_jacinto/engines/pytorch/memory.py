@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import torch
 
+from caffe_jacinto.engines.pytorch.engine import Options
+from caffe_jacinto.engines.pytorch.feed import Inputs
 from caffe_jacinto.engines.pytorch.layer_setup import Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.precision import autocast
@@ -22,6 +24,16 @@ _KEPT_FREE = 0.06
 _MEASURED_SHARE = 1 / 32
 """Passes are measured up to this share of the memory: in small ones, what does not grow with the batch hides
 what does."""
+
+
+def batch_that_fits(solver: SolverFile, device: torch.device, options: Options) -> int | None:
+    """The largest batch that the training should fit with; see `largest_batch`."""
+    # Still "auto": the memory was too small to choose in; then bf16 is what is taken where it is just enough.
+    precision = "bf16" if options.precision == "auto" else options.precision
+    with Inputs(
+        solver.train_net, TRAIN, str(solver.train_file), device=torch.device("cpu"), seed=0, workers=1
+    ) as inputs:
+        return largest_batch(solver, inputs.shapes, device, precision)
 
 
 def largest_batch(

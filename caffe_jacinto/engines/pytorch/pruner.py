@@ -90,9 +90,15 @@ class TorchPruner(Pruner):
             with torch.no_grad():
                 torch._foreach_mul_([gradient for gradient, _ in moved], [mask for _, mask in moved])
 
-    def checksum(self) -> int:
-        """A number that differs, with near certainty, between other masks."""
-        return zlib.crc32(b"".join(np.packbits(mask != 0).tobytes() for mask in self.masks.values()))
+    def checksums(self) -> dict[str, int]:
+        """For each layer a number that differs, with near certainty, between other zeros.
+
+        They are those of its mask; without one, where zeros may still return, those of its weights.
+        """
+        free = {
+            layer: self.masks[layer] if layer in self.masks else self.read(layer) for layer in self.layers
+        }
+        return {layer: zlib.crc32(np.packbits(values != 0).tobytes()) for layer, values in free.items()}
 
     def count_zeros(self, layer: str) -> tuple[int, int]:
         weights = self._weights[layer]

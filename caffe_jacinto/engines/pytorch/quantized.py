@@ -1,8 +1,8 @@
 """Passes through a quantized network on PyTorch: fake quantization.
 
 Where weights and inputs are on grids, a convolution computes with their whole numbers, held as float32: sums
-below 2^24 are exact, as a processor's are. One factor for each channel, (input step x weight step) / output
-step in float32, brings them to the grid of the output, as in onnxruntime's QLinearConv and QGemm.
+below 2^24 are exact (`_sums`), as a processor's are. One factor for each channel, (input step x weight step)
+/ output step in float32, brings them to the grid of the output, as in onnxruntime's QLinearConv and QGemm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from caffe_jacinto.engines.pytorch.distributed import device_of_rank
 from caffe_jacinto.engines.pytorch.engine import Options
 from caffe_jacinto.engines.pytorch.net import TEST, Net
-from caffe_jacinto.engines.pytorch.rounding import rounded
+from caffe_jacinto.engines.pytorch.rounding import rounded, stands_for
 from caffe_jacinto.engines.pytorch.snapshot import array
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.fork_settings import ForkSettings
@@ -226,7 +226,8 @@ class QuantizedNet:
             return values[unit.blob]
         factors = self._factors(unit, given[0].grid, quantization)
         if factors is not None:
-            made = Carried(functions[first](blobs.get(first, []), given[0].tensor), factors=factors)
+            sums = _sums(functions[first], blobs.get(first, []), given[0].tensor)
+            made = Carried(sums, factors=factors)
             if first not in computed.after and all(self._types[name] == "ReLU" for name in others):
                 numbers = made.tensor
                 for name in others:
@@ -276,6 +277,29 @@ class QuantizedNet:
             return values
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _sums(function: Callable[..., Any], blobs: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """What a layer makes of whole ``numbers``, and of whole numbers as its weights: exact sums.
+
+    A CPU's kernels sum up products in float32, in some order, which is exact. cuDNN's need not: Winograd's
+    and the FFT's algorithms compute with fractions, are among those that it may choose without measuring and
+    where results have to be deterministic, and cannot be switched off alone. For float64 it has neither of
+    them, nor TF32, and any order of sums is exact. Gradients need not be: they are computed in float32.
+    """
+    if not blobs or not _may_round(numbers):
+        result: Tensor = function(blobs, numbers)
+        return result
+    with torch.no_grad():
+        sums: Tensor = function([blob.double() for blob in blobs], numbers.double()).float()
+    if not torch.is_grad_enabled():
+        return sums
+    return stands_for(function(blobs, numbers), sums, sums.new_ones(()))
+
+
+def _may_round(numbers: Tensor) -> bool:
+    """Whether sums of products of whole numbers may be rounded where these are."""
+    return numbers.is_cuda
 
 
 def along_channels(factors: Values, values: Tensor) -> Tensor:
