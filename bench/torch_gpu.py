@@ -183,7 +183,11 @@ class Worker:
             with suppress(BrokenPipeError):  # it has ended: there will be no answer
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
                 self._process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self._line(time.monotonic() + seconds, seconds))
+            line = self._line(time.monotonic() + seconds, seconds)
+            try:
+                answer: dict[str, Any] = json.loads(line)
+            except ValueError:
+                raise RowFailed(f"the process that measures answered {line[:100]!r}") from None
             if "error" in answer:
                 raise RowFailed(answer["error"])
         except BaseException:
@@ -287,7 +291,7 @@ def measure(rows: Iterable[Row], clock: Clock, ask: Ask, results: Results) -> No
                 {"part": row.part, "precision": row.precision, "batch": row.batch, "way": row.way}, seconds
             )
         except RowFailed as error:
-            if isinstance(error, RowStopped) and seconds < most:
+            if isinstance(error, RowStopped) and (seconds < most or clock.left < 1):
                 results.leave_out(f"{row.name} (begun)")
             else:
                 results.fail(row.name, str(error))

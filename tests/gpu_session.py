@@ -47,8 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Trainings first: they take longest."""
-    items.sort(key=lambda item: "run" not in getattr(item, "fixturenames", ()))
+    """Trainings last: they take longest."""
+    items.sort(key=lambda item: "run" in getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

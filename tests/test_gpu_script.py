@@ -201,7 +201,7 @@ def session(folder: Path, text: str, limit: float) -> tuple[int, str, dict[str, 
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     return ran.returncode, ran.stdout, json.loads(outcomes.read_text())
@@ -224,7 +224,7 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "numbers", "says"),
     [
-        (f"{MADE_UP}\ndef test_hangs(): time.sleep(600)\n", None, "not all was done within 8 s"),
+        (f"{MADE_UP}\ndef test_hangs(): time.sleep(600)\n", None, "not all was done within 15 s"),
         ("import nothing_of_this_name\n", [0, 0, 0, 0], "no test was found"),
         (SKIPPED, [0, 0, 1, 0], "all tests were skipped"),
         (SKIPPED.replace("pytest.skip()", "pass"), [1, 0, 0, 0], "1 passed in"),
@@ -233,8 +233,8 @@ def test_a_test_that_kills_its_process_takes_no_other_with_it(tmp_path: Path) ->
 )
 def test_tests_that(text: str, numbers: list[int] | None, says: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    code, _, found = session(tmp_path, text, 8)
-    assert time.monotonic() - started < 40
+    code, _, found = session(tmp_path, text, 15 if "within 15 s" in says else 100)
+    assert time.monotonic() - started < 90
     assert code == (0 if says == "1 passed in" else 1)
     assert says in found["summary"]
     if numbers is not None:

@@ -127,7 +127,7 @@ class Measure:
         return facts
 
     def compute(self, precision: str, batch: int, way: str) -> dict[str, Any]:
-        """The iteration on a batch that is there already, made as `Trainer` makes it.
+        """The iteration on a batch that is there already, made as `Stage` makes it for the program.
 
         As a graph; in the ``way`` "both" also kernel by kernel.
         """
