@@ -117,6 +117,8 @@ class Ranks:
         """``net``, whose gradients are averaged over the ranks while they are computed."""
         if self.size == 1:
             return net
+        # Kernels for one input channel, and those of 1x1, have two names for the same order in memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with warnings.catch_warnings():
             # PyTorch 2.13 recommends another argument, which copies the first rank's statistics here.
             warnings.simplefilter("ignore", FutureWarning)
