@@ -158,6 +158,31 @@ def test_ctrl_c_at_any_moment_of_the_start_gives_no_traceback(words: tuple[str, 
         assert process.returncode in codes or "init_import_site" in said, said
 
 
+IGNORED = """import os, signal, sys, time
+from caffe_jacinto.common.errors import run_command
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def main(arguments):
+    Held()
+    time.sleep(30)
+    return 0
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(run_command("x", main))
+"""
+
+
+def test_ctrl_c_where_python_ignores_errors_is_not_lost() -> None:
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "x: interrupted\n")
+    assert time.monotonic() - begun < 20
+
+
 def test_ctrl_c_is_an_exception_while_a_command_works_and_stays_one_in_programs_that_import_it() -> None:
     script = "import signal, caffe_jacinto\n"
     script += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"

@@ -8,9 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from caffe_jacinto.common.dependencies import why_missing
 
@@ -147,13 +148,32 @@ class _Interrupts:
     def raised(self) -> Iterator[None]:
         """Ctrl-C is a KeyboardInterrupt inside; before and after, it ends the program (`caffe_jacinto`)."""
         ends_program = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        report = sys.unraisablehook
         if ends_program:
             signal.signal(signal.SIGINT, self)
+            sys.unraisablehook = partial(_repeat_interrupt, report)
         try:
             yield
         finally:
+            sys.unraisablehook = report
             if ends_program and signal.getsignal(signal.SIGINT) is self:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _repeat_interrupt(report: Callable[[Any], object], ignored: Any) -> None:
+    """Repeat a Ctrl-C that came where Python ignores errors: in a destructor, in a library's callback.
+
+    ``ignored`` is what `sys.unraisablehook` is called with; ``report`` shows all else.
+    """
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        report(ignored)
+        return
+    from threading import Timer, main_thread
+
+    # A little later, when Python is back from there; a command that has ended by then is not held up.
+    timer = Timer(0.02, signal.pthread_kill, [main_thread().ident, signal.SIGINT])
+    timer.daemon = True
+    timer.start()
 
 
 def _drop_stdout() -> None:
