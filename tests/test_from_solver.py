@@ -272,12 +272,14 @@ def test_lenet_becomes_sparse_over_all_its_weights(
     lenet: Path, published: Path, caffe_engine: Engine
 ) -> None:
     write_lmdbs(lenet)
+    images = ["--images", "digits/val", "--list", "digits/val.txt", "--size", "32"]
+    create_lmdb([*images, "--output", "all_val_lmdb", "--labels", "digits/labels.txt"])
     net = lenet / "lenet_train_test.prototxt"
     net.write_text(net.read_text().replace("batch_size: 100", "batch_size: 50").replace(": 64", ": 16"))
-    solver = cut(published, "lenet", max_iter=160, test_iter=1, test_interval=160)
-    Path("solver.prototxt").write_text(f"{solver}test_initialization: false\n")
+    solver = cut(published, "lenet", max_iter=160, test_iter=20, test_interval=160)
+    Path("solver.prototxt").write_text(f"{solver}random_seed: 7\ntest_initialization: false\n")
     code, said = Trainer(caffe_engine.info.executable, lenet).run(
-        *("--from", "solver.prototxt", "--train-lmdb", "train_lmdb", "--val-lmdb", "val_lmdb"),
+        *("--from", "solver.prototxt", "--train-lmdb", "train_lmdb", "--val-lmdb", "all_val_lmdb"),
         *("--output", "run", "--set", "stages.sparse.sparse.inner_products=true"),
         *("--set", "stages.sparse.sparse.by=network"),
     )
