@@ -360,6 +360,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
         validation_preprocessing,
     )
     from caffe_jacinto.inference.sensitivity import LEVELS, as_toml, check_target, measure, targets_for
+    from caffe_jacinto.recipes.load import toml_value
     from caffe_jacinto.recipes.model import SparseSettings
 
     check_target(options.target)
@@ -392,8 +393,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     print(f"for a recipe's [stages.NAME.sparse], with target = {options.target:g}:\n{as_toml(targets)}")
     left_out = [one.layer.name for one in found if one.layer.name not in targets]
     if left_out:
-        names = ", ".join(f'"{name}"' for name in left_out)
-        print(f"skip = [{names}]")
+        print(f"skip = {toml_value(left_out)}")
     return 0
 
 

@@ -217,6 +217,16 @@ def test_runs_of_the_same_name_in_several_folders_are_one_configuration(
     shutil.copytree(seeds, tmp_path / "again")
     found = json.loads(report(tmp_path, "--seeds", "--format", "json", capsys=capsys))["configurations"]
     assert [(one["configuration"], one["runs"]) for one in found] == [("thin", 4), ("wide", 2)]
+    text = report(tmp_path, "--seeds", capsys=capsys)
+    assert "thin: runs with the same seed are counted together: " in text
+    assert "again/thin-seed1" in text and "wide: runs" not in text
+
+
+def test_a_loss_that_is_infinite_has_no_mean(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = seeds / "thin-seed2" / "sparse" / "run.log"
+    log.write_text(re.sub(r"#0: loss = .*", "#0: loss = inf (* 1 = inf loss)", log.read_text()))
+    thin = json.loads(report(seeds, "--seeds", "--format", "json", capsys=capsys))["configurations"][0]
+    assert thin["loss"] is None and thin["top1"]["mean"] == 0.625
 
 
 def test_one_view_at_a_time(seeds: Path) -> None:

@@ -1116,7 +1116,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
         ("fc", 0, np.inf, "layer fc has weights that are not finite"),
         ("conv1", 1, np.nan, "not finite"),
         ("conv1/bn", 1, np.inf, r"conv1 with conv1/bn \(BatchNorm\) has weights that are not finite"),
-        ("fc", 1, 3e38, "gives values from 3e\\+38 to 3e\\+38 on the calibration images, which is no range"),
+        (
+            "fc",
+            1,
+            3e38,
+            "gives values from 3e\\+38 to 3e\\+38 on the calibration images, which is not a range",
+        ),
     ],
 )
 def test_weights_that_cannot_be_quantized(

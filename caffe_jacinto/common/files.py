@@ -154,7 +154,7 @@ def sync_folder(folder: Path) -> None:
 
 
 _BINARY_KINDS = {".caffemodel": "a weight file", ".solverstate": "a solver state", ".h5": "an HDF5 file"}
-"""By the endings of Caffe's files that are no text."""
+"""By the endings of Caffe's files that are not text."""
 
 
 def read_text(path: Path, hint: str = "") -> str:

@@ -429,7 +429,7 @@ def _order_notes(folder: Path, first_labels: list[int], labels: list[int]) -> tu
 def _class_notes(folder: Path, labels: list[int], classes: int, all_read: bool) -> tuple[str, ...]:
     """A note where most of the ``classes`` have no image, as far as the ``labels`` read show it.
 
-    Labels of a large LMDB are a sample of its records: few different ones are no chance, many may be.
+    Labels of a large LMDB are a sample of its records: few different ones are not by chance, many may be.
     """
     seen = sorted(set(labels))
     few = len(seen) < classes if all_read else len(seen) * 4 < len(labels) and len(seen) * 2 < classes

@@ -26,6 +26,7 @@ from caffe_jacinto.inference.network import Sample, TrainedNetwork
 from caffe_jacinto.inference.scores import softmax_loss
 from caffe_jacinto.pruning.layers import CountedLayer, find_counted, why_not_pruned
 from caffe_jacinto.pruning.sparsify import sparsify
+from caffe_jacinto.recipes.load import toml_value
 from caffe_jacinto.recipes.model import FLOAT32_MAX, SparseSettings
 
 if TYPE_CHECKING:
@@ -174,4 +175,8 @@ def _loss(network: TrainedNetwork, batches: Sequence[tuple[NDArray[np.float32], 
 
 def as_toml(targets: Mapping[str, float]) -> str:
     """The recipe's line: ``targets = { "conv1a" = 0.31, ... }``."""
-    return "targets = { " + ", ".join(f'"{name}" = {share:g}' for name, share in targets.items()) + " }"
+    return (
+        "targets = { "
+        + ", ".join(f"{toml_value(name)} = {share:g}" for name, share in targets.items())
+        + " }"
+    )

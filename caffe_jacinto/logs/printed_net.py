@@ -155,7 +155,7 @@ class PrintedNet:
         return sorted(unused)
 
     def loss_weight(self, output: str) -> float | None:
-        """What a loss with this name counts; None for an output that is no loss."""
+        """What a loss with this name counts; None for an output that is not a loss."""
         for layer in graph.layers_in(self.message) if self.message else ():
             if output in layer.strings("top"):
                 weights = layer.all("loss_weight") or [1.0] * layer.string("type").endswith("Loss")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ class Configuration:
     """Of each run."""
 
     def spread(self, figure: str) -> Spread | None:
-        """Of a figure of the stages; None where a run lacks it."""
+        """Of a figure of the stages; None where a run lacks it, or it is not a finite number."""
         values = [getattr(stage.figures, figure) for stage in self.stages]
-        known = [value for value in values if value is not None and value == value]
+        known = [value for value in values if value is not None and math.isfinite(value)]
         if len(known) < len(values):
             return None
         return Spread(mean(known), stdev(known) if len(known) > 1 else None)
@@ -132,6 +133,17 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         if not stage.figures.finished and stage.figures.top1 is not None
     ]
     for name, group in groups.items():
+        seeds = [tuple(_SEED.findall(run.name)) for run in group]
+        again = [
+            printable(run.name)
+            for run, seed in zip(group, seeds, strict=True)
+            if seed and seeds.count(seed) > 1
+        ]
+        if again:
+            notes.append(
+                f"{printable(name)}: runs with the same seed are counted together: {', '.join(again)}; "
+                "name a folder with one of each to leave the others out"
+            )
         differing = [
             f"{setting} of {stages.title}" if stages.title else setting
             for stages in settings_that_differ(group)

@@ -105,7 +105,7 @@ def net_file(path: str, text: str, state: NetState) -> NetFile:
     """A prototxt of either dialect and any age.
 
     Raises:
-        UserError: it is no network.
+        UserError: it is not a network.
     """
     message, written = parse_any_net(text, path), parse(text, path)
     if not written.has("layers"):

@@ -123,7 +123,8 @@ def read_user_network(settings: NetworkSettings) -> UserNetwork:
     """The network of a recipe's `[network]` table with `prototxt`.
 
     Raises:
-        UserError: a file cannot be read, is no network of either dialect, or has layers that Caffe refuses.
+        UserError: a file cannot be read, or is not a network of either dialect, or has layers that Caffe
+            refuses.
     """
     assert settings.prototxt is not None
     train = _net_file(settings.prototxt, TRAIN, settings.train_level, settings.train_stages)

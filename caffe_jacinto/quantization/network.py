@@ -282,7 +282,7 @@ def output_grid(network: Network, unit: Unit, seen: Range, where: str) -> Grid:
     if not is_range(seen.low, seen.high):
         raise UserError(
             f"{where}: layer {unit.name} ({unit.type}) gives values from {seen.low:g} to {seen.high:g} on "
-            "the calibration images, which is no range; check its weights and the images' preprocessing"
+            "the calibration images, which is not a range; check its weights and the images' preprocessing"
         )
     if scheme.moving is not None:
         grid = offset_grid if scheme.moving.offset_activations else magnitude_grid

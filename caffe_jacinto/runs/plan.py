@@ -27,7 +27,7 @@ from caffe_jacinto.runs.lock import LOCK_NAME
 from caffe_jacinto.runs.process import ENVIRONMENT
 
 BINARY_WEIGHTS = "binary.caffemodel"
-"""Beside a test: its weights, where the stage's own are in HDF5 and a ``caffe`` shall read them."""
+"""Beside a test: its weights, where the stage's own are in HDF5 and a ``caffe`` has to read them."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Trainer(Stage):
         assert self.options.quantize is not None
         place, batches = self.iterate.block, self.options.quantize.batches
         self.log.info(f"Calibrating the ranges of activations over {batches} batches")
-        for _ in range(-(-batches // self.ranks.size)):
+        for _ in range(batches):  # of each rank; the first one's ranges are all ranks'
             (self._stopped,) = self.ranks.any(self._stop())
             if self._stopped:
                 break

@@ -51,7 +51,7 @@ def distillation_loss(layer: LayerSetup) -> Forward:
 
 
 def _teacher(layer: LayerSetup, file: Path, weights: Path) -> Callable[[Tensor], Tensor]:
-    """The trained network from images to class scores; it is no part of the net that learns."""
+    """The trained network from images to class scores; it is not part of the net that learns."""
     from caffe_jacinto.engines.pytorch.net import Net
     from caffe_jacinto.engines.pytorch.snapshot import load_weights
 
