@@ -636,6 +636,37 @@ def test_a_mistake_in_a_list_is_one_line_before_anything_runs(
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "mine/network.prototxt",
+            None,
+            "mine/network.prototxt is the network itself, and the run would write",
+        ),
+        (
+            "mine/network.prototxt",
+            "name: 'other'\n",
+            "mine/network.prototxt exists, and is not a copy of net",
+        ),
+        ("mine/network_train.prototxt", CROPPED, "mine already exists"),
+    ],
+)
+def test_no_file_of_the_users_is_replaced(
+    file: str, text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lmdbs(tmp_path)
+    Path("mine").mkdir()
+    Path(file).write_text(text or CROPPED)
+    Path("net.prototxt").write_text(CROPPED)
+    recipe_file(tmp_path, "net.prototxt" if text else file, "head_lr_mult = 2.0")
+    with pytest.raises(UserError, match=message):
+        train(["recipe.toml", "--output", "mine", "--dry-run"])
+    assert [path.name for path in Path("mine").iterdir()] == [Path(file).name]
+    assert Path(file).read_text() == (text or CROPPED)
+
+
 @pytest.mark.caffe
 @pytest.mark.parametrize("engine", ["bvlc", "torch"])
 def test_a_run_trains_the_users_network_and_resumes_without_its_file(

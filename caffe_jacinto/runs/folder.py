@@ -17,6 +17,7 @@ training/<dataset>_<network>_<time>/
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from datetime import datetime, timezone
@@ -188,6 +189,10 @@ def load(folder: Path) -> RunRecord:
     return record
 
 
+_COPY = re.compile(rf"{NETWORK_COPY}(_\d+)?\.prototxt")
+"""A copy of a network of the user's own (`user_files.copied`)."""
+
+
 def is_free(folder: Path) -> bool:
     """Whether a new run can be made at ``folder``: it does not exist, or is empty.
 
@@ -197,7 +202,7 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or (
         folder.is_dir()
         and all(
-            path.name == LOCK_NAME or is_unfinished(path.name) or path.match(f"{NETWORK_COPY}*.prototxt")
+            path.name == LOCK_NAME or is_unfinished(path.name) or _COPY.fullmatch(path.name)
             for path in folder.iterdir()
         )
     )

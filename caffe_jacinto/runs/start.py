@@ -143,6 +143,7 @@ def start_recipe(
     )
     if not findings.problems:
         record.data = data_of(run)
+    existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
@@ -168,9 +169,20 @@ def start_recipe(
         try:
             return _submit(folder, record, lock, screen)
         except UserError:
-            shutil.rmtree(folder)  # it did not exist before, and nothing was trained in it
+            _remove_what_was_written(folder, keep=existed)  # nothing was trained in it
             raise
     return _drive(run, record, lock, screen, signals or StopSignals())
+
+
+def _remove_what_was_written(folder: Path, *, keep: bool) -> None:
+    """Remove the contents of a folder that was free (`run_folder.is_free`), and itself unless ``keep``."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not keep:
+        folder.rmdir()
 
 
 def check_recipe(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import unified_diff
 from pathlib import Path
 
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.networks.prototxt_file import NetFile
 from caffe_jacinto.networks.stage_files import TRAIN, VAL, user_network
 from caffe_jacinto.recipes.model import Recipe
@@ -21,6 +22,9 @@ def copied(recipe: Recipe, folder: Path) -> tuple[Recipe, dict[Path, str]]:
     """The recipe with copies of its network's prototxts in the run ``folder``, and these copies' texts.
 
     So a run can be resumed although its files were changed or deleted.
+
+    Raises:
+        UserError: a copy would take the place of a file of the user's.
     """
     if recipe.network.prototxt is None:
         return recipe, {}
@@ -30,6 +34,8 @@ def copied(recipe: Recipe, folder: Path) -> tuple[Recipe, dict[Path, str]]:
         path: folder / f"{NETWORK_COPY}{f'_{number}' if number > 1 else ''}.prototxt"
         for number, path in enumerate(texts, start=1)
     }
+    for source, copy in copies.items():
+        _refuse_to_replace(copy, texts[source], source, [Path(path).resolve() for path in texts])
     names = recipe.network
     settings = names.model_copy(
         update={
@@ -40,6 +46,16 @@ def copied(recipe: Recipe, folder: Path) -> tuple[Recipe, dict[Path, str]]:
         }
     )
     return recipe.model_copy(update={"network": settings}), {copies[path]: texts[path] for path in texts}
+
+
+def _refuse_to_replace(copy: Path, text: str, source: str, sources: Collection[Path]) -> None:
+    """A copy that a killed train has left is replaced by the same text; nothing else is."""
+    if copy.resolve() in sources:
+        raise UserError(
+            f"{copy} is the network itself, and the run would write its copy there: give another --output"
+        )
+    if copy.exists() and copy.read_bytes() != text.encode():
+        raise UserError(f"{copy} exists, and is not a copy of {source}: give another --output, or remove it")
 
 
 def differences(run: RunPlan, before: Recipe) -> Iterator[str]:
