@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -150,6 +151,24 @@ def test_where_zeros_are_held_a_snapshot_needs_its_masks(tmp_path: Path) -> None
     assert [snapshot.iteration for snapshot in found.complete] == [20, 10]
     assert "a_iter_40.masks.npz cannot be used" in found.skipped[0].reason
     assert "a_iter_30.masks.npz is missing" in found.skipped[1].reason
+
+
+def test_where_weights_are_averaged_a_snapshot_needs_its_average(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40):
+        write_pair(tmp_path / "a", iteration)
+        shutil.copy(
+            tmp_path / f"a_iter_{iteration}.caffemodel", tmp_path / f"a_iter_{iteration}.ema.caffemodel"
+        )
+    (tmp_path / "a_iter_40.ema.caffemodel").unlink()  # the last iteration's weights are the average
+    assert start_point(tmp_path / "a", Dialect.BVLC, 40).iteration == 40
+    damaged = tmp_path / "a_iter_30.ema.caffemodel"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    (tmp_path / "a_iter_20.ema.caffemodel").unlink()
+    found = start_point(tmp_path / "a", Dialect.BVLC, 50)
+    assert found.iteration == 10
+    assert [skipped.iteration for skipped in found.skipped] == [40, 30, 20]
+    assert "a_iter_30.ema.caffemodel" in found.skipped[1].reason
+    assert "a_iter_20.ema.caffemodel is missing" in found.skipped[2].reason
 
 
 def test_where_masks_are_needed_none_without_them_is_usable(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+AVERAGE_SUFFIX = ".ema.caffemodel"
+"""Of the averaged weights beside a snapshot's."""
+
+
 def completion_record(final_weights: Path) -> Path:
     """The file that marks a stage complete, ``<prefix>_iter_N.handover.json``."""
     return without_suffix(final_weights).with_suffix(".handover.json")
@@ -99,15 +103,32 @@ def start_point(prefix: Path, dialect: Dialect, last: int, *, masks: bool = Fals
     """
     found = survey(prefix, dialect, masks=masks)
     skipped = list(found.skipped)
+    # A stage that averages its weights writes the average of each snapshot, but for the last iteration's.
+    averages = any(prefix.parent.glob(f"{_glob_literal(prefix.name)}_iter_*{AVERAGE_SUFFIX}"))
     for snapshot in found.complete:
         if snapshot.iteration > last:
             reason = f"it is beyond iteration {last}"
         elif not weights_are_finite(snapshot.caffemodel):
             reason = f"{snapshot.caffemodel} holds weights that are not numbers"
+        elif averages and snapshot.iteration < last and (lack := _lack_of_average(snapshot.caffemodel)):
+            reason = lack
         else:
             return StartPoint(snapshot, tuple(s for s in skipped if s.iteration > snapshot.iteration))
         skipped.append(Skipped(snapshot.iteration, reason))
     return StartPoint(None, tuple(skipped))
+
+
+def _lack_of_average(caffemodel: Path) -> str | None:
+    """Why training cannot go on with the averaged weights beside a snapshot; None: it can."""
+    path = without_suffix(caffemodel).with_suffix(AVERAGE_SUFFIX)
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        there = read_weights(path)
+        missing = [name for name in read_weights(caffemodel) if name not in there]
+    except UserError as error:
+        return str(error)
+    return f"{path}: lacks layer {missing[0]}" if missing else None
 
 
 def weights_are_finite(caffemodel: Path) -> bool:

@@ -22,13 +22,12 @@ from caffe_jacinto.caffemodel.hdf5 import without_suffix
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.engines.pytorch.snapshot import load_weights, save_weights
-
-SUFFIX = ".ema.caffemodel"
+from caffe_jacinto.engines.snapshots import AVERAGE_SUFFIX
 
 
 def average_file(snapshot: Path) -> Path:
     """The averaged weights beside a ``.solverstate`` or ``.caffemodel``."""
-    return without_suffix(snapshot).with_suffix(SUFFIX)
+    return without_suffix(snapshot).with_suffix(AVERAGE_SUFFIX)
 
 
 class WeightAverage:
