@@ -28,6 +28,7 @@ from caffe_jacinto.runs.sweep import (
     next_target,
     possible_targets,
     sparse_recipe,
+    target_runs,
 )
 from caffe_jacinto.train import main
 
@@ -49,6 +50,25 @@ def test_the_search_finds_the_sparsest_network_that_is_good_enough(
     good = [round(100 * target) for target, loss in losses.items() if loss <= max_loss]
     assert max(good, default=0) == min(limit, 95)
     assert len(losses) <= 8
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({0.79: 0.0, 0.805: 2.0}, 0.8),
+        ({0.805: 0.0, 0.82: 2.0}, 0.81),
+        ({0.8: 0.0, 0.805: 2.0}, None),
+        ({0.805: 0.0, 0.81: 2.0}, None),
+        ({0.803: 2.0, 0.805: 0.0, 0.82: 2.0}, 0.81),
+        ({0.29: 0.0, 0.3: 2.0}, None),
+        ({0.06: 0.0, 0.07: 2.0}, None),
+        ({0.95: 0.0, 0.98: 2.0}, None),
+    ],
+)
+def test_the_search_goes_on_from_targets_between_two_hundredths(
+    losses: dict[float, float], expected: float | None
+) -> None:
+    assert next_target(losses, 1.0) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,6 +103,18 @@ def test_targets_that_differ_late_have_runs_of_their_own(
     said = capsys.readouterr().out
     assert re.findall(r"target_(\S+): ", said) == ["0.1234567", "0.1234568", "0.5"]
     assert "then the search for the sparsest network that loses at most 1 point\n" in said
+
+
+def test_copies_beside_the_runs_of_a_sweep_are_not_its_own(tmp_path: Path) -> None:
+    own = ["target_1e-05", "target_0.1234567", "target_0.8"]
+    for name in [*own, "target_0.8_old", "target_0.8_1", "target_0.80", "target_nan", "target_", "dense"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    (tmp_path / "target_0.9").mkdir()
+    (tmp_path / "target_0.7").write_text("")
+    assert [(target, path.name) for target, path in target_runs(tmp_path).items()] == [
+        *((1e-05, own[0]), (0.1234567, own[1]), (0.8, own[2]))
+    ]
 
 
 def test_the_stages_are_shared_out() -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,8 +203,18 @@ def resume_sweep(folder: Path, options: Options) -> int:
 
 def sweep_status(folder: Path) -> list[str]:
     """The state of each run of a sweep, from its files alone."""
-    runs = [folder / DENSE, *sorted(folder.glob("target_*"))]
+    runs = [folder / DENSE, *target_runs(folder).values()]
     return [line for run in runs if (run / RUN_RECORD).is_file() for line in status_lines(run)]
+
+
+def target_runs(folder: Path) -> dict[float, Path]:
+    """The runs in a sweep's folder by their targets, from the least; other folders are not its own."""
+    found: dict[float, Path] = {}
+    for path in folder.glob("target_*"):
+        match = re.fullmatch(r"target_(\d(?:\.\d+)?(?:e-\d+)?)", path.name, re.ASCII)
+        if match and repr(float(match[1])) == match[1] and (path / RUN_RECORD).is_file():
+            found[float(match[1])] = path
+    return {target: found[target] for target in sorted(found)}
 
 
 def dense_stages(recipe: Recipe) -> list[str]:
@@ -324,8 +336,7 @@ class Sweep:
 
     def _runs(self) -> dict[float, Path]:
         """The runs that have finished, by their targets, from the least."""
-        found = {float(path.name.removeprefix("target_")): path for path in self.folder.glob("target_*")}
-        return {target: found[target] for target in sorted(found) if _has_finished(found[target])}
+        return {target: path for target, path in target_runs(self.folder).items() if _has_finished(path)}
 
     def _run(self, folder: Path, recipe: Recipe, signals: StopSignals, title: str) -> int:
         """Start the run in ``folder``, or go on with it; returns its exit code."""
@@ -438,13 +449,14 @@ def next_target(
 ) -> float | None:
     """The target to try next, by bisection; None where the sparsest that loses at most that is known.
 
-    ``losses`` are those of the targets tried, ``possible`` the targets in hundredths. It is taken that a
+    ``losses`` are those of the targets tried, ``possible`` the targets in hundredths. It assumes that a
     sparser network loses more: of two that disagree with that, the sparser one that is good enough counts.
     """
-    good = [round(FINEST * target) for target, loss in losses.items() if loss <= max_loss + 1e-9]
-    low = max(good, default=possible.start - 1)
-    above = [round(FINEST * target) for target in losses if round(FINEST * target) > low]
-    high = min(above, default=possible.stop)
+    best = max((target for target, loss in losses.items() if loss <= max_loss + 1e-9), default=0.0)
+    above = min((target for target in losses if target > best), default=1.0)
+    # A target between two hundredths leaves both to be tried; 0.29 * 100 is a little less than 29.
+    low = max(math.floor(FINEST * best + 1e-9), possible.start - 1)
+    high = min(math.ceil(FINEST * above - 1e-9), possible.stop)
     return None if high - low <= 1 else (low + high) // 2 / FINEST
 
 
