@@ -20,6 +20,8 @@ from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, now
+from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
     Sweep,
     SweepRecord,
@@ -27,6 +29,7 @@ from caffe_jacinto.runs.sweep import (
     dense_stages,
     next_target,
     possible_targets,
+    resume_sweep,
     sparse_recipe,
     target_runs,
 )
@@ -210,6 +213,45 @@ def test_a_sweep_keeps_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest
         again = stage_files(part, next(iter(part.stages)), Dialect.BVLC, **settings)
         net = parse_net(again["train.prototxt"], Dialect.BVLC, "again")
         assert "conv1a" in [layer.name for layer in net.layer]
+
+
+@pytest.mark.parametrize("run", ["dense", "target_0.5"])
+def test_a_sweep_keeps_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / recipe_of(tmp_path, *STAGES)
+    recipe.write_text(recipe.read_text().replace('start = "l1reg"', 'start = "initial"'))
+    driven: list[Options] = []
+    monkeypatch.setattr(Sweep, "drive", lambda sweep: driven.append(sweep._options) or 0)
+    arguments = [*tiny(str(recipe), STAGES), "--sweep", "target=0.5", "--output", "sweep"]
+    assert main([*arguments, "--engine", "torch", "--dialect", "caffe_jacinto"]) == 0
+    path = Path("sweep", run, "run.json")
+    path.parent.mkdir()
+    engine = EngineRecord(kind="torch", executable="python", version="2", dialect=Dialect.CAFFE_JACINTO)
+    record = RunRecord(
+        caffe_jacinto="0",
+        created=now(),
+        start_folder=str(tmp_path),
+        folder=str(path.parent),
+        recipe=load_recipe(str(recipe)),
+        engine=engine,
+        gpus=(),
+        stages={name: StageState() for name in (*STAGES, "test")},
+    )
+    path.write_text(record.model_dump_json())
+    driven.clear()
+    for kind in ("bvlc", "caffe-jacinto"):
+        with pytest.raises(UserError, match=f"with torch, dialect caffe_jacinto, and .* of {kind}: leave"):
+            main(["--resume", "sweep", "--engine", kind])
+    with pytest.raises(UserError, match="cannot be compared with those of dialect bvlc: leave"):
+        resume_sweep(Path("sweep"), Options(dialect=Dialect.BVLC))
+    assert not driven
+    assert main(["--resume", "sweep", "--engine", "torch"]) == 0 and main(["--resume", "sweep"]) == 0
+    assert [(options.engine, options.dialect) for options in driven] == [("torch", Dialect.CAFFE_JACINTO)] * 2
+    engine.kind, engine.executable = "bvlc", str(tmp_path / "gone")
+    path.write_text(record.model_copy(update={"engine": engine}).model_dump_json())
+    with pytest.raises(UserError, match=r"trained with bvlc, .* of torch: leave"):
+        main(["--resume", "sweep", "--engine", "torch"])
 
 
 def test_costs_within_ten_times_have_several_numbers_on_their_axis() -> None:

@@ -31,6 +31,7 @@ from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.logs.discover import RUN_RECORD, find_runs
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.completion import complete
@@ -176,7 +177,7 @@ def resume_sweep(folder: Path, options: Options) -> int:
     """Go on with a sweep; returns the exit code.
 
     Raises:
-        UserError: its record is damaged, or it has been moved; as `resume`.
+        UserError: its record is damaged, it has been moved, or its runs have another engine; as `resume`.
         RunFailed: a stage failed.
     """
     path = (folder / SWEEP_RECORD).absolute()
@@ -198,7 +199,36 @@ def resume_sweep(folder: Path, options: Options) -> int:
         )
     before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
     given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
-    return Sweep(Path(record.folder), record, replace(options, **before | given)).drive()
+    options = _same_engine(Path(record.folder), options, replace(options, **before | given))
+    return Sweep(Path(record.folder), record, options).drive()
+
+
+def _same_engine(folder: Path, given: Options, options: Options) -> Options:
+    """``options`` with the engine of the sweep's runs until now, if there are any.
+
+    Raises:
+        UserError: the options ``given`` name another kind of engine or another dialect.
+    """
+    runs = [path for path in (folder / DENSE, *target_runs(folder).values()) if (path / RUN_RECORD).is_file()]
+    if not runs:
+        return options
+    before = run_folder.load(runs[0]).engine
+    kind, dialect = given.engine, given.dialect
+    if given.caffe is not None:
+        kind = find_engine(given.caffe, given.engine).info.kind
+    other = kind if kind not in (None, before.kind) else None
+    if other is None and dialect not in (None, before.dialect):
+        other = f"dialect {dialect.value}"
+    if other is not None:
+        raise UserError(
+            f"the runs of this sweep were trained with {before.kind}, dialect {before.dialect.value}, and "
+            f"cannot be compared with those of {other}: leave that option out, or start a new sweep"
+        )
+    if before.kind == "torch":
+        precision = given.precision or before.precision
+        return replace(options, engine="torch", caffe=None, dialect=before.dialect, precision=precision)
+    exists = options.caffe is None and Path(before.executable).exists()
+    return replace(options, engine=before.kind, caffe=before.executable if exists else options.caffe)
 
 
 def sweep_status(folder: Path) -> list[str]:
