@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_torch_runs import NARROW
 
 from caffe_jacinto.caffemodel.storage import read_weights
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
@@ -78,7 +78,13 @@ def test_the_search_goes_on_from_targets_between_two_hundredths(
     ("settings", "first", "possible"),
     [
         ([], 0.8, range(1, 96)),
-        ([f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.4"], 0.4, range(1, 51)),
+        ([f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.4"], 0.4, range(9, 51)),
+        ([f"{SPARSE}.start_factor=0.7"], 0.8, range(55, 96)),
+        (
+            [f"{SPARSE}.start_factor=0.7", "stages.sparse.weights=x.caffemodel", "stages.sparse.start="],
+            0.8,
+            range(1, 96),
+        ),
         ([f'{SPARSE}.schedule="cubic"', f"{SPARSE}.start_factor=0.3"], 0.8, range(31, 96)),
     ],
 )
@@ -92,6 +98,30 @@ def test_the_search_tries_what_the_recipe_allows(settings: list[str], first: flo
             assert sparse_recipe(recipe, target, Path("dense")).stages["sparse"].sparse is not None
             target = next_target(losses, 1.0, possible)
         assert round(100 * (min(losses) if loss else max(losses))) == (possible[0] if loss else possible[-1])
+
+
+def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = [*tiny(recipe_of(tmp_path, *STAGES), STAGES), "--set", "stages.sparse.start=initial"]
+    arguments += ["--engine", "torch", "--dry-run", "--set", f"{SPARSE}.start_factor=0.7"]
+    said = (
+        r"target 0\.{}: stage sparse: no weight would become zero: stages\.sparse\.sparse\.start_factor "
+        r"0\.7 is above 0\.{}, where the schedule for this target ends; lower start_factor, or "
+        "leave this target out"
+    )
+    with pytest.raises(UserErrors) as raised:
+        main([*arguments, "--sweep", "target=0.5,0.9,0.4"])
+    first, second = raised.value.lines()
+    assert re.fullmatch(said.format(5, 65), first) and re.fullmatch(said.format(4, 55), second)
+    with pytest.raises(UserErrors) as raised:
+        main([*arguments, "--sweep", "target=0.5,0.9", "--set", "data.val_lmdb=none"])
+    *others, last = raised.value.lines()
+    assert any("none" in line for line in others) and re.fullmatch(said.format(5, 65), last)
+    assert main([*arguments, "--sweep", "target=0.6,0.9"]) == 0
+    assert not (tmp_path / "training").exists()
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(
