@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from test_torch_runs import NARROW
 
 from caffe_jacinto.caffemodel.storage import read_weights
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, now
+from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
     Sweep,
     SweepRecord,
@@ -27,7 +29,9 @@ from caffe_jacinto.runs.sweep import (
     dense_stages,
     next_target,
     possible_targets,
+    resume_sweep,
     sparse_recipe,
+    target_runs,
 )
 from caffe_jacinto.train import main
 
@@ -52,10 +56,35 @@ def test_the_search_finds_the_sparsest_network_that_is_good_enough(
 
 
 @pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({0.79: 0.0, 0.805: 2.0}, 0.8),
+        ({0.805: 0.0, 0.82: 2.0}, 0.81),
+        ({0.8: 0.0, 0.805: 2.0}, None),
+        ({0.805: 0.0, 0.81: 2.0}, None),
+        ({0.803: 2.0, 0.805: 0.0, 0.82: 2.0}, 0.81),
+        ({0.29: 0.0, 0.3: 2.0}, None),
+        ({0.06: 0.0, 0.07: 2.0}, None),
+        ({0.95: 0.0, 0.98: 2.0}, None),
+    ],
+)
+def test_the_search_goes_on_from_targets_between_two_hundredths(
+    losses: dict[float, float], expected: float | None
+) -> None:
+    assert next_target(losses, 1.0) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "first", "possible"),
     [
         ([], 0.8, range(1, 96)),
-        ([f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.4"], 0.4, range(1, 51)),
+        ([f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.4"], 0.4, range(9, 51)),
+        ([f"{SPARSE}.start_factor=0.7"], 0.8, range(55, 96)),
+        (
+            [f"{SPARSE}.start_factor=0.7", "stages.sparse.weights=x.caffemodel", "stages.sparse.start="],
+            0.8,
+            range(1, 96),
+        ),
         ([f'{SPARSE}.schedule="cubic"', f"{SPARSE}.start_factor=0.3"], 0.8, range(31, 96)),
     ],
 )
@@ -71,6 +100,30 @@ def test_the_search_tries_what_the_recipe_allows(settings: list[str], first: flo
         assert round(100 * (min(losses) if loss else max(losses))) == (possible[0] if loss else possible[-1])
 
 
+def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = [*tiny(recipe_of(tmp_path, *STAGES), STAGES), "--set", "stages.sparse.start=initial"]
+    arguments += ["--engine", "torch", "--dry-run", "--set", f"{SPARSE}.start_factor=0.7"]
+    said = (
+        r"target 0\.{}: stage sparse: no weight would become zero: stages\.sparse\.sparse\.start_factor "
+        r"0\.7 is above 0\.{}, where the schedule for this target ends; lower start_factor, or "
+        "leave this target out"
+    )
+    with pytest.raises(UserErrors) as raised:
+        main([*arguments, "--sweep", "target=0.5,0.9,0.4"])
+    first, second = raised.value.lines()
+    assert re.fullmatch(said.format(5, 65), first) and re.fullmatch(said.format(4, 55), second)
+    with pytest.raises(UserErrors) as raised:
+        main([*arguments, "--sweep", "target=0.5,0.9", "--set", "data.val_lmdb=none"])
+    *others, last = raised.value.lines()
+    assert any("none" in line for line in others) and re.fullmatch(said.format(5, 65), last)
+    assert main([*arguments, "--sweep", "target=0.6,0.9"]) == 0
+    assert not (tmp_path / "training").exists()
+
+
 def test_targets_that_differ_late_have_runs_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +136,18 @@ def test_targets_that_differ_late_have_runs_of_their_own(
     said = capsys.readouterr().out
     assert re.findall(r"target_(\S+): ", said) == ["0.1234567", "0.1234568", "0.5"]
     assert "then the search for the sparsest network that loses at most 1 point\n" in said
+
+
+def test_copies_beside_the_runs_of_a_sweep_are_not_its_own(tmp_path: Path) -> None:
+    own = ["target_1e-05", "target_0.1234567", "target_0.8"]
+    for name in [*own, "target_0.8_old", "target_0.8_1", "target_0.80", "target_nan", "target_", "dense"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    (tmp_path / "target_0.9").mkdir()
+    (tmp_path / "target_0.7").write_text("")
+    assert [(target, path.name) for target, path in target_runs(tmp_path).items()] == [
+        *((1e-05, own[0]), (0.1234567, own[1]), (0.8, own[2]))
+    ]
 
 
 def test_the_stages_are_shared_out() -> None:
@@ -178,6 +243,45 @@ def test_a_sweep_keeps_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest
         again = stage_files(part, next(iter(part.stages)), Dialect.BVLC, **settings)
         net = parse_net(again["train.prototxt"], Dialect.BVLC, "again")
         assert "conv1a" in [layer.name for layer in net.layer]
+
+
+@pytest.mark.parametrize("run", ["dense", "target_0.5"])
+def test_a_sweep_keeps_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / recipe_of(tmp_path, *STAGES)
+    recipe.write_text(recipe.read_text().replace('start = "l1reg"', 'start = "initial"'))
+    driven: list[Options] = []
+    monkeypatch.setattr(Sweep, "drive", lambda sweep: driven.append(sweep._options) or 0)
+    arguments = [*tiny(str(recipe), STAGES), "--sweep", "target=0.5", "--output", "sweep"]
+    assert main([*arguments, "--engine", "torch", "--dialect", "caffe_jacinto"]) == 0
+    path = Path("sweep", run, "run.json")
+    path.parent.mkdir()
+    engine = EngineRecord(kind="torch", executable="python", version="2", dialect=Dialect.CAFFE_JACINTO)
+    record = RunRecord(
+        caffe_jacinto="0",
+        created=now(),
+        start_folder=str(tmp_path),
+        folder=str(path.parent),
+        recipe=load_recipe(str(recipe)),
+        engine=engine,
+        gpus=(),
+        stages={name: StageState() for name in (*STAGES, "test")},
+    )
+    path.write_text(record.model_dump_json())
+    driven.clear()
+    for kind in ("bvlc", "caffe-jacinto"):
+        with pytest.raises(UserError, match=f"with torch, dialect caffe_jacinto, and .* of {kind}: leave"):
+            main(["--resume", "sweep", "--engine", kind])
+    with pytest.raises(UserError, match="cannot be compared with those of dialect bvlc: leave"):
+        resume_sweep(Path("sweep"), Options(dialect=Dialect.BVLC))
+    assert not driven
+    assert main(["--resume", "sweep", "--engine", "torch"]) == 0 and main(["--resume", "sweep"]) == 0
+    assert [(options.engine, options.dialect) for options in driven] == [("torch", Dialect.CAFFE_JACINTO)] * 2
+    engine.kind, engine.executable = "bvlc", str(tmp_path / "gone")
+    path.write_text(record.model_copy(update={"engine": engine}).model_dump_json())
+    with pytest.raises(UserError, match=r"trained with bvlc, .* of torch: leave"):
+        main(["--resume", "sweep", "--engine", "torch"])
 
 
 def test_costs_within_ten_times_have_several_numbers_on_their_axis() -> None:

@@ -14,27 +14,35 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.engines.contract import Precision
+from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.logs.discover import RUN_RECORD, find_runs
 from caffe_jacinto.logs.scatter import Choice, draw
+from caffe_jacinto.logs.tables import percent
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.networks.stage_files import user_network
 from caffe_jacinto.prototxt.dialects import Dialect
+from caffe_jacinto.pruning.reach import MOST_THRESHOLDS
+from caffe_jacinto.pruning.rule import most_zeros
+from caffe_jacinto.pruning.schedule import factor_cap, factors, step_iterations
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
@@ -52,7 +60,7 @@ FINEST = 100
 """The search for the sparsest network tries multiples of 1/100."""
 
 HIGHEST = 96
-"""Where it begins to be hopeless: the published schedule ends at 0.95."""
+"""Targets from this many hundredths on are not tried: the published schedule ends at 0.95."""
 
 
 class SweepRecord(BaseModel):
@@ -106,20 +114,28 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
         )
     if request.max_loss is not None:
         _check_has_top1(recipe)
-    first = recipe.stages[pruning[-1]].sparse
-    assert first is not None
-    targets = request.targets or (first.target,)
+    last = recipe.stages[pruning[-1]].sparse
+    assert last is not None
+    targets = request.targets or (last.target,)
+    wrong: list[str] = []
     for target in targets:
         wanted = [f"stages.{name}.sparse.target={target}" for name in pruning]
         whole = load_recipe(recipe_name, [*overrides, *wanted], rules=RECIPE_RULES, completion=complete)
         if target == max(targets):
             hardest = whole
+        else:
+            wrong += idle_stages(whole)
     folder = options.output or _default_folder(recipe)
     if not run_folder.is_free(folder):
         again = (folder / SWEEP_RECORD).is_file()
         what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
         raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
-    check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+    try:
+        check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+    except UserError as error:
+        raise UserErrors([*error.lines(), *wrong]) from None
+    if wrong:
+        raise UserErrors(wrong)
     recipe, copies = copied(recipe, folder)
     record = SweepRecord(
         caffe_jacinto=__version__,
@@ -174,7 +190,7 @@ def resume_sweep(folder: Path, options: Options) -> int:
     """Go on with a sweep; returns the exit code.
 
     Raises:
-        UserError: its record is damaged, or it has been moved; as `resume`.
+        UserError: its record is damaged, it has been moved, or its runs have another engine; as `resume`.
         RunFailed: a stage failed.
     """
     path = (folder / SWEEP_RECORD).absolute()
@@ -196,13 +212,52 @@ def resume_sweep(folder: Path, options: Options) -> int:
         )
     before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
     given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
-    return Sweep(Path(record.folder), record, replace(options, **before | given)).drive()
+    options = _same_engine(Path(record.folder), options, replace(options, **before | given))
+    return Sweep(Path(record.folder), record, options).drive()
+
+
+def _same_engine(folder: Path, given: Options, options: Options) -> Options:
+    """``options`` with the engine of the sweep's runs until now, if there are any.
+
+    Raises:
+        UserError: the options ``given`` name another kind of engine or another dialect.
+    """
+    runs = [path for path in (folder / DENSE, *target_runs(folder).values()) if (path / RUN_RECORD).is_file()]
+    if not runs:
+        return options
+    before = run_folder.load(runs[0]).engine
+    kind, dialect = given.engine, given.dialect
+    if given.caffe is not None:
+        kind = find_engine(given.caffe, given.engine).info.kind
+    other = kind if kind not in (None, before.kind) else None
+    if other is None and dialect not in (None, before.dialect):
+        other = f"dialect {dialect.value}"
+    if other is not None:
+        raise UserError(
+            f"the runs of this sweep were trained with {before.kind}, dialect {before.dialect.value}, and "
+            f"cannot be compared with those of {other}: leave that option out, or start a new sweep"
+        )
+    if before.kind == "torch":
+        precision = given.precision or before.precision
+        return replace(options, engine="torch", caffe=None, dialect=before.dialect, precision=precision)
+    exists = options.caffe is None and Path(before.executable).exists()
+    return replace(options, engine=before.kind, caffe=before.executable if exists else options.caffe)
 
 
 def sweep_status(folder: Path) -> list[str]:
     """The state of each run of a sweep, from its files alone."""
-    runs = [folder / DENSE, *sorted(folder.glob("target_*"))]
+    runs = [folder / DENSE, *target_runs(folder).values()]
     return [line for run in runs if (run / RUN_RECORD).is_file() for line in status_lines(run)]
+
+
+def target_runs(folder: Path) -> dict[float, Path]:
+    """The runs in a sweep's folder by their targets, from the least; other folders are not its own."""
+    found: dict[float, Path] = {}
+    for path in folder.glob("target_*"):
+        match = re.fullmatch(r"target_(\d(?:\.\d+)?(?:e-\d+)?)", path.name, re.ASCII)
+        if match and repr(float(match[1])) == match[1] and (path / RUN_RECORD).is_file():
+            found[float(match[1])] = path
+    return {target: found[target] for target in sorted(found)}
 
 
 def dense_stages(recipe: Recipe) -> list[str]:
@@ -251,6 +306,50 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
             stage["sparse"]["target"] = target
         stages[name] = stage
     return Recipe.model_validate(content | {"stages": stages})
+
+
+def idle_stages(recipe: Recipe) -> list[str]:
+    """The pruning stages whose schedule zeroes no weight at their target, a line for each.
+
+    A run of them would be refused. This takes no engine and no data: it is for the targets beside the
+    largest, for which `check_recipe` checks all. Stages that may start with zeros are left to that check.
+    """
+    found: list[str] = []
+    for name, stage in recipe.stages.items():
+        sparse = stage.sparse
+        if sparse is None or _may_start_with_zeros(recipe, name):
+            continue
+        steps = len(step_iterations(sparse, stage.max_iter))
+        applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
+        if not steps:
+            continue  # at every target
+        begin = f"target {sparse.target:g}: stage {name}: no weight would become zero: "
+        if not applied:
+            found.append(
+                f"{begin}stages.{name}.sparse.start_factor {sparse.start_factor:g} is above "
+                f"{factor_cap(sparse.target):g}, where the schedule for this target ends; lower "
+                "start_factor, or leave this target out"
+            )
+        elif sparse.n_of_m is not None and not sparse.targets:
+            together = sparse.n_of_m[1]
+            if not most_zeros(together, applied[-1]):
+                found.append(
+                    f"{begin}the schedule for this target ends at a factor of {applied[-1]:g}, less than one "
+                    f"weight of the {together} of the pattern {sparse.pattern}; leave this target out"
+                )
+    return found
+
+
+def _may_start_with_zeros(recipe: Recipe, name: str) -> bool:
+    """Whether a stage starts from a file, or from a stage that prunes or that starts from one."""
+    stage = recipe.stages[name]
+    while stage.weights is None:
+        if stage.start is None:
+            return False
+        stage = recipe.stages[stage.start]
+        if stage.sparse is not None:
+            break
+    return True
 
 
 class Sweep:
@@ -324,8 +423,7 @@ class Sweep:
 
     def _runs(self) -> dict[float, Path]:
         """The runs that have finished, by their targets, from the least."""
-        found = {float(path.name.removeprefix("target_")): path for path in self.folder.glob("target_*")}
-        return {target: found[target] for target in sorted(found) if _has_finished(found[target])}
+        return {target: path for target, path in target_runs(self.folder).items() if _has_finished(path)}
 
     def _run(self, folder: Path, recipe: Recipe, signals: StopSignals, title: str) -> int:
         """Start the run in ``folder``, or go on with it; returns its exit code."""
@@ -423,11 +521,14 @@ def possible_targets(recipe: Recipe) -> range:
     """The targets, in hundredths, that the search may try: a pattern or a start factor may forbid others."""
 
     def is_allowed(hundredths: int) -> bool:
+        content = recipe.model_dump(mode="json")
+        for stage in content["stages"].values():
+            if stage["sparse"] is not None:
+                stage["sparse"]["target"] = hundredths / FINEST
         try:
-            sparse_recipe(recipe, hundredths / FINEST, Path(DENSE))
+            return not idle_stages(Recipe.model_validate(content))
         except ValidationError:
             return False
-        return True
 
     allowed = list(filter(is_allowed, range(1, HIGHEST)))
     return range(allowed[0], allowed[-1] + 1) if allowed else range(0)
@@ -438,13 +539,14 @@ def next_target(
 ) -> float | None:
     """The target to try next, by bisection; None where the sparsest that loses at most that is known.
 
-    ``losses`` are those of the targets tried, ``possible`` the targets in hundredths. It is taken that a
+    ``losses`` are those of the targets tried, ``possible`` the targets in hundredths. It assumes that a
     sparser network loses more: of two that disagree with that, the sparser one that is good enough counts.
     """
-    good = [round(FINEST * target) for target, loss in losses.items() if loss <= max_loss + 1e-9]
-    low = max(good, default=possible.start - 1)
-    above = [round(FINEST * target) for target in losses if round(FINEST * target) > low]
-    high = min(above, default=possible.stop)
+    best = max((target for target, loss in losses.items() if loss <= max_loss + 1e-9), default=0.0)
+    above = min((target for target in losses if target > best), default=1.0)
+    # A target between two hundredths leaves both to be tried; 0.29 * 100 is a little less than 29.
+    low = max(math.floor(FINEST * best + 1e-9), possible.start - 1)
+    high = min(math.ceil(FINEST * above - 1e-9), possible.stop)
     return None if high - low <= 1 else (low + high) // 2 / FINEST
 
 
@@ -481,17 +583,13 @@ def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
     for row in rows:
         figures = row.figures
         cells = [
-            *(row.name, _percent(figures.sparsity, 1), _percent(figures.top1, 2)),
+            *(row.name, percent(figures.sparsity, 1), percent(figures.top1, 2)),
             "-" if row.loss is None else f"{row.loss:+.2f}",
-            *(_percent(figures.top5, 2), _number(figures.gigamacs), _number(figures.gigamacs_left)),
+            *(percent(figures.top5, 2), _number(figures.gigamacs), _number(figures.gigamacs_left)),
         ]
         lines.append(Line(cells, "green" if row is best else ""))
     columns = [Column("Network", words=True), *(Column(title) for title in titles)]
     show_table(sys.stdout, "Sweep", columns, lines)
-
-
-def _percent(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _number(value: float | None) -> str:
