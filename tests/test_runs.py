@@ -658,6 +658,20 @@ def test_a_folder_that_a_killed_train_left_with_its_lock_alone_is_free(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("name", "free"),
+    [
+        *((f"network{number}.prototxt", True) for number in ("", "_2", "_10")),
+        *((f"network{number}.prototxt", False) for number in ("_0", "_1", "_02", "_train", "2")),
+        ("network.prototxt/", False),
+    ],
+)
+def test_a_folder_with_copies_of_a_network_alone_is_free(tmp_path: Path, name: str, free: bool) -> None:
+    path = tmp_path / name
+    path.mkdir() if name.endswith("/") else path.touch()
+    assert run_folder.is_free(tmp_path) is free
+
+
+@pytest.mark.parametrize(
     ("log", "words"),
     [
         (

@@ -35,6 +35,7 @@ from caffe_jacinto.prototxt.render import quote
 from caffe_jacinto.prototxt.schema import parse_net, parse_solver
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.recipes.model import NetworkSettings, Recipe
+from caffe_jacinto.runs import start
 from caffe_jacinto.train import main as train
 
 DIGITS = DataSize(images=50, shape=(3, 32, 32), largest=(32, 32), highest_label=9)
@@ -665,6 +666,36 @@ def test_no_file_of_the_users_is_replaced(
         train(["recipe.toml", "--output", "mine", "--dry-run"])
     assert [path.name for path in Path("mine").iterdir()] == [Path(file).name]
     assert Path(file).read_text() == (text or CROPPED)
+
+
+@pytest.mark.parametrize(
+    "there", [None, (), ("network.prototxt",), ("network.prototxt", "network_2.prototxt")]
+)
+def test_where_slurm_refuses_only_what_was_written_is_removed(
+    there: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> list[str]:
+        assert {"run.json", "report.html", "network.prototxt"} <= {path.name for path in mine.iterdir()}
+        (mine / "slurm").mkdir()
+        (mine / "slurm/script.sh").touch()
+        raise UserError("Slurm refuses the job")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "check_slurm", lambda: None)
+    monkeypatch.setattr(start, "submit", refuse)
+    write_lmdbs(tmp_path)
+    mine = Path("mine")
+    Path("net.prototxt").write_text(CROPPED)
+    if there is not None:
+        mine.mkdir()
+        for name in there:
+            (mine / name).write_text(CROPPED)
+    recipe_file(tmp_path, "net.prototxt", "head_lr_mult = 2.0")
+    with pytest.raises(UserError, match="Slurm refuses"):
+        train(["recipe.toml", "--engine", "torch", "--output", "mine", "--slurm"])
+    assert mine.exists() is (there is not None)
+    if there is not None:
+        assert {path.name: path.read_text() for path in mine.iterdir()} == dict.fromkeys(there, CROPPED)
 
 
 @pytest.mark.caffe

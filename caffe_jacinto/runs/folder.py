@@ -189,7 +189,7 @@ def load(folder: Path) -> RunRecord:
     return record
 
 
-_COPY = re.compile(rf"{NETWORK_COPY}(_\d+)?\.prototxt")
+_COPY = re.compile(rf"{NETWORK_COPY}(_([2-9]|[1-9][0-9]+))?\.prototxt")
 """A copy of a network of the user's own (`user_files.copied`)."""
 
 
@@ -202,7 +202,9 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or (
         folder.is_dir()
         and all(
-            path.name == LOCK_NAME or is_unfinished(path.name) or _COPY.fullmatch(path.name)
+            path.name == LOCK_NAME
+            or is_unfinished(path.name)
+            or (_COPY.fullmatch(path.name) and path.is_file())
             for path in folder.iterdir()
         )
     )

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +143,7 @@ def start_recipe(
     )
     if not findings.problems:
         record.data = data_of(run)
-    existed = folder.exists()
+    before = [path.name for path in folder.iterdir()] if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
@@ -169,19 +169,21 @@ def start_recipe(
         try:
             return _submit(folder, record, lock, screen)
         except UserError:
-            _remove_what_was_written(folder, keep=existed)  # nothing was trained in it
+            _remove_what_was_written(folder, before)  # nothing was trained in it
             raise
     return _drive(run, record, lock, screen, signals or StopSignals())
 
 
-def _remove_what_was_written(folder: Path, *, keep: bool) -> None:
-    """Remove the contents of a folder that was free (`run_folder.is_free`), and itself unless ``keep``."""
+def _remove_what_was_written(folder: Path, before: Collection[str] | None) -> None:
+    """Remove what is in a run folder, but for the names that it had ``before``; None: and the folder."""
     for path in folder.iterdir():
+        if before is not None and path.name in before:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    if not keep:
+    if before is None:
         folder.rmdir()
 
 
