@@ -160,15 +160,39 @@ def test_where_weights_are_averaged_a_snapshot_needs_its_average(tmp_path: Path)
             tmp_path / f"a_iter_{iteration}.caffemodel", tmp_path / f"a_iter_{iteration}.ema.caffemodel"
         )
     (tmp_path / "a_iter_40.ema.caffemodel").unlink()  # the last iteration's weights are the average
-    assert start_point(tmp_path / "a", Dialect.BVLC, 40).iteration == 40
+    assert start_point(tmp_path / "a", Dialect.BVLC, 40, averaged_before=40).iteration == 40
     damaged = tmp_path / "a_iter_30.ema.caffemodel"
     damaged.write_bytes(damaged.read_bytes()[:-30])
     (tmp_path / "a_iter_20.ema.caffemodel").unlink()
-    found = start_point(tmp_path / "a", Dialect.BVLC, 50)
+    found = start_point(tmp_path / "a", Dialect.BVLC, 50, averaged_before=50)
     assert found.iteration == 10
     assert [skipped.iteration for skipped in found.skipped] == [40, 30, 20]
     assert "a_iter_30.ema.caffemodel" in found.skipped[1].reason
     assert "a_iter_20.ema.caffemodel is missing" in found.skipped[2].reason
+    # Up to an iteration before the end, its snapshot needs its average too.
+    assert start_point(tmp_path / "a", Dialect.BVLC, 30, averaged_before=40).iteration == 10
+
+
+def test_where_weights_are_averaged_none_without_its_average_is_usable(tmp_path: Path) -> None:
+    for iteration in (10, 20):
+        write_pair(tmp_path / "a", iteration)
+    assert start_point(tmp_path / "a", Dialect.BVLC, 40).iteration == 20
+    found = start_point(tmp_path / "a", Dialect.BVLC, 40, averaged_before=40)
+    assert found.snapshot is None
+    assert [skipped.iteration for skipped in found.skipped] == [20, 10]
+
+
+def test_an_average_of_another_network_is_not_used(tmp_path: Path) -> None:
+    net = messages(Dialect.BVLC).NetParameter(name="net")
+    fill(net.layer.add(name="conv", type="Convolution").blobs.add(), (4, 3, 1, 1))
+    for iteration, name in ((10, "conv"), (20, "other")):
+        write_pair(tmp_path / "a", iteration)
+        net.layer[0].name = name
+        (tmp_path / f"a_iter_{iteration}.ema.caffemodel").write_bytes(net.SerializeToString())
+    found = survey(tmp_path / "a", Dialect.BVLC, averaged_before=40)
+    assert not found.complete
+    assert "a_iter_20.ema.caffemodel: lacks layer conv" in found.skipped[0].reason
+    assert "a_iter_10.ema.caffemodel: layer conv has other shapes than in" in found.skipped[1].reason
 
 
 def test_where_masks_are_needed_none_without_them_is_usable(tmp_path: Path) -> None:

@@ -240,6 +240,36 @@ def test_masks_that_are_missing_or_of_another_iteration_are_passed_over(trainer:
     assert "masks.npz is missing, which says which zeros are frozen" in said
 
 
+def test_snapshots_without_their_average_are_passed_over(trainer: Trainer) -> None:
+    recipe = recipe_of(trainer.folder, "initial")
+    arguments = tiny(recipe, ("initial",), initial=5_000)
+    arguments += ["--set", "stages.initial.solver.ema_decay=0.8", "--keep", "3", "--output", "averages"]
+    stage = trainer.folder / "averages/initial"
+    with trainer.running(*arguments) as process:
+        wait_for(lambda: "iter_4.solverstate" in trainer.log("averages", "initial"), "snapshot")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+
+    def resumed_without(lost: list[Path]) -> str:
+        """What a resume says without these averages, the newest of which is the last."""
+        for path in lost:
+            path.unlink()
+        with trainer.running("--resume", "averages") as process:
+            size = len(trainer.log("averages", "initial"))
+            wait_for(lambda: "] Iteration" in trainer.log("averages", "initial")[size:], "iteration")
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[0]
+        assert f"{lost[-1].name} is missing" in said
+        return said
+
+    def averages() -> list[Path]:
+        return sorted(stage.glob("*.ema.caffemodel"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+
+    assert len(averages()) > 1
+    assert "resumes at iteration" in resumed_without(averages()[-1:])
+    assert "resumes at iteration" not in resumed_without(averages())
+
+
 def test_an_lmdb_that_was_replaced_is_noticed(trainer: Trainer) -> None:
     recipe = recipe_of(trainer.folder, "initial", "l1reg")
     own = trainer.folder / "own_lmdb"

@@ -96,39 +96,24 @@ class StartPoint:
         return 0 if self.snapshot is None else self.snapshot.iteration
 
 
-def start_point(prefix: Path, dialect: Dialect, last: int, *, masks: bool = False) -> StartPoint:
+def start_point(
+    prefix: Path, dialect: Dialect, last: int, *, masks: bool = False, averaged_before: int = 0
+) -> StartPoint:
     """The newest complete snapshot ``<prefix>_iter_N``, N up to ``last``, whose weights are all finite.
 
-    ``masks``: as for `survey`.
+    ``masks``, ``averaged_before``: as for `survey`.
     """
-    found = survey(prefix, dialect, masks=masks)
+    found = survey(prefix, dialect, masks=masks, averaged_before=averaged_before)
     skipped = list(found.skipped)
-    # A stage that averages its weights writes the average of each snapshot, but for the last iteration's.
-    averages = any(prefix.parent.glob(f"{_glob_literal(prefix.name)}_iter_*{AVERAGE_SUFFIX}"))
     for snapshot in found.complete:
         if snapshot.iteration > last:
             reason = f"it is beyond iteration {last}"
         elif not weights_are_finite(snapshot.caffemodel):
             reason = f"{snapshot.caffemodel} holds weights that are not numbers"
-        elif averages and snapshot.iteration < last and (lack := _lack_of_average(snapshot.caffemodel)):
-            reason = lack
         else:
             return StartPoint(snapshot, tuple(s for s in skipped if s.iteration > snapshot.iteration))
         skipped.append(Skipped(snapshot.iteration, reason))
     return StartPoint(None, tuple(skipped))
-
-
-def _lack_of_average(caffemodel: Path) -> str | None:
-    """Why training cannot go on with the averaged weights beside a snapshot; None: it can."""
-    path = without_suffix(caffemodel).with_suffix(AVERAGE_SUFFIX)
-    if not path.is_file():
-        return f"{path} is missing"
-    try:
-        there = read_weights(path)
-        missing = [name for name in read_weights(caffemodel) if name not in there]
-    except UserError as error:
-        return str(error)
-    return f"{path}: lacks layer {missing[0]}" if missing else None
 
 
 def weights_are_finite(caffemodel: Path) -> bool:
@@ -161,16 +146,21 @@ def spoiled_snapshots(prefix: Path, dialect: Dialect) -> list[int]:
     )
 
 
-def complete_snapshots(prefix: Path, dialect: Dialect, *, masks: bool = False) -> list[Snapshot]:
+def complete_snapshots(
+    prefix: Path, dialect: Dialect, *, masks: bool = False, averaged_before: int = 0
+) -> list[Snapshot]:
     """The snapshots ``<prefix>_iter_N`` whose files are complete and belong together, newest first."""
-    return list(survey(prefix, dialect, masks=masks).complete)
+    return list(survey(prefix, dialect, masks=masks, averaged_before=averaged_before).complete)
 
 
-def survey(prefix: Path, dialect: Dialect, *, masks: bool = False) -> Survey:
+def survey(prefix: Path, dialect: Dialect, *, masks: bool = False, averaged_before: int = 0) -> Survey:
     """All snapshots ``<prefix>_iter_N``: those that training can resume from, and those that it cannot.
 
     ``masks``: the stage holds zeros, and a snapshot is usable only with its pruning masks. If any of the
     snapshots has masks, all need theirs.
+
+    ``averaged_before``: a snapshot before this iteration is usable only with its averaged weights. After the
+    last iteration of a stage that averages, the weights are the average already.
     """
     name = re.compile(re.escape(prefix.name) + r"_iter_(\d+)\.(?:caffemodel|solverstate)(?:\.h5)?")
     folder = prefix.parent
@@ -186,6 +176,8 @@ def survey(prefix: Path, dialect: Dialect, *, masks: bool = False) -> Survey:
             snapshot = _checked(iteration, caffemodel, dialect)
             if masks:
                 _check_masks(caffemodel)
+            if iteration < averaged_before:
+                _check_average(caffemodel)
             complete.append(snapshot)
         except UserError as error:
             skipped.append(Skipped(iteration, str(error)))
@@ -246,6 +238,24 @@ def _check_masks(caffemodel: Path) -> None:
         # The weights of what counts have at least two axes: outputs, inputs.
         weights = {name: blob_values(view, blob) for name, blob in first.items() if len(blob.shape) > 1}
         load_masks(caffemodel, weights)
+
+
+def _check_average(caffemodel: Path) -> None:
+    """Refuse a snapshot whose averaged weights are missing, damaged or of another network."""
+    path = without_suffix(caffemodel).with_suffix(AVERAGE_SUFFIX)
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    shapes = []
+    for file in (path, caffemodel):
+        with mapped(file) as view:
+            layers = stored_layers(view, file)
+            shapes.append({layer.name: [blob.shape for blob in layer.blobs] for layer in layers})
+    average, weights = shapes
+    for name, blobs in weights.items():
+        if name not in average:
+            raise UserError(f"{path}: lacks layer {name}")
+        if average[name][: len(blobs)] != blobs:  # a file in HDF5 has blobs that layers share once
+            raise UserError(f"{path}: layer {name} has other shapes than in {caffemodel}")
 
 
 def _check_against_network(caffemodel: Path, dialect: Dialect) -> None:

@@ -204,7 +204,13 @@ class Driver:
         view.begin_part(point.iteration)
         self.doubted |= view.doubts().keys()  # an earlier train has said it
         keeper = Keeper(
-            plan.prefix, dialect, self.keep, plan.max_iter, point.iteration, masks=plan.needs_masks
+            plan.prefix,
+            dialect,
+            self.keep,
+            plan.max_iter,
+            point.iteration,
+            masks=plan.needs_masks,
+            averaged_before=plan.averaged_before,
         )
         self._note(state, "running")
         begun = time.monotonic()

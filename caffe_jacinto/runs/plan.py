@@ -71,6 +71,11 @@ class StagePlan:
         return self.solver.max_iter
 
     @property
+    def averaged_before(self) -> int:
+        """Its snapshots before this iteration are usable only with their averaged weights; 0: all without."""
+        return 0 if self.solver.ema_decay is None else self.max_iter
+
+    @property
     def final_weights(self) -> Path:
         return self.weights(self.max_iter)
 
@@ -157,7 +162,13 @@ class RunPlan:
     def start_point(self, plan: StagePlan, last: int | None = None) -> StartPoint:
         """The snapshot that the stage resumes from, of those up to iteration ``last`` (None: all)."""
         most = plan.max_iter if last is None else last
-        return start_point(plan.prefix, self.engine.info.dialect, most, masks=plan.needs_masks)
+        return start_point(
+            plan.prefix,
+            self.engine.info.dialect,
+            most,
+            masks=plan.needs_masks,
+            averaged_before=plan.averaged_before,
+        )
 
     def left_out(self, plan: StagePlan) -> frozenset[str]:
         """The layers of the start weights that the stage's `reinit` leaves out."""

@@ -23,14 +23,23 @@ class Keeper:
     """Deletes the other snapshots while a stage runs."""
 
     def __init__(
-        self, prefix: Path, dialect: Dialect, keep: int, max_iter: int, start: int, *, masks: bool = False
+        self,
+        prefix: Path,
+        dialect: Dialect,
+        keep: int,
+        max_iter: int,
+        start: int,
+        *,
+        masks: bool = False,
+        averaged_before: int = 0,
     ) -> None:
-        """``start`` is the iteration that the stage resumes at; 0: its beginning. ``masks``: as `survey`."""
+        """``start`` is the iteration that the stage resumes at; 0: its beginning. The rest: as `survey`."""
         self._prefix = prefix
         self._dialect = dialect
         self._keep = keep
         self._max_iter = max_iter
         self._masks = masks
+        self._averaged_before = averaged_before
         self._start = start
         self.spoiled: int | None = None
         """The first iteration whose snapshot was deleted since its weights were not numbers."""
@@ -57,7 +66,9 @@ class Keeper:
         """
         complete = {
             snapshot.iteration: snapshot.caffemodel
-            for snapshot in complete_snapshots(self._prefix, self._dialect, masks=self._masks)
+            for snapshot in complete_snapshots(
+                self._prefix, self._dialect, masks=self._masks, averaged_before=self._averaged_before
+            )
             if snapshot.iteration <= self._start or snapshot.iteration in log.snapshots
         }
         spoiled = {iteration for iteration, file in complete.items() if not weights_are_finite(file)}
