@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, whole_number
+from caffe_jacinto.common.arguments import Parser, gpu_request, image_size, layer_bits, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import check_parent, read_text, write_whole
 from caffe_jacinto.common.text import image_progress
@@ -129,7 +129,7 @@ def _parser() -> Parser:
     add("--activation-bits", type=bits, metavar="N", help="of activations alone")
     add("--bias-bits", type=bits, metavar="N", help=f"of biases, up to {MOST_BIAS_BITS}")
     one = f"bits of one layer's weights and output, up to {MOST_BITS} (may be repeated)"
-    add("--bits-of", type=_layer_bits, action="append", default=[], metavar="LAYER=N", help=one)
+    add("--bits-of", type=layer_bits, action="append", default=[], metavar="LAYER=N", help=one)
     kept = "do not quantize this layer (may be repeated)"
     add("--keep-float", action="append", default=[], metavar="LAYER", help=kept)
     add(
@@ -179,14 +179,6 @@ def _only_weights(options: Namespace) -> Path | None:
             "give each of several images its own --calibrate"
         )
     return first
-
-
-def _layer_bits(text: str) -> tuple[str, int]:
-    """An argument type: ``conv1a=16``."""
-    layer, equals, number = text.rpartition("=")
-    if not (equals and layer and number.isascii() and number.isdigit() and len(number) < 4):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a layer and its bits, like conv1a=16")
-    return layer, int(number)
 
 
 def _percentile(text: str) -> float:

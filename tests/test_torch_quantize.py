@@ -1066,7 +1066,7 @@ WRONG = [
     (["--bits", "1"], "1 bits for weights: give 2 to 16"),
     (["--weight-bits", "17"], "17 bits for weights: give 2 to 16"),
     (["--bits-of", "fc=1"], "--bits-of fc=1: 1 bits for weights: give 2 to 16"),
-    (["--bits-of", "fc"], "is not a layer and its bits, like conv1a=16"),
+    (["--bits-of", "fc"], "is not a layer and its bits, like conv1=16"),
     (
         ["--keep-float", "fd"],
         "--keep-float fd: the network has no such layer; known: data, shift, conv1, pool1, fc",

@@ -63,6 +63,14 @@ def whole_numbers(least: int, example: str) -> Callable[[str], tuple[int, ...]]:
     return read
 
 
+def layer_bits(text: str) -> tuple[str, int]:
+    """An argument type: a layer's name and its bits, ``conv1=16`` -> ("conv1", 16)."""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value.isascii() and value.isdigit() and len(value) < 4):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a layer and its bits, like conv1=16")
+    return name, int(value)
+
+
 def gpu_list(text: str) -> tuple[int, ...]:
     """An argument type: GPU numbers, ``0,1`` -> (0, 1); "" selects the CPU: ()."""
     if not text.strip():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_origin
 
 from caffe_jacinto.caffemodel.hdf5 import unwritable_layer
-from caffe_jacinto.common.arguments import fraction, whole_number
+from caffe_jacinto.common.arguments import fraction, layer_bits, whole_number
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.gpus import Maker
 from caffe_jacinto.netspec import shapes
@@ -512,19 +512,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     for key, (kind, text) in _QUANTIZATION.items():
         names = (f"-quantize_{key}", f"--quantize_{key}")
         if kind is None:
-            of_layer = _layer_bits if key == "bits_of" else str
+            of_layer = layer_bits if key == "bits_of" else str
             shown = "NAME=16" if key == "bits_of" else "NAME"
             parser.add_argument(*names, action="append", type=of_layer, metavar=shown, help=text)
         else:
             parser.add_argument(*names, type=kind, metavar="NAME" if kind is str else "N", help=text)
-
-
-def _layer_bits(text: str) -> tuple[str, int]:
-    """An argument type: a layer's name and its bits, ``NAME=16``."""
-    name, equals, value = text.rpartition("=")
-    if not (name and equals and value.isascii() and value.isdigit() and len(value) < 4):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not NAME=BITS, like conv1=16")
-    return name, int(value)
 
 
 def quantization_settings(arguments: argparse.Namespace) -> QuantizeSettings | None:

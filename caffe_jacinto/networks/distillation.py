@@ -40,8 +40,7 @@ def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, st
         own = Path(folder, "deploy.prototxt")
         return str(teacher.prototxt or own), str(Path(str(teacher.weights)).expanduser())
     place = Path(folder).parent / teacher.stage
-    name = recipe.stages[teacher.stage].weights_name(f"{recipe.data.dataset}_{recipe.network.name}")
-    return str(place / "deploy.prototxt"), str(place / name)
+    return str(place / "deploy.prototxt"), str(place / recipe.weights_name(teacher.stage))
 
 
 def _lighter(layer: Layer, factor: float) -> Layer:

@@ -440,7 +440,7 @@ def _solver(
         train_state=nets.train_state,
         tests=tests,
         test_states=[test.state for test in tests] if any(test.state for test in tests) else [],
-        snapshot_prefix=str(Path(folder, f"{recipe.data.dataset}_{recipe.network.name}")),
+        snapshot_prefix=str(Path(folder, recipe.weights_prefix)),
         random_seed=recipe.training.random_seed,
         iter_size=iter_size,
         gpu=device is not None,

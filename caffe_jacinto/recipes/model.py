@@ -582,11 +582,6 @@ class Stage(_Settings):
         """Updates of the weights; 0 without a solver."""
         return self.solver.max_iter if self.solver is not None else 0
 
-    def weights_name(self, prefix: str) -> str:
-        """The name of the file of its final weights; it has a solver."""
-        assert self.solver is not None
-        return self.solver.weights_name(prefix, self.solver.max_iter)
-
 
 class Teacher(NamedTuple):
     """The network that a stage learns from: of an earlier stage of the recipe, or in files."""
@@ -606,6 +601,17 @@ class Recipe(_Settings):
     training: TrainingSettings
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """In the order of the file, which is the order of training."""
+
+    @property
+    def weights_prefix(self) -> str:
+        """What the names of its weight files begin with, before ``_iter_N``."""
+        return f"{self.data.dataset}_{self.network.name}"
+
+    def weights_name(self, stage: str) -> str:
+        """The name of the file of the final weights of a stage that trains."""
+        solver = self.trained[stage].solver
+        assert solver is not None
+        return solver.weights_name(self.weights_prefix, solver.max_iter)
 
     @property
     def trained(self) -> dict[str, Stage]:

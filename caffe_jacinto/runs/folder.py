@@ -128,9 +128,9 @@ def steps_of(recipe: Recipe) -> list[str]:
     return [*trained, TEST, *(name for name in recipe.stages if name not in trained)]
 
 
-def default_folder(dataset: str, network: str) -> Path:
-    """A new ``training/<dataset>_<network>_<time>``."""
-    name = f"{dataset}_{network}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+def default_folder(prefix: str) -> Path:
+    """A new ``training/<prefix>_<time>``; the prefix is that of the weight files, ``<dataset>_<network>``."""
+    name = f"{prefix}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     folder = Path("training") / name
     number = 2
     while folder.exists():

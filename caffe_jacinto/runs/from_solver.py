@@ -96,7 +96,7 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
             data[key] = lmdb
     if request.val_lmdb is None and solver.test_iter:
         found.keys["test_iter"] = list(solver.test_iter)
-    folder = output or run_folder.default_folder(data["dataset"], network.name)
+    folder = output or run_folder.default_folder(f"{data['dataset']}_{network.name}")
     path = folder.with_name(f"{folder.name}.toml")
     training = {
         key: int(getattr(solver, key))

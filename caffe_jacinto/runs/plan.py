@@ -195,7 +195,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
             name=name,
             stage=stage,
             folder=folder / name,
-            prefix=folder / name / f"{recipe.data.dataset}_{recipe.network.name}",
+            prefix=folder / name / recipe.weights_prefix,
             start_weights=start,
             devices=replace(
                 engine.plan(stage, gpus, recipe.training.iter_size),

@@ -120,7 +120,7 @@ def start_recipe(
     Raises:
         UserError, RunFailed: as `start`.
     """
-    folder = options.output or run_folder.default_folder(recipe.data.dataset, recipe.network.name)
+    folder = options.output or run_folder.default_folder(recipe.weights_prefix)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()

@@ -35,7 +35,7 @@ from caffe_jacinto.engines.contract import Precision
 from caffe_jacinto.engines.discovery import find_engine
 from caffe_jacinto.logs.discover import RUN_RECORD, find_runs
 from caffe_jacinto.logs.scatter import Choice, draw
-from caffe_jacinto.logs.tables import percent
+from caffe_jacinto.logs.tables import complexity, percent
 from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.networks.stage_files import user_network
@@ -286,10 +286,9 @@ def dense_recipe(recipe: Recipe) -> Recipe:
 def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
     """The other stages, pruned to ``target``; they start and learn from the run ``dense``."""
     before = dense_recipe(recipe).stages if dense_stages(recipe) else {}
-    prefix = f"{recipe.data.dataset}_{recipe.network.name}"
 
     def trained(stage: str) -> str:
-        return str(dense / stage / before[stage].weights_name(prefix))
+        return str(dense / stage / recipe.weights_name(stage))
 
     content = recipe.model_dump(mode="json")
     stages: dict[str, Any] = {}
@@ -585,15 +584,11 @@ def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
         cells = [
             *(row.name, percent(figures.sparsity, 1), percent(figures.top1, 2)),
             "-" if row.loss is None else f"{row.loss:+.2f}",
-            *(percent(figures.top5, 2), _number(figures.gigamacs), _number(figures.gigamacs_left)),
+            *(percent(figures.top5, 2), complexity(figures.gigamacs), complexity(figures.gigamacs_left)),
         ]
         lines.append(Line(cells, "green" if row is best else ""))
     columns = [Column("Network", words=True), *(Column(title) for title in titles)]
     show_table(sys.stdout, "Sweep", columns, lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _as_csv(rows: Sequence[SweepRow]) -> str:
@@ -609,7 +604,7 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
 
 
 def _default_folder(recipe: Recipe) -> Path:
-    return run_folder.default_folder(recipe.data.dataset, f"{recipe.network.name}_sweep")
+    return run_folder.default_folder(f"{recipe.weights_prefix}_sweep")
 
 
 def _resume_command(folder: Path) -> str:
