@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caffe_jacinto.common.arguments import Parser, fraction, whole_number
 from caffe_jacinto.common.errors import UserError, run_command
@@ -48,147 +48,26 @@ DIALECTS = [dialect.value for dialect in Dialect]
 def main(argv: Sequence[str]) -> int:
     """Read the arguments and run the command; `diff` returns 1 where the files differ."""
     options = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = options.command
-    return command(options)
+    return _COMMANDS[options.name].run(options)
+
+
+class _Command(NamedTuple):
+    help: str
+    add_arguments: Callable[[Any], None]
+    """To its parser."""
+
+    run: Callable[[argparse.Namespace], int]
+    """Returns the exit code."""
 
 
 def _parser() -> Parser:
     description, _, rest = (__doc__ or "").partition("\n")
     parser = Parser("python -m caffe_jacinto.weights", description, rest.strip("\n"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="name")
-
-    def add(name: str, help_text: str, command: Callable[[argparse.Namespace], int]) -> Any:
-        sub = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
-        sub.set_defaults(command=command)
-        return sub
-
-    show = add("show", "list layers: shapes, zeros, ranges, numbers that are not finite", _show)
-    _add_weights(show)
-    _add_hdf5_network(show)
-    show.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
-    _add_dialect(show)
-
-    diff = add("diff", "compare two files layer by layer; exit code 1 where they differ", _diff)
-    _add_weights(diff, "a", "A")
-    _add_weights(diff, "b", "B")
-    _add_hdf5_network(diff)
-
-    convert = add("convert", "convert a file between the two Caffes' forms of batch normalization", _convert)
-    _add_weights(convert)
-    _add_hdf5_network(convert)
-    convert.add_argument(
-        "--from", dest="origin", choices=DIALECTS, help="(default: recognized from the file)"
-    )
-    convert.add_argument("--to", choices=DIALECTS, help="(default: the other one)")
-    _add_output(convert, "NAME_<dialect>.caffemodel")
-
-    sparsify = add("sparsify", "zero small weights once, by the rule of training, to try it", _sparsify)
-    _add_weights(sparsify)
-    _add_hdf5_network(sparsify)
-    sparsify.add_argument(
-        "--target", type=fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
-    )
-    sparsify.add_argument(
-        "--by",
-        choices=["channel", "layer", "network"],
-        default="channel",
-        help="one threshold for each output channel, for each layer, or for all (default: channel)",
-    )
-    several = {"action": "append", "default": [], "metavar": "NAME"}
-    sparsify.add_argument("--layers", help="prune only these, by name or pattern; repeatable", **several)
-    sparsify.add_argument("--skip", help="do not prune these; repeatable", **several)
-    sparsify.add_argument(
-        "--min-kernel",
-        type=whole_number(1),
-        default=3,
-        metavar="N",
-        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
-    )
-    sparsify.add_argument("--inner-products", action="store_true", help="prune and count inner products, too")
-    sparsify.add_argument(
-        "--pattern",
-        metavar="N:M",
-        help="of each M consecutive input channels N keep their weights, like 2:4, whatever the caps",
-    )
-    sparsify.add_argument(
-        "--caps",
-        choices=["on", "off"],
-        default="on",
-        help="on: as published, no threshold above 0.2 or 0.2 of the largest weight (default: on)",
-    )
-    _add_output(sparsify, "NAME_sparsified.caffemodel")
-    _add_dialect(sparsify)
-
-    sensitivity = add(
-        "sensitivity", "prune each layer alone, test the network, and give targets by layer", _sensitivity
-    )
-    _add_network(sensitivity)
-    sensitivity.add_argument(
-        "--target", type=fraction, required=True, metavar="0.8", help="sparsity of the layers together"
-    )
-    images = "validation images that each test takes, spread over the LMDB (default: 500)"
-    sensitivity.add_argument("--images", type=whole_number(1), default=500, metavar="N", help=images)
-    lmdb = "the validation LMDB (default: that of the val.prototxt)"
-    sensitivity.add_argument("--lmdb", type=Path, metavar="DIR", help=lmdb)
-    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
-    sensitivity.add_argument("--val", type=Path, metavar="FILE", help=val)
-    sensitivity.add_argument(
-        "--min-kernel",
-        type=whole_number(1),
-        default=3,
-        metavar="N",
-        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
-    )
-    sensitivity.add_argument("--inner-products", action="store_true", help="prune inner products, too")
-
-    shrink = add("shrink", "remove the channels that have no effect, such as those without weights", _shrink)
-    _add_network(shrink)
-    shrink.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for deploy.prototxt and NAME_shrunk.caffemodel, and for train.prototxt and val.prototxt"
-        " if they are beside DEPLOY; made if missing (default: shrunk, beside the weights)",
-    )
-    check = "compute random images with both networks and print the largest difference"
-    shrink.add_argument("--check", action="store_true", help=check)
-
-    merge = add("merge-bn", "fold batch norms into the convolutions, for stock Caffe and OpenCV", _merge_bn)
-    _add_network(merge)
-    merge.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing "
-        "(default: merged, beside the weights)",
-    )
-    merge.add_argument(
-        "--input-shift",
-        choices=INPUT_SHIFTS,
-        default=INPUT_SHIFTS[0],
-        help="form of what is added to images, where it cannot be folded exactly: power, for stock Caffe and "
-        "OpenCV; bias or scale, for TI's importer; conv: into the first convolution, whose padding goes into "
-        "the images (default: %(default)s)",
-    )
-
-    export = add("export", "write a trained network as an ONNX file", _export)
-    _add_network(export, optional=True)
-    export.add_argument(
-        "--onnx",
-        type=Path,
-        metavar="OUT",
-        help="the ONNX file to write (default: NAME.onnx, beside the weights)",
-    )
-    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
-    labels = "class names, one a line (default: labels.txt of RUN, beside DEPLOY or in the val LMDB)"
-    export.add_argument("--val", type=Path, metavar="FILE", help=val)
-    export.add_argument("--labels", type=Path, metavar="FILE", help=labels)
-    folder = "instead of FILE: the folder that quantize has written, for a model of 8-bit numbers (QDQ form)"
-    export.add_argument("--quantized", type=Path, metavar="DIR", help=folder)
-    opset = "version of ONNX's operators (default: 13, the oldest that suffices)"
-    export.add_argument("--opset", type=whole_number(1), metavar="N", help=opset)
-    batch = "images that the model takes at a time (default: any number)"
-    export.add_argument("--batch", type=whole_number(1), metavar="N", help=batch)
+    for name, command in _COMMANDS.items():
+        text = command.help
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_arguments(sub)
     return parser
 
 
@@ -269,6 +148,13 @@ def _named_dialect(options: argparse.Namespace) -> Dialect | None:
     return Dialect(options.dialect) if options.dialect else None
 
 
+def _add_show_arguments(parser: Any) -> None:
+    _add_weights(parser)
+    _add_hdf5_network(parser)
+    parser.add_argument("--format", choices=["text", "csv", "json"], default="text", help="default: text")
+    _add_dialect(parser)
+
+
 def _show(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import show
     from caffe_jacinto.caffemodel.net_file import find_dialect
@@ -284,6 +170,12 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_diff_arguments(parser: Any) -> None:
+    _add_weights(parser, "a", "A")
+    _add_weights(parser, "b", "B")
+    _add_hdf5_network(parser)
+
+
 def _diff(options: argparse.Namespace) -> int:
     from caffe_jacinto.caffemodel import diff
     from caffe_jacinto.caffemodel.net_file import find_dialect
@@ -293,6 +185,14 @@ def _diff(options: argparse.Namespace) -> int:
     found, same = diff.differences(options.a, options.b, *dialects, network)
     diff.show(found, same, sys.stdout)
     return 1 if found else 0
+
+
+def _add_convert_arguments(parser: Any) -> None:
+    _add_weights(parser)
+    _add_hdf5_network(parser)
+    parser.add_argument("--from", dest="origin", choices=DIALECTS, help="(default: recognized from the file)")
+    parser.add_argument("--to", choices=DIALECTS, help="(default: the other one)")
+    _add_output(parser, "NAME_<dialect>.caffemodel")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -311,6 +211,44 @@ def _convert(options: argparse.Namespace) -> int:
     done = "; ".join(convert(options.file, output, Dialect(to), _hdf5_network(options, source)))
     print(f"{output}: {options.file} in the form of {to}; {done or 'nothing to change'}")
     return 0
+
+
+def _add_sparsify_arguments(parser: Any) -> None:
+    _add_weights(parser)
+    _add_hdf5_network(parser)
+    parser.add_argument(
+        "--target", type=fraction, required=True, metavar="0.8", help="fraction of the weights to zero"
+    )
+    parser.add_argument(
+        "--by",
+        choices=["channel", "layer", "network"],
+        default="channel",
+        help="one threshold for each output channel, for each layer, or for all (default: channel)",
+    )
+    several = {"action": "append", "default": [], "metavar": "NAME"}
+    parser.add_argument("--layers", help="prune only these, by name or pattern; repeatable", **several)
+    parser.add_argument("--skip", help="do not prune these; repeatable", **several)
+    parser.add_argument(
+        "--min-kernel",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
+    )
+    parser.add_argument("--inner-products", action="store_true", help="prune and count inner products, too")
+    parser.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="of each M consecutive input channels N keep their weights, like 2:4, whatever the caps",
+    )
+    parser.add_argument(
+        "--caps",
+        choices=["on", "off"],
+        default="on",
+        help="on: as published, no threshold above 0.2 or 0.2 of the largest weight (default: on)",
+    )
+    _add_output(parser, "NAME_sparsified.caffemodel")
+    _add_dialect(parser)
 
 
 def _sparsify(options: argparse.Namespace) -> int:
@@ -350,6 +288,27 @@ def _rule(options: argparse.Namespace) -> SparseSettings:
         return sparse_settings({fields[key].name: value for key, value in rule.items()}, "--")
     except UserError as error:
         raise UserError(str(error).replace("--sparsity_", "--")) from None
+
+
+def _add_sensitivity_arguments(parser: Any) -> None:
+    _add_network(parser)
+    parser.add_argument(
+        "--target", type=fraction, required=True, metavar="0.8", help="sparsity of the layers together"
+    )
+    images = "validation images that each test takes, spread over the LMDB (default: 500)"
+    parser.add_argument("--images", type=whole_number(1), default=500, metavar="N", help=images)
+    lmdb = "the validation LMDB (default: that of the val.prototxt)"
+    parser.add_argument("--lmdb", type=Path, metavar="DIR", help=lmdb)
+    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
+    parser.add_argument("--val", type=Path, metavar="FILE", help=val)
+    parser.add_argument(
+        "--min-kernel",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
+    )
+    parser.add_argument("--inner-products", action="store_true", help="prune inner products, too")
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
@@ -397,6 +356,19 @@ def _sensitivity(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_shrink_arguments(parser: Any) -> None:
+    _add_network(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for deploy.prototxt and NAME_shrunk.caffemodel, and for train.prototxt and val.prototxt"
+        " if they are beside DEPLOY; made if missing (default: shrunk, beside the weights)",
+    )
+    check = "compute random images with both networks and print the largest difference"
+    parser.add_argument("--check", action="store_true", help=check)
+
+
 def _shrink(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.shrink import show, shrink
     from caffe_jacinto.quantization.settling import carry_ranges
@@ -441,6 +413,25 @@ def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _add_merge_bn_arguments(parser: Any) -> None:
+    _add_network(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for deploy_merged.prototxt and NAME_merged.caffemodel; made if missing "
+        "(default: merged, beside the weights)",
+    )
+    parser.add_argument(
+        "--input-shift",
+        choices=INPUT_SHIFTS,
+        default=INPUT_SHIFTS[0],
+        help="form of what is added to images, where it cannot be folded exactly: power, for stock Caffe and "
+        "OpenCV; bias or scale, for TI's importer; conv: into the first convolution, whose padding goes into "
+        "the images (default: %(default)s)",
+    )
+
+
 def _merge_bn(options: argparse.Namespace) -> int:
     from caffe_jacinto.export.merge_bn import merge_bn
 
@@ -463,6 +454,26 @@ def _merge_bn(options: argparse.Namespace) -> int:
     count = sum(map(len, merged.merged.values()))
     print(f"{weights}: {count} layers merged; its network is {deploy}")
     return 0
+
+
+def _add_export_arguments(parser: Any) -> None:
+    _add_network(parser, optional=True)
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="OUT",
+        help="the ONNX file to write (default: NAME.onnx, beside the weights)",
+    )
+    val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
+    labels = "class names, one a line (default: labels.txt of RUN, beside DEPLOY or in the val LMDB)"
+    parser.add_argument("--val", type=Path, metavar="FILE", help=val)
+    parser.add_argument("--labels", type=Path, metavar="FILE", help=labels)
+    folder = "instead of FILE: the folder that quantize has written, for a model of 8-bit numbers (QDQ form)"
+    parser.add_argument("--quantized", type=Path, metavar="DIR", help=folder)
+    opset = "version of ONNX's operators (default: 13, the oldest that suffices)"
+    parser.add_argument("--opset", type=whole_number(1), metavar="N", help=opset)
+    batch = "images that the model takes at a time (default: any number)"
+    parser.add_argument("--batch", type=whole_number(1), metavar="N", help=batch)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -524,6 +535,50 @@ def _metadata(options: argparse.Namespace, run: NetworkFiles | None) -> dict[str
 
 def _deploy_text(options: argparse.Namespace) -> str:
     return read_text(options.deploy, "give the deploy.prototxt after the weight file")
+
+
+_COMMANDS = {
+    "show": _Command(
+        "list layers: shapes, zeros, ranges, numbers that are not finite",
+        _add_show_arguments,
+        _show,
+    ),
+    "diff": _Command(
+        "compare two files layer by layer; exit code 1 where they differ",
+        _add_diff_arguments,
+        _diff,
+    ),
+    "convert": _Command(
+        "convert a file between the two Caffes' forms of batch normalization",
+        _add_convert_arguments,
+        _convert,
+    ),
+    "sparsify": _Command(
+        "zero small weights once, by the rule of training, to try it",
+        _add_sparsify_arguments,
+        _sparsify,
+    ),
+    "sensitivity": _Command(
+        "prune each layer alone, test the network, and give targets by layer",
+        _add_sensitivity_arguments,
+        _sensitivity,
+    ),
+    "shrink": _Command(
+        "remove the channels that have no effect, such as those without weights",
+        _add_shrink_arguments,
+        _shrink,
+    ),
+    "merge-bn": _Command(
+        "fold batch norms into the convolutions, for stock Caffe and OpenCV",
+        _add_merge_bn_arguments,
+        _merge_bn,
+    ),
+    "export": _Command(
+        "write a trained network as an ONNX file",
+        _add_export_arguments,
+        _export,
+    ),
+}
 
 
 if __name__ == "__main__":

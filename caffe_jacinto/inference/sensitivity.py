@@ -25,6 +25,7 @@ from caffe_jacinto.inference.backends import open_backend
 from caffe_jacinto.inference.network import Sample, TrainedNetwork
 from caffe_jacinto.inference.scores import softmax_loss
 from caffe_jacinto.pruning.layers import CountedLayer, find_counted, why_not_pruned
+from caffe_jacinto.pruning.rule import most_zeros
 from caffe_jacinto.pruning.sparsify import sparsify
 from caffe_jacinto.recipes.load import toml_value
 from caffe_jacinto.recipes.model import FLOAT32_MAX, SparseSettings
@@ -108,10 +109,11 @@ def check_target(target: float) -> None:
 
 
 def targets_for(found: Sequence[Sensitivity], target: float) -> dict[str, float]:
-    """The sparsity of each layer at which the network is pruned to ``target``, rounded to hundredths.
+    """The sparsity of each layer at which the network is pruned to ``target``, in hundredths.
 
     The layers are those of ``found``; the network's others do not count. The loss has risen by the same
-    amount in each, as far as no layer is at the highest level. That is found by bisection.
+    amount in each, as far as no layer is at the highest level. That is found by bisection. In hundredths they
+    reach the target, too, by channel as by layer, where the highest level allows it.
 
     Raises:
         UserError: as `check_target`.
@@ -127,8 +129,33 @@ def targets_for(found: Sequence[Sensitivity], target: float) -> dict[str, float]
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if sparsity(middle) >= target else (middle, high)
-    rounded = {one.layer.name: round(one.sparsity_for(high), 2) for one in found}
-    return {name: share for name, share in rounded.items() if share >= LEAST}
+    hundredths = _reaching(found, [100 * one.sparsity_for(high) for one in found], target * weights)
+    shares = {one.layer.name: number / 100 for one, number in zip(found, hundredths, strict=True)}
+    return {name: share for name, share in shares.items() if share >= LEAST}
+
+
+def _reaching(found: Sequence[Sensitivity], exact: Sequence[float], zeros: float) -> list[int]:
+    """The ``exact`` hundredths of the layers as whole numbers with which so many weights become zero.
+
+    Where rounding them is not enough, those are raised first that are the furthest below what is exact.
+    """
+    rounded = [round(share) for share in exact]
+    most = round(100 * LEVELS[-1])
+
+    def pruned(at: int) -> int:
+        outputs = max(found[at].layer.outputs, 1)
+        return outputs * most_zeros(found[at].layer.weights // outputs, rounded[at] / 100)
+
+    reached = sum(map(pruned, range(len(found))))
+    while reached < zeros - 0.5:
+        below = [at for at in range(len(found)) if rounded[at] < most]
+        if not below:
+            break
+        at = max(below, key=lambda one: exact[one] - rounded[one])
+        reached -= pruned(at)
+        rounded[at] += 1
+        reached += pruned(at)
+    return rounded
 
 
 def _batches(samples: Iterator[Sample]) -> Iterator[tuple[NDArray[np.float32], list[int]]]:
