@@ -98,6 +98,41 @@ def test_networks_are_named_in_each_of_caffes_ways(lenet: Path, published: Path,
     assert recipe.data.num_classes == 10
 
 
+def test_a_network_inside_another_solver_does_not_take_its_place(lenet: Path, published: Path) -> None:
+    net = (lenet / "lenet_train_test.prototxt").read_text()
+
+    def with_net(text: str) -> str:
+        return re.sub(r'(?m)^net: ".*"$', lambda _: f"net_param {{\n{text}}}", cut(published, "lenet"))
+
+    derive(with_net(net))
+    derive(with_net(net))
+    before = Path("out_network_net_param.prototxt").read_text()
+    with pytest.raises(UserError, match=r"out_network_net_param\.prototxt exists, and is not the network in"):
+        derive(with_net(net.replace("num_output: 20", "num_output: 24")))
+    assert Path("out_network_net_param.prototxt").read_text() == before
+
+
+@pytest.mark.parametrize("output", ["", ".", "/"])
+def test_the_run_folder_needs_a_name(output: str, lenet: Path, published: Path) -> None:
+    Path("solver.prototxt").write_text(cut(published, "lenet"))
+    before = sorted(Path().iterdir())
+    with pytest.raises(UserError, match="name a new folder"):
+        write_recipe(Request(Path("solver.prototxt"), None, 0.8), Path(output))
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_sigmoid_that_falls_is_taken(lenet: Path, published: Path) -> None:
+    text = cut(published, "lenet", lr_policy='"sigmoid"', gamma=-0.001) + "stepsize: 5000\n"
+    theirs, first, *_ = derive(text).stages.values()
+    assert theirs.solver is not None
+    assert (theirs.solver.lr_policy, theirs.solver.gamma) == ("sigmoid", -0.001)
+    assert first.solver is not None
+    assert first.solver.base_lr == pytest.approx(0.005)  # half of it, in the middle
+    step = text.replace('"sigmoid"', '"step"')
+    with pytest.raises(UserError, match=r"gamma.*-0\.001 is not above 0"):
+        derive(step)
+
+
 def test_test_states_become_networks_that_test(lenet: Path, published: Path) -> None:
     tests = 'test_state { stage: "a" }\ntest_state { stage: "b" level: 2 }\n'
     more = f'test_iter: 7\n{tests}train_state {{ stage: "t" }}\n'

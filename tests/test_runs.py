@@ -29,7 +29,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.folder import RunRecord, StageState
-from caffe_jacinto.runs.lock import RunLock, is_held
+from caffe_jacinto.runs.lock import Holder, RunLock, is_held
 from caffe_jacinto.runs.plan import shell_script
 from caffe_jacinto.runs.process import Child
 from caffe_jacinto.runs.progress import (
@@ -655,6 +655,22 @@ def test_a_folder_that_a_killed_train_left_with_its_lock_alone_is_free(tmp_path:
     assert run_folder.is_free(tmp_path)
     (tmp_path / "mine.txt").touch()
     assert not run_folder.is_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "drives"),
+    [
+        ("python -m caffe_jacinto.train demo_digits", True),
+        ("python -m caffe_jacinto train demo_digits", True),
+        ("/v/bin/python3 /v/bin/caffe-jacinto train demo_digits", True),
+        ("python -m submitit.core._submit folder", True),
+        ("python -m caffe_jacinto report train", False),
+        ("/v/bin/caffe train -solver solver.prototxt", False),
+        ("/v/bin/python /v/bin/caffe-torch train -solver solver.prototxt", False),
+    ],
+)
+def test_a_train_is_known_by_each_of_its_names(command: str, drives: bool) -> None:
+    assert Holder(1, tuple(command.split())).is_driver is drives
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,9 @@ from image_records import MEAN, SETTINGS, datum_of, encoded, noise, turned_by_ex
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.data.batches import Order
 from caffe_jacinto.data.mean import Mean, write_mean
+from caffe_jacinto.engines.pytorch import feed
 from caffe_jacinto.engines.pytorch.feed import Inputs
+from caffe_jacinto.engines.pytorch.gpu_decode import decode_on_cpu
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
@@ -211,3 +216,40 @@ def test_a_label_beyond_the_classes_is_named(tmp_path: Path, monkeypatch: pytest
         ours.start_at(0)
         with pytest.raises(UserError, match=r"00000002.* its label is 5, .* 5 classes, 0 to 4"):
             ours.batch()
+
+
+def test_files_that_the_gpu_refuses_are_decoded_as_everywhere_else() -> None:
+    pictures = [noise(HEIGHT, WIDTH, 3, seed) for seed in range(3)]
+    files = [encoded(picture, ".jpg") for picture in pictures]
+    joined = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    ends = np.cumsum([len(file) for file in files]).tolist()
+    images = decode_on_cpu(joined, ends)
+    for image, file in zip(images, files, strict=True):
+        pixels = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(image.numpy(), pixels[:, :, ::-1].transpose(2, 0, 1))
+    with pytest.raises(UserError, match=r"one of the JPEG files: .*; -decode cpu says which"):
+        decode_on_cpu(joined[: ends[-1] - len(files[-1]) + 20], [*ends[:-1], ends[-2] + 20])
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [("1", 2), ("4", 1)])
+def test_the_ranks_of_a_machine_share_its_memory(
+    ranks: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two workers six batches are held: two, and two for each; a rank of four has room for four."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    write_lmdb(tmp_path / "lmdb", [datum_of(encoded(noise(HEIGHT, WIDTH), ".png"), 0)])
+    size = 3 * HEIGHT * WIDTH * 3
+    room = size * (6 if ranks == "1" else 16)
+    usage = shutil.disk_usage(tmp_path)._replace(total=room, free=room)
+    monkeypatch.setattr(feed.shutil, "disk_usage", lambda _: usage)
+    with inputs(data_net("")) as ours:
+        ours.start_at(0)
+        ours.batch()
+        said = " ".join(ours.notes)
+    if workers == 2:
+        assert not said
+    else:
+        assert re.match(
+            rf"{workers} processes read the data, not 2: /dev/shm has \d+ MiB for each rank", said
+        )

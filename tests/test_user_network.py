@@ -246,6 +246,18 @@ def test_what_does_not_go_with_a_prototxt_is_refused(
     assert "recipe.toml:" in str(caught.value)
 
 
+def test_each_network_that_tests_needs_a_batch(own: Callable[..., Recipe], tmp_path: Path) -> None:
+    Path("other.prototxt").write_text(SMALL.replace("batch_size: 10 ", ""))
+    message = "other.prototxt:10: layer images has no batch_size; add it there"
+    with pytest.raises(UserError, match=re.escape(message)):
+        own(network='test_prototxt = ["net.prototxt", "other.prototxt"]')
+
+
+def test_a_home_of_nobody_is_a_missing_file(own: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"~nobody-here/net\.prototxt"):
+        read_user_network(NetworkSettings(name="net", prototxt="~nobody-here/net.prototxt"))
+
+
 def test_the_number_of_classes_is_that_of_the_outputs(own: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"data.num_classes: 5, and net.prototxt:29: layer ip has 10 outputs"):
         own(SMALL, "data.num_classes=5")

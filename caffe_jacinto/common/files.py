@@ -157,6 +157,14 @@ _BINARY_KINDS = {".caffemodel": "a weight file", ".solverstate": "a solver state
 """By the endings of Caffe's files that are not text."""
 
 
+def expanded(path: str) -> Path:
+    """``path`` with a home folder in the place of ``~``; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def read_text(path: Path, hint: str = "") -> str:
     """The text of a prototxt that the user names; ``hint`` says what to do when it cannot be read.
 

@@ -69,7 +69,7 @@ def stored_pixels(datum: Any, colour: bool | None = None) -> Pixels:
     import numpy as np
 
     if datum.encoded:
-        return _decoded(datum.data, colour)
+        return decoded(datum.data, colour)
     shape = (datum.channels, datum.height, datum.width)
     values: Pixels = (
         np.frombuffer(datum.data, np.uint8) if datum.data else np.asarray(datum.float_data, np.float32)
@@ -88,7 +88,14 @@ def check_depth(pixels: Pixels) -> None:
         raise BadImageError(ImageProblem.NOT_8_BIT, str(pixels.dtype))
 
 
-def _decoded(content: bytes, colour: bool | None) -> Pixels:
+def decoded(content: bytes, colour: bool | None = None) -> Pixels:
+    """The pixels of an image file: channels (blue, green, red) x height x width, 8-bit; not turned.
+
+    ``colour``: True for three channels, False for one; None: as the file has them.
+
+    Raises:
+        BadImageError: it cannot be decoded, or is too large.
+    """
     import cv2
     import numpy as np
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.files import expanded
 from caffe_jacinto.engines.contract import Engine, EngineInfo, EngineKind, Precision
 from caffe_jacinto.engines.fork.engine import CaffeJacintoEngine
 from caffe_jacinto.engines.gpus import any_visible, driver_cuda, lack, requested_gpus, visible_gpus
@@ -244,7 +245,7 @@ def _named(caffe: str | None) -> tuple[Path, str] | None:
     """The executable that is named, and where."""
     for name, where in ((caffe, "--caffe"), (os.environ.get("CAFFE_ROOT"), "$CAFFE_ROOT")):
         if name:
-            return _in(Path(name).expanduser(), where), where
+            return _in(expanded(name), where), where
     return None
 
 

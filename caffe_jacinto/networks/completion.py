@@ -86,6 +86,11 @@ def _lacking(network: UserNetwork, data: Mapping[str, Any], training: Mapping[st
             yield Mistake(("data", lmdb), f"{reader} has no source; add it there")
         if not training.get(batch) and net.batch < 1:
             yield Mistake(("training", batch), f"{reader} has no batch_size; add it there")
+    first, *more = network.tests
+    for net in more:
+        if net.batch < 1 <= first.batch:  # without one in both, val_batch_size is that of both
+            reader = net.where(net.data)
+            yield Mistake(("network", "prototxt"), f"{reader} has no batch_size; add it there")
 
 
 def _default(table: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from caffe_jacinto.common.files import expanded
 from caffe_jacinto.networks.layers import DATA_BLOB, Layer, Other, SoftmaxWithLoss
 from caffe_jacinto.recipes.model import Recipe
 
@@ -38,7 +39,7 @@ def teacher_files(recipe: Recipe, stage_name: str, folder: str) -> tuple[str, st
         return None
     if teacher.stage is None:
         own = Path(folder, "deploy.prototxt")
-        return str(teacher.prototxt or own), str(Path(str(teacher.weights)).expanduser())
+        return str(teacher.prototxt or own), str(expanded(str(teacher.weights)))
     place = Path(folder).parent / teacher.stage
     return str(place / "deploy.prototxt"), str(place / recipe.weights_name(teacher.stage))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from caffe_jacinto.common.errors import UserError, UserErrors
-from caffe_jacinto.common.files import read_text
+from caffe_jacinto.common.files import expanded, read_text
 from caffe_jacinto.common.text import did_you_mean
 from caffe_jacinto.netspec.data_fit import READ, DataSize, Reading, mistakes_with_data, settings_of, source_of
 from caffe_jacinto.netspec.graph import TEST, TRAIN, NetState, nodes_of, readers, scale_after
@@ -136,7 +136,7 @@ def read_user_network(settings: NetworkSettings) -> UserNetwork:
 
 
 def _net_file(path: str, phase: str, level: int, stages: Sequence[str]) -> NetFile:
-    file = Path(path).expanduser()
+    file = expanded(path)
     text = read_text(file, f"name the network's prototxt as {KEY}")
     return _checked(str(file), text, NetState(phase, level, frozenset(stages)))
 

@@ -169,6 +169,8 @@ def _parse_override(text: str) -> Override:
         keys = _only_path(tomllib.loads(f"{key_text} = 0"))
     except tomllib.TOMLDecodeError:
         raise wrong from None
+    if keys is None:
+        raise wrong
     return Override(text, keys, _override_value(value_text))
 
 
@@ -181,8 +183,8 @@ def _override_value(text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-def _only_path(document: Mapping[str, Any]) -> Keys:
-    return next(keys for keys, value in _paths(document) if not isinstance(value, dict))
+def _only_path(document: Mapping[str, Any]) -> Keys | None:
+    return next((keys for keys, value in _paths(document) if not isinstance(value, dict)), None)
 
 
 def _apply(document: dict[str, Any], override: Override) -> None:

@@ -37,6 +37,7 @@ FLOAT32_MAX = 3.4e38
 PositiveInt = Annotated[int, Field(ge=1, le=INT32_MAX)]
 NaturalInt = Annotated[int, Field(ge=0, le=INT32_MAX)]
 PositiveFloat = Annotated[float, Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+SignedFloat = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
 NaturalFloat = Annotated[float, Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -243,7 +244,9 @@ class SolverSettings(_Settings):
     """Iterations in which the learning rate rises to the policy's (PyTorch only)."""
 
     power: NaturalFloat = 1.0
-    gamma: OptionalFloat = None
+    gamma: Annotated[SignedFloat | None, Optional] = None
+    """Above 0; of the policy "sigmoid", whose rate falls where it is negative, of either sign."""
+
     stepsize: OptionalInt = None
     stepvalue: Annotated[tuple[PositiveInt, ...], Ints] = ()
     momentum: Fraction = 0.9

@@ -515,7 +515,7 @@ def _inner_products_are_frozen_with_zeros(stage: Values) -> Iterator[Mistake]:
         yield stage.mistake("freeze_inner_products", "no effect without freeze_zeros = true; add it")
 
 
-_POLICY_SETTINGS = {
+POLICY_SETTINGS = {
     "exp": ("gamma",),
     "inv": ("gamma",),
     "step": ("gamma", "stepsize"),
@@ -535,13 +535,18 @@ _EXAMPLES = {
 
 def _policy_has_its_settings(stage: Values) -> Iterator[Mistake]:
     policy = stage["solver.lr_policy"]
-    lacking = [name for name in _POLICY_SETTINGS.get(policy, ()) if not stage[f"solver.{name}"]]
+    lacking = [name for name in POLICY_SETTINGS.get(policy, ()) if not stage[f"solver.{name}"]]
     if lacking:
         examples = ", ".join(_EXAMPLES[name] for name in lacking)
         yield stage.mistake(
             "solver.lr_policy",
             f'"{policy}" needs {" and ".join(lacking)}; add to the solver, for example, {examples}',
         )
+    gamma = stage["solver.gamma"]
+    falls = policy == "sigmoid" and (gamma or 0) < 0
+    if gamma is not None and gamma <= 0 and not falls and "gamma" not in lacking:
+        signs = '; only that of "sigmoid" may be negative, and the rate falls with it' if gamma < 0 else ""
+        yield stage.mistake("solver.gamma", f"{gamma:g} is not above 0{signs}")
 
 
 def _warmup_ends(stage: Values) -> Iterator[Mistake]:

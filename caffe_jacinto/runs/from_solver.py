@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf import text_format
 
 from caffe_jacinto.common.errors import UserError, UserErrors
-from caffe_jacinto.common.files import read_text, write_whole
+from caffe_jacinto.common.files import expanded, read_text, write_whole
 from caffe_jacinto.netspec.shapes import blob_shapes
 from caffe_jacinto.networks.user_network import UserNetwork, read_user_network
 from caffe_jacinto.prototxt.render import number
@@ -24,7 +24,7 @@ from caffe_jacinto.prototxt.tree import Message, parse
 from caffe_jacinto.recipes.derive import TheirSolver, derived_recipe, derived_stages
 from caffe_jacinto.recipes.explain import solver_mistakes
 from caffe_jacinto.recipes.model import NetworkSettings
-from caffe_jacinto.recipes.rules import FIELDS_OF_TYPES
+from caffe_jacinto.recipes.rules import FIELDS_OF_TYPES, POLICY_SETTINGS
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.new_recipe import data_set_name
 
@@ -80,6 +80,8 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
     Raises:
         UserError: the solver or its networks cannot be read, or another recipe is there already.
     """
+    if output is not None and not output.name:
+        raise UserError(f"--output {output}: name a new folder; the recipe is written beside it")
     where = str(request.solver)
     solver = parse_any_solver(read_text(request.solver, "give a solver.prototxt"), where)
     their_name = request.solver.stem
@@ -87,6 +89,10 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
     theirs = _their_solver(solver, request.solver)
     found = _networks(solver, request.solver, folder)
     for path, text in found.texts.items():
+        if path.exists() and path.read_bytes() != text.encode():
+            raise UserError(
+                f"{path} exists, and is not the network in {where}: remove it, or give another --output"
+            )
         _write(path, text)
     network = read_user_network(NetworkSettings.model_validate({**found.keys, "name": their_name}))
     train_lmdb = request.train_lmdb or network.train.source
@@ -232,8 +238,8 @@ def find_network(name: str, solver: Path) -> Path:
         UserError: there is none.
     """
     beside = solver.absolute().parent
-    if Path(name).expanduser().is_file():
-        return Path(name).expanduser()
+    if expanded(name).is_file():
+        return expanded(name)
     for folder in (beside, *beside.parents):
         if (folder / name).is_file():
             return _shorter(folder / name)
@@ -278,8 +284,10 @@ def _their_solver(solver: Any, path: Path) -> TheirSolver:
         settings["snapshot_format"] = "HDF5"
     if solver.lr_policy in ("poly", "inv"):
         settings.setdefault("power", 0.0)
+    used = POLICY_SETTINGS.get(solver.lr_policy, ())
     for name in _UNSET_BY_ZERO:
-        if settings.get(name, 1) <= 0:
+        value = settings.get(name, 1)
+        if value <= 0 and not (name in used and value < 0):
             del settings[name]
     wrong = solver_mistakes(settings)
     for name in ("iter_size", "test_iter"):

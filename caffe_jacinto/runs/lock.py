@@ -20,6 +20,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
@@ -44,7 +45,12 @@ class Holder:
 
     @property
     def is_driver(self) -> bool:
-        return not {"caffe_jacinto.train", SLURM_DRIVER}.isdisjoint(self.words[:8])
+        words = self.words[:8]
+        # python -m caffe_jacinto.train; python -m caffe_jacinto train; caffe-jacinto train
+        programs = ("caffe_jacinto", "caffe-jacinto")
+        return not {"caffe_jacinto.train", SLURM_DRIVER}.isdisjoint(words) or any(
+            Path(program).name in programs and command == "train" for program, command in pairwise(words)
+        )
 
     @property
     def is_shell(self) -> bool:

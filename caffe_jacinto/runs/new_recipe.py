@@ -57,6 +57,8 @@ def write_new_recipe(path: Path, train_lmdb: str, val_lmdb: str) -> list[str]:
 
 
 def _check_new_file(path: Path) -> None:
+    if not path.name:
+        raise UserError(f"--new {path}: is a folder; name a file that ends in .toml")
     if path.suffix != ".toml":
         raise UserError(f"--new {path}: the name of a recipe ends in .toml; use {path.with_suffix('.toml')}")
     if path.exists() or path.is_symlink():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caffe_jacinto.caffemodel.hdf5 import SUFFIX, binary_form, is_hdf5, without_suffix
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import PACKAGE, template_folder, write_whole
+from caffe_jacinto.common.files import PACKAGE, expanded, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import Snapshot, StartPoint, start_point
 from caffe_jacinto.logs.discover import STAGE_LOG
@@ -190,7 +190,7 @@ def plan_run(recipe: Recipe, folder: Path, engine: Engine, gpus: tuple[int, ...]
         if stage.start is not None:
             start: Path | None = stages[stage.start].final_weights
         else:
-            start = None if stage.weights is None else Path(stage.weights).expanduser()
+            start = None if stage.weights is None else expanded(stage.weights)
         stages[name] = StagePlan(
             name=name,
             stage=stage,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
 from caffe_jacinto.common.errors import UserError
-from caffe_jacinto.common.files import looked_for, read_text
+from caffe_jacinto.common.files import expanded, looked_for, read_text
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import ImageShape, data_shapes, stage_solver
@@ -321,7 +321,7 @@ def _check_mean_file(run: RunPlan, findings: Findings) -> None:
 def _check_labels(run: RunPlan, findings: Findings) -> None:
     """Note class names, of the recipe or beside the training LMDB, that are not one for each class."""
     given = run.recipe.data.labels
-    path = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS
+    path = expanded(given) if given else Path(run.recipe.data.train_lmdb) / LABELS
     if given is None and not path.is_file():
         return
     try:

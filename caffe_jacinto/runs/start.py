@@ -15,7 +15,7 @@ from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.disk import is_full, why_not_written
 from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
-from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.files import expanded, write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
 from caffe_jacinto.engines.discovery import find_engine
@@ -472,11 +472,20 @@ def _refuse(findings: Findings) -> None:
 
 
 def _copy_labels(run: RunPlan) -> None:
-    """Copy the class names into the run folder, if the data set has them."""
+    """Copy the class names into the run folder, if the data set has them.
+
+    Those beside an LMDB that cannot be read were named by the checks, as a note.
+    """
     given = run.recipe.data.labels
-    source = Path(given).expanduser() if given else Path(run.recipe.data.train_lmdb) / LABELS
-    if source.is_file():
-        write_whole(run.folder / LABELS, source.read_bytes())
+    source = expanded(given) if given else Path(run.recipe.data.train_lmdb) / LABELS
+    try:
+        names = source.read_bytes() if source.is_file() else None
+    except OSError:
+        if given:
+            raise
+        names = None
+    if names is not None:
+        write_whole(run.folder / LABELS, names)
 
 
 def _write_all(run: RunPlan, findings: Findings, screen: Screen) -> None:

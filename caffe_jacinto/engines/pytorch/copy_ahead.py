@@ -143,7 +143,9 @@ class CopyAhead:
             torch.empty_like(host[0].windows, device=self._device),
             torch.empty_like(host[0].mixing, device=self._device),
         )
-        return _Slot(batch, torch.cuda.Event(), torch.cuda.Event(), threading.Semaphore(0))
+        # The thread sleeps where it waits for them, and leaves its core to those that decode.
+        ready, used = torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True)
+        return _Slot(batch, ready, used, threading.Semaphore(0))
 
     def _fill(self, place: RawBatch, host: HostBatch) -> list[Tensor]:
         """Copy or decode ``host`` to its ``place``; returns what has to stay until that is done."""
@@ -154,5 +156,4 @@ class CopyAhead:
             place.images.copy_(batch.images, non_blocking=True)
             return []
         decoded = decode_jpegs(batch.images, ends, self._device)
-        cut(decoded, place.windows, place.images)
-        return decoded
+        return [*decoded, cut(decoded, place.windows, place.images)]

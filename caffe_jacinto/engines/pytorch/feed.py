@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from caffe_jacinto.engines.pytorch.engine import DecodeChoice
 from caffe_jacinto.engines.pytorch.gpu_decode import DECODERS, Decode, can_decode, faster_decode
 from caffe_jacinto.engines.pytorch.indices import LABEL, Indices
 from caffe_jacinto.engines.pytorch.layer_setup import PHASE_NAMES, Shape
-from caffe_jacinto.engines.pytorch.loading import Feed, slots_of
+from caffe_jacinto.engines.pytorch.loading import AHEAD, Feed, slots_of
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.netspec.graph import messages_in
 from caffe_jacinto.prototxt.solver import TRAIN
@@ -34,8 +35,21 @@ _MOST_WORKERS = 16
 
 def default_workers(device: torch.device) -> int:
     """Processes that decode images: most cores where a GPU computes, few where the cores do it themselves."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // _ranks_here()
     return max(1, min(_MOST_WORKERS, cores - 1 if device.type == "cuda" else cores // 4))
+
+
+def _ranks_here() -> int:
+    """The ranks of this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _shared_memory() -> float:
+    """The bytes that this rank may take of it: the ranks of a machine ask at about the same time."""
+    if not _SHARED_MEMORY.is_dir():
+        return inf
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    return min(usage.free, usage.total / _ranks_here())
 
 
 class Inputs:
@@ -93,7 +107,9 @@ class Inputs:
         if decode == "both" and workers % 2 == 0:
             # Workers take batches in turn: with an even number, some would get all that the CPU decodes.
             workers -= 1
-        feed = Feed(source, self._device, workers, decode)
+        # Of every two batches that a worker reads ahead for both, it decodes one.
+        more = decode == "both" and slots_of(workers, 2 * AHEAD) * source.batch_bytes <= _shared_memory()
+        feed = Feed(source, self._device, workers, decode, 2 * AHEAD if more else AHEAD)
         if not feed.pinned:
             self.notes.append("The system refuses to pin memory: copies to the GPU are slower")
         self._feeds.append(feed)
@@ -120,11 +136,12 @@ class Inputs:
     def _most_workers(self, source: BatchSource, workers: int) -> int:
         """As many of ``workers`` as the shared memory holds the batches of."""
         size = source.batch_bytes
-        room = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
-        if room is None or room >= slots_of(workers) * size:
+        room = _shared_memory()
+        if room >= slots_of(workers) * size:
             return workers
         most = max((n for n in range(workers) if slots_of(n) * size <= room), default=0)
-        hint = f"{_SHARED_MEMORY} has {room >> 20} MiB free (a container's: --shm-size or --ipc=host)"
+        each = " for each rank" if _ranks_here() > 1 else ""
+        hint = f"{_SHARED_MEMORY} has {int(room) >> 20} MiB{each} (a container's: --shm-size or --ipc=host)"
         if most < 1:
             raise UserError(f"{source.layer.where}: a batch is {size >> 20} MiB, and {hint}")
         self.notes.append(f"{most} processes read the data, not {workers}: {hint}")

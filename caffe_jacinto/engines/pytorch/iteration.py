@@ -109,6 +109,7 @@ class Iteration:
         self._optimizer.prepare(iteration, rate)
         if self._eager_left or not self._records or debug or self._pruner.needs_gradients(iteration):
             self._eager_left = max(self._eager_left - 1, 0)
+            self._graph = self._result = None  # its memory, as much again as this iteration takes
             before_update = partial(self._pruner.before_update, iteration)
             reseed = partial(self._reseed, net=self._learner)
             result = self._compute(self._inputs.raw, reseed, before_update, debug)

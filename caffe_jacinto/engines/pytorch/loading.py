@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from caffe_jacinto.data.lmdb_reader import why_reader_ended
 from caffe_jacinto.engines.pytorch.copy_ahead import CopyAhead, HostBatch, RawBatch
 from caffe_jacinto.engines.pytorch.gpu_decode import Decode
 
-_AHEAD = 2
-"""Batches that are decoded ahead, for each worker."""
+AHEAD = 2
+"""Batches that are read ahead, for each worker."""
 
 
 class _Buffers(NamedTuple):
@@ -82,9 +82,10 @@ class _Batches(Dataset[_Done]):
             if not task.decoded:
                 files = source.read_files(task.block, labels, windows)
                 if files is not None and sum(map(len, files)) <= len(space):
-                    joined = np.frombuffer(b"".join(files), np.uint8)
-                    space[: len(joined)] = joined
-                    return _Done(slot, tuple(accumulate(map(len, files))))
+                    ends = tuple(accumulate(map(len, files)))
+                    for file, end in zip(files, ends, strict=True):
+                        space[end - len(file) : end] = np.frombuffer(file, np.uint8)
+                    return _Done(slot, ends)
             source.read(task.block, _values(self._buffers, slot, source).numpy(), labels, windows)
         except UserError as error:
             return _Done(slot, trouble=str(error))
@@ -96,9 +97,9 @@ def _values(buffers: _Buffers, slot: int, source: BatchSource) -> Tensor:
     return buffers.values[slot].view(_kind(source)).view(source.shape)
 
 
-def slots_of(workers: int) -> int:
+def slots_of(workers: int, ahead: int = AHEAD) -> int:
     """Batches in the buffers: those in work, the one in use, and one that may still be copied to a GPU."""
-    return _AHEAD * workers + 2
+    return ahead * workers + 2
 
 
 def _kind(source: BatchSource) -> torch.dtype:
@@ -201,11 +202,17 @@ class Feed:
     """Batches of one data layer on the device, in order; `close` ends its workers."""
 
     def __init__(
-        self, source: BatchSource, device: torch.device, workers: int, decode: Decode = "cpu"
+        self,
+        source: BatchSource,
+        device: torch.device,
+        workers: int,
+        decode: Decode = "cpu",
+        ahead: int = AHEAD,
     ) -> None:
+        """``ahead``: batches that each of the ``workers`` reads ahead."""
         self._source, self._device = source, device
         self._finish = _ImageTops(source, device) if isinstance(source, Images) else _RowTops(source)
-        slots = slots_of(workers)
+        slots = slots_of(workers, ahead)
         self._buffers = _Buffers(
             torch.empty((slots, source.batch_bytes), dtype=torch.uint8).share_memory_(),
             torch.zeros((slots, source.batch_size), dtype=torch.int64).share_memory_(),
@@ -219,7 +226,7 @@ class Feed:
             batch_size=None,  # an item is a batch
             sampler=self._tasks,
             num_workers=workers,
-            prefetch_factor=_AHEAD,
+            prefetch_factor=ahead,
             persistent_workers=True,
             # Forked: a worker inherits the keys and buffers, and starts in milliseconds. It never touches the
             # device.
@@ -262,7 +269,8 @@ class Feed:
         self._stop_copying()
         self._next, self._stride = block, stride
         self._tasks.begin(block, stride, count)
-        self._iterator = iter(self._loader)
+        with self._dead_workers_named():
+            self._iterator = iter(self._loader)
         if self._stream is not None:
             self._ahead = CopyAhead(
                 self._host_batches(), self._stream, self._source.shape, _kind(self._source)
@@ -290,16 +298,10 @@ class Feed:
     def _host_batches(self) -> Iterator[HostBatch]:
         """The batches that the workers read, one by one, with labels that the net has."""
         while True:
-            try:
-                done = next(self._iterator)
-            except StopIteration:
+            with self._dead_workers_named():
+                done = next(self._iterator, None)
+            if done is None:
                 return
-            except RuntimeError:
-                workers = getattr(self._iterator, "_workers", ())
-                codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
-                if not codes:
-                    raise
-                raise RunFailed(f"{self._source.layer.source}: {why_reader_ended(codes[0])}") from None
             if done.trouble:
                 raise UserError(done.trouble)
             labels, windows = self._buffers.labels[done.slot], self._buffers.windows[done.slot]
@@ -312,6 +314,18 @@ class Feed:
             mixing = self._mixing(self._next)
             self._next += self._stride
             yield RawBatch(values, labels, windows, mixing), done.ends
+
+    @contextmanager
+    def _dead_workers_named(self) -> Iterator[None]:
+        """Say which signal ended a worker, where PyTorch only says that one ended."""
+        try:
+            yield
+        except RuntimeError:
+            workers = getattr(self._iterator, "_workers", ())
+            codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+            if not codes:
+                raise
+            raise RunFailed(f"{self._source.layer.source}: {why_reader_ended(codes[0])}") from None
 
     def _mixing(self, block: int) -> Tensor:
         """As `RawBatch` has it."""

@@ -346,8 +346,9 @@ def _blobs_of(
         if not quantization.in_whole_numbers(name):
             weights = weights * steps_over(weights, grid)
         elif bias is not None:
-            factor = torch.from_numpy(quantization.factor(name)).to(bias)
-            numbers = torch.from_numpy(quantization.bias_numbers(name, array(bias))).to(bias)
+            factor = torch.from_numpy(quantization.factor(name)).to(bias, non_blocking=True)
+            numbers = torch.from_numpy(quantization.bias_numbers(name, array(bias)))
+            numbers = numbers.to(bias, non_blocking=True)
             bias = stands_for(bias, numbers, factor)
     if weights.dim() == 4:
         weights = weights.contiguous(memory_format=torch.channels_last)

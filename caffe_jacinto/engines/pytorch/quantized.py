@@ -305,7 +305,7 @@ def _may_round(numbers: Tensor) -> bool:
 def along_channels(factors: Values, values: Tensor) -> Tensor:
     """One number, or one for each channel, in a shape that broadcasts over ``values``."""
     shape = (-1, *[1] * (values.dim() - 2)) if factors.size > 1 else ()
-    return torch.from_numpy(factors).to(values.device).reshape(shape)
+    return torch.from_numpy(factors).to(values.device, non_blocking=True).reshape(shape)
 
 
 def quantized_blobs(network: Network, quantization: Quantization, name: str, grid: Grid) -> list[Values]:

@@ -27,7 +27,7 @@ def steps_over(values: Tensor, grid: Grid) -> float | Tensor:
         return grid.step
     shape = [1] * values.dim()
     shape[grid.axis] = -1
-    return torch.from_numpy(grid.steps).to(values.device).reshape(shape)
+    return torch.from_numpy(grid.steps).to(values.device, non_blocking=True).reshape(shape)
 
 
 def stands_for(values: Tensor, numbers: Tensor, steps: Tensor) -> Tensor:
