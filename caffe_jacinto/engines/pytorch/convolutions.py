@@ -241,14 +241,7 @@ def _milliseconds(way: Way, images: Tensor, weights: Tensor, bias: Tensor | None
         if wanted and torch.is_grad_enabled():
             torch.autograd.grad(outputs, wanted, torch.ones_like(outputs))
 
-    run()  # chooses algorithms
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(_TIMED):
-        run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / _TIMED
+    return gpu_time.milliseconds(run)
 
 
 def _fastest(ways: Mapping[str, Way], images: Tensor, weights: Tensor, bias: Tensor | None) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from caffe_jacinto.engines.pytorch import gpu_time
 from caffe_jacinto.engines.pytorch.layer_setup import Shape
 from caffe_jacinto.engines.pytorch.net import Net
 from caffe_jacinto.prototxt.solver import TRAIN, SolverFile
@@ -53,19 +54,17 @@ def fastest(solver: SolverFile, shapes: Mapping[str, Shape], device: torch.devic
 
 def _seconds(net: Net, values: Mapping[str, Tensor], device: torch.device, precision: str) -> float:
     """The time of one pass forward and backward."""
-    started = 0.0
-    for number in range(_TIMED + 1):
-        if number == 1:
-            _wait(device)
-            started = time.perf_counter()
+
+    def run() -> None:
         with autocast(device, precision):
             loss = net(values).loss
         if loss.requires_grad:
             loss.backward()
-    _wait(device)
-    return (time.perf_counter() - started) / _TIMED
 
-
-def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return gpu_time.milliseconds(run) / 1000
+    run()
+    started = time.perf_counter()
+    for _ in range(_TIMED):
+        run()
+    return (time.perf_counter() - started) / _TIMED
