@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from small_stage import RIGL, sparse_settings
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.data.mean import Mean, write_mean
 from caffe_jacinto.engines.contract import settings_as_flags
-from caffe_jacinto.engines.pytorch import fusion, memory
+from caffe_jacinto.engines.pytorch import fusion, gpu_time, memory
 from caffe_jacinto.engines.pytorch.convolutions import Convolution, Geometry
 from caffe_jacinto.engines.pytorch.distributed import Ranks
 from caffe_jacinto.engines.pytorch.feed import Inputs
@@ -592,6 +593,23 @@ def test_a_gpu_that_is_not_there(run: Run) -> None:
     trained = run("-gpu", "77")
     assert trained.code != 0
     assert "77" in trained.log
+
+
+@only_there
+def test_what_is_measured_is_the_gpus_own_time() -> None:
+    """Four hundred short kernels take a few microseconds each, and longer to be started."""
+    number = torch.zeros((), device=GPU)
+
+    def run() -> None:
+        for _ in range(400):
+            number.add_(1)
+
+    run()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    assert gpu_time.milliseconds(run) < 1000 * (time.perf_counter() - started)
 
 
 @only_there

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from caffe_jacinto.engines.pytorch import gpu_time
 from caffe_jacinto.engines.pytorch.choices import Choices
 
 Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
