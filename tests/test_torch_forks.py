@@ -25,7 +25,7 @@ from small_stage import SmallStage, sparse_settings, write_digits
 from caffe_jacinto.build_net import main as build_net
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.classify import main as classify
-from caffe_jacinto.common.errors import RunFailed, UserError
+from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.engines.pytorch.net import TEST, TRAIN, Net
 from caffe_jacinto.engines.pytorch.snapshot import array, load_weights, put, save_weights
 from caffe_jacinto.export.merge_bn import merge_bn
@@ -461,7 +461,10 @@ def test_the_mask_is_exact_in_bfloat16_and_has_to_fit() -> None:
     (found,) = unpooling(values, mask)
     assert torch.equal(found.flatten()[mask.long().flatten()], values.flatten())
     assert torch.equal(found[found != 0], data.bfloat16()[found != 0])
-    with pytest.raises(RunFailed, match="its mask has places outside of 40x20 pixels: set upsample_h"):
+    with pytest.raises(
+        UserError,
+        match=r"has 40x20 pixels \(upsample_h, upsample_w\), without the place \d+ in its bottom mask",
+    ):
         net("scale_h: 2 scale_w: 2 upsample_h: 40 upsample_w: 20")({"data": data})
 
 

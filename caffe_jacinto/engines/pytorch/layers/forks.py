@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.engines.pytorch.layer_setup import Blobs, Builder, Forward, LayerSetup
 from caffe_jacinto.engines.pytorch.layers.convolution import convolution
 from caffe_jacinto.netspec.layer_types.forks import (
@@ -206,25 +205,21 @@ def upsample(layer: LayerSetup) -> Forward:
     if len(layer.bottoms) == 2:
         if layer.bottoms[1] != shape:
             layer.refuse(f"its second bottom {layer.bottoms[1]} is not a place for each of {shape}")
-        return _unpooled(layer.where, *layer.tops[0][2:])
+        return _unpooled(layer)
     if settings.size is not None or fields.pad_out_h or fields.pad_out_w:
         layer.refuse("upsample_h, upsample_w and padding go with a second bottom, the mask of a max pooling")
     down, across = settings.scale
     return lambda blobs, values: values.repeat_interleave(down, 2).repeat_interleave(across, 3)
 
 
-def _unpooled(where: str, height: int, width: int) -> Forward:
+def _unpooled(layer: LayerSetup) -> Forward:
+    height, width = layer.tops[0][2:]
+    what = f"its output has {height}x{width} pixels (upsample_h, upsample_w), without the place"
+    places = layer.indices_of(1, what, height * width)
+
     def forward(blobs: Blobs, values: Tensor, mask: Tensor) -> Tensor:
-        flat, places = values.new_zeros(*values.shape[:2], height * width), mask.long().flatten(2)
-        try:
-            filled = flat.scatter(2, places, values.flatten(2))
-        except RuntimeError:
-            if int(places.max()) < height * width:
-                raise
-            raise RunFailed(
-                f"{where}: its mask has places outside of {height}x{width} pixels: set upsample_h and"
-                " upsample_w to the size of what was pooled"
-            ) from None
+        flat = values.new_zeros(*values.shape[:2], height * width)
+        filled = flat.scatter(2, places(mask).flatten(2), values.flatten(2))
         return filled.view(*flat.shape[:2], height, width)
 
     return forward
