@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from digits_run import PREFIX, Trainer, recipe_of, tiny, wait_for, write_lmdbs
+from digits_run import PREFIX, Trainer, piped, recipe_of, tiny, wait_for, write_lmdbs
 from hypothesis import given
 from hypothesis import strategies as st
 from test_torch_runs import NARROW
@@ -122,6 +122,17 @@ def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
     assert any("none" in line for line in others) and re.fullmatch(said.format(5, 65), last)
     assert main([*arguments, "--sweep", "target=0.6,0.9"]) == 0
     assert not (tmp_path / "training").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--sweep", "target=0.5,0.8"], ["--sweep", "target=0.5"]])
+def test_a_recipe_may_come_from_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny(piped(tmp_path / recipe_of(tmp_path, "sparse")), ("sparse",))
+    arguments += ["--set", "stages.sparse.start=", "--gpus", "", "--engine", "torch", "--dry-run"]
+    assert main([*arguments, "--output", "new", *options]) == 0
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(

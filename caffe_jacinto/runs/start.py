@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.record import RECORD
-from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data, data_of
@@ -95,25 +95,15 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     """
     if options.slurm:
         check_slurm()
-        overrides = [*overrides, *(f"training.nodes={n}" for n in (options.slurm.nodes,) if n is not None)]
     recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
     if options.slurm and options.gpus is None:
         # Slurm gives each job its GPUs, and programs number them from 0.
         options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
-
-    def on(gpus: tuple[int, ...]) -> Recipe:
-        return load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"], completion=complete)
-
-    return start_recipe(recipe, options, on)
+    return start_recipe(recipe, options)
 
 
-def start_recipe(
-    recipe: Recipe,
-    options: Options,
-    on: Callable[[tuple[int, ...]], Recipe],
-    signals: StopSignals | None = None,
-) -> int:
-    """As `start`, of a recipe that is loaded; ``on`` gives it for other GPUs.
+def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None = None) -> int:
+    """As `start`, of a recipe that is loaded.
 
     ``signals``: those of a caller that waits for signals already.
 
@@ -124,7 +114,7 @@ def start_recipe(
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
-    run, findings = _checked(recipe, folder, options, on, screen)
+    run, findings = _checked(recipe, folder, options, screen)
     recipe, engine = run.recipe, run.engine
     if not (options.dry_run and findings.files_can_be_made):
         _refuse(findings)
@@ -187,29 +177,23 @@ def _remove_what_was_written(folder: Path, before: Collection[str] | None) -> No
         folder.rmdir()
 
 
-def check_recipe(
-    recipe: Recipe, folder: Path, options: Options, on: Callable[[tuple[int, ...]], Recipe]
-) -> None:
+def check_recipe(recipe: Recipe, folder: Path, options: Options) -> None:
     """Check what a run of ``recipe`` in ``folder`` would be checked for, and write nothing.
 
     Raises:
         UserError: something is wrong.
     """
-    _, findings = _checked(recipe, folder, options, on, Screen())
+    _, findings = _checked(recipe, folder, options, Screen())
     _refuse(findings)
 
 
 def _checked(
-    recipe: Recipe,
-    folder: Path,
-    options: Options,
-    on: Callable[[tuple[int, ...]], Recipe],
-    screen: Screen,
+    recipe: Recipe, folder: Path, options: Options, screen: Screen
 ) -> tuple[RunPlan, Findings]:
     """The plan of a new run, and what the checks before it have found and shown."""
     engine, gpus = _engine(options, recipe.training.gpus, screen)
     if options.gpus is not None:
-        recipe = on(gpus)
+        recipe = changed(recipe, options, gpus)
     elif not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
@@ -417,20 +401,18 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
 
 
 def changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
-    """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole."""
-    from pydantic import ValidationError
+    """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole.
 
+    Raises:
+        UserErrors: it cannot be trained so.
+    """
     content = recipe.model_dump(mode="json")
     content["training"]["gpus"] = list(gpus)
     if options.slurm is not None and options.slurm.nodes is not None:
         content["training"]["nodes"] = options.slurm.nodes
     if options.keep is not None:
         content["training"]["keep"] = options.keep
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return recipe_of(content)
 
 
 def _go_to_start_folder(folder: Path, record: RunRecord) -> None:

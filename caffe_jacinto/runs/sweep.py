@@ -43,12 +43,12 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.pruning.reach import MOST_THRESHOLDS
 from caffe_jacinto.pruning.rule import most_zeros
 from caffe_jacinto.pruning.schedule import factor_cap, factors, step_iterations
-from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen
-from caffe_jacinto.runs.start import Options, changed, check_recipe, resume, start_recipe
+from caffe_jacinto.runs.start import Options, check_recipe, resume, start_recipe
 from caffe_jacinto.runs.status import status_lines
 from caffe_jacinto.runs.user_files import copied
 
@@ -117,21 +117,16 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     last = recipe.stages[pruning[-1]].sparse
     assert last is not None
     targets = request.targets or (last.target,)
-    wrong: list[str] = []
-    for target in targets:
-        wanted = [f"stages.{name}.sparse.target={target}" for name in pruning]
-        whole = load_recipe(recipe_name, [*overrides, *wanted], rules=RECIPE_RULES, completion=complete)
-        if target == max(targets):
-            hardest = whole
-        else:
-            wrong += idle_stages(whole)
+    recipes = {target: with_target(recipe, target) for target in targets}
+    hardest = recipes[max(targets)]
+    wrong = [line for target in targets if target != max(targets) for line in idle_stages(recipes[target])]
     folder = options.output or _default_folder(recipe)
     if not run_folder.is_free(folder):
         again = (folder / SWEEP_RECORD).is_file()
         what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
         raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
     try:
-        check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+        check_recipe(hardest, folder / DENSE, options)
     except UserError as error:
         raise UserErrors([*error.lines(), *wrong]) from None
     if wrong:
@@ -290,7 +285,7 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
     def trained(stage: str) -> str:
         return str(dense / stage / recipe.weights_name(stage))
 
-    content = recipe.model_dump(mode="json")
+    content = with_target(recipe, target).model_dump(mode="json")
     stages: dict[str, Any] = {}
     for name, stage in content["stages"].items():
         if name in before:
@@ -301,10 +296,24 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
         if teacher is not None and teacher.stage in before:
             network = str(dense / teacher.stage / "deploy.prototxt")
             stage |= {"teacher": trained(teacher.stage), "teacher_prototxt": network}
-        if stage["sparse"] is not None:
-            stage["sparse"]["target"] = target
         stages[name] = stage
     return Recipe.model_validate(content | {"stages": stages})
+
+
+def with_target(recipe: Recipe, target: float) -> Recipe:
+    """The recipe with this target in each stage that prunes.
+
+    Raises:
+        UserErrors: a stage cannot be pruned to it.
+    """
+    content = recipe.model_dump(mode="json")
+    for stage in content["stages"].values():
+        if stage["sparse"] is not None:
+            stage["sparse"]["target"] = target
+    try:
+        return recipe_of(content)
+    except UserError as error:
+        raise UserErrors([f"target {target}: {line}" for line in error.lines()]) from None
 
 
 def idle_stages(recipe: Recipe) -> list[str]:
@@ -435,7 +444,7 @@ class Sweep:
             if (folder / RUN_RECORD).is_file():
                 code = resume(folder, replace(options, output=None, engine=None, dialect=None), signals)
             else:
-                code = start_recipe(recipe, options, lambda gpus: changed(recipe, options, gpus), signals)
+                code = start_recipe(recipe, options, signals)
         except RunFailed as error:
             raise type(error)(f"{error}; to go on with the sweep: {_resume_command(self.folder)}") from None
         if code:
@@ -520,13 +529,9 @@ def possible_targets(recipe: Recipe) -> range:
     """The targets, in hundredths, that the search may try: a pattern or a start factor may forbid others."""
 
     def is_allowed(hundredths: int) -> bool:
-        content = recipe.model_dump(mode="json")
-        for stage in content["stages"].values():
-            if stage["sparse"] is not None:
-                stage["sparse"]["target"] = hundredths / FINEST
         try:
-            return not idle_stages(Recipe.model_validate(content))
-        except ValidationError:
+            return not idle_stages(with_target(recipe, hundredths / FINEST))
+        except UserErrors:
             return False
 
     allowed = list(filter(is_allowed, range(1, HIGHEST)))
