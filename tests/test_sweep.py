@@ -20,7 +20,9 @@ from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, now
+from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, load, now, save
+from caffe_jacinto.runs.lock import RunLock
+from caffe_jacinto.runs.plan import RunPlan
 from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
     Sweep,
@@ -37,6 +39,7 @@ from caffe_jacinto.train import main
 
 STAGES = ("initial", "sparse")
 SPARSE = "stages.sparse.sparse"
+STOPPED = 128 + 15
 
 
 @given(limit=st.integers(0, 99), first=st.integers(1, 95), max_loss=st.floats(0, 5))
@@ -124,7 +127,7 @@ def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
     assert not (tmp_path / "training").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--sweep", "target=0.5,0.8"], ["--sweep", "target=0.5"]])
+@pytest.mark.parametrize("options", [[], ["--sweep", "target=0.5,0.8"]])
 def test_a_recipe_may_come_from_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
@@ -133,6 +136,39 @@ def test_a_recipe_may_come_from_a_pipe(
     arguments = tiny(piped(tmp_path / recipe_of(tmp_path, "sparse")), ("sparse",))
     arguments += ["--set", "stages.sparse.start=", "--gpus", "", "--engine", "torch", "--dry-run"]
     assert main([*arguments, "--output", "new", *options]) == 0
+
+
+def without_dense_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments that sweep two targets of a stage that starts from random weights, in ``folder``."""
+    write_lmdbs(folder)
+    monkeypatch.chdir(folder)
+    arguments = [*tiny(recipe_of(folder, "sparse"), ("sparse",)), "--set", "stages.sparse.start="]
+    return [*arguments, "--engine", "torch", "--sweep", "target=0.5,0.8", "--output", "sweep"]
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
+    """Runs end with these exit codes, one after the other, as if they had trained: a stand-in for training."""
+    left = iter(codes)
+
+    def end(run: RunPlan, record: RunRecord, lock: RunLock, *_: object) -> int:
+        for state in record.stages.values():
+            state.state = "finished"
+        save(run.folder, record)
+        lock.release()
+        return next(left)
+
+    monkeypatch.setattr("caffe_jacinto.runs.start._drive", end)
+
+
+def test_the_snapshots_to_keep_may_be_changed_for_later_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, 0)
+    assert main([*arguments, "--keep", "5"]) == STOPPED
+    assert main(["--resume", "sweep", "--keep", "7"]) == 0
+    runs = target_runs(Path("sweep"))
+    assert [load(runs[target]).recipe.training.keep for target in (0.5, 0.8)] == [5, 7]
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(
@@ -336,7 +372,7 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     wait_for(lambda: log.exists() and "Iteration 4 " in log.read_text(), "iteration 4", seconds=400)
     process.terminate()
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 128 + 15
+    assert process.returncode == STOPPED
     assert "to go on with the sweep: python -m caffe_jacinto.train --resume sweep" in said
     assert not (folder / "sweep.csv").exists()
     files = [folder / "dense" / "initial" / "run.log", folder / "target_0.94" / "sparse" / "run.log"]

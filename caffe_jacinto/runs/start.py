@@ -192,9 +192,8 @@ def _checked(
 ) -> tuple[RunPlan, Findings]:
     """The plan of a new run, and what the checks before it have found and shown."""
     engine, gpus = _engine(options, recipe.training.gpus, screen)
-    if options.gpus is not None:
-        recipe = changed(recipe, options, gpus)
-    elif not gpus and any_visible() and options.slurm is None:
+    recipe = changed(recipe, options, gpus)
+    if options.gpus is None and not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
     findings = preflight(
