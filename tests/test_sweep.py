@@ -21,7 +21,7 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import parse_net
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, load, now, save
-from caffe_jacinto.runs.lock import RunLock
+from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import RunPlan
 from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
@@ -169,6 +169,17 @@ def test_the_snapshots_to_keep_may_be_changed_for_later_runs(
     assert main(["--resume", "sweep", "--keep", "7"]) == 0
     runs = target_runs(Path("sweep"))
     assert [load(runs[target]).recipe.training.keep for target in (0.5, 0.8)] == [5, 7]
+
+
+def test_a_run_that_had_finished_is_not_locked_while_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, STOPPED)
+    assert main(arguments) == STOPPED
+    assert main(["--resume", "sweep"]) == STOPPED
+    assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
+    assert not any(is_held(folder) for folder in target_runs(Path("sweep")).values())
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(

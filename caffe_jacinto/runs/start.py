@@ -245,8 +245,15 @@ def resume(
     check_no_other_job(folder)
     lock = RunLock(folder)
     lock.acquire(lock_seconds)
-    # Another train may have changed it before the lock was taken.
-    record = run_folder.load(folder)
+    try:
+        return _resume_locked(folder, lock, options, signals)
+    finally:
+        lock.release()
+
+
+def _resume_locked(folder: Path, lock: RunLock, options: Options, signals: StopSignals | None) -> int:
+    """As `resume`, of the run in ``folder`` whose ``lock`` is held."""
+    record = run_folder.load(folder)  # another train may have changed it before the lock was taken
     run_folder.tidy(folder)
     screen = Screen()
     if all(state.state == "finished" for state in record.stages.values()):
