@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -180,6 +182,25 @@ def test_a_run_that_had_finished_is_not_locked_while_the_sweep_goes_on(
     assert main(["--resume", "sweep"]) == STOPPED
     assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
     assert not any(is_held(folder) for folder in target_runs(Path("sweep")).values())
+
+
+class NoReader(io.StringIO):
+    """What stdout is to a pipe whose reader has gone."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stdout", [None, NoReader()], ids=["closed", "no reader"])
+def test_the_results_are_written_where_nobody_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: TextIO | None
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, 0, 0)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(arguments) == 0
+    rows = csv.DictReader(Path("sweep", "sweep.csv").read_text().splitlines())
+    assert [row["network"] for row in rows] == ["target 0.5", "target 0.8"]
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ from caffe_jacinto.runs.plan import (
 )
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
-from caffe_jacinto.runs.progress import Screen
+from caffe_jacinto.runs.progress import Screen, shown
 from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit
 from caffe_jacinto.runs.user_files import copied, differences
 
@@ -497,9 +496,7 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     from caffe_jacinto.logs.discover import find_runs
 
     screen.say("")
-    if sys.stdout is not None:
-        with suppress(OSError):
-            tables.show(tables.tables(find_runs([run.folder])[0]), sys.stdout)
+    shown(lambda out: tables.show(tables.tables(find_runs([run.folder])[0]), out))
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")

@@ -18,12 +18,11 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -47,7 +46,7 @@ from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.process import StopSignals
-from caffe_jacinto.runs.progress import Screen
+from caffe_jacinto.runs.progress import Screen, shown
 from caffe_jacinto.runs.start import Options, check_recipe, resume, start_recipe
 from caffe_jacinto.runs.status import status_lines
 from caffe_jacinto.runs.user_files import copied
@@ -457,11 +456,11 @@ class Sweep:
         best = None
         if self.record.max_loss is not None:
             best = sparsest(rows, self.record.max_loss)
-        _show_rows(rows, best)
         write_whole(self.folder / TABLE, _as_csv(rows))
         points = [choice for row in rows if (choice := row.choice()) is not None]
         if points:
             write_whole(self._picture, draw(points, "png", cost="GigaMACs left when zeros cost nothing"))
+        shown(lambda out: _show_rows(rows, best, out))
         say = self._screen.say
         if self.record.max_loss is not None:
             limit = count_of_points(self.record.max_loss)
@@ -581,7 +580,7 @@ def _result(folder: Path) -> Result:
     return Result(**{name: found.get(name) for name in FIGURES})
 
 
-def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
+def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None, out: TextIO) -> None:
     titles = ("Sparsity", "Top-1", "lost", "Top-5", "GigaMACs", "left without zeros")
     lines = []
     for row in rows:
@@ -593,7 +592,7 @@ def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
         ]
         lines.append(Line(cells, "green" if row is best else ""))
     columns = [Column("Network", words=True), *(Column(title) for title in titles)]
-    show_table(sys.stdout, "Sweep", columns, lines)
+    show_table(out, "Sweep", columns, lines)
 
 
 def _as_csv(rows: Sequence[SweepRow]) -> str:
