@@ -210,7 +210,7 @@ def _checked(
 
 @contextmanager
 def full_disks_named(folder: Path) -> Iterator[None]:
-    """A full disk while the run ``folder`` is resumed becomes a RunFailed that says how to go on."""
+    """A full disk while the run or sweep ``folder`` goes on becomes a RunFailed that says how to go on."""
     try:
         yield
     except OSError as error:

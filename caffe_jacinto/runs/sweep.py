@@ -47,7 +47,7 @@ from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen, shown
-from caffe_jacinto.runs.start import Options, check_recipe, resume, start_recipe
+from caffe_jacinto.runs.start import Options, check_recipe, full_disks_named, resume, start_recipe
 from caffe_jacinto.runs.status import status_lines
 from caffe_jacinto.runs.user_files import copied
 
@@ -152,7 +152,8 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     for path, text in copies.items():
         write_whole(path, text)
     write_whole(folder / SWEEP_RECORD, record.model_dump_json(indent=2) + "\n")
-    return sweep.drive()
+    with full_disks_named(folder):
+        return sweep.drive()
 
 
 def _check_has_top1(recipe: Recipe) -> None:
