@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import TextIO
 
@@ -182,6 +183,27 @@ def test_a_run_that_had_finished_is_not_locked_while_the_sweep_goes_on(
     assert main(["--resume", "sweep"]) == STOPPED
     assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
     assert not any(is_held(folder) for folder in target_runs(Path("sweep")).values())
+
+
+def test_data_that_were_replaced_are_refused_also_by_a_target_that_has_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, 0)
+    assert main(arguments) == STOPPED
+    Path("train_lmdb").rename("before")
+    shutil.copytree("val_lmdb", "train_lmdb")
+    says = (
+        r"^LMDB train_lmdb \(data\.train_lmdb\) is not the one that the sweep was started with: it had 320 images "
+        r"\(.*\), and has 50 images \(.*\) now; put that one back, or start a new sweep"
+    )
+    with pytest.raises(UserError, match=says):
+        main(["--resume", "sweep"])
+    assert list(target_runs(Path("sweep"))) == [0.5] and not Path("sweep", "sweep.csv").exists()
+    shutil.rmtree("train_lmdb")
+    Path("before").rename("train_lmdb")
+    assert main(["--resume", "sweep"]) == 0
+    assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
 
 
 class NoReader(io.StringIO):

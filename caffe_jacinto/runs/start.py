@@ -131,7 +131,7 @@ def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None =
         stages={name: StageState() for name in run_folder.steps_of(recipe)},
     )
     if not findings.problems:
-        record.data = data_of(run)
+        record.data = data_of(run.recipe.data)
     before = [path.name for path in folder.iterdir()] if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
@@ -272,7 +272,7 @@ def _resume_locked(folder: Path, lock: RunLock, options: Options, signals: StopS
     if not options.accept_data:
         check_data(run, record.data)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
-    record.data = data_of(run)
+    record.data = data_of(run.recipe.data)
     if options.slurm:
         record.slurm = options.slurm.record(record.slurm)
     run_folder.save(folder, record)

@@ -45,6 +45,7 @@ from caffe_jacinto.pruning.schedule import factor_cap, factors, step_iterations
 from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.data_check import check_data_of_sweep
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen, shown
 from caffe_jacinto.runs.start import Options, check_recipe, full_disks_named, resume, start_recipe
@@ -217,7 +218,7 @@ def _same_engine(folder: Path, given: Options, options: Options) -> Options:
     Raises:
         UserError: the options ``given`` name another kind of engine or another dialect.
     """
-    runs = [path for path in (folder / DENSE, *target_runs(folder).values()) if (path / RUN_RECORD).is_file()]
+    runs = _begun(folder)
     if not runs:
         return options
     before = run_folder.load(runs[0]).engine
@@ -241,8 +242,13 @@ def _same_engine(folder: Path, given: Options, options: Options) -> Options:
 
 def sweep_status(folder: Path) -> list[str]:
     """The state of each run of a sweep, from its files alone."""
-    runs = [folder / DENSE, *target_runs(folder).values()]
-    return [line for run in runs if (run / RUN_RECORD).is_file() for line in status_lines(run)]
+    return [line for run in _begun(folder) for line in status_lines(run)]
+
+
+def _begun(folder: Path) -> list[Path]:
+    """The runs of a sweep that have begun, the one of the dense stages first, if there are any."""
+    runs = (folder / DENSE, *target_runs(folder).values())
+    return [run for run in runs if (run / RUN_RECORD).is_file()]
 
 
 def target_runs(folder: Path) -> dict[float, Path]:
@@ -444,12 +450,22 @@ class Sweep:
             if (folder / RUN_RECORD).is_file():
                 code = resume(folder, replace(options, output=None, engine=None, dialect=None), signals)
             else:
+                self._check_data()
                 code = start_recipe(recipe, options, signals)
         except RunFailed as error:
             raise type(error)(f"{error}; to go on with the sweep: {_resume_command(self.folder)}") from None
         if code:
             self._screen.say(f"to go on with the sweep: {_resume_command(self.folder)}", style="yellow")
         return code
+
+    def _check_data(self) -> None:
+        """Refuse a further run on data that the first one did not have: the two could not be compared.
+
+        Raises:
+            UserError: the data have been replaced, or cannot be read.
+        """
+        for first in _begun(self.folder)[:1]:
+            check_data_of_sweep(self.record.recipe.data, run_folder.load(first).data)
 
     def _show(self) -> None:
         """Write the table and the picture, and show them."""
