@@ -14,6 +14,7 @@ import pytest
 from digits_run import PREFIX, Trainer, piped, recipe_of, tiny, wait_for, write_lmdbs
 from hypothesis import given
 from hypothesis import strategies as st
+from test_summary import weights_of_tiny
 from test_torch_runs import NARROW
 
 from caffe_jacinto.caffemodel.storage import read_weights
@@ -21,22 +22,25 @@ from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.recipes.load import load_recipe
 from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, load, now, save
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import RunPlan
+from caffe_jacinto.runs.preflight import NothingPruned
 from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
     Sweep,
     SweepRecord,
     dense_recipe,
     dense_stages,
+    idle_stages,
     next_target,
     possible_targets,
     resume_sweep,
     sparse_recipe,
     target_runs,
+    with_target,
 )
 from caffe_jacinto.train import main
 
@@ -106,6 +110,59 @@ def test_the_search_tries_what_the_recipe_allows(settings: list[str], first: flo
         assert round(100 * (min(losses) if loss else max(losses))) == (possible[0] if loss else possible[-1])
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 27])
+def test_targets_are_held_against_the_zeros_in_the_file_that_the_dense_stage_starts_from(
+    tmp_path: Path, zeros: int
+) -> None:
+    weights = weights_of_tiny(tmp_path / "w.caffemodel", zeros)  # of the 108 of its convolution
+    start = ["stages.initial=", "stages.l1reg.start=", f"stages.l1reg.weights={weights}"]
+    recipe = load_recipe("demo_digits", [*start, f"{SPARSE}.start_factor=0.7"])
+    said = f"target 0.3: stage sparse: no weight would become zero: {SPARSE}.start_factor 0.7 is above 0.45"
+    assert idle_stages(with_target(recipe, 0.3))[0].startswith(said)
+    assert bool(idle_stages(with_target(recipe, 0.25))) == (zeros < 27)
+    assert not idle_stages(with_target(recipe, 0.8))
+    assert possible_targets(recipe).start == (1 if zeros == 27 else 55)
+    pattern = load_recipe("demo_digits", [*start, f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.05"])
+    assert bool(idle_stages(pattern)) == (not zeros)
+
+
+def test_the_search_goes_on_above_targets_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Networks up to 0.45 lose little; targets up to 0.4 are refused when their turn comes, by a stand-in."""
+    losses: dict[float, float] = {}
+    refused: list[float] = []
+
+    def run(_: Sweep, folder: Path, *__: object) -> int:
+        if folder.name == "dense":
+            return 0
+        target = float(folder.name.removeprefix("target_"))
+        assert target > max(refused, default=0)
+        if target <= 0.4:
+            refused.append(target)
+            raise NothingPruned(["stage sparse: no weight would become zero"])
+        losses[target] = 0.0 if target <= 0.45 else 2.0
+        return 0
+
+    monkeypatch.setattr(Sweep, "_run", run)
+    monkeypatch.setattr(Sweep, "_losses", lambda _: losses)
+    record = SweepRecord(
+        caffe_jacinto="0",
+        start_folder=str(tmp_path),
+        folder=str(tmp_path),
+        recipe=load_recipe("demo_digits"),
+        targets=(0.2, 0.8),
+        max_loss=1.0,
+    )
+    assert Sweep(tmp_path, record, Options()).drive() == 1
+    assert max(target for target, loss in losses.items() if not loss) == 0.45 and 0.46 in losses
+    assert refused == [0.2, 0.35]
+    said = capsys.readouterr().out
+    assert "target 0.2 is left out: stage sparse: no weight would become zero\n" in said
+    assert "left out, as said above: target 0.2, 0.35\n" in said
+    assert (tmp_path / "sweep.csv").is_file()
+
+
 def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +207,7 @@ def without_dense_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
-    """Runs end with these exit codes, one after the other, as if they had trained: a stand-in for training."""
+    """Runs end with these exit codes, one after the other, as if trained: a stand-in for the driver."""
     left = iter(codes)
 
     def end(run: RunPlan, record: RunRecord, lock: RunLock, *_: object) -> int:
@@ -194,8 +251,9 @@ def test_data_that_were_replaced_are_refused_also_by_a_target_that_has_not_start
     Path("train_lmdb").rename("before")
     shutil.copytree("val_lmdb", "train_lmdb")
     says = (
-        r"^LMDB train_lmdb \(data\.train_lmdb\) is not the one that the sweep was started with: it had 320 images "
-        r"\(.*\), and has 50 images \(.*\) now; put that one back, or start a new sweep"
+        r"^LMDB train_lmdb \(data\.train_lmdb\) is not the one that the sweep was started with: it had 320 "
+        r"images \(.*\), and has 50 images \(.*\) now; put that one back, or start a new sweep; to go on "
+        r"with the sweep: python -m caffe_jacinto\.train --resume sweep$"
     )
     with pytest.raises(UserError, match=says):
         main(["--resume", "sweep"])
@@ -460,6 +518,44 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     for name, blobs in theirs.items():
         for found, expected in zip(ours[name], blobs, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+def with_zeros(weights: Path, name: str) -> None:
+    """Write ``name`` beside a weight file: nine of ten weights of each convolution of that are zero."""
+    net = messages(Dialect.BVLC).NetParameter.FromString(weights.read_bytes())
+    for layer in net.layer:
+        if layer.type == "Convolution":
+            values = np.array(layer.blobs[0].data)
+            values[np.arange(values.size) % 10 > 0] = 0
+            layer.blobs[0].data[:] = values
+    weights.with_name(name).write_bytes(net.SerializeToString())
+
+
+@pytest.mark.caffe
+def test_a_target_that_is_refused_when_its_turn_comes_is_left_out(trainer: Trainer) -> None:
+    """The dense stage starts with zeros, which could be those of the low target, and trains them away."""
+    end_of(trainer, *tiny(recipe_of(trainer.folder, "initial"), ("initial",), initial=1), "--output", "first")
+    with_zeros(trainer.folder / f"first/initial/{PREFIX}_iter_1.caffemodel", "zeros.caffemodel")
+    stages = ("l1reg", "sparse")
+    settings = ["stages.l1reg.start=", "stages.l1reg.weights=first/initial/zeros.caffemodel"]
+    settings.append(f"{SPARSE}.start_factor=0.5")
+    arguments = tiny(recipe_of(trainer.folder, *stages), stages, l1reg=3, sparse=3)
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    arguments += ["--sweep", "target=0.3,0.8", "--output", "low"]
+    logs = [trainer.folder / f"low/{run}/run.log" for run in ("dense/l1reg", "target_0.8/sparse")]
+    trained: list[bytes] = []
+    for again in (arguments, ["--resume", "low"]):
+        process = trainer.start(*again, program=("-c", NARROW))
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 1, said
+        why = "no weight would become zero: stages.sparse.sparse.start_factor 0.5 is above 0.45"
+        assert f"\ntarget 0.3 is left out: stage sparse: {why}" in said
+        assert "\nleft out, as said above: target 0.3\n" in said and "Traceback" not in said
+        rows = list(csv.DictReader((trainer.folder / "low/sweep.csv").read_text().splitlines()))
+        assert [row["network"] for row in rows] == ["dense", "target 0.8"]
+        assert not (trainer.folder / "low/target_0.3").exists()
+        trained = trained or [path.read_bytes() for path in logs]
+        assert trained == [path.read_bytes() for path in logs]
 
 
 @pytest.mark.caffe

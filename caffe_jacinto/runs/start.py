@@ -13,7 +13,7 @@ from pathlib import Path
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.disk import is_full, why_not_written
-from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
@@ -107,7 +107,7 @@ def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None =
     ``signals``: those of a caller that waits for signals already.
 
     Raises:
-        UserError, RunFailed: as `start`.
+        UserError, RunFailed: as `start`; NothingPruned where that is all that is wrong.
     """
     folder = options.output or run_folder.default_folder(recipe.weights_prefix)
     if not run_folder.is_free(folder):
@@ -116,7 +116,7 @@ def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None =
     run, findings = _checked(recipe, folder, options, screen)
     recipe, engine = run.recipe, run.engine
     if not (options.dry_run and findings.files_can_be_made):
-        _refuse(findings)
+        findings.refuse()
     theirs = recipe
     recipe, copies = copied(recipe, folder)
     record = RunRecord(
@@ -149,7 +149,7 @@ def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None =
         screen.say(line)
     if options.dry_run:
         _write_all(run, findings, screen)
-        _refuse(findings)
+        findings.refuse()
         screen.say(f"nothing was run; to run it: {resume_command(folder, record)}")
         return 0
     if options.open_page:
@@ -183,7 +183,7 @@ def check_recipe(recipe: Recipe, folder: Path, options: Options) -> None:
         UserError: something is wrong.
     """
     _, findings = _checked(recipe, folder, options, Screen())
-    _refuse(findings)
+    findings.refuse()
 
 
 def _checked(
@@ -268,7 +268,7 @@ def _resume_locked(folder: Path, lock: RunLock, options: Options, signals: StopS
     findings = preflight(run, waiting, quantized, recipe.training.keep, resuming=True, here=here)
     run = replace(run, data_sizes=findings.data_sizes)
     _show_findings(run, findings, screen)
-    _refuse(findings)
+    findings.refuse()
     if not options.accept_data:
         check_data(run, record.data)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
@@ -450,12 +450,6 @@ def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
         screen.say(f"  warning: {warning}", style="bold yellow")
     for note in findings.notes:
         screen.say(f"  note: {note}", style="yellow")
-
-
-def _refuse(findings: Findings) -> None:
-    """Raise every problem that was found, each to be shown on a line of its own."""
-    if findings.problems:
-        raise UserErrors(findings.problems)
 
 
 def _copy_labels(run: RunPlan) -> None:

@@ -20,6 +20,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -27,7 +28,8 @@ from typing import Any, Literal, NamedTuple, TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import FAILED, RunFailed, UserError, UserErrors
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.engines.contract import Precision
@@ -43,9 +45,10 @@ from caffe_jacinto.pruning.reach import MOST_THRESHOLDS
 from caffe_jacinto.pruning.rule import most_zeros
 from caffe_jacinto.pruning.schedule import factor_cap, factors, step_iterations
 from caffe_jacinto.recipes.load import load_recipe, recipe_of
-from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.recipes.model import Recipe, SparseSettings
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data_of_sweep
+from caffe_jacinto.runs.preflight import NothingPruned
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen, shown
 from caffe_jacinto.runs.start import Options, check_recipe, full_disks_named, resume, start_recipe
@@ -100,7 +103,7 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     """Start a sweep and drive it to its end; returns the exit code.
 
     Raises:
-        UserError: something is wrong. Nothing was run or written.
+        UserError: something is wrong: nothing was run or written, or a run is refused when its turn comes.
         RunFailed: a stage failed.
     """
     recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
@@ -326,44 +329,65 @@ def idle_stages(recipe: Recipe) -> list[str]:
     """The pruning stages whose schedule zeroes no weight at their target, a line for each.
 
     A run of them would be refused. This takes no engine and no data: it is for the targets beside the
-    largest, for which `check_recipe` checks all. Stages that may start with zeros are left to that check.
+    largest, for which `check_recipe` checks all. A stage that the zeros at its start may help is left to the
+    check of its run.
     """
     found: list[str] = []
     for name, stage in recipe.stages.items():
         sparse = stage.sparse
-        if sparse is None or _may_start_with_zeros(recipe, name):
-            continue
-        steps = len(step_iterations(sparse, stage.max_iter))
-        applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
-        if not steps:
-            continue  # at every target
-        begin = f"target {sparse.target:g}: stage {name}: no weight would become zero: "
-        if not applied:
-            found.append(
-                f"{begin}stages.{name}.sparse.start_factor {sparse.start_factor:g} is above "
-                f"{factor_cap(sparse.target):g}, where the schedule for this target ends; lower "
-                "start_factor, or leave this target out"
-            )
-        elif sparse.n_of_m is not None and not sparse.targets:
-            together = sparse.n_of_m[1]
-            if not most_zeros(together, applied[-1]):
-                found.append(
-                    f"{begin}the schedule for this target ends at a factor of {applied[-1]:g}, less than one "
-                    f"weight of the {together} of the pattern {sparse.pattern}; leave this target out"
-                )
+        why = None if sparse is None else _why_idle(recipe, name, sparse)
+        if sparse is not None and why is not None:
+            what = f"target {sparse.target:g}: stage {name}: no weight would become zero"
+            found.append(f"{what}: {why}leave this target out")
     return found
 
 
-def _may_start_with_zeros(recipe: Recipe, name: str) -> bool:
-    """Whether a stage starts from a file, or from a stage that prunes or that starts from one."""
+def _why_idle(recipe: Recipe, name: str, sparse: SparseSettings) -> str | None:
+    """Why a stage's schedule zeroes nothing at its target, but would at another; the start of a sentence."""
+    steps = len(step_iterations(sparse, recipe.stages[name].max_iter))
+    applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
+    if not steps:
+        return None  # at every target
+    if not applied and _most_zeros_before(recipe, name) < sparse.target:
+        return (
+            f"stages.{name}.sparse.start_factor {sparse.start_factor:g} is above "
+            f"{factor_cap(sparse.target):g}, where the schedule for this target ends; lower start_factor, or "
+        )
+    if not applied or sparse.n_of_m is None or sparse.targets:
+        return None
+    together = sparse.n_of_m[1]
+    if most_zeros(together, applied[-1]) or _most_zeros_before(recipe, name):
+        return None
+    return (
+        f"the schedule for this target ends at a factor of {applied[-1]:g}, less than one weight of the "
+        f"{together} of the pattern {sparse.pattern}; "
+    )
+
+
+def _most_zeros_before(recipe: Recipe, name: str) -> float:
+    """The fraction of zeros that a layer has at most where a stage starts; 1 where that is not known yet.
+
+    As in `sparsity_check`, dense stages leave no more zeros than they start with.
+    """
     stage = recipe.stages[name]
     while stage.weights is None:
         if stage.start is None:
-            return False
+            return 0.0
         stage = recipe.stages[stage.start]
         if stage.sparse is not None:
-            break
-    return True
+            return 1.0
+    return _most_zeros_in(Path(stage.weights).expanduser().absolute())
+
+
+@cache
+def _most_zeros_in(weights: Path) -> float:
+    """The largest fraction of zeros among the weights of a layer in a file; 1 if it cannot be read."""
+    try:
+        layers = read_weights(weights).values()
+    except UserError:
+        return 1.0
+    matrices = (blobs[0] for blobs in layers if blobs and blobs[0].ndim > 1 and blobs[0].size)
+    return max((float((values == 0).mean()) for values in matrices), default=0.0)
 
 
 class Sweep:
@@ -373,6 +397,7 @@ class Sweep:
         self.folder, self.record = folder, record
         self._options = options
         self._screen = Screen()
+        self._left_out: list[float] = []
 
     def say_plan(self) -> None:
         """Say which runs there would be."""
@@ -390,7 +415,11 @@ class Sweep:
     def drive(self) -> int:
         """Train what is not trained yet, and show the results; returns the exit code.
 
+        A target at which a stage would zero nothing is left out. What is known of that only when the stages
+        before have been trained is found again each time the sweep goes on.
+
         Raises:
+            UserError: a run is refused. It and what comes after it were not started.
             RunFailed: a stage failed. What comes after it was not started.
         """
         recipe = self.record.recipe
@@ -402,11 +431,16 @@ class Sweep:
         for target in self._targets():
             title = f"target {target}"
             one = sparse_recipe(recipe, target, self.folder / DENSE)
-            code = self._run(self._run_of(target), one, signals, title)
+            try:
+                code = self._run(self._run_of(target), one, signals, title)
+            except NothingPruned as error:
+                self._left_out.append(target)
+                self._screen.say(f"{title} is left out: {error}", style="yellow")
+                continue
             if code:
                 return code
         self._show()
-        return 0
+        return FAILED if self._left_out else 0
 
     def _targets(self) -> Iterator[float]:
         """The targets in order, the next one of a search after the result of the one before."""
@@ -414,8 +448,14 @@ class Sweep:
         if self.record.max_loss is None:
             return
         possible = possible_targets(self.record.recipe)
-        while (target := next_target(self._losses(), self.record.max_loss, possible)) is not None:
+        limit = self.record.max_loss
+        while (target := next_target(self._losses(), limit, self._above_left_out(possible))) is not None:
             yield target
+
+    def _above_left_out(self, possible: range) -> range:
+        """The targets, in hundredths, above those at which nothing becomes zero: below them nothing does."""
+        highest = max(self._left_out, default=0.0)
+        return range(max(possible.start, math.floor(FINEST * highest + 1e-9) + 1), possible.stop)
 
     def _losses(self) -> dict[float, float]:
         """By target: the points of top-1 that a network has lost.
@@ -452,11 +492,19 @@ class Sweep:
             else:
                 self._check_data()
                 code = start_recipe(recipe, options, signals)
+        except NothingPruned:
+            raise
         except RunFailed as error:
-            raise type(error)(f"{error}; to go on with the sweep: {_resume_command(self.folder)}") from None
+            raise type(error)(f"{error}; {self._to_go_on()}") from None
+        except UserError as error:
+            *others, last = error.lines()
+            raise UserErrors([*others, f"{last}; {self._to_go_on()}"]) from None
         if code:
-            self._screen.say(f"to go on with the sweep: {_resume_command(self.folder)}", style="yellow")
+            self._screen.say(self._to_go_on(), style="yellow")
         return code
+
+    def _to_go_on(self) -> str:
+        return f"to go on with the sweep: {_resume_command(self.folder)}"
 
     def _check_data(self) -> None:
         """Refuse a further run on data that the first one did not have: the two could not be compared.
@@ -479,6 +527,8 @@ class Sweep:
             write_whole(self._picture, draw(points, "png", cost="GigaMACs left when zeros cost nothing"))
         shown(lambda out: _show_rows(rows, best, out))
         say = self._screen.say
+        if self._left_out:
+            say(f"left out, as said above: target {', '.join(map(str, self._left_out))}", style="yellow")
         if self.record.max_loss is not None:
             limit = count_of_points(self.record.max_loss)
             if best is None:
