@@ -67,7 +67,7 @@ def recipe_of(folder: Path, *stages: str) -> str:
 def piped(path: Path) -> str:
     """A pipe with what the file holds, as bash's ``<(cat FILE)``: it can be read once."""
     reader, writer = os.pipe()
-    with open(writer, "wb") as pipe:
+    with os.fdopen(writer, "wb") as pipe:
         pipe.write(path.read_bytes())
     return f"/dev/fd/{reader}"
 

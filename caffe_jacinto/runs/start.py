@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -186,9 +185,7 @@ def check_recipe(recipe: Recipe, folder: Path, options: Options) -> None:
     findings.refuse()
 
 
-def _checked(
-    recipe: Recipe, folder: Path, options: Options, screen: Screen
-) -> tuple[RunPlan, Findings]:
+def _checked(recipe: Recipe, folder: Path, options: Options, screen: Screen) -> tuple[RunPlan, Findings]:
     """The plan of a new run, and what the checks before it have found and shown."""
     engine, gpus = _engine(options, recipe.training.gpus, screen)
     recipe = changed(recipe, options, gpus)
@@ -239,7 +236,7 @@ def resume(
         check_slurm()
     folder = run_folder.run_folder_of(folder).absolute()
     record = run_folder.load(folder)
-    _go_to_start_folder(folder, record)
+    run_folder.go_to_start_folder(folder, record.start_folder, record.folder)
     folder = Path(record.folder)
     check_no_other_job(folder)
     lock = RunLock(folder)
@@ -255,7 +252,7 @@ def _resume_locked(folder: Path, lock: RunLock, options: Options, signals: StopS
     record = run_folder.load(folder)  # another train may have changed it before the lock was taken
     run_folder.tidy(folder)
     screen = Screen()
-    if all(state.state == "finished" for state in record.stages.values()):
+    if record.has_finished:
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
     engine, gpus = _same_engine(record, options, screen)
@@ -418,26 +415,6 @@ def changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
     if options.keep is not None:
         content["training"]["keep"] = options.keep
     return recipe_of(content)
-
-
-def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
-    """Change to the folder that the run was started in: relative paths resolve against it.
-
-    Raises:
-        UserError: that folder is gone, or the run folder has been moved.
-    """
-    try:
-        os.chdir(record.start_folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot change to {record.start_folder}, where the run was started and its relative paths "
-            f"begin: {error.strerror}"
-        ) from None
-    if Path(record.folder).resolve() != folder.resolve():
-        raise UserError(
-            f"{folder} was created as {Path(record.folder).absolute()}, a path that Caffe's solver states "
-            "contain: move it back, or put a link there"
-        )
 
 
 def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:

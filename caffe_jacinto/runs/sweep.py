@@ -15,9 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -48,6 +46,7 @@ from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe, SparseSettings
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data_of_sweep
+from caffe_jacinto.runs.folder import resume_command
 from caffe_jacinto.runs.preflight import NothingPruned
 from caffe_jacinto.runs.process import StopSignals
 from caffe_jacinto.runs.progress import Screen, shown
@@ -126,7 +125,7 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     folder = options.output or _default_folder(recipe)
     if not run_folder.is_free(folder):
         again = (folder / SWEEP_RECORD).is_file()
-        what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
+        what = f": go on with that sweep ({resume_command(folder)})," if again else ""
         raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
     try:
         check_recipe(hardest, folder / DENSE, options)
@@ -198,17 +197,7 @@ def resume_sweep(folder: Path, options: Options) -> int:
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{path}: damaged, or of another version ({first}): start a new sweep") from None
-    try:
-        os.chdir(record.start_folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot change to {record.start_folder}, where the sweep was started: {error.strerror}"
-        ) from None
-    if Path(record.folder).resolve() != path.parent.resolve():
-        raise UserError(
-            f"{path.parent} was created as {Path(record.folder).absolute()}, a path that its files contain: "
-            "move it back, or put a link there"
-        )
+    run_folder.go_to_start_folder(path.parent, record.start_folder, record.folder)
     before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
     given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
     options = _same_engine(Path(record.folder), options, replace(options, **before | given))
@@ -477,7 +466,8 @@ class Sweep:
 
     def _runs(self) -> dict[float, Path]:
         """The runs that have finished, by their targets, from the least."""
-        return {target: path for target, path in target_runs(self.folder).items() if _has_finished(path)}
+        runs = target_runs(self.folder)
+        return {target: path for target, path in runs.items() if run_folder.load(path).has_finished}
 
     def _run(self, folder: Path, recipe: Recipe, signals: StopSignals, title: str) -> int:
         """Start the run in ``folder``, or go on with it; returns its exit code."""
@@ -504,7 +494,7 @@ class Sweep:
         return code
 
     def _to_go_on(self) -> str:
-        return f"to go on with the sweep: {_resume_command(self.folder)}"
+        return f"to go on with the sweep: {resume_command(self.folder)}"
 
     def _check_data(self) -> None:
         """Refuse a further run on data that the first one did not have: the two could not be compared.
@@ -631,12 +621,6 @@ def count_of_points(number: float) -> str:
     return count_of(1, "point") if number == 1 else f"{number:g} points"
 
 
-def _has_finished(folder: Path) -> bool:
-    if not (folder / RUN_RECORD).is_file():
-        return False
-    return all(state.state == "finished" for state in run_folder.load(folder).stages.values())
-
-
 def _result(folder: Path) -> Result:
     """The result of the run in ``folder``: its test, and what the last stage that counts zeros has left."""
     runs, _ = find_runs([folder])
@@ -676,7 +660,3 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
 
 def _default_folder(recipe: Recipe) -> Path:
     return run_folder.default_folder(f"{recipe.weights_prefix}_sweep")
-
-
-def _resume_command(folder: Path) -> str:
-    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
