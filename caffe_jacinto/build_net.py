@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ from caffe_jacinto.common.arguments import (
     whole_number,
     whole_numbers,
 )
+from caffe_jacinto.common.disk import why_not_written
 from caffe_jacinto.common.errors import UserError, run_command
 from caffe_jacinto.common.files import read_text
 from caffe_jacinto.engines.gpus import requested_gpus
@@ -98,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         val_images=arguments.val_images,
     )
     if folder:
-        stages.write_stage_files(files, Path(folder))
+        _write(files, Path(folder))
         if arguments.format in (None, "text"):
             device = f"GPU {','.join(map(str, gpus or (0,)))}" if on_gpu else "the CPU"
             print(
@@ -110,6 +111,20 @@ def main(argv: Sequence[str]) -> int:
     if looks:
         _look(arguments, files[stages.DEPLOY], recipe.network.name, dialect)
     return 0
+
+
+def _write(files: Mapping[str, str], folder: Path) -> None:
+    """Write the files into ``folder``.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        stages.write_stage_files(files, folder)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} is not a folder; choose another one for the files") from None
+    except OSError as error:
+        raise UserError(why_not_written(error, folder)) from None
 
 
 def _width(text: str) -> float:
@@ -215,7 +230,7 @@ def _translate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     folder = Path(arguments.output)
     if (folder / source.name).exists() and (folder / source.name).samefile(source):
         raise UserError(f"--output {folder}: this would replace {source}; give another folder")
-    stages.write_stage_files({source.name: done.text}, folder)
+    _write({source.name: done.text}, folder)
     print(f"{folder / source.name}: {source} in the dialect {arguments.dialect} ({changes})")
     return 0
 

@@ -64,6 +64,14 @@ def recipe_of(folder: Path, *stages: str) -> str:
     return f"./{path.name}"
 
 
+def piped(path: Path) -> str:
+    """A pipe with what the file holds, as bash's ``<(cat FILE)``: it can be read once."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(path.read_bytes())
+    return f"/dev/fd/{reader}"
+
+
 def quantizing(folder: Path, table: str = "") -> str:
     """A recipe file in ``folder`` of the stage initial, and a stage ``eight`` that quantizes it."""
     path = folder / recipe_of(folder, "initial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -258,10 +259,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path: Path, arguments: lis
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is not a folder"):
         main(["--output", str(tmp_path / "file")])
+
+    def fail(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("caffe_jacinto.networks.stage_files.write_whole", fail)
+    with pytest.raises(UserError, match=r"prototxt could not be written: No space left on device: .* free"):
+        main(["--output", str(tmp_path / "full")])
 
 
 def test_it_runs_without_caffe_numpy_or_opencv(tmp_path: Path) -> None:

@@ -9,16 +9,21 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from digits_run import ITERATIONS, PREFIX, Trainer, recipe_of, tiny, wait_for, write_lmdbs
 from small_disk import SmallDisk, small_disk
+from test_summary import weights_of_tiny
 
 from caffe_jacinto.common.disk import place_of, size
 from caffe_jacinto.common.errors import RunFailed
 from caffe_jacinto.common.files import write_whole
-from caffe_jacinto.engines.contract import Engine
+from caffe_jacinto.engines.contract import DevicePlan, Engine
+from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs.plan import RunPlan, StagePlan, write_start_weights
 from caffe_jacinto.runs.start import full_disks_named
+from caffe_jacinto.train import main
 
 MEGABYTE = 1 << 20
 
@@ -139,6 +144,57 @@ def test_a_disk_that_is_still_full_at_a_resume_says_how_to_go_on(tmp_path: Path)
     other = OSError(errno.EACCES, "Permission denied", "run.json")
     with pytest.raises(PermissionError), full_disks_named(tmp_path):
         raise other
+
+
+@pytest.mark.parametrize(
+    ("file", "sweep"), [("train.prototxt", False), ("run.sh", False), ("train.prototxt", True)]
+)
+def test_a_disk_that_is_full_where_a_stage_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, sweep: bool
+) -> None:
+    """The disk is not full: writing is made to fail as if it were."""
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fail_to_write(monkeypatch, file)
+    arguments = [*tiny(recipe_of(tmp_path, "sparse"), ("sparse",)), "--set", "stages.sparse.start="]
+    arguments += ["--engine", "torch", "--output", "run", *(["--sweep", "target=0.5"] if sweep else [])]
+    run = "run/target_0.5" if sweep else "run"
+    resume = "python -m caffe_jacinto.train --resume"
+    says = (
+        rf"the disk .* (is full|was full, or your quota on it used up): .* \({run}/sparse/{file}: No space "
+        rf"left on device\); .* resume: {resume} {run}"
+    )
+    with pytest.raises(RunFailed, match=says) as raised:
+        main(arguments)
+    assert not sweep or str(raised.value).endswith(f"; to go on with the sweep: {resume} run")
+    with pytest.raises(RunFailed, match=says):
+        main(["--resume", "run"])
+
+
+def test_a_disk_that_is_full_where_the_start_weights_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver has to see the system's error, not one that the user could mend in the recipe."""
+    weights = weights_of_tiny(tmp_path / "w.caffemodel", 0)
+    stage = load_recipe("demo_digits").stages["initial"].model_copy(update={"reinit": ("b",)})
+    plan = StagePlan("initial", stage, tmp_path, tmp_path / "x", weights, DevicePlan((), 1, None))
+    monkeypatch.setattr(RunPlan, "left_out", lambda *_: frozenset())
+    fail_to_write(monkeypatch, "start.caffemodel")
+    run = RunPlan(load_recipe("demo_digits"), tmp_path, cast(Engine, None), (), (plan,))
+    with pytest.raises(OSError, match="No space left on device"):
+        write_start_weights(run, plan)
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """Writing files of this name fails, as on a full disk."""
+
+    def fail(path: Path, content: str, *, executable: bool = False) -> None:
+        if path.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_whole(path, content, executable=executable)
+
+    for module in ("networks.stage_files", "runs.plan"):
+        monkeypatch.setattr(f"caffe_jacinto.{module}.write_whole", fail)
 
 
 def test_words_for_disks_and_sizes(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
+import shutil
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
-from digits_run import PREFIX, Trainer, recipe_of, tiny, wait_for, write_lmdbs
+from digits_run import PREFIX, Trainer, piped, recipe_of, tiny, wait_for, write_lmdbs
 from hypothesis import given
 from hypothesis import strategies as st
+from test_summary import weights_of_tiny
 from test_torch_runs import NARROW
 
 from caffe_jacinto.caffemodel.storage import read_weights
@@ -18,25 +22,31 @@ from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.logs.scatter import Choice, draw
 from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
-from caffe_jacinto.prototxt.schema import parse_net
+from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, now
+from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, load, now, save
+from caffe_jacinto.runs.lock import RunLock, is_held
+from caffe_jacinto.runs.plan import RunPlan
+from caffe_jacinto.runs.preflight import NothingPruned
 from caffe_jacinto.runs.start import Options
 from caffe_jacinto.runs.sweep import (
     Sweep,
     SweepRecord,
     dense_recipe,
     dense_stages,
+    idle_stages,
     next_target,
     possible_targets,
     resume_sweep,
     sparse_recipe,
     target_runs,
+    with_target,
 )
 from caffe_jacinto.train import main
 
 STAGES = ("initial", "sparse")
 SPARSE = "stages.sparse.sparse"
+STOPPED = 128 + 15
 
 
 @given(limit=st.integers(0, 99), first=st.integers(1, 95), max_loss=st.floats(0, 5))
@@ -100,6 +110,59 @@ def test_the_search_tries_what_the_recipe_allows(settings: list[str], first: flo
         assert round(100 * (min(losses) if loss else max(losses))) == (possible[0] if loss else possible[-1])
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 27])
+def test_targets_are_held_against_the_zeros_in_the_file_that_the_dense_stage_starts_from(
+    tmp_path: Path, zeros: int
+) -> None:
+    weights = weights_of_tiny(tmp_path / "w.caffemodel", zeros)  # of the 108 of its convolution
+    start = ["stages.initial=", "stages.l1reg.start=", f"stages.l1reg.weights={weights}"]
+    recipe = load_recipe("demo_digits", [*start, f"{SPARSE}.start_factor=0.7"])
+    said = f"target 0.3: stage sparse: no weight would become zero: {SPARSE}.start_factor 0.7 is above 0.45"
+    assert idle_stages(with_target(recipe, 0.3))[0].startswith(said)
+    assert bool(idle_stages(with_target(recipe, 0.25))) == (zeros < 27)
+    assert not idle_stages(with_target(recipe, 0.8))
+    assert possible_targets(recipe).start == (1 if zeros == 27 else 55)
+    pattern = load_recipe("demo_digits", [*start, f'{SPARSE}.pattern="2:4"', f"{SPARSE}.target=0.05"])
+    assert bool(idle_stages(pattern)) == (not zeros)
+
+
+def test_the_search_goes_on_above_targets_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Networks up to 0.45 lose little; targets up to 0.4 are refused when their turn comes, by a stand-in."""
+    losses: dict[float, float] = {}
+    refused: list[float] = []
+
+    def run(_: Sweep, folder: Path, *__: object) -> int:
+        if folder.name == "dense":
+            return 0
+        target = float(folder.name.removeprefix("target_"))
+        assert target > max(refused, default=0)
+        if target <= 0.4:
+            refused.append(target)
+            raise NothingPruned(["stage sparse: no weight would become zero"])
+        losses[target] = 0.0 if target <= 0.45 else 2.0
+        return 0
+
+    monkeypatch.setattr(Sweep, "_run", run)
+    monkeypatch.setattr(Sweep, "_losses", lambda _: losses)
+    record = SweepRecord(
+        caffe_jacinto="0",
+        start_folder=str(tmp_path),
+        folder=str(tmp_path),
+        recipe=load_recipe("demo_digits"),
+        targets=(0.2, 0.8),
+        max_loss=1.0,
+    )
+    assert Sweep(tmp_path, record, Options()).drive() == 1
+    assert max(target for target, loss in losses.items() if not loss) == 0.45 and 0.46 in losses
+    assert refused == [0.2, 0.35]
+    said = capsys.readouterr().out
+    assert "target 0.2 is left out: stage sparse: no weight would become zero\n" in said
+    assert "left out, as said above: target 0.2, 0.35\n" in said
+    assert (tmp_path / "sweep.csv").is_file()
+
+
 def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +185,102 @@ def test_the_mistakes_of_all_targets_are_found_before_the_first_run(
     assert any("none" in line for line in others) and re.fullmatch(said.format(5, 65), last)
     assert main([*arguments, "--sweep", "target=0.6,0.9"]) == 0
     assert not (tmp_path / "training").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--sweep", "target=0.5,0.8"]])
+def test_a_recipe_may_come_from_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    write_lmdbs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny(piped(tmp_path / recipe_of(tmp_path, "sparse")), ("sparse",))
+    arguments += ["--set", "stages.sparse.start=", "--gpus", "", "--engine", "torch", "--dry-run"]
+    assert main([*arguments, "--output", "new", *options]) == 0
+
+
+def without_dense_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments that sweep two targets of a stage that starts from random weights, in ``folder``."""
+    write_lmdbs(folder)
+    monkeypatch.chdir(folder)
+    arguments = [*tiny(recipe_of(folder, "sparse"), ("sparse",)), "--set", "stages.sparse.start="]
+    return [*arguments, "--engine", "torch", "--sweep", "target=0.5,0.8", "--output", "sweep"]
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
+    """Runs end with these exit codes, one after the other, as if trained: a stand-in for the driver."""
+    left = iter(codes)
+
+    def end(run: RunPlan, record: RunRecord, lock: RunLock, *_: object) -> int:
+        for state in record.stages.values():
+            state.state = "finished"
+        save(run.folder, record)
+        lock.release()
+        return next(left)
+
+    monkeypatch.setattr("caffe_jacinto.runs.start._drive", end)
+
+
+def test_the_snapshots_to_keep_may_be_changed_for_later_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, 0)
+    assert main([*arguments, "--keep", "5"]) == STOPPED
+    assert main(["--resume", "sweep", "--keep", "7"]) == 0
+    runs = target_runs(Path("sweep"))
+    assert [load(runs[target]).recipe.training.keep for target in (0.5, 0.8)] == [5, 7]
+
+
+def test_a_run_that_had_finished_is_not_locked_while_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, STOPPED)
+    assert main(arguments) == STOPPED
+    assert main(["--resume", "sweep"]) == STOPPED
+    assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
+    assert not any(is_held(folder) for folder in target_runs(Path("sweep")).values())
+
+
+def test_data_that_were_replaced_are_refused_also_by_a_target_that_has_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED, 0)
+    assert main(arguments) == STOPPED
+    Path("train_lmdb").rename("before")
+    shutil.copytree("val_lmdb", "train_lmdb")
+    says = (
+        r"^LMDB train_lmdb \(data\.train_lmdb\) is not the one that the sweep was started with: it had 320 "
+        r"images \(.*\), and has 50 images \(.*\) now; put that one back, or start a new sweep; to go on "
+        r"with the sweep: python -m caffe_jacinto\.train --resume sweep$"
+    )
+    with pytest.raises(UserError, match=says):
+        main(["--resume", "sweep"])
+    assert list(target_runs(Path("sweep"))) == [0.5] and not Path("sweep", "sweep.csv").exists()
+    shutil.rmtree("train_lmdb")
+    Path("before").rename("train_lmdb")
+    assert main(["--resume", "sweep"]) == 0
+    assert list(target_runs(Path("sweep"))) == [0.5, 0.8]
+
+
+class NoReader(io.StringIO):
+    """What stdout is to a pipe whose reader has gone."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stdout", [None, NoReader()], ids=["closed", "no reader"])
+def test_the_results_are_written_where_nobody_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: TextIO | None
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, 0, 0)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(arguments) == 0
+    rows = csv.DictReader(Path("sweep", "sweep.csv").read_text().splitlines())
+    assert [row["network"] for row in rows] == ["target 0.5", "target 0.8"]
 
 
 def test_targets_that_differ_late_have_runs_of_their_own(
@@ -325,7 +484,7 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     wait_for(lambda: log.exists() and "Iteration 4 " in log.read_text(), "iteration 4", seconds=400)
     process.terminate()
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 128 + 15
+    assert process.returncode == STOPPED
     assert "to go on with the sweep: python -m caffe_jacinto.train --resume sweep" in said
     assert not (folder / "sweep.csv").exists()
     files = [folder / "dense" / "initial" / "run.log", folder / "target_0.94" / "sparse" / "run.log"]
@@ -359,6 +518,44 @@ def test_a_sweep_that_is_stopped_goes_on_without_redoing_what_is_done(
     for name, blobs in theirs.items():
         for found, expected in zip(ours[name], blobs, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+def with_zeros(weights: Path, name: str) -> None:
+    """Write ``name`` beside a weight file: nine of ten weights of each convolution of that are zero."""
+    net = messages(Dialect.BVLC).NetParameter.FromString(weights.read_bytes())
+    for layer in net.layer:
+        if layer.type == "Convolution":
+            values = np.array(layer.blobs[0].data)
+            values[np.arange(values.size) % 10 > 0] = 0
+            layer.blobs[0].data[:] = values
+    weights.with_name(name).write_bytes(net.SerializeToString())
+
+
+@pytest.mark.caffe
+def test_a_target_that_is_refused_when_its_turn_comes_is_left_out(trainer: Trainer) -> None:
+    """The dense stage starts with zeros, which could be those of the low target, and trains them away."""
+    end_of(trainer, *tiny(recipe_of(trainer.folder, "initial"), ("initial",), initial=1), "--output", "first")
+    with_zeros(trainer.folder / f"first/initial/{PREFIX}_iter_1.caffemodel", "zeros.caffemodel")
+    stages = ("l1reg", "sparse")
+    settings = ["stages.l1reg.start=", "stages.l1reg.weights=first/initial/zeros.caffemodel"]
+    settings.append(f"{SPARSE}.start_factor=0.5")
+    arguments = tiny(recipe_of(trainer.folder, *stages), stages, l1reg=3, sparse=3)
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    arguments += ["--sweep", "target=0.3,0.8", "--output", "low"]
+    logs = [trainer.folder / f"low/{run}/run.log" for run in ("dense/l1reg", "target_0.8/sparse")]
+    trained: list[bytes] = []
+    for again in (arguments, ["--resume", "low"]):
+        process = trainer.start(*again, program=("-c", NARROW))
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 1, said
+        why = "no weight would become zero: stages.sparse.sparse.start_factor 0.5 is above 0.45"
+        assert f"\ntarget 0.3 is left out: stage sparse: {why}" in said
+        assert "\nleft out, as said above: target 0.3\n" in said and "Traceback" not in said
+        rows = list(csv.DictReader((trainer.folder / "low/sweep.csv").read_text().splitlines()))
+        assert [row["network"] for row in rows] == ["dense", "target 0.8"]
+        assert not (trainer.folder / "low/target_0.3").exists()
+        trained = trained or [path.read_bytes() for path in logs]
+        assert trained == [path.read_bytes() for path in logs]
 
 
 @pytest.mark.caffe

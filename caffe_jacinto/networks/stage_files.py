@@ -259,16 +259,11 @@ def write_stage_files(files: Mapping[str, str], folder: Path) -> None:
     """Write each file whole into ``folder``, which is made if it is missing.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written; the error names what cannot.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_whole(folder / name, text)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} is not a folder; choose another one for the files") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_whole(folder / name, text)
 
 
 def published_recipe(network: str) -> Recipe:

@@ -102,6 +102,23 @@ def load_recipe(
     return recipe
 
 
+def recipe_of(document: Mapping[str, Any]) -> Recipe:
+    """The recipe that a ``document`` holds which is no file: the content of another recipe, changed.
+
+    Raises:
+        UserErrors: values are wrong, a line for each.
+    """
+    from pydantic import ValidationError
+
+    from caffe_jacinto.recipes.model import Recipe
+
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise UserErrors([f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found]) from None
+
+
 def toml_value(value: object) -> str:
     """A number, string, truth value or list of these in TOML.
 

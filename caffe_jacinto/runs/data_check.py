@@ -1,4 +1,4 @@
-"""Whether a run's LMDBs and lists are still those that it was started with."""
+"""Whether the LMDBs and lists of a run or a sweep are still those that it was started with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.data.identity import LmdbIdentity, data_identity
+from caffe_jacinto.recipes.model import DataSettings
 from caffe_jacinto.runs.folder import DataName, resume_command
 from caffe_jacinto.runs.plan import RunPlan
 
 ACCEPT = "--accept-data"
 
 
-def data_of(run: RunPlan) -> dict[DataName, LmdbIdentity]:
-    """What the LMDBs and lists of the run hold now.
+def data_of(data: DataSettings) -> dict[DataName, LmdbIdentity]:
+    """What the LMDBs and lists hold now.
 
     Raises:
         UserError: one cannot be read.
     """
-    data = run.recipe.data
     return {
         "train_lmdb": data_identity(Path(data.train_lmdb)),
         "val_lmdb": data_identity(Path(data.val_lmdb)),
@@ -32,15 +32,26 @@ def check_data(run: RunPlan, before: Mapping[DataName, LmdbIdentity]) -> None:
     Raises:
         UserError: one has been replaced, or cannot be read.
     """
+    accept = f"go on with this one by {ACCEPT}: {resume_command(run.folder)} {ACCEPT}"
+    _refuse_replaced(run.recipe.data, before, "the run", f"put that one back and resume, or {accept}")
+
+
+def check_data_of_sweep(data: DataSettings, before: Mapping[DataName, LmdbIdentity]) -> None:
+    """As `check_data`, for a further run of a sweep, whose first one had the data ``before``."""
+    _refuse_replaced(data, before, "the sweep", "put that one back, or start a new sweep")
+
+
+def _refuse_replaced(
+    data: DataSettings, before: Mapping[DataName, LmdbIdentity], started: str, mend: str
+) -> None:
     problems = []
-    for name, now in data_of(run).items():
-        path = getattr(run.recipe.data, name)
+    for name, now in data_of(data).items():
+        path = getattr(data, name)
         difference = before[name].difference(now) if name in before else None
         if difference is not None:
             problems.append(
-                f"{_kind(path)} {path} (data.{name}) is not the one that the run was "
-                f"started with: {difference}; put that one back and resume, or go on with this one by "
-                f"{ACCEPT}: {resume_command(run.folder)} {ACCEPT}"
+                f"{_kind(path)} {path} (data.{name}) is not the one that {started} was started with: "
+                f"{difference}; {mend}"
             )
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])

@@ -17,6 +17,7 @@ training/<dataset>_<network>_<time>/
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
@@ -121,6 +122,10 @@ class RunRecord(BaseModel):
     stages: dict[str, StageState]
     """Those of `steps_of`, in their order."""
 
+    @property
+    def has_finished(self) -> bool:
+        return all(state.state == "finished" for state in self.stages.values())
+
 
 def steps_of(recipe: Recipe) -> list[str]:
     """The stages that train, the test of the final weights, and the stages that quantize."""
@@ -142,6 +147,26 @@ def default_folder(prefix: str) -> Path:
 def now() -> str:
     """The time, in the form of run.json."""
     return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+
+
+def go_to_start_folder(folder: Path, start_folder: str, created_as: str) -> None:
+    """Change to where the run or sweep in ``folder`` was started: relative paths resolve against it.
+
+    Raises:
+        UserError: ``start_folder`` is gone, or what was created as ``created_as`` has been moved.
+    """
+    try:
+        os.chdir(start_folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot change to {start_folder}, where {folder} was started and its relative paths begin: "
+            f"{error.strerror}"
+        ) from None
+    if Path(created_as).resolve() != folder.resolve():
+        raise UserError(
+            f"{folder} was created as {Path(created_as).absolute()}, a path that its files contain: "
+            "move it back, or put a link there"
+        )
 
 
 def save(folder: Path, record: RunRecord) -> None:

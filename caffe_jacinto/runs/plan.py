@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from caffe_jacinto.caffemodel.hdf5 import SUFFIX, binary_form, is_hdf5, without_suffix
-from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.common.files import PACKAGE, expanded, template_folder, write_whole
 from caffe_jacinto.engines.contract import DevicePlan, Engine, QuantizeJob, TestJob, TrainJob
 from caffe_jacinto.engines.snapshots import Snapshot, StartPoint, start_point
@@ -278,7 +277,8 @@ def write_binary_snapshot(run: RunPlan, plan: StagePlan, snapshot: Snapshot) -> 
     """The solver state that the stage resumes from: a copy in binary form for a ``caffe`` that shall read it.
 
     Raises:
-        UserError: the snapshot is damaged, or the copy cannot be written.
+        UserError: the snapshot is damaged.
+        OSError: the copy cannot be written.
     """
     # The stepper reads HDF5 itself, and after the last iteration no Caffe is started.
     if not _needs_binary(run, plan) or plan.needs_masks or snapshot.iteration >= plan.max_iter:
@@ -292,15 +292,15 @@ def write_binary_snapshot(run: RunPlan, plan: StagePlan, snapshot: Snapshot) -> 
     )
     state = messages(run.engine.info.dialect).SolverState.FromString(binary_form(snapshot.solverstate))
     state.learned_net = str(weights)
-    _write(weights, _binary(run, plan, snapshot.caffemodel))
-    _write(copy, state.SerializeToString())
+    write_whole(weights, _binary(run, plan, snapshot.caffemodel))
+    write_whole(copy, state.SerializeToString())
     return copy
 
 
 def write_tested_weights(run: RunPlan, plan: StagePlan, folder: Path) -> None:
     """Write the copy of the stage's final weights that a test in ``folder`` needs."""
     if _needs_binary(run, plan):
-        _write(folder / BINARY_WEIGHTS, _binary(run, plan, plan.final_weights))
+        write_whole(folder / BINARY_WEIGHTS, _binary(run, plan, plan.final_weights))
 
 
 def _binary(run: RunPlan, plan: StagePlan, weights: Path, left_out: Collection[str] = ()) -> bytes:
@@ -311,18 +311,12 @@ def _binary(run: RunPlan, plan: StagePlan, weights: Path, left_out: Collection[s
     return in_binary_form(weights, net, left_out)
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
     """Write the copy of the start weights that the stage needs: binary, without the layers of `reinit`.
 
     Raises:
-        UserError: the start weights are missing or broken, or the file cannot be written.
+        UserError: the start weights are missing or broken.
+        OSError: the file cannot be written.
     """
     if not plan.copies_weights or (plan.stage.start and not plan.start_weights_exist):
         return  # those of a stage that a dry run does not train
@@ -337,7 +331,7 @@ def write_start_weights(run: RunPlan, plan: StagePlan) -> None:
         if in_hdf5
         else without_layers(plan.start_weights, left_out)
     )
-    _write(plan.loaded_weights, content)
+    write_whole(plan.loaded_weights, content)
 
 
 def write_test(run: RunPlan, texts: dict[str, str], command: list[str]) -> None:

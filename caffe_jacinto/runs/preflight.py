@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caffe_jacinto.caffemodel.storage import mapped, stored_layers, stored_state
-from caffe_jacinto.common.errors import UserError
+from caffe_jacinto.common.errors import UserError, UserErrors
 from caffe_jacinto.common.files import expanded, looked_for, read_text
 from caffe_jacinto.common.text import count_of
 from caffe_jacinto.data.listing import LABELS
@@ -44,12 +44,19 @@ SHOWN = 3
 """Layers that one message names."""
 
 
+class NothingPruned(UserErrors):
+    """A stage of a run would zero not a single weight, and nothing else is wrong."""
+
+
 @dataclass
 class Findings:
     """What the checks found."""
 
     problems: list[str] = field(default_factory=list)
     """Each of these would make the run fail."""
+
+    idle: list[str] = field(default_factory=list)
+    """Those of the problems that are stages which would zero nothing."""
 
     warnings: list[str] = field(default_factory=list)
     """The run would not fail, but is unlikely to give what the recipe asks for."""
@@ -67,6 +74,15 @@ class Findings:
     def image_shapes(self) -> dict[str, ImageShape]:
         """Channels, height and width of the images in each."""
         return image_shapes(self.data_sizes)
+
+    def refuse(self) -> None:
+        """Raise every problem that was found, each to be shown on a line of its own.
+
+        Raises:
+            NothingPruned, UserErrors: there are problems.
+        """
+        if self.problems:
+            raise (NothingPruned if self.problems == self.idle else UserErrors)(self.problems)
 
     def attempt(self, check: Callable[[], None]) -> None:
         """Run a check and record its UserError, if any, as a problem."""
@@ -495,6 +511,8 @@ def _check_sparsity(
     for shortfall in shortfalls(run, stages, texts, findings.image_shapes):
         refused = (shortfall.useless or must_reach) and not resuming
         (findings.problems if refused else findings.warnings).append(shortfall.message)
+        if refused and shortfall.useless:
+            findings.idle.append(shortfall.message)
 
 
 def _why(layer: str, mismatches: dict[str, Mismatch], left_out: Collection[str]) -> str:

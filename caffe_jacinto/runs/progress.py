@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +197,13 @@ class LastingStream:
             # The rest of the stream's buffer must not fail again at the end of the program.
             with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def shown(show: Callable[[TextIO], None]) -> None:
+    """Have ``show`` write to stdout, unless that was closed from the start, or its reader has gone."""
+    if sys.stdout is not None:
+        with suppress(OSError, SystemExit):  # rich ends a program whose reader has gone
+            show(sys.stdout)
 
 
 class Screen:

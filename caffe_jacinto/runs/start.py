@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caffe_jacinto import __version__
 from caffe_jacinto.common.arguments import GpuRequest
 from caffe_jacinto.common.disk import is_full, why_not_written
-from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
+from caffe_jacinto.common.errors import RunFailed, UserError
 from caffe_jacinto.common.files import expanded, write_whole
 from caffe_jacinto.data.listing import LABELS
 from caffe_jacinto.engines.contract import Engine, Precision
@@ -27,7 +25,7 @@ from caffe_jacinto.networks.completion import complete
 from caffe_jacinto.networks.registry import RECIPE_RULES
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.quantization.record import RECORD
-from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.recipes.load import load_recipe, recipe_of
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs import folder as run_folder
 from caffe_jacinto.runs.data_check import check_data, data_of
@@ -55,7 +53,7 @@ from caffe_jacinto.runs.plan import (
 )
 from caffe_jacinto.runs.preflight import Findings, preflight
 from caffe_jacinto.runs.process import StopSignals
-from caffe_jacinto.runs.progress import Screen
+from caffe_jacinto.runs.progress import Screen, shown
 from caffe_jacinto.runs.slurm import SlurmRequest, check_no_other_job, check_slurm, submit
 from caffe_jacinto.runs.user_files import copied, differences
 
@@ -95,39 +93,29 @@ def start(recipe_name: str, overrides: Sequence[str], options: Options) -> int:
     """
     if options.slurm:
         check_slurm()
-        overrides = [*overrides, *(f"training.nodes={n}" for n in (options.slurm.nodes,) if n is not None)]
     recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
     if options.slurm and options.gpus is None:
         # Slurm gives each job its GPUs, and programs number them from 0.
         options = replace(options, gpus=tuple(range(len(recipe.training.gpus))))
-
-    def on(gpus: tuple[int, ...]) -> Recipe:
-        return load_recipe(recipe_name, [*overrides, f"training.gpus={list(gpus)}"], completion=complete)
-
-    return start_recipe(recipe, options, on)
+    return start_recipe(recipe, options)
 
 
-def start_recipe(
-    recipe: Recipe,
-    options: Options,
-    on: Callable[[tuple[int, ...]], Recipe],
-    signals: StopSignals | None = None,
-) -> int:
-    """As `start`, of a recipe that is loaded; ``on`` gives it for other GPUs.
+def start_recipe(recipe: Recipe, options: Options, signals: StopSignals | None = None) -> int:
+    """As `start`, of a recipe that is loaded.
 
     ``signals``: those of a caller that waits for signals already.
 
     Raises:
-        UserError, RunFailed: as `start`.
+        UserError, RunFailed: as `start`; NothingPruned where that is all that is wrong.
     """
     folder = options.output or run_folder.default_folder(recipe.weights_prefix)
     if not run_folder.is_free(folder):
         raise UserError(f"{folder} already exists{_what_to_do(folder)}")
     screen = Screen()
-    run, findings = _checked(recipe, folder, options, on, screen)
+    run, findings = _checked(recipe, folder, options, screen)
     recipe, engine = run.recipe, run.engine
     if not (options.dry_run and findings.files_can_be_made):
-        _refuse(findings)
+        findings.refuse()
     theirs = recipe
     recipe, copies = copied(recipe, folder)
     record = RunRecord(
@@ -142,7 +130,7 @@ def start_recipe(
         stages={name: StageState() for name in run_folder.steps_of(recipe)},
     )
     if not findings.problems:
-        record.data = data_of(run)
+        record.data = data_of(run.recipe.data)
     before = [path.name for path in folder.iterdir()] if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
@@ -160,7 +148,7 @@ def start_recipe(
         screen.say(line)
     if options.dry_run:
         _write_all(run, findings, screen)
-        _refuse(findings)
+        findings.refuse()
         screen.say(f"nothing was run; to run it: {resume_command(folder, record)}")
         return 0
     if options.open_page:
@@ -187,30 +175,21 @@ def _remove_what_was_written(folder: Path, before: Collection[str] | None) -> No
         folder.rmdir()
 
 
-def check_recipe(
-    recipe: Recipe, folder: Path, options: Options, on: Callable[[tuple[int, ...]], Recipe]
-) -> None:
+def check_recipe(recipe: Recipe, folder: Path, options: Options) -> None:
     """Check what a run of ``recipe`` in ``folder`` would be checked for, and write nothing.
 
     Raises:
         UserError: something is wrong.
     """
-    _, findings = _checked(recipe, folder, options, on, Screen())
-    _refuse(findings)
+    _, findings = _checked(recipe, folder, options, Screen())
+    findings.refuse()
 
 
-def _checked(
-    recipe: Recipe,
-    folder: Path,
-    options: Options,
-    on: Callable[[tuple[int, ...]], Recipe],
-    screen: Screen,
-) -> tuple[RunPlan, Findings]:
+def _checked(recipe: Recipe, folder: Path, options: Options, screen: Screen) -> tuple[RunPlan, Findings]:
     """The plan of a new run, and what the checks before it have found and shown."""
     engine, gpus = _engine(options, recipe.training.gpus, screen)
-    if options.gpus is not None:
-        recipe = on(gpus)
-    elif not gpus and any_visible() and options.slurm is None:
+    recipe = changed(recipe, options, gpus)
+    if options.gpus is None and not gpus and any_visible() and options.slurm is None:
         screen.say(f"  note: of {this_machine()} none is used; --gpus all takes them all", style="yellow")
     run = plan_run(recipe, folder, engine, gpus)
     findings = preflight(
@@ -228,7 +207,7 @@ def _checked(
 
 @contextmanager
 def full_disks_named(folder: Path) -> Iterator[None]:
-    """A full disk while the run ``folder`` is resumed becomes a RunFailed that says how to go on."""
+    """A full disk while the run or sweep ``folder`` goes on becomes a RunFailed that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -257,16 +236,23 @@ def resume(
         check_slurm()
     folder = run_folder.run_folder_of(folder).absolute()
     record = run_folder.load(folder)
-    _go_to_start_folder(folder, record)
+    run_folder.go_to_start_folder(folder, record.start_folder, record.folder)
     folder = Path(record.folder)
     check_no_other_job(folder)
     lock = RunLock(folder)
     lock.acquire(lock_seconds)
-    # Another train may have changed it before the lock was taken.
-    record = run_folder.load(folder)
+    try:
+        return _resume_locked(folder, lock, options, signals)
+    finally:
+        lock.release()
+
+
+def _resume_locked(folder: Path, lock: RunLock, options: Options, signals: StopSignals | None) -> int:
+    """As `resume`, of the run in ``folder`` whose ``lock`` is held."""
+    record = run_folder.load(folder)  # another train may have changed it before the lock was taken
     run_folder.tidy(folder)
     screen = Screen()
-    if all(state.state == "finished" for state in record.stages.values()):
+    if record.has_finished:
         screen.say(f"{folder}: this run has finished; its tables: {report_command(folder)}")
         return 0
     engine, gpus = _same_engine(record, options, screen)
@@ -279,11 +265,11 @@ def resume(
     findings = preflight(run, waiting, quantized, recipe.training.keep, resuming=True, here=here)
     run = replace(run, data_sizes=findings.data_sizes)
     _show_findings(run, findings, screen)
-    _refuse(findings)
+    findings.refuse()
     if not options.accept_data:
         check_data(run, record.data)
     record.recipe, record.gpus, record.engine = recipe, run.gpus, _engine_record(engine)
-    record.data = data_of(run)
+    record.data = data_of(run.recipe.data)
     if options.slurm:
         record.slurm = options.slurm.record(record.slurm)
     run_folder.save(folder, record)
@@ -417,40 +403,18 @@ def _reopen_damaged(run: RunPlan, record: RunRecord, screen: Screen) -> None:
 
 
 def changed(recipe: Recipe, options: Options, gpus: tuple[int, ...]) -> Recipe:
-    """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole."""
-    from pydantic import ValidationError
+    """The recipe with these GPUs and the options' snapshots and nodes, validated again as a whole.
 
+    Raises:
+        UserErrors: it cannot be trained so.
+    """
     content = recipe.model_dump(mode="json")
     content["training"]["gpus"] = list(gpus)
     if options.slurm is not None and options.slurm.nodes is not None:
         content["training"]["nodes"] = options.slurm.nodes
     if options.keep is not None:
         content["training"]["keep"] = options.keep
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _go_to_start_folder(folder: Path, record: RunRecord) -> None:
-    """Change to the folder that the run was started in: relative paths resolve against it.
-
-    Raises:
-        UserError: that folder is gone, or the run folder has been moved.
-    """
-    try:
-        os.chdir(record.start_folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot change to {record.start_folder}, where the run was started and its relative paths "
-            f"begin: {error.strerror}"
-        ) from None
-    if Path(record.folder).resolve() != folder.resolve():
-        raise UserError(
-            f"{folder} was created as {Path(record.folder).absolute()}, a path that Caffe's solver states "
-            "contain: move it back, or put a link there"
-        )
+    return recipe_of(content)
 
 
 def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
@@ -463,12 +427,6 @@ def _show_findings(run: RunPlan, findings: Findings, screen: Screen) -> None:
         screen.say(f"  warning: {warning}", style="bold yellow")
     for note in findings.notes:
         screen.say(f"  note: {note}", style="yellow")
-
-
-def _refuse(findings: Findings) -> None:
-    """Raise every problem that was found, each to be shown on a line of its own."""
-    if findings.problems:
-        raise UserErrors(findings.problems)
 
 
 def _copy_labels(run: RunPlan) -> None:
@@ -518,9 +476,7 @@ def _show_result(run: RunPlan, screen: Screen) -> None:
     from caffe_jacinto.logs.discover import find_runs
 
     screen.say("")
-    if sys.stdout is not None:
-        with suppress(OSError):
-            tables.show(tables.tables(find_runs([run.folder])[0]), sys.stdout)
+    shown(lambda out: tables.show(tables.tables(find_runs([run.folder])[0]), out))
     screen.say("")
     screen.say(f"network: {run.stages[-1].folder / 'deploy.prototxt'}", style="bold")
     screen.say(f"weights: {run.final_weights}", style="bold")

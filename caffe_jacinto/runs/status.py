@@ -43,7 +43,7 @@ def status_lines(folder: Path) -> list[str]:
         lines += [f"    {words}" for words in log.losses.found.values() if state.state == "running"]
         if state.message and state.state == "failed":
             lines.append(f"    {state.message}")
-    if _finished(record):
+    if record.has_finished:
         lines.append(f"tables: {report_command(folder)}")
     elif not held and (job is None or not job.alive):
         lines.append(f"to resume: {resume_command(folder, record)}")
@@ -53,7 +53,7 @@ def status_lines(folder: Path) -> list[str]:
 def _whole(folder: Path, record: RunRecord, held: bool) -> str:
     if held:
         return f"running{_alone(folder)}"
-    if _finished(record):
+    if record.has_finished:
         return "finished"
     states = {state.state for state in record.stages.values()}
     if "failed" in states:
@@ -69,10 +69,6 @@ def _alone(folder: Path) -> str:
     if not found or any(holder.is_driver for holder in found):
         return ""
     return f" (process {found[0].pid}, without train, which was killed or never started)"
-
-
-def _finished(record: RunRecord) -> bool:
-    return all(state.state == "finished" for state in record.stages.values())
 
 
 def _stage(folder: Path, record: RunRecord, name: str, state: StageState, held: bool, log: StageLog) -> str:

@@ -15,20 +15,19 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from caffe_jacinto import __version__
-from caffe_jacinto.common.errors import RunFailed, UserError, UserErrors
+from caffe_jacinto.caffemodel.storage import read_weights
+from caffe_jacinto.common.errors import FAILED, RunFailed, UserError, UserErrors
 from caffe_jacinto.common.files import write_whole
 from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.engines.contract import Precision
@@ -43,12 +42,15 @@ from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.pruning.reach import MOST_THRESHOLDS
 from caffe_jacinto.pruning.rule import most_zeros
 from caffe_jacinto.pruning.schedule import factor_cap, factors, step_iterations
-from caffe_jacinto.recipes.load import load_recipe
-from caffe_jacinto.recipes.model import Recipe
+from caffe_jacinto.recipes.load import load_recipe, recipe_of
+from caffe_jacinto.recipes.model import Recipe, SparseSettings
 from caffe_jacinto.runs import folder as run_folder
+from caffe_jacinto.runs.data_check import check_data_of_sweep
+from caffe_jacinto.runs.folder import resume_command
+from caffe_jacinto.runs.preflight import NothingPruned
 from caffe_jacinto.runs.process import StopSignals
-from caffe_jacinto.runs.progress import Screen
-from caffe_jacinto.runs.start import Options, changed, check_recipe, resume, start_recipe
+from caffe_jacinto.runs.progress import Screen, shown
+from caffe_jacinto.runs.start import Options, check_recipe, full_disks_named, resume, start_recipe
 from caffe_jacinto.runs.status import status_lines
 from caffe_jacinto.runs.user_files import copied
 
@@ -100,7 +102,7 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     """Start a sweep and drive it to its end; returns the exit code.
 
     Raises:
-        UserError: something is wrong. Nothing was run or written.
+        UserError: something is wrong: nothing was run or written, or a run is refused when its turn comes.
         RunFailed: a stage failed.
     """
     recipe = load_recipe(recipe_name, overrides, rules=RECIPE_RULES, completion=complete)
@@ -117,21 +119,16 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     last = recipe.stages[pruning[-1]].sparse
     assert last is not None
     targets = request.targets or (last.target,)
-    wrong: list[str] = []
-    for target in targets:
-        wanted = [f"stages.{name}.sparse.target={target}" for name in pruning]
-        whole = load_recipe(recipe_name, [*overrides, *wanted], rules=RECIPE_RULES, completion=complete)
-        if target == max(targets):
-            hardest = whole
-        else:
-            wrong += idle_stages(whole)
+    recipes = {target: with_target(recipe, target) for target in targets}
+    hardest = recipes[max(targets)]
+    wrong = [line for target in targets if target != max(targets) for line in idle_stages(recipes[target])]
     folder = options.output or _default_folder(recipe)
     if not run_folder.is_free(folder):
         again = (folder / SWEEP_RECORD).is_file()
-        what = f": go on with that sweep ({_resume_command(folder)})," if again else ""
+        what = f": go on with that sweep ({resume_command(folder)})," if again else ""
         raise UserError(f"{folder} already exists{what}{'' if again else ':'} give another --output")
     try:
-        check_recipe(hardest, folder / DENSE, options, lambda gpus: changed(hardest, options, gpus))
+        check_recipe(hardest, folder / DENSE, options)
     except UserError as error:
         raise UserErrors([*error.lines(), *wrong]) from None
     if wrong:
@@ -158,7 +155,8 @@ def start_sweep(recipe_name: str, overrides: Sequence[str], options: Options, re
     for path, text in copies.items():
         write_whole(path, text)
     write_whole(folder / SWEEP_RECORD, record.model_dump_json(indent=2) + "\n")
-    return sweep.drive()
+    with full_disks_named(folder):
+        return sweep.drive()
 
 
 def _check_has_top1(recipe: Recipe) -> None:
@@ -199,17 +197,7 @@ def resume_sweep(folder: Path, options: Options) -> int:
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{path}: damaged, or of another version ({first}): start a new sweep") from None
-    try:
-        os.chdir(record.start_folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot change to {record.start_folder}, where the sweep was started: {error.strerror}"
-        ) from None
-    if Path(record.folder).resolve() != path.parent.resolve():
-        raise UserError(
-            f"{path.parent} was created as {Path(record.folder).absolute()}, a path that its files contain: "
-            "move it back, or put a link there"
-        )
+    run_folder.go_to_start_folder(path.parent, record.start_folder, record.folder)
     before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
     given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
     options = _same_engine(Path(record.folder), options, replace(options, **before | given))
@@ -222,7 +210,7 @@ def _same_engine(folder: Path, given: Options, options: Options) -> Options:
     Raises:
         UserError: the options ``given`` name another kind of engine or another dialect.
     """
-    runs = [path for path in (folder / DENSE, *target_runs(folder).values()) if (path / RUN_RECORD).is_file()]
+    runs = _begun(folder)
     if not runs:
         return options
     before = run_folder.load(runs[0]).engine
@@ -246,8 +234,13 @@ def _same_engine(folder: Path, given: Options, options: Options) -> Options:
 
 def sweep_status(folder: Path) -> list[str]:
     """The state of each run of a sweep, from its files alone."""
-    runs = [folder / DENSE, *target_runs(folder).values()]
-    return [line for run in runs if (run / RUN_RECORD).is_file() for line in status_lines(run)]
+    return [line for run in _begun(folder) for line in status_lines(run)]
+
+
+def _begun(folder: Path) -> list[Path]:
+    """The runs of a sweep that have begun, the one of the dense stages first, if there are any."""
+    runs = (folder / DENSE, *target_runs(folder).values())
+    return [run for run in runs if (run / RUN_RECORD).is_file()]
 
 
 def target_runs(folder: Path) -> dict[float, Path]:
@@ -290,7 +283,7 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
     def trained(stage: str) -> str:
         return str(dense / stage / recipe.weights_name(stage))
 
-    content = recipe.model_dump(mode="json")
+    content = with_target(recipe, target).model_dump(mode="json")
     stages: dict[str, Any] = {}
     for name, stage in content["stages"].items():
         if name in before:
@@ -301,54 +294,89 @@ def sparse_recipe(recipe: Recipe, target: float, dense: Path) -> Recipe:
         if teacher is not None and teacher.stage in before:
             network = str(dense / teacher.stage / "deploy.prototxt")
             stage |= {"teacher": trained(teacher.stage), "teacher_prototxt": network}
-        if stage["sparse"] is not None:
-            stage["sparse"]["target"] = target
         stages[name] = stage
     return Recipe.model_validate(content | {"stages": stages})
+
+
+def with_target(recipe: Recipe, target: float) -> Recipe:
+    """The recipe with this target in each stage that prunes.
+
+    Raises:
+        UserErrors: a stage cannot be pruned to it.
+    """
+    content = recipe.model_dump(mode="json")
+    for stage in content["stages"].values():
+        if stage["sparse"] is not None:
+            stage["sparse"]["target"] = target
+    try:
+        return recipe_of(content)
+    except UserError as error:
+        raise UserErrors([f"target {target}: {line}" for line in error.lines()]) from None
 
 
 def idle_stages(recipe: Recipe) -> list[str]:
     """The pruning stages whose schedule zeroes no weight at their target, a line for each.
 
     A run of them would be refused. This takes no engine and no data: it is for the targets beside the
-    largest, for which `check_recipe` checks all. Stages that may start with zeros are left to that check.
+    largest, for which `check_recipe` checks all. A stage that the zeros at its start may help is left to the
+    check of its run.
     """
     found: list[str] = []
     for name, stage in recipe.stages.items():
         sparse = stage.sparse
-        if sparse is None or _may_start_with_zeros(recipe, name):
-            continue
-        steps = len(step_iterations(sparse, stage.max_iter))
-        applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
-        if not steps:
-            continue  # at every target
-        begin = f"target {sparse.target:g}: stage {name}: no weight would become zero: "
-        if not applied:
-            found.append(
-                f"{begin}stages.{name}.sparse.start_factor {sparse.start_factor:g} is above "
-                f"{factor_cap(sparse.target):g}, where the schedule for this target ends; lower "
-                "start_factor, or leave this target out"
-            )
-        elif sparse.n_of_m is not None and not sparse.targets:
-            together = sparse.n_of_m[1]
-            if not most_zeros(together, applied[-1]):
-                found.append(
-                    f"{begin}the schedule for this target ends at a factor of {applied[-1]:g}, less than one "
-                    f"weight of the {together} of the pattern {sparse.pattern}; leave this target out"
-                )
+        why = None if sparse is None else _why_idle(recipe, name, sparse)
+        if sparse is not None and why is not None:
+            what = f"target {sparse.target:g}: stage {name}: no weight would become zero"
+            found.append(f"{what}: {why}leave this target out")
     return found
 
 
-def _may_start_with_zeros(recipe: Recipe, name: str) -> bool:
-    """Whether a stage starts from a file, or from a stage that prunes or that starts from one."""
+def _why_idle(recipe: Recipe, name: str, sparse: SparseSettings) -> str | None:
+    """Why a stage's schedule zeroes nothing at its target, but would at another; the start of a sentence."""
+    steps = len(step_iterations(sparse, recipe.stages[name].max_iter))
+    applied = list(islice(factors(sparse), min(steps, MOST_THRESHOLDS)))
+    if not steps:
+        return None  # at every target
+    if not applied and _most_zeros_before(recipe, name) < sparse.target:
+        return (
+            f"stages.{name}.sparse.start_factor {sparse.start_factor:g} is above "
+            f"{factor_cap(sparse.target):g}, where the schedule for this target ends; lower start_factor, or "
+        )
+    if not applied or sparse.n_of_m is None or sparse.targets:
+        return None
+    together = sparse.n_of_m[1]
+    if most_zeros(together, applied[-1]) or _most_zeros_before(recipe, name):
+        return None
+    return (
+        f"the schedule for this target ends at a factor of {applied[-1]:g}, less than one weight of the "
+        f"{together} of the pattern {sparse.pattern}; "
+    )
+
+
+def _most_zeros_before(recipe: Recipe, name: str) -> float:
+    """The fraction of zeros that a layer has at most where a stage starts; 1 where that is not known yet.
+
+    As in `sparsity_check`, dense stages leave no more zeros than they start with.
+    """
     stage = recipe.stages[name]
     while stage.weights is None:
         if stage.start is None:
-            return False
+            return 0.0
         stage = recipe.stages[stage.start]
         if stage.sparse is not None:
-            break
-    return True
+            return 1.0
+    return _most_zeros_in(Path(stage.weights).expanduser().absolute())
+
+
+@cache
+def _most_zeros_in(weights: Path) -> float:
+    """The largest fraction of zeros among the weights of a layer in a file; 1 if it cannot be read."""
+    try:
+        layers = read_weights(weights).values()
+    except UserError:
+        return 1.0
+    matrices = (blobs[0] for blobs in layers if blobs and blobs[0].ndim > 1 and blobs[0].size)
+    return max((float((values == 0).mean()) for values in matrices), default=0.0)
 
 
 class Sweep:
@@ -358,6 +386,7 @@ class Sweep:
         self.folder, self.record = folder, record
         self._options = options
         self._screen = Screen()
+        self._left_out: list[float] = []
 
     def say_plan(self) -> None:
         """Say which runs there would be."""
@@ -375,7 +404,11 @@ class Sweep:
     def drive(self) -> int:
         """Train what is not trained yet, and show the results; returns the exit code.
 
+        A target at which a stage would zero nothing is left out. What is known of that only when the stages
+        before have been trained is found again each time the sweep goes on.
+
         Raises:
+            UserError: a run is refused. It and what comes after it were not started.
             RunFailed: a stage failed. What comes after it was not started.
         """
         recipe = self.record.recipe
@@ -387,11 +420,16 @@ class Sweep:
         for target in self._targets():
             title = f"target {target}"
             one = sparse_recipe(recipe, target, self.folder / DENSE)
-            code = self._run(self._run_of(target), one, signals, title)
+            try:
+                code = self._run(self._run_of(target), one, signals, title)
+            except NothingPruned as error:
+                self._left_out.append(target)
+                self._screen.say(f"{title} is left out: {error}", style="yellow")
+                continue
             if code:
                 return code
         self._show()
-        return 0
+        return FAILED if self._left_out else 0
 
     def _targets(self) -> Iterator[float]:
         """The targets in order, the next one of a search after the result of the one before."""
@@ -399,8 +437,14 @@ class Sweep:
         if self.record.max_loss is None:
             return
         possible = possible_targets(self.record.recipe)
-        while (target := next_target(self._losses(), self.record.max_loss, possible)) is not None:
+        limit = self.record.max_loss
+        while (target := next_target(self._losses(), limit, self._above_left_out(possible))) is not None:
             yield target
+
+    def _above_left_out(self, possible: range) -> range:
+        """The targets, in hundredths, above those at which nothing becomes zero: below them nothing does."""
+        highest = max(self._left_out, default=0.0)
+        return range(max(possible.start, math.floor(FINEST * highest + 1e-9) + 1), possible.stop)
 
     def _losses(self) -> dict[float, float]:
         """By target: the points of top-1 that a network has lost.
@@ -422,7 +466,8 @@ class Sweep:
 
     def _runs(self) -> dict[float, Path]:
         """The runs that have finished, by their targets, from the least."""
-        return {target: path for target, path in target_runs(self.folder).items() if _has_finished(path)}
+        runs = target_runs(self.folder)
+        return {target: path for target, path in runs.items() if run_folder.load(path).has_finished}
 
     def _run(self, folder: Path, recipe: Recipe, signals: StopSignals, title: str) -> int:
         """Start the run in ``folder``, or go on with it; returns its exit code."""
@@ -435,12 +480,30 @@ class Sweep:
             if (folder / RUN_RECORD).is_file():
                 code = resume(folder, replace(options, output=None, engine=None, dialect=None), signals)
             else:
-                code = start_recipe(recipe, options, lambda gpus: changed(recipe, options, gpus), signals)
+                self._check_data()
+                code = start_recipe(recipe, options, signals)
+        except NothingPruned:
+            raise
         except RunFailed as error:
-            raise type(error)(f"{error}; to go on with the sweep: {_resume_command(self.folder)}") from None
+            raise type(error)(f"{error}; {self._to_go_on()}") from None
+        except UserError as error:
+            *others, last = error.lines()
+            raise UserErrors([*others, f"{last}; {self._to_go_on()}"]) from None
         if code:
-            self._screen.say(f"to go on with the sweep: {_resume_command(self.folder)}", style="yellow")
+            self._screen.say(self._to_go_on(), style="yellow")
         return code
+
+    def _to_go_on(self) -> str:
+        return f"to go on with the sweep: {resume_command(self.folder)}"
+
+    def _check_data(self) -> None:
+        """Refuse a further run on data that the first one did not have: the two could not be compared.
+
+        Raises:
+            UserError: the data have been replaced, or cannot be read.
+        """
+        for first in _begun(self.folder)[:1]:
+            check_data_of_sweep(self.record.recipe.data, run_folder.load(first).data)
 
     def _show(self) -> None:
         """Write the table and the picture, and show them."""
@@ -448,12 +511,14 @@ class Sweep:
         best = None
         if self.record.max_loss is not None:
             best = sparsest(rows, self.record.max_loss)
-        _show_rows(rows, best)
         write_whole(self.folder / TABLE, _as_csv(rows))
         points = [choice for row in rows if (choice := row.choice()) is not None]
         if points:
             write_whole(self._picture, draw(points, "png", cost="GigaMACs left when zeros cost nothing"))
+        shown(lambda out: _show_rows(rows, best, out))
         say = self._screen.say
+        if self._left_out:
+            say(f"left out, as said above: target {', '.join(map(str, self._left_out))}", style="yellow")
         if self.record.max_loss is not None:
             limit = count_of_points(self.record.max_loss)
             if best is None:
@@ -520,13 +585,9 @@ def possible_targets(recipe: Recipe) -> range:
     """The targets, in hundredths, that the search may try: a pattern or a start factor may forbid others."""
 
     def is_allowed(hundredths: int) -> bool:
-        content = recipe.model_dump(mode="json")
-        for stage in content["stages"].values():
-            if stage["sparse"] is not None:
-                stage["sparse"]["target"] = hundredths / FINEST
         try:
-            return not idle_stages(Recipe.model_validate(content))
-        except ValidationError:
+            return not idle_stages(with_target(recipe, hundredths / FINEST))
+        except UserErrors:
             return False
 
     allowed = list(filter(is_allowed, range(1, HIGHEST)))
@@ -560,12 +621,6 @@ def count_of_points(number: float) -> str:
     return count_of(1, "point") if number == 1 else f"{number:g} points"
 
 
-def _has_finished(folder: Path) -> bool:
-    if not (folder / RUN_RECORD).is_file():
-        return False
-    return all(state.state == "finished" for state in run_folder.load(folder).stages.values())
-
-
 def _result(folder: Path) -> Result:
     """The result of the run in ``folder``: its test, and what the last stage that counts zeros has left."""
     runs, _ = find_runs([folder])
@@ -576,7 +631,7 @@ def _result(folder: Path) -> Result:
     return Result(**{name: found.get(name) for name in FIGURES})
 
 
-def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
+def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None, out: TextIO) -> None:
     titles = ("Sparsity", "Top-1", "lost", "Top-5", "GigaMACs", "left without zeros")
     lines = []
     for row in rows:
@@ -588,7 +643,7 @@ def _show_rows(rows: Sequence[SweepRow], best: SweepRow | None) -> None:
         ]
         lines.append(Line(cells, "green" if row is best else ""))
     columns = [Column("Network", words=True), *(Column(title) for title in titles)]
-    show_table(sys.stdout, "Sweep", columns, lines)
+    show_table(out, "Sweep", columns, lines)
 
 
 def _as_csv(rows: Sequence[SweepRow]) -> str:
@@ -605,7 +660,3 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
 
 def _default_folder(recipe: Recipe) -> Path:
     return run_folder.default_folder(f"{recipe.weights_prefix}_sweep")
-
-
-def _resume_command(folder: Path) -> str:
-    return shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(folder)])
