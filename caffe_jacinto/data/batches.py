@@ -404,11 +404,12 @@ class Images(BatchSource):
             return None
         return mixing(alpha, self.batch_size, random_numbers(self._seed, block, "mixup"))
 
-    def first_files(self, count: int) -> list[bytes] | None:
-        """The first images as they are stored; None unless all are colour JPEG files of one size."""
-        datums = [self._stored(number) for number in range(min(count, len(self.records)))]
+    def are_colour_jpegs(self, count: int) -> bool:
+        """Whether the first ``count`` images are colour JPEG files of one size."""
+        datums = (self._stored(number) for number in range(min(count, len(self.records))))
+        found = all(map(self._is_colour_jpeg, datums))
         self.records.close()
-        return [datum.data for datum in datums] if all(map(self._is_colour_jpeg, datums)) else None
+        return found
 
     def _is_colour_jpeg(self, datum: Any) -> bool:
         """Whether it is a colour JPEG file of the first image's size, which needs no turning."""
@@ -417,12 +418,6 @@ class Images(BatchSource):
             return False
         # Decoding to colour, OpenCV turns an image by its EXIF orientation; nvJPEG never does.
         return not (self.layer.transform.colour and _EXIF in datum.data[:_EXIF_BEGINS])
-
-    def decode_first(self, count: int) -> None:
-        """Read and decode the first images, to see how long that takes."""
-        for number in range(min(count, len(self.records))):
-            self._read(number)
-        self.records.close()
 
     def place(self, block: int, index: int) -> str:
         """The record that is number ``index`` of batch number ``block``, for messages."""

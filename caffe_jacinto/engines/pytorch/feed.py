@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -50,6 +51,41 @@ def _shared_memory() -> float:
         return inf
     usage = shutil.disk_usage(_SHARED_MEMORY)
     return min(usage.free, usage.total / _ranks_here())
+
+
+def _feed(source: BatchSource, device: torch.device, workers: int, decode: Decode) -> Feed:
+    """The batches of ``source``, decoded in this way by up to so many ``workers``."""
+    if decode != "both":
+        return Feed(source, device, workers, decode)
+    # Workers take batches in turn: with an even number, some would get all that the CPU decodes.
+    workers -= workers % 2 == 0
+    # Of every two batches that a worker reads ahead, it decodes one.
+    more = slots_of(workers, 2 * AHEAD) * source.batch_bytes <= _shared_memory()
+    return Feed(source, device, workers, decode, 2 * AHEAD if more else AHEAD)
+
+
+def _speed(source: BatchSource, device: torch.device, workers: int, decode: Decode) -> float:
+    """Images that are fed in a second, once those that were read ahead at the start are used up."""
+    ahead, timed = slots_of(workers, 2 * AHEAD), 2 * max(workers, 5)
+    feed = _feed(source, device, workers, decode)
+    try:
+        # Each way reads other records: for the second one, those of the first would be in memory.
+        feed.start_at(DECODERS.index(decode) * (ahead + timed))
+        for _ in range(ahead):
+            feed.raw()
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(timed):
+            feed.raw()
+        _wait(device)
+        return timed * source.batch_size / (time.perf_counter() - started)
+    finally:
+        feed.close()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Inputs:
@@ -102,14 +138,9 @@ class Inputs:
     def _add(self, source: BatchSource, workers: int) -> None:
         self.shapes.update(zip(source.layer.tops, source.top_shapes, strict=False))
         self.batch_size = self.batch_size or source.batch_size
-        decode = self._decode_of(source, workers) if isinstance(source, Images) else "cpu"
         workers = self._most_workers(source, workers)
-        if decode == "both" and workers % 2 == 0:
-            # Workers take batches in turn: with an even number, some would get all that the CPU decodes.
-            workers -= 1
-        # Of every two batches that a worker reads ahead for both, it decodes one.
-        more = decode == "both" and slots_of(workers, 2 * AHEAD) * source.batch_bytes <= _shared_memory()
-        feed = Feed(source, self._device, workers, decode, 2 * AHEAD if more else AHEAD)
+        decode = self._decode_of(source, workers) if isinstance(source, Images) else "cpu"
+        feed = _feed(source, self._device, workers, decode)
         if not feed.pinned:
             self.notes.append("The system refuses to pin memory: copies to the GPU are slower")
         self._feeds.append(feed)
@@ -123,7 +154,9 @@ class Inputs:
                 )
             return "cpu"
         if self._choice == "auto":
-            found, note = faster_decode(images, self._device, workers)
+            found, note = faster_decode(
+                images, self._device, workers, lambda way: _speed(images, self._device, workers, way)
+            )
             self._choice = DECODERS[self._agree(DECODERS.index(found))]
             self.notes.append(note)
         return self.decode
