@@ -218,7 +218,7 @@ class Measure:
         count = max(FED // batch, 10) if self._on_gpu else 3
         with self._inputs(_stage(batch, 1), workers, way) as inputs:
             inputs.start_at(0)
-            for _ in range(2 * workers + 5 if self._on_gpu else 1):  # what was decoded ahead
+            for _ in range(4 * workers + 5 if self._on_gpu else 1):  # what was read ahead
                 inputs.raw()
             self._wait()
             started = time.perf_counter()
