@@ -221,3 +221,21 @@ def test_a_ctrl_c_that_a_library_turns_into_its_own_error_gives_no_traceback(
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert capsys.readouterr().err == "x: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["caffe_jacinto.train", "demo_digits", "--ouput", "x"],
+            "unrecognized arguments: --ouput x; did you mean --output?",
+        ),
+        (["caffe_jacinto.weights", "show", "x", "--formt=csv"], "--formt=csv; did you mean --format?"),
+        (["caffe_jacinto.report", "logs", "--qqqqqq"], "unrecognized arguments: --qqqqqq; --help lists"),
+    ],
+)
+def test_a_misspelt_option_is_named_with_the_nearest_one(arguments: list[str], says: str) -> None:
+    module, *rest = arguments
+    ran = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert says in ran.stderr

@@ -67,6 +67,10 @@ def test_the_stages_follow_from_the_solver_by_the_documented_rule(lenet: Path, p
 
 
 def test_with_weights_the_first_stage_starts_from_them(lenet: Path, published: Path) -> None:
+    with pytest.raises(UserError, match=r"--weights trained\.caffemodel does not exist"):
+        derive(cut(published, "lenet"), weights="trained.caffemodel", target=0.5)
+    assert not Path("out.toml").exists()
+    Path("trained.caffemodel").touch()
     recipe = derive(cut(published, "lenet"), weights="trained.caffemodel", target=0.5)
     assert list(recipe.stages) == ["l1reg", "sparse", "finetune"]
     assert recipe.stages["l1reg"].weights == "trained.caffemodel"
@@ -222,7 +226,7 @@ def test_a_recipe_that_nobody_has_edited_makes_way_for_the_next(lenet: Path, pub
     assert sparse.target == 0.5
     Path("out").mkdir()
     Path("out/run.json").write_text("{}")  # a run of that recipe
-    with pytest.raises(UserError, match=r"out.toml exists and is not what --from writes"):
+    with pytest.raises(UserError, match=r"out\.toml is the recipe of the run in out, .* --resume out"):
         derive(cut(published, "lenet"), target=0.4)
 
 

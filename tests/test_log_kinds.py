@@ -774,7 +774,19 @@ def test_a_test_that_printed_nothing_is_noted(tmp_path: Path) -> None:
     )
     (stage,) = report(tmp_path, log.iterate(20, 30).end().text)
     assert "the test at iteration 20 printed no output" in stage["notes"]
-    assert stage["top1"] == 0.1
+    assert stage["top1"] is None  # 0.1 was that of what it started from
+
+
+def test_a_test_before_the_training_says_nothing_of_its_result(tmp_path: Path) -> None:
+    log = Log().start().test(0, 0.1, 0.5, 2.3).iterate(0, 10)
+    (running,) = report(tmp_path, log.text)
+    assert running["top1"] == 0.1
+    (stage,) = report(tmp_path, log.end().text)
+    assert (stage["top1"], stage["top5"], stage["loss"], stage["outputs"]) == (None, None, None, {})
+    assert stage["finished"]
+    assert (
+        "no accuracy: the last test came before anything was trained; lower test_interval" in stage["notes"]
+    )
 
 
 def test_py_faster_rcnn(tmp_path: Path) -> None:

@@ -412,6 +412,7 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"hello\n", "is not a Caffe log"),
         (bytes(range(256)), "is not a Caffe log"),
+        (b"# caffe_jacinto.train: at 23:05, pid 7\nTerminated\n", "the stage has logged nothing yet"),
     ):
         path = tmp_path / "some.log"
         path.write_bytes(content)

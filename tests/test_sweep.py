@@ -24,6 +24,7 @@ from caffe_jacinto.networks.stage_files import stage_files
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import messages, parse_net
 from caffe_jacinto.recipes.load import load_recipe
+from caffe_jacinto.runs import sweep
 from caffe_jacinto.runs.folder import EngineRecord, RunRecord, StageState, load, now, save
 from caffe_jacinto.runs.lock import RunLock, is_held
 from caffe_jacinto.runs.plan import RunPlan
@@ -218,6 +219,49 @@ def stands_in(monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
         return next(left)
 
     monkeypatch.setattr("caffe_jacinto.runs.start._drive", end)
+
+
+def test_the_search_does_not_go_above_what_the_schedule_reaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedule of a stand-in ends at 0.576: higher targets give the same network, which is seen once."""
+    losses: dict[float, float] = {}
+
+    def run(_: Sweep, folder: Path, *__: object) -> int:
+        if folder.name != "dense":
+            losses[float(folder.name.removeprefix("target_"))] = 0.1
+        return 0
+
+    monkeypatch.setattr(Sweep, "_run", run)
+    monkeypatch.setattr(Sweep, "_losses", lambda _: losses)
+    monkeypatch.setattr(Sweep, "_runs", lambda _: {target: tmp_path / str(target) for target in losses})
+    monkeypatch.setattr(sweep, "_result", lambda path: sweep.Result(min(float(path.name), 0.576)))
+    monkeypatch.setattr(Sweep, "_show", lambda _: None)
+    record = SweepRecord(
+        caffe_jacinto="0",
+        start_folder=str(tmp_path),
+        folder=str(tmp_path),
+        recipe=load_recipe("demo_digits"),
+        targets=(0.8,),
+        max_loss=1.0,
+    )
+    assert Sweep(tmp_path, record, Options()).drive() == 0
+    assert list(losses) == [0.8, 0.88]
+
+
+def test_the_status_of_a_sweep_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = without_dense_stages(tmp_path, monkeypatch)
+    stands_in(monkeypatch, STOPPED)
+    assert main(arguments) == STOPPED
+    capsys.readouterr()
+    assert main(["--status", "sweep"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "not started: target_0.8",
+        "to resume the sweep: python -m caffe_jacinto.train --resume sweep",
+    ]
 
 
 def test_the_snapshots_to_keep_may_be_changed_for_later_runs(

@@ -57,6 +57,20 @@ def test_a_run_stands_for_its_newest_weights(run: Path, capsys: pytest.CaptureFi
     assert main(["diff", str(run), str(run / f"{NEWEST}.caffemodel")]) == 0
 
 
+def test_a_folder_without_weights_says_what_to_give(run: Path) -> None:
+    (run / "test").mkdir(exist_ok=True)
+    with pytest.raises(
+        UserError, match=r"is the test of the run, which has no weights of its own; give .*my run"
+    ):
+        main(["show", str(run / "test")])
+    for path in (run / "sparse").glob("*.caffemodel"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"train it first: python -m caffe_jacinto\.train --resume '.*my run'"
+    ):
+        main(["show", str(run / "sparse")])
+
+
 def test_outputs_have_names_of_their_own_beside_the_weights(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

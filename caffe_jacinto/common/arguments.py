@@ -31,7 +31,23 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all arguments")
+        raise UserError(f"{message}{self._nearest(message)}; --help lists all arguments")
+
+    def _nearest(self, message: str) -> str:
+        """The option that an unrecognized one may stand for, as an addition to the message."""
+        import difflib
+
+        unknown, _, words = message.partition("arguments: ")
+        wrong = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), None)
+        if unknown != "unrecognized " or wrong is None:
+            return ""
+        parsers: list[argparse.ArgumentParser] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        known = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+        nearest = difflib.get_close_matches(wrong, sorted(known), n=1)
+        return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def whole_number(least: int, most: int = INT32_MAX) -> Callable[[str], int]:

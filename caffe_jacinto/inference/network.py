@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from caffe_jacinto.prototxt import tree
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.prototxt.schema import PACKAGES, parse_any_net, parse_any_solver
 from caffe_jacinto.prototxt.solver import TEST as TEST_PHASE
+from caffe_jacinto.recipes.rules import RESERVED_STAGE_NAMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +152,10 @@ def _run_files(place: Path, val: Path | None) -> NetworkFiles:
                 here / "deploy.prototxt", weights, val or here / VAL_NAMES[0], record.base, (run,)
             )
     what = f"stage {only} has no weights" if only else "no stage has weights yet"
-    raise UserError(f"{place}: {what}; train it first (train --resume {run})")
+    if only in RESERVED_STAGE_NAMES:
+        raise UserError(f"{place}: is the test of the run, which has no weights of its own; give {run}")
+    command = shlex.join(["python", "-m", "caffe_jacinto.train", "--resume", str(run)])
+    raise UserError(f"{place}: {what}; train it first: {command}")
 
 
 class _Run(NamedTuple):

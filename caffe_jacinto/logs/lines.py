@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping
 PREFIX = re.compile(rb"[IWEF](?:\d{4}|\d{8}) \d\d:\d\d:\d\d\.\d{6} +(\d{1,18}) ([\w.+-]+):\d+\] ")
 """What glog puts before a message; the groups are the thread's number and the source file."""
 
+LOG_HEADER = "# caffe_jacinto.train:"
+"""Begins the line that `train` writes before the output of each command in a stage's log."""
+
 _LINE_LIMIT = 1_000_000
 """Longer lines are not log lines. They are dropped, so that memory does not grow with them."""
 _LONGEST_PREFIX = 300

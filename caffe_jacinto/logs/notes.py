@@ -21,7 +21,8 @@ class Facts:
     """Of ``caffe time``: milliseconds, by name."""
     displays: int
     outputs: Mapping[str, float]
-    """Of the last complete test."""
+    """Of the last complete test; none where that came before the first update."""
+    tested_at_start_only: bool
     accuracies: Mapping[int, str]
     """top_k -> the output that holds it."""
     is_detector: bool
@@ -107,7 +108,10 @@ def _accuracy(facts: Facts) -> Iterator[str]:
     named = [f"top-{top_k} is the output {name!r}" for top_k, name in sorted(facts.accuracies.items())]
     if facts.named_mean_ap is not None:
         named.append(f"mAP is the output {facts.named_mean_ap!r}")
-    if not facts.outputs:
+    if facts.tested_at_start_only:
+        if not facts.silent_tests:  # they have their own note
+            yield "no accuracy: the last test came before anything was trained; lower test_interval"
+    elif not facts.outputs:
         yield "no accuracy: the log has no complete test"
     elif not facts.test_net_is_known and named:
         yield f"{' and '.join(named)}, by name: the log does not hold all of the test network"

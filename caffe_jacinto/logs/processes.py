@@ -15,7 +15,7 @@ from pathlib import Path
 
 from caffe_jacinto.common.errors import UserError
 from caffe_jacinto.logs import events
-from caffe_jacinto.logs.lines import LineSplitter
+from caffe_jacinto.logs.lines import LOG_HEADER, LineSplitter
 from caffe_jacinto.logs.reader import LogReader
 from caffe_jacinto.logs.skim import thinned
 from caffe_jacinto.logs.stage import CHUNK, StageLog
@@ -62,7 +62,7 @@ def read_log(
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not any(stages.is_caffe for stages in found.values()):
-        raise UserError(f"{path}: is not a Caffe log: no line in it has the form of those that Caffe prints")
+        raise UserError(f"{path}: {_why_no_log(path)}")
     several = sum(stages.is_caffe for stages in found.values()) > 1
     return [
         LogStage(log, label if several else "")
@@ -70,6 +70,15 @@ def read_log(
         if stages.is_caffe
         for log in stages.all()
     ]
+
+
+def _why_no_log(path: Path) -> str:
+    """What a file is that no Caffe has written."""
+    with path.open("rb") as file:
+        ours = file.read(len(LOG_HEADER)) == LOG_HEADER.encode()
+    if ours:
+        return "the stage has logged nothing yet, or it was stopped while it started"
+    return "is not a Caffe log: no line in it has the form of those that Caffe prints"
 
 
 def _read(path: Path, splitter: LineSplitter, start: Callable[[], _Stages]) -> dict[str, _Stages]:

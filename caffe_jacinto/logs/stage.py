@@ -533,7 +533,7 @@ class StageLog:
 
     def figures(self) -> StageFigures:
         """The figures as of the last complete line."""
-        outputs = self._last_test(0)
+        outputs = {} if self._is_tested_at_start_only() else self._last_test(0)
         main = self._nets.main()
         named = by_name(outputs)
         accuracies = self._accuracies(named)
@@ -549,7 +549,7 @@ class StageLog:
             mean_ap=named.get(self._mean_ap(outputs.values()) or ""),
             loss=float(f"{sum(losses):.6g}") if losses else None,
             train_loss=self.loss,
-            outputs=self._all_outputs(),
+            outputs=self._all_outputs() if outputs else {},
             accuracies=self._all_accuracies(),
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,
@@ -591,6 +591,12 @@ class StageLog:
         tests = self._tests.get(number)
         net = self._nets.of("TEST", number)
         return tests.last(len(net.outputs) if net and net.outputs is not None else None) if tests else {}
+
+    def _is_tested_at_start_only(self) -> bool:
+        """Whether it has ended, and its last test came before its first update."""
+        last = next(iter(self._last_test(0).values()), None)
+        ended = self._finished and self._has_trained and (self._iterations() or 0) > 0
+        return ended and last is not None and last.iteration == 0
 
     def _accuracies(self, outputs: Iterable[str], number: int = 0) -> dict[int, str]:
         """top_k -> the output of a test net that holds it; by its name where the net is not known."""
@@ -691,6 +697,7 @@ class StageLog:
             times=self._times,
             displays=self.displays,
             outputs=outputs,
+            tested_at_start_only=self._is_tested_at_start_only(),
             accuracies=self._accuracies(outputs),
             is_detector=mean_ap is not None,
             named_mean_ap=None if any(output.mean_ap for output in last) else mean_ap,

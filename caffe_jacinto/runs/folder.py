@@ -32,12 +32,10 @@ from caffe_jacinto.common.files import is_unfinished, remove_unfinished, write_w
 from caffe_jacinto.data.identity import LmdbIdentity
 from caffe_jacinto.engines.contract import EngineKind, Precision
 from caffe_jacinto.logs.discover import RUN_RECORD
+from caffe_jacinto.logs.lines import LOG_HEADER
 from caffe_jacinto.prototxt.dialects import Dialect
 from caffe_jacinto.recipes.model import Recipe
 from caffe_jacinto.runs.lock import LOCK_NAME
-
-LOG_HEADER = "# caffe_jacinto.train:"
-"""Begins the line before the output of each command in a stage's log."""
 
 NETWORK_COPY = "network"
 """Begins the names of the copies of a user's own network (runs/user_files.py)."""

@@ -82,6 +82,8 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
     """
     if output is not None and not output.name:
         raise UserError(f"--output {output}: name a new folder; the recipe is written beside it")
+    if request.weights is not None and not expanded(request.weights).exists():
+        raise UserError(f"--weights {request.weights} does not exist: correct the path")
     where = str(request.solver)
     solver = parse_any_solver(read_text(request.solver, "give a solver.prototxt"), where)
     their_name = request.solver.stem
@@ -116,7 +118,12 @@ def write_recipe(request: Request, output: Path | None) -> tuple[Path, Path, lis
         )
     )
     there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else text
-    if there != text and not (_is_as_written(there) and run_folder.is_free(folder)):
+    if there != text and _is_as_written(there) and not run_folder.is_free(folder):
+        raise UserError(
+            f"{path} is the recipe of the run in {folder}, with other settings: resume that run "
+            f"({run_folder.resume_command(folder)}), or give another --output"
+        )
+    if there != text and not _is_as_written(there):
         raise UserError(
             f"{path} exists and is not what --from writes: train it ({_command(path, folder)}), or give "
             "another --output"

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -63,6 +63,9 @@ FINEST = 100
 
 HIGHEST = 96
 """Targets from this many hundredths on are not tried: the published schedule ends at 0.95."""
+
+MISSED = 0.005
+"""A network that is so much less sparse than its target has not reached it."""
 
 
 class SweepRecord(BaseModel):
@@ -192,16 +195,25 @@ def resume_sweep(folder: Path, options: Options) -> int:
         RunFailed: a stage failed.
     """
     path = (folder / SWEEP_RECORD).absolute()
-    try:
-        record = SweepRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{path}: damaged, or of another version ({first}): start a new sweep") from None
+    record = _read(path)
     run_folder.go_to_start_folder(path.parent, record.start_folder, record.folder)
     before = {key: getattr(record, key) for key in ("caffe", "engine", "dialect", "precision", "gpus")}
     given = {key: getattr(options, key) for key in before if getattr(options, key) is not None}
     options = _same_engine(Path(record.folder), options, replace(options, **before | given))
     return Sweep(Path(record.folder), record, options).drive()
+
+
+def _read(path: Path) -> SweepRecord:
+    """The record in a sweep.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return SweepRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{path}: damaged, or of another version ({first}): start a new sweep") from None
 
 
 def _same_engine(folder: Path, given: Options, options: Options) -> Options:
@@ -233,8 +245,18 @@ def _same_engine(folder: Path, given: Options, options: Options) -> Options:
 
 
 def sweep_status(folder: Path) -> list[str]:
-    """The state of each run of a sweep, from its files alone."""
-    return [line for run in _begun(folder) for line in status_lines(run)]
+    """The state of each run of a sweep, from its files alone, and how to go on with the sweep."""
+    begun = _begun(folder)
+    lines = [line for run in begun for line in status_lines(run)]
+    targets = [f"target_{target}" for target in _read(folder / SWEEP_RECORD).targets]
+    waiting = [name for name in targets if folder / name not in begun]
+    if waiting:
+        lines.append(f"not started: {', '.join(waiting)}")
+    if (folder / TABLE).is_file():
+        lines.append(f"table of the sweep: {folder / TABLE}")
+    else:
+        lines.append(f"to resume the sweep: {resume_command(folder)}")
+    return lines
 
 
 def _begun(folder: Path) -> list[Path]:
@@ -438,13 +460,25 @@ class Sweep:
             return
         possible = possible_targets(self.record.recipe)
         limit = self.record.max_loss
-        while (target := next_target(self._losses(), limit, self._above_left_out(possible))) is not None:
+        while (target := next_target(self._losses(), limit, self._in_reach(possible))) is not None:
             yield target
 
-    def _above_left_out(self, possible: range) -> range:
-        """The targets, in hundredths, above those at which nothing becomes zero: below them nothing does."""
+    def _in_reach(self, possible: range) -> range:
+        """The targets, in hundredths, that lead to networks of their own.
+
+        They are above those at which nothing becomes zero, and below one that led to no sparser network than
+        a lower target did which was missed: there the schedule ends before it gets to either.
+        """
         highest = max(self._left_out, default=0.0)
-        return range(max(possible.start, math.floor(FINEST * highest + 1e-9) + 1), possible.stop)
+        start = max(possible.start, math.floor(FINEST * highest + 1e-9) + 1)
+        reached = [(target, _result(folder).sparsity or 0.0) for target, folder in self._runs().items()]
+        same = (
+            target
+            for (lower, before), (target, found) in pairwise(reached)
+            if 0 < found <= before < lower - MISSED
+        )
+        stop = min((math.ceil(FINEST * target - 1e-9) for target in same), default=possible.stop)
+        return range(start, min(stop, possible.stop))
 
     def _losses(self) -> dict[float, float]:
         """By target: the points of top-1 that a network has lost.

@@ -10,9 +10,10 @@ from caffe_jacinto.common.processes import describe_exit
 from caffe_jacinto.engines.snapshots import Skipped, final_is_complete
 from caffe_jacinto.logs import events
 from caffe_jacinto.logs.discover import STAGE_LOG
+from caffe_jacinto.logs.lines import LOG_HEADER
 from caffe_jacinto.logs.loss import USELESS, Kind
 from caffe_jacinto.logs.stage import CHUNK, StageLog
-from caffe_jacinto.runs.folder import LOG_HEADER, resume_command
+from caffe_jacinto.runs.folder import resume_command
 from caffe_jacinto.runs.plan import RunPlan, StagePlan
 
 NO_NUMBERS = "weights are not numbers"
