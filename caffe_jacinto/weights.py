@@ -123,6 +123,17 @@ def _add_dialect(parser: Any) -> None:
     parser.add_argument("--dialect", choices=DIALECTS, help="of the file (default: recognized from it)")
 
 
+def _add_pruned_layers(parser: Any) -> None:
+    parser.add_argument(
+        "--min-kernel",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
+    )
+    parser.add_argument("--inner-products", action="store_true", help="prune and count inner products, too")
+
+
 def _add_hdf5_network(parser: Any) -> None:
     help_text = "of an HDF5 file (.caffemodel.h5), which does not say the types of its layers: its prototxt"
     parser.add_argument("--network", type=Path, metavar="FILE", help=help_text)
@@ -228,14 +239,7 @@ def _add_sparsify_arguments(parser: Any) -> None:
     several = {"action": "append", "default": [], "metavar": "NAME"}
     parser.add_argument("--layers", help="prune only these, by name or pattern; repeatable", **several)
     parser.add_argument("--skip", help="do not prune these; repeatable", **several)
-    parser.add_argument(
-        "--min-kernel",
-        type=whole_number(1),
-        default=3,
-        metavar="N",
-        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
-    )
-    parser.add_argument("--inner-products", action="store_true", help="prune and count inner products, too")
+    _add_pruned_layers(parser)
     parser.add_argument(
         "--pattern",
         metavar="N:M",
@@ -301,14 +305,7 @@ def _add_sensitivity_arguments(parser: Any) -> None:
     parser.add_argument("--lmdb", type=Path, metavar="DIR", help=lmdb)
     val = "the val.prototxt that defines the preprocessing (default: the one beside DEPLOY)"
     parser.add_argument("--val", type=Path, metavar="FILE", help=val)
-    parser.add_argument(
-        "--min-kernel",
-        type=whole_number(1),
-        default=3,
-        metavar="N",
-        help="smallest kernel that is pruned; 1 takes 1x1 convolutions in (default: 3)",
-    )
-    parser.add_argument("--inner-products", action="store_true", help="prune inner products, too")
+    _add_pruned_layers(parser)
 
 
 def _sensitivity(options: argparse.Namespace) -> int:

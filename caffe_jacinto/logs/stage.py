@@ -549,7 +549,7 @@ class StageLog:
             mean_ap=named.get(self._mean_ap(outputs.values()) or ""),
             loss=float(f"{sum(losses):.6g}") if losses else None,
             train_loss=self.loss,
-            outputs=self._all_outputs() if outputs else {},
+            outputs={} if self._is_tested_at_start_only() else self._all_outputs(),
             accuracies=self._all_accuracies(),
             sparsity=self.sparsity,
             sparsity_logged=self.sparsity_logged,

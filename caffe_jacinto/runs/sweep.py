@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from caffe_jacinto import __version__
 from caffe_jacinto.caffemodel.storage import read_weights
 from caffe_jacinto.common.errors import FAILED, RunFailed, UserError, UserErrors
-from caffe_jacinto.common.files import write_whole
+from caffe_jacinto.common.files import expanded, write_whole
 from caffe_jacinto.common.text import Column, Line, count_of, show_table
 from caffe_jacinto.engines.contract import Precision
 from caffe_jacinto.engines.discovery import find_engine
@@ -387,7 +387,7 @@ def _most_zeros_before(recipe: Recipe, name: str) -> float:
         stage = recipe.stages[stage.start]
         if stage.sparse is not None:
             return 1.0
-    return _most_zeros_in(Path(stage.weights).expanduser().absolute())
+    return _most_zeros_in(expanded(stage.weights).absolute())
 
 
 @cache

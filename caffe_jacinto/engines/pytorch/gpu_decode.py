@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import util
@@ -53,7 +54,9 @@ def decode_jpegs(files: Tensor, ends: Sequence[int], device: torch.device) -> li
         images: list[Tensor] = decode_jpeg(_parts(files, ends), mode=ImageReadMode.RGB, device=device)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except RuntimeError as error:
+        # Python shows the same warning once; the log has it, as all of stderr.
+        warnings.warn(f"the processor decodes batches that nvJPEG refuses: {UserError(error)}", stacklevel=2)
         return [image.to(device) for image in decode_on_cpu(files, ends)]
     return images
 
